@@ -1,0 +1,331 @@
+"""The cloud service: answers devices on any number of connections about one hosted model.
+
+The service works on `Connection`s and does not care what carries them; `cotune.cloud.host` puts it behind a
+WebSocket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.cloud.engine import Engine
+from cotune.cloud.hosted import HostedModel
+from cotune.cloud.session import Session
+from cotune.cloud.stream import CloudStream, StreamConfig
+from cotune.errors import (
+    ConnectionLostError,
+    CotuneError,
+    FrameError,
+    InputError,
+    RefusedError,
+    WireError,
+    WireTimeoutError,
+)
+from cotune.generation.gate import Gate
+from cotune.generation.sampling import Sampling
+from cotune.wire.feature_frames import pack_features
+from cotune.wire.frames import (
+    MAX_ASSET_CHUNK_BYTES,
+    PROTOCOL_VERSION,
+    Asset,
+    AssetKind,
+    AssetRequest,
+    Error,
+    ErrorCode,
+    FeaturesRequest,
+    Frame,
+    Hello,
+    Open,
+    Opened,
+    ScheduleCode,
+    Welcome,
+    decode,
+    encode,
+)
+from cotune.wire.transport import Connection
+
+logger = logging.getLogger("cotune.cloud")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """Limits of a cloud service.
+
+    Attributes:
+        max_sessions: generations at once, those waiting for their device to come back included.
+        session_ttl_s: how long a session whose connection broke is kept for its device, seconds.
+        idle_timeout_s: how long a device may stay silent, seconds.
+        max_window: how far any session may run ahead, tokens.
+        max_training_top_k: base logits for each position of training features.
+    """
+
+    max_sessions: int = 64
+    session_ttl_s: float = 60.0
+    idle_timeout_s: float = 300.0
+    max_window: int = 128
+    max_training_top_k: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("max_sessions", "session_ttl_s", "idle_timeout_s", "max_window", "max_training_top_k"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}, expected a number above 0")
+
+
+class CloudService:
+    """Serves one hosted model.
+
+    Args:
+        model: what is hosted.
+        config: limits.
+
+    Example:
+        >>> service = CloudService(model)                                           # doctest: +SKIP
+        >>> device, cloud = connection_pair()                                       # doctest: +SKIP
+        >>> task = asyncio.create_task(service.handle(cloud))                       # doctest: +SKIP
+    """
+
+    def __init__(self, model: HostedModel, config: ServiceConfig | None = None) -> None:
+        self.model = model
+        self.config = config or ServiceConfig()
+        self.engine = Engine(model)
+        self.sessions: dict[int, Session] = {}
+        self._assets = {
+            AssetKind.TOKENIZER: model.tokenizer_json,
+            AssetKind.OUTPUT_BASIS: model.output_basis.to_bytes(),
+        }
+
+    def close(self) -> None:
+        """End all sessions and stop computing."""
+        for number in list(self.sessions):
+            self._drop(number)
+        self.engine.close()
+
+    async def handle(self, connection: Connection) -> None:
+        """Serve one device until its connection closes. Never raises for what a device does."""
+        visit = _Visit(self, connection)
+        try:
+            await visit.serve()
+        except WireTimeoutError:
+            await visit.refuse(ErrorCode.TIMEOUT, "nothing came from the device for too long; connect again")
+        except ConnectionLostError:
+            pass
+        except FrameError as error:
+            await visit.refuse(ErrorCode.BAD_FRAME, str(error))
+        except RefusedError as error:
+            await visit.refuse(ErrorCode(error.code), error.reason)
+        except Exception:
+            logger.exception("a connection failed")
+            await visit.refuse(ErrorCode.INTERNAL, "the cloud failed; its log says why, try again")
+        finally:
+            visit.leave()
+            await connection.close()
+
+    def open_session(self, frame: Open) -> tuple[Session, list[Frame]]:
+        """A new session, or the one that the frame's ticket belongs to; and what is to be sent after Opened.
+
+        Raises:
+            RefusedError: too many sessions, or a request that this model cannot serve.
+        """
+        self._check(frame)
+        generated = frame.generated_ids.tolist()
+        known = self.sessions.get(frame.session)
+        if frame.resume and known is not None and known.admits(frame.ticket):
+            known.detach()
+            if known.stream.is_for(frame.prompt_ids):
+                return known, known.stream.resume(generated, time.monotonic())
+        num_running = sum(session.stream.ended is None for session in self.sessions.values())
+        if num_running >= self.config.max_sessions:
+            raise RefusedError(
+                ErrorCode.BUSY,
+                f"the cloud serves {num_running} sessions and takes no more; try again in a few seconds",
+            )
+        number = secrets.randbits(32)
+        while number in self.sessions:
+            number = secrets.randbits(32)
+        stream = CloudStream(
+            number, frame.prompt_ids, generated, self._stream_config(frame), self.model.output_basis
+        )
+        session = Session(stream, self.engine, idle_timeout_s=self.config.idle_timeout_s)
+        self.sessions[number] = session
+        return session, stream.end_if_finished(time.monotonic())
+
+    def keep_for_a_while(self, session: Session) -> None:
+        """The session's connection is gone, or its text complete: drop it unless its device comes back."""
+        session.detach()
+        number = session.stream.session
+        session.expiry = asyncio.get_running_loop().call_later(self.config.session_ttl_s, self._drop, number)
+
+    def _drop(self, number: int) -> None:
+        session = self.sessions.pop(number, None)
+        if session is not None:
+            session.detach()
+
+    def asset_chunk(self, frame: AssetRequest) -> Asset:
+        """A piece of a public part."""
+        data = self._assets[frame.kind]
+        if frame.pos > len(data):
+            raise RefusedError(
+                ErrorCode.BAD_REQUEST, f"asset offset is {frame.pos}, expected at most {len(data)}"
+            )
+        chunk = data[frame.pos : frame.pos + MAX_ASSET_CHUNK_BYTES]
+        return Asset(pos=frame.pos, total_bytes=len(data), chunk=chunk)
+
+    def check_features_request(self, frame: FeaturesRequest) -> None:
+        """Refuse what the model cannot read."""
+        self._check_ids(frame.input_ids)
+        if len(frame.input_ids) > self.model.description.max_context:
+            raise RefusedError(
+                ErrorCode.TOO_LARGE,
+                f"the sequence has {len(frame.input_ids)} tokens, expected at most "
+                f"{self.model.description.max_context}, the context of {self.model.description.model}",
+            )
+        if not 1 <= frame.top_k <= self.config.max_training_top_k:
+            raise RefusedError(
+                ErrorCode.BAD_REQUEST,
+                f"top_k is {frame.top_k}, expected 1 to {self.config.max_training_top_k}",
+            )
+
+    def _check_ids(self, ids: NDArray[np.int64]) -> None:
+        largest = int(ids.max(initial=0))
+        if largest >= self.model.description.vocab_size:
+            raise RefusedError(
+                ErrorCode.BAD_REQUEST,
+                f"token id {largest} came, expected ids below {self.model.description.vocab_size}; "
+                "was the text encoded with another tokenizer?",
+            )
+
+    def _check(self, frame: Open) -> None:
+        description = self.model.description
+        self._check_ids(frame.prompt_ids)
+        self._check_ids(frame.generated_ids)
+        wanted = len(frame.prompt_ids) + frame.max_new_tokens
+        if wanted > description.max_context:
+            raise RefusedError(
+                ErrorCode.TOO_LARGE,
+                f"the prompt has {len(frame.prompt_ids)} tokens and {frame.max_new_tokens} new ones are asked for, "
+                f"expected at most {description.max_context} together, the context of {description.model}",
+            )
+        if len(frame.generated_ids) > frame.max_new_tokens:
+            raise RefusedError(
+                ErrorCode.BAD_REQUEST,
+                f"{len(frame.generated_ids)} tokens were generated already, expected at most {frame.max_new_tokens}",
+            )
+        if len(frame.gate_weights) not in (0, description.hidden_size):
+            raise RefusedError(
+                ErrorCode.MISMATCH,
+                f"the gate has {len(frame.gate_weights)} weights, expected {description.hidden_size}; "
+                "was the plugin tuned on another model?",
+            )
+        needs_gate = frame.schedule is ScheduleCode.GATED or self._stream_config(frame).combination.is_gated
+        if needs_gate and len(frame.gate_weights) == 0:
+            raise RefusedError(
+                ErrorCode.BAD_REQUEST,
+                f"mode {frame.mode.name.lower()} with schedule {frame.schedule.name.lower()} needs a gate, "
+                "and none came; tune the plugin with a gate",
+            )
+
+    def _stream_config(self, frame: Open) -> StreamConfig:
+        gate = None
+        if len(frame.gate_weights):
+            gate = Gate(weight=frame.gate_weights, bias=frame.gate_bias, threshold=frame.gate_threshold)
+        return StreamConfig(
+            mode=frame.mode.name.lower(),
+            schedule=frame.schedule.name.lower(),
+            answer=frame.answer.name.lower(),
+            top_k=max(1, min(frame.top_k, self.model.description.vocab_size)),
+            window=min(frame.window, self.config.max_window),
+            max_new_tokens=frame.max_new_tokens,
+            sampling=Sampling(temperature=frame.temperature, top_p=frame.top_p, seed=frame.seed),
+            stop_token_ids=self.model.description.stop_token_ids,
+            gate=gate,
+        )
+
+
+class _Visit:
+    """One connection of one device, with the sessions that run on it."""
+
+    def __init__(self, service: CloudService, connection: Connection) -> None:
+        self.service = service
+        self.connection = connection
+        self.sessions: dict[int, Session] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        await self._greet()
+        while True:
+            frame = decode(await self.connection.receive(self.service.config.idle_timeout_s))
+            if isinstance(frame, Open):
+                await self._open(frame)
+            elif isinstance(frame, AssetRequest):
+                await self._send(self.service.asset_chunk(frame))
+            elif isinstance(frame, FeaturesRequest):
+                await self._features(frame)
+            elif frame.session in self.sessions:
+                await self.sessions[frame.session].deliver(frame)
+
+    async def refuse(self, code: ErrorCode, reason: str, *, session: int = 0) -> None:
+        """Say why, as far as the connection still carries it."""
+        try:
+            await self._send(Error(session=session, code=code, message=reason))
+        except WireError:
+            logger.info("could not tell a device: %s", reason)
+
+    def leave(self) -> None:
+        """The connection is over: its sessions wait for their device."""
+        for task in self._tasks:
+            task.cancel()
+        for session in self.sessions.values():
+            if session.is_on(self.connection):
+                self.service.keep_for_a_while(session)
+
+    async def _greet(self) -> None:
+        frame = decode(await self.connection.receive(self.service.config.idle_timeout_s))
+        if not isinstance(frame, Hello):
+            raise FrameError(f"the first frame is a {type(frame).__name__}, expected a Hello")
+        if frame.version != PROTOCOL_VERSION:
+            raise RefusedError(
+                ErrorCode.VERSION,
+                f"the device speaks protocol {frame.version}, expected {PROTOCOL_VERSION}; "
+                "install the same cotune version on both sides",
+            )
+        await self._send(Welcome(info=self.service.model.description.to_info()))
+
+    async def _open(self, frame: Open) -> None:
+        session, frames = self.service.open_session(frame)
+        stream = session.stream
+        self.sessions[stream.session] = session
+        opened = Opened(
+            session=stream.session, epoch=stream.epoch, pos=stream.num_confirmed, ticket=session.ticket
+        )
+        await self._send(opened)
+        session.attach(self.connection, self._over)
+        await session.send(frames)
+
+    def _over(self, session: Session, error: CotuneError | None) -> None:
+        number = session.stream.session
+        self.sessions.pop(number, None)
+        if error is not None:
+            self._spawn(self.refuse(ErrorCode.BAD_REQUEST, str(error), session=number))
+        self.service.keep_for_a_while(session)
+
+    async def _features(self, frame: FeaturesRequest) -> None:
+        self.service.check_features_request(frame)
+        features = await self.service.engine.features(frame.input_ids, frame.pos, frame.top_k)
+        for chunk in pack_features(features, frame):
+            await self._send(chunk)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _send(self, frame: Frame) -> None:
+        await self.connection.send(encode(frame))

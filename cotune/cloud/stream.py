@@ -1,0 +1,481 @@
+"""The cloud's side of one generation, as a state machine without network, threads or clock.
+
+It knows which tokens the cache may keep, which to feed next, who is waited for, and what to send. A driver
+(`cotune.cloud.runner`) feeds it the backbone's steps and the device's frames, in whatever order these come.
+
+The stream runs ahead of the device: `tokens` may hold positions that the device has not answered. A position is
+*confirmed* once its token can no longer change. When an answer differs from the token that the cloud went on
+with, everything after it is dropped, the cache is truncated to it, and the epoch rises by one, so that answers
+still under way to dropped positions are recognised and ignored.
+
+    schedule     the cloud waits for the answer to a consulted position
+    blocking     always
+    gated        where the gate fires; elsewhere it runs ahead with its own token
+    optimistic   never, up to the window; it rolls back when the device disagrees
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.generation.gate import Gate
+from cotune.generation.modes import Mode, mode_named
+from cotune.generation.output_basis import OutputBasis
+from cotune.generation.protocols import Correction, StepFeatures
+from cotune.generation.sampling import Sampling, choose, top_logits
+from cotune.wire.codec import pack_taps, quantise
+from cotune.wire.frames import (
+    Ack,
+    Close,
+    Correct,
+    End,
+    EndReason,
+    Frame,
+    Logits,
+    More,
+    Object,
+    Step,
+    Tokens,
+)
+
+EPOCHS = 1 << 16
+# How fast the running estimates of round trip, step time and disagreement follow: the last ten or so count.
+_SMOOTHING = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """What a device asked of its stream.
+
+    Attributes:
+        mode, schedule, answer: words of `cotune.generation`.
+        top_k: base logits sent with each consulted step in the token form.
+        window: how many positions the cloud may run ahead.
+        max_new_tokens: stop after this many.
+        sampling: how tokens are drawn.
+        stop_token_ids: tokens that end the text.
+        gate: which positions consult the device, or where the gated schedule waits.
+    """
+
+    mode: str
+    schedule: str
+    answer: str
+    top_k: int
+    window: int
+    max_new_tokens: int
+    sampling: Sampling
+    stop_token_ids: tuple[int, ...]
+    gate: Gate | None
+
+    @property
+    def combination(self) -> Mode:
+        return mode_named(self.mode)
+
+
+@dataclass
+class StreamCounters:
+    """What a stream cost so far; times in seconds."""
+
+    num_steps: int = 0
+    num_wasted_steps: int = 0
+    num_consulted: int = 0
+    num_rollbacks: int = 0
+    num_more_trips: int = 0
+    num_delayed: int = 0
+    cloud_s: float = 0.0
+    stall_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A position that was sent but not confirmed."""
+
+    base_token: int
+    consulted: bool
+    waits: bool
+    sent_s: float
+    logits: NDArray[np.float32]
+    correction: Correction | None = None
+    delayed: bool = False
+
+
+@dataclass
+class _Average:
+    """An exponential moving average that starts at its first value."""
+
+    value: float | None = None
+
+    def add(self, value: float) -> None:
+        self.value = value if self.value is None else self.value + _SMOOTHING * (value - self.value)
+
+
+@dataclass(kw_only=True)
+class _Measured:
+    """Running estimates: round trip and device time, one cloud step, share of consulted tokens that change."""
+
+    round_trip_s: _Average = field(default_factory=_Average)
+    step_s: _Average = field(default_factory=_Average)
+    disagree: _Average = field(default_factory=_Average)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What the backbone has to do next: forget from `truncate_to` on, then read `token_ids` in one pass.
+
+    `is_replay`: the step only rebuilds the cache of a resumed stream; its features are not used.
+    """
+
+    epoch: int
+    truncate_to: int
+    token_ids: NDArray[np.int64]
+    is_replay: bool
+
+
+class CloudStream:
+    """One generation on the cloud. See the module's text.
+
+    Args:
+        session: its number on the wire.
+        prompt_ids: int64 (prompt,).
+        generated: tokens that the device already holds (a resumed stream), all confirmed.
+        config: what the device asked for.
+        output_basis: for the correction form.
+    """
+
+    def __init__(
+        self,
+        session: int,
+        prompt_ids: NDArray[np.int64],
+        generated: list[int],
+        config: StreamConfig,
+        output_basis: OutputBasis,
+    ) -> None:
+        self.session = session
+        self.config = config
+        self.counters = StreamCounters()
+        self.epoch = 0
+        self.ended: EndReason | None = None
+        self.tokens: list[int] = [*map(int, prompt_ids), *generated]
+        self.num_prompt = len(prompt_ids)
+        self.num_confirmed = len(self.tokens)
+        self.num_cached = 0
+        self._basis = output_basis
+        self._pending: dict[int, _Pending] = {}
+        self._measured = _Measured()
+        self._stalled_since_s: float | None = None
+
+    # What the driver asks.
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    def wants_step(self) -> bool:
+        """Whether the backbone should do `plan()` now."""
+        if self.ended is not None or self.num_generated >= self.config.max_new_tokens:
+            return False
+        if not self._pending:
+            return True
+        if len(self.tokens) - self.num_confirmed >= self._window():
+            return False
+        last = self._pending[len(self.tokens) - 1]
+        if last.base_token in self.config.stop_token_ids or last.waits:
+            return False
+        return True
+
+    def plan(self) -> StepPlan:
+        """The next thing for the backbone to do."""
+        first = self.num_cached
+        if first < self.num_prompt:
+            last, first = self.num_prompt, 0
+        else:
+            last = first + 1
+        return StepPlan(
+            epoch=self.epoch,
+            truncate_to=first,
+            token_ids=np.array(self.tokens[first:last], np.int64),
+            is_replay=last < len(self.tokens),
+        )
+
+    # What the driver tells.
+
+    def on_step(self, plan: StepPlan, features: StepFeatures, seconds: float, now_s: float) -> list[Frame]:
+        """Take the outcome of `plan`; returns the frames to send.
+
+        Args:
+            plan: what was done; it may be outdated by now.
+            features: what the backbone said.
+            seconds: how long it took.
+            now_s: the driver's clock.
+        """
+        self.counters.cloud_s += seconds
+        if plan.epoch != self.epoch or self.ended is not None:
+            self.counters.num_steps += 1
+            self.counters.num_wasted_steps += 1
+            return []
+        self.num_cached = plan.truncate_to + len(plan.token_ids)
+        if plan.is_replay:
+            return []
+        self.counters.num_steps += 1
+        if len(plan.token_ids) == 1:
+            self._measured.step_s.add(seconds)
+        return self._emit(features, now_s)
+
+    def on_frame(self, frame: Frame, now_s: float) -> list[Frame]:
+        """Take one frame from the device; returns the frames to send. Stale and repeated ones change nothing."""
+        if self.ended is not None:
+            return []
+        before = self._stalled_since_s
+        replies = self._answer(frame, now_s)
+        if before is not None and self.wants_step():
+            self._end_stall(now_s)
+        return replies
+
+    def note_stall(self, now_s: float) -> None:
+        """The driver has nothing to do for this stream until the device answers."""
+        if self.ended is None and self._stalled_since_s is None and self._pending:
+            self._stalled_since_s = now_s
+            awaited = self._pending[self.num_confirmed]
+            if not awaited.delayed:
+                awaited.delayed = True
+                self.counters.num_delayed += 1
+
+    def resume(self, generated: list[int], now_s: float) -> list[Frame]:
+        """Go on from the device's own history, on a new connection: the device knows best what it holds."""
+        history = [*self.tokens[: self.num_prompt], *generated]
+        same = 0
+        for ours, theirs in zip(self.tokens, history, strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        self.counters.num_wasted_steps += len(self._pending)
+        self._pending.clear()
+        self.tokens = history
+        self.num_cached = min(self.num_cached, same)
+        if self.num_cached == len(history):
+            # The features of the next position are gone with the old connection: read the last token again.
+            self.num_cached = len(history) - 1 if generated else 0
+        self.num_confirmed = len(history)
+        self.epoch = (self.epoch + 1) % EPOCHS
+        self._stalled_since_s = None
+        self.ended = None
+        return self.end_if_finished(now_s)
+
+    def end(self, reason: EndReason, now_s: float) -> list[Frame]:
+        """End the stream and report what it cost."""
+        if self.ended is not None:
+            return []
+        self._end_stall(now_s)
+        self.ended = reason
+        self.counters.num_wasted_steps += len(self._pending)
+        self._pending.clear()
+        counters = self.counters
+        return [
+            End(
+                epoch=self.epoch,
+                session=self.session,
+                pos=self.num_confirmed,
+                reason=reason,
+                counters={
+                    "num_steps": counters.num_steps,
+                    "num_wasted_steps": counters.num_wasted_steps,
+                    "num_rollbacks": counters.num_rollbacks,
+                    "num_more_trips": counters.num_more_trips,
+                    "num_delayed": counters.num_delayed,
+                    "cloud_ms": round(1e3 * counters.cloud_s, 4),
+                    "stall_ms": round(1e3 * counters.stall_s, 4),
+                },
+            )
+        ]
+
+    def end_if_finished(self, now_s: float) -> list[Frame]:
+        """End where the confirmed text is complete."""
+        if self.config.answer == "token":
+            self._confirm_unconsulted()
+        generated = self.num_confirmed - self.num_prompt
+        if generated and self.tokens[self.num_confirmed - 1] in self.config.stop_token_ids:
+            return self.end(EndReason.END_TOKEN, now_s)
+        if generated >= self.config.max_new_tokens:
+            return self.end(EndReason.LENGTH, now_s)
+        return []
+
+    def is_for(self, prompt_ids: NDArray[np.int64]) -> bool:
+        """Whether this stream goes on from that prompt."""
+        return self.tokens[: self.num_prompt] == prompt_ids.tolist()
+
+    def forget_cache(self) -> None:
+        """The cache is gone: everything has to be read again."""
+        self.num_cached = 0
+
+    # Inside.
+
+    def _window(self) -> int:
+        """How far ahead is useful: what one round trip can hide, and two more; never beyond the device's wish."""
+        round_trip_s, step_s = self._measured.round_trip_s.value, self._measured.step_s.value
+        if round_trip_s is None or not step_s:
+            return self.config.window
+        return min(self.config.window, math.ceil(round_trip_s / step_s) + 2)
+
+    def _emit(self, features: StepFeatures, now_s: float) -> list[Frame]:
+        config = self.config
+        position = len(self.tokens)
+        base_token = choose(features.logits, config.sampling, position)
+        fires = config.gate.consults(features.hidden) if config.gate is not None else True
+        consulted = fires or not config.combination.is_gated
+        self._pending[position] = _Pending(
+            base_token=base_token,
+            consulted=consulted,
+            waits=consulted and self._should_wait(fires),
+            sent_s=now_s,
+            logits=features.logits,
+        )
+        self.tokens.append(base_token)
+        self.counters.num_consulted += consulted
+        if config.answer == "correction" and not consulted:
+            return self._confirm_corrected(now_s)
+        taps = pack_taps(*quantise(features.taps)) if consulted else b""
+        sends_logits = consulted and config.answer == "token" and config.combination.adds_base
+        top = top_logits(features.logits, config.top_k, config.sampling) if sends_logits else None
+        step = Step(
+            epoch=self.epoch,
+            session=self.session,
+            pos=position,
+            base_token=base_token,
+            consult=consulted,
+            provisional_end=base_token in config.stop_token_ids,
+            ids=top.ids if top else np.empty(0, np.int64),
+            logits=top.logits if top else np.empty(0, np.float32),
+            log_normalizer=top.log_normalizer if top else None,
+            taps=taps,
+        )
+        return [step, *self.end_if_finished(now_s)]
+
+    def _should_wait(self, fires: bool) -> bool:
+        schedule = self.config.schedule
+        if schedule == "blocking":
+            return True
+        if schedule == "gated":
+            return fires
+        # Running ahead costs q of a step where the answer comes sooner than the step ends; waiting costs a round
+        # trip. On a near network waiting is the cheaper of the two.
+        measured = self._measured
+        round_trip_s, step_s, disagree = (
+            measured.round_trip_s.value,
+            measured.step_s.value,
+            measured.disagree.value,
+        )
+        if round_trip_s is None or step_s is None or disagree is None:
+            return False
+        return round_trip_s < disagree * step_s
+
+    def _answer(self, frame: Frame, now_s: float) -> list[Frame]:
+        if isinstance(frame, Close):
+            self._confirm_up_to(min(frame.pos, len(self.tokens)))
+            return self.end(frame.reason, now_s)
+        # An acknowledgement covers every position before its own.
+        position = frame.pos - 1 if isinstance(frame, Ack) else frame.pos
+        if frame.epoch != self.epoch or position not in self._pending:
+            return []
+        pending = self._pending[position]
+        if isinstance(frame, More):
+            self.counters.num_more_trips += 1
+            k = frame.num_wanted or len(pending.logits)
+            top = top_logits(pending.logits, k, self.config.sampling)
+            return [
+                Logits(
+                    epoch=self.epoch,
+                    session=self.session,
+                    pos=position,
+                    ids=top.ids,
+                    logits=top.logits,
+                    log_normalizer=top.log_normalizer or 0.0,
+                )
+            ]
+        if isinstance(frame, Correct):
+            if pending.consulted and pending.correction is None and frame.codes.shape == (self._basis.dim,):
+                self._measured.round_trip_s.add(now_s - pending.sent_s)
+                pending.correction = Correction(codes=frame.codes, scale=frame.scale)
+                return self._confirm_corrected(now_s)
+            return []
+        if self.config.answer != "token":
+            return []
+        if isinstance(frame, Ack):
+            self._measured.round_trip_s.add(now_s - pending.sent_s)
+            self._confirm_up_to(position + 1)
+            return self.end_if_finished(now_s)
+        if isinstance(frame, Object) and frame.token < len(pending.logits):
+            self._measured.round_trip_s.add(now_s - pending.sent_s)
+            self._confirm_up_to(position)
+            self._replace(position, frame.token)
+            self._confirm_up_to(position + 1)
+            return self.end_if_finished(now_s)
+        return []
+
+    def _confirm_corrected(self, now_s: float) -> list[Frame]:
+        """Decide, in order, every position whose correction is there or which needs none."""
+        first = self.num_confirmed
+        consulted: list[bool] = []
+        changes: list[bool] = []
+        while (pending := self._pending.get(self.num_confirmed)) is not None:
+            position, token = self.num_confirmed, pending.base_token
+            if pending.consulted:
+                if pending.correction is None:
+                    break
+                delta = self._basis.delta(pending.correction)
+                logits = self.config.combination.combine(pending.logits, delta)
+                token = choose(logits, self.config.sampling, position)
+            changed = token != pending.base_token
+            if changed:
+                self._replace(position, token)
+            consulted.append(pending.consulted)
+            changes.append(changed)
+            self._confirm_up_to(position + 1)
+        if not consulted:
+            return []
+        tokens = Tokens(
+            epoch=self.epoch,
+            session=self.session,
+            pos=first,
+            tokens=np.array(self.tokens[first : self.num_confirmed], np.int64),
+            consulted=np.array(consulted),
+            changed=np.array(changes),
+        )
+        return [tokens, *self.end_if_finished(now_s)]
+
+    def _replace(self, position: int, token: int) -> None:
+        """The device decided otherwise: drop what was built on the cloud's own token."""
+        pending = self._pending[position]
+        self._measured.disagree.add(1.0)
+        dropped = [p for p in self._pending if p > position]
+        for p in dropped:
+            del self._pending[p]
+        self.counters.num_wasted_steps += len(dropped)
+        self.counters.num_rollbacks += 1
+        if not pending.delayed:
+            pending.delayed = True
+            self.counters.num_delayed += 1
+        del self.tokens[position:]
+        self.tokens.append(token)
+        self.num_cached = min(self.num_cached, position)
+        self.epoch = (self.epoch + 1) % EPOCHS
+
+    def _confirm_up_to(self, position: int) -> None:
+        while self.num_confirmed < position:
+            pending = self._pending.pop(self.num_confirmed)
+            if pending.consulted and self.tokens[self.num_confirmed] == pending.base_token:
+                self._measured.disagree.add(0.0)
+            self.num_confirmed += 1
+
+    def _confirm_unconsulted(self) -> None:
+        """Positions that no device was asked about need no answer once all before them are confirmed."""
+        while (pending := self._pending.get(self.num_confirmed)) is not None and not pending.consulted:
+            self._confirm_up_to(self.num_confirmed + 1)
+
+    def _end_stall(self, now_s: float) -> None:
+        if self._stalled_since_s is not None:
+            self.counters.stall_s += now_s - self._stalled_since_s
+            self._stalled_since_s = None

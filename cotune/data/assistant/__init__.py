@@ -1,0 +1,1 @@
+"""The grammar of the generated assistant texts: words, voices, and one file for each kind of request."""

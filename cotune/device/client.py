@@ -1,0 +1,234 @@
+"""The device's way to its cloud: greet, fetch the public parts, collect features, generate, and come back.
+
+A connection may break at any time. A generation then goes on over a new one, from what the device holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.device.stream import DeviceStream
+from cotune.errors import ConnectionLostError, FrameError, InputError, RefusedError
+from cotune.generation.request import Decision
+from cotune.wire.description import CloudDescription
+from cotune.wire.feature_frames import unpack_features
+from cotune.wire.features import SequenceFeatures
+from cotune.wire.frames import (
+    PROTOCOL_VERSION,
+    Asset,
+    AssetKind,
+    AssetRequest,
+    Error,
+    Features,
+    FeaturesRequest,
+    Frame,
+    Hello,
+    Welcome,
+    decode,
+    encode,
+)
+from cotune.wire.transport import Connection
+
+MAX_ASSET_BYTES = 256 * 1024 * 1024
+
+F = TypeVar("F", bound=Frame)
+Connector = Callable[[], Awaitable[Connection]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """Patience of a device.
+
+    Attributes:
+        timeout_s: how long to wait for any one answer, seconds.
+        max_attempts: how often in a row to connect anew after a broken connection before giving up.
+        first_backoff_s, max_backoff_s: wait before the second attempt, and the longest one; it doubles between.
+    """
+
+    timeout_s: float = 30.0
+    max_attempts: int = 8
+    first_backoff_s: float = 0.05
+    max_backoff_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "max_attempts", "first_backoff_s", "max_backoff_s"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}, expected a number above 0")
+
+
+class CloudClient:
+    """One device's conversation with a cloud, over as many connections as it takes.
+
+    Args:
+        connector: makes a new connection.
+        config: patience.
+
+    Example:
+        >>> async with CloudClient(lambda: connect("ws://127.0.0.1:7070")) as client:   # doctest: +SKIP
+        ...     await client.generate(stream)
+    """
+
+    def __init__(self, connector: Connector, config: ClientConfig | None = None) -> None:
+        self.config = config or ClientConfig()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.num_reconnects = 0
+        self._connector = connector
+        self._connection: Connection | None = None
+        self._description: CloudDescription | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._connected()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def description(self) -> CloudDescription:
+        """What the cloud said about its model; known once connected."""
+        if self._description is None:
+            raise InputError("the client is not connected yet; use it as `async with CloudClient(...)`")
+        return self._description
+
+    async def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await connection.close()
+
+    async def fetch(self, kind: AssetKind) -> bytes:
+        """A public part of the hosted model: its tokenizer, or its output basis.
+
+        Raises:
+            FrameError: larger than `MAX_ASSET_BYTES`, or pieces that do not fit together.
+        """
+        data = b""
+        while True:
+            await self._send(AssetRequest(kind=kind, pos=len(data)))
+            piece = await self._expect(Asset)
+            if piece.total_bytes > MAX_ASSET_BYTES:
+                raise FrameError(f"asset of {piece.total_bytes} bytes announced, expected at most {MAX_ASSET_BYTES}")
+            if piece.pos != len(data) or (not piece.chunk and len(data) < piece.total_bytes):
+                raise FrameError(f"asset bytes from {piece.pos} came, expected bytes from {len(data)} on")
+            data += piece.chunk
+            if len(data) >= piece.total_bytes:
+                return data
+
+    async def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
+        """Teacher-forced features of one sequence; see `cotune.wire.features.FeatureSource`."""
+        request = FeaturesRequest(input_ids=input_ids, pos=first_target, top_k=top_k, want_hidden=True)
+        await self._send(request)
+        num_targets = len(input_ids) - first_target
+        chunks: list[Features] = []
+        while sum(chunk.num_targets for chunk in chunks) < num_targets:
+            chunk = await self._expect(Features)
+            if chunk.num_targets == 0:
+                raise FrameError("a features frame without targets came, expected at least one")
+            chunks.append(chunk)
+        return unpack_features(chunks, request, self.description)
+
+    async def generate(self, stream: DeviceStream, on_decision: Callable[[Decision], None] | None = None) -> None:
+        """Run `stream` to its end, over new connections where one breaks.
+
+        Args:
+            stream: what to generate; afterwards it holds the decisions.
+            on_decision: called with each decided token.
+
+        Raises:
+            RefusedError: the cloud said no.
+            ConnectionLostError: no connection for `max_attempts` times in a row.
+            WireTimeoutError: the cloud was silent for too long.
+        """
+        failures = 0
+        while not stream.is_done:
+            before = len(stream.decisions)
+            try:
+                await self._run(stream, on_decision)
+            except ConnectionLostError:
+                failures = 1 if len(stream.decisions) > before else failures + 1
+                await self.close()
+                if failures >= self.config.max_attempts:
+                    raise
+                self.num_reconnects += 1
+                await asyncio.sleep(self._backoff_s(failures))
+
+    async def _run(self, stream: DeviceStream, on_decision: Callable[[Decision], None] | None) -> None:
+        await self._send(stream.open_frame())
+        deadline_s = time.monotonic() + self.config.timeout_s
+        while not stream.is_done:
+            frame = await self._receive(max(0.001, deadline_s - time.monotonic()))
+            known = len(stream.decisions)
+            for reply in stream.on_frame(frame):
+                await self._send(reply)
+            if len(stream.decisions) > known or stream.num_corrections:
+                deadline_s = time.monotonic() + self.config.timeout_s
+            if on_decision is not None:
+                for decision in stream.decisions[known:]:
+                    on_decision(decision)
+
+    def _backoff_s(self, failures: int) -> float:
+        longest = min(self.config.max_backoff_s, self.config.first_backoff_s * 2 ** (failures - 1))
+        # Devices that lost the same cloud come back spread over time. The draw decides no token.
+        return longest * random.uniform(0.5, 1.0)
+
+    async def _connected(self) -> Connection:
+        if self._connection is None:
+            connection = await self._connector()
+            try:
+                await connection.send(encode(Hello()))
+                frame = decode(await connection.receive(self.config.timeout_s))
+                description = _welcomed(frame)
+                if self._description is not None:
+                    self.description.check_same(description)
+            except BaseException:
+                await connection.close()
+                raise
+            self._connection, self._description = connection, description
+        return self._connection
+
+    async def _send(self, frame: Frame) -> None:
+        connection = await self._connected()
+        data = encode(frame)
+        await connection.send(data)
+        self.bytes_sent += len(data)
+
+    async def _receive(self, timeout_s: float) -> Frame:
+        connection = await self._connected()
+        data = await connection.receive(timeout_s)
+        self.bytes_received += len(data)
+        frame = decode(data)
+        if isinstance(frame, Error):
+            raise RefusedError(frame.code, f"the cloud refused: {frame.message}")
+        return frame
+
+    async def _expect(self, kind: type[F]) -> F:
+        while True:
+            frame = await self._receive(self.config.timeout_s)
+            if isinstance(frame, kind):
+                return frame
+
+
+def _welcomed(frame: Frame) -> CloudDescription:
+    if isinstance(frame, Error):
+        raise RefusedError(frame.code, f"the cloud refused: {frame.message}")
+    if not isinstance(frame, Welcome):
+        raise FrameError(f"the cloud's first frame is a {type(frame).__name__}, expected a Welcome")
+    if frame.version != PROTOCOL_VERSION:
+        raise FrameError(
+            f"the cloud speaks protocol {frame.version}, expected {PROTOCOL_VERSION}; "
+            "install the same cotune version on both sides"
+        )
+    return CloudDescription.from_info(frame.info)
+

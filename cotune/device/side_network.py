@@ -1,0 +1,206 @@
+"""The side network on the device: NumPy, one position at a time, the same numbers as `cotune.models` trains.
+
+The ladder of `cotune.models.side_network.Ladder` in as few calls as possible, since each costs about as much as
+the arithmetic in it. Each rung is two matrix-vector products, because biases and the residual ride along:
+
+    inner = relu([A' | b1] [h; 1])        h = relu(h)
+    h     = [B | I] [inner; h] + (u + b2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.errors import InputError
+from cotune.generation.gate import Gate
+from cotune.generation.protocols import Correction
+from cotune.plugin import Plugin
+from cotune.wire.codec import dequantise, quantise
+
+_RMS_EPS = np.float32(1e-6)
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    num_taps: int
+    tap_dim: int
+    basis_dim: int
+    side_width: int
+    inner_width: int
+
+
+class SideNetwork:
+    """A side network ready to run. Fits `Corrector`.
+
+    It keeps working memory between calls: use one object in one thread.
+
+    Attributes:
+        num_taps, tap_dim: shape of the taps that it reads.
+        basis_dim: length of its corrections.
+    """
+
+    def __init__(self, kind: str, config: dict[str, Any], tensors: Tensors) -> None:
+        if kind not in _KINDS:
+            raise InputError(
+                f"the plugin's kind is {kind!r}, expected one of {', '.join(_KINDS)}; update cotune or tune again"
+            )
+        read_shape, self._side_state, has_norm = _KINDS[kind]
+        try:
+            shape = read_shape(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the plugin's config does not fit {kind} ({error!r}); tune again") from error
+        _check_shapes(tensors, _expected_shapes(shape, has_norm))
+        self.num_taps, self.tap_dim, self.basis_dim = shape.num_taps, shape.tap_dim, shape.basis_dim
+        side, inner = shape.side_width, shape.inner_width
+        rungs = shape.num_taps - 1
+        bias = tensors["ladder.mix_bias"].copy()
+        bias[1:] += tensors["ladder.down_bias"]
+        self._mix_weight = np.ascontiguousarray(tensors["ladder.mix_weight"])  # (taps, side, tap_dim)
+        self._mix_bias = bias[:, :, None]  # (taps, side, 1)
+        up = np.concatenate([tensors["ladder.up_weight"], tensors["ladder.up_bias"][:, :, None]], axis=2)
+        eye = np.broadcast_to(np.eye(side, dtype=np.float32), (rungs, side, side))
+        down = np.concatenate([tensors["ladder.down_weight"], eye], axis=2)
+        self._rungs = [(np.ascontiguousarray(up[i]), np.ascontiguousarray(down[i])) for i in range(rungs)]
+        self._norm_weight = tensors["norm_weight"] if has_norm else np.ones(side, np.float32)
+        self._head_weight = np.ascontiguousarray(tensors["head_weight"])
+        self._head_bias = tensors["head_bias"]
+        # [inner; h; 1]: the products read overlapping windows of it.
+        self._work = np.ones(inner + side + 1, np.float32)
+        self._inner = self._work[:inner]
+        self._h = self._work[inner:-1]
+        self._inner_and_h = self._work[:-1]
+        self._h_and_one = self._work[inner:]
+        self._mixed = np.empty((shape.num_taps, side, 1), np.float32)
+
+    @classmethod
+    def from_plugin(cls, plugin: Plugin) -> SideNetwork:
+        """The plugin's side network.
+
+        Raises:
+            InputError: an unknown kind, or tensors that do not fit the config.
+        """
+        return cls(plugin.kind, plugin.config, plugin.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of its weights."""
+        arrays = [self._mix_weight, self._mix_bias, self._head_weight, self._head_bias, self._norm_weight]
+        return sum(array.nbytes for array in [*arrays, *(array for rung in self._rungs for array in rung)])
+
+    def correct(self, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> Correction:
+        """Correction for one position from int8 (taps, tap_dim) codes and float16 (taps,) scales.
+
+        Raises:
+            InputError: the taps have another shape than the plugin was tuned for.
+        """
+        if tap_codes.shape != (self.num_taps, self.tap_dim) or tap_scales.shape != (self.num_taps,):
+            raise InputError(
+                f"the taps have shapes {tap_codes.shape} and {tap_scales.shape}, "
+                f"expected ({self.num_taps}, {self.tap_dim}) and ({self.num_taps},) for this plugin"
+            )
+        codes, scale = quantise(self.correct_exactly(dequantise(tap_codes, tap_scales)))
+        return Correction(codes=codes, scale=np.float16(scale))
+
+    def correct_exactly(self, taps: NDArray[np.float32]) -> NDArray[np.float32]:
+        """c = R s + r, float32 (basis_dim,), before quantisation, from float32 (taps, tap_dim)."""
+        mixed, h = self._mixed, self._h
+        np.matmul(self._mix_weight, taps[:, :, None], out=mixed)
+        np.add(mixed, self._mix_bias, out=mixed)
+        inputs = mixed[:, :, 0]
+        h[:] = inputs[0]
+        inner, inner_and_h, h_and_one = self._inner, self._inner_and_h, self._h_and_one
+        dot, maximum, zero = np.dot, np.maximum, np.float32(0)
+        for i, (up, down) in enumerate(self._rungs, start=1):
+            maximum(h, zero, out=h)
+            dot(up, h_and_one, out=inner)
+            maximum(inner, zero, out=inner)
+            np.add(dot(down, inner_and_h), inputs[i], out=h)
+        correction = self._head_weight @ self._side_state(h, self._norm_weight)
+        return correction + self._head_bias
+
+
+def gate_of(plugin: Plugin) -> Gate | None:
+    """The plugin's gate, where it has one."""
+    if plugin.gate is None:
+        return None
+    return Gate(weight=plugin.gate.weight, bias=plugin.gate.bias, threshold=plugin.gate.threshold)
+
+
+def _rms_norm(h: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    mean_square = np.dot(h, h) / np.float32(len(h))
+    return h * (weight / np.sqrt(mean_square + _RMS_EPS))
+
+
+def _relu(h: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.maximum(h, np.float32(0))
+
+
+def _tap_ladder_shape(config: dict[str, Any]) -> _Shape:
+    names = ("num_taps", "tap_dim", "basis_dim", "side_width", "inner_width")
+    return _Shape(**{name: _dimension(config, name) for name in names})
+
+
+def _spa_ladder_shape(config: dict[str, Any]) -> _Shape:
+    hidden = _dimension(config, "hidden_size")
+    return _Shape(
+        num_taps=_dimension(config, "num_taps"),
+        tap_dim=hidden,
+        basis_dim=hidden,
+        side_width=_dimension(config, "side_width"),
+        inner_width=hidden,
+    )
+
+
+def _dimension(config: dict[str, Any], name: str) -> int:
+    value = config[name]
+    if type(value) is not int or not 1 <= value <= 2**20:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+# kind: how to read its shape, its side state from h, and whether that has a learned scale.
+_KINDS: dict[
+    str,
+    tuple[
+        Callable[[dict[str, Any]], _Shape],
+        Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]],
+        bool,
+    ],
+] = {
+    "tap_ladder": (_tap_ladder_shape, _rms_norm, True),
+    "spa_ladder": (_spa_ladder_shape, _relu, False),
+}
+
+
+def _expected_shapes(shape: _Shape, has_norm: bool) -> dict[str, tuple[int, ...]]:
+    rungs, side, inner = shape.num_taps - 1, shape.side_width, shape.inner_width
+    norm = {"norm_weight": (side,)} if has_norm else {}
+    return {
+        "ladder.mix_weight": (shape.num_taps, side, shape.tap_dim),
+        "ladder.mix_bias": (shape.num_taps, side),
+        "ladder.up_weight": (rungs, inner, side),
+        "ladder.up_bias": (rungs, inner),
+        "ladder.down_weight": (rungs, side, inner),
+        "ladder.down_bias": (rungs, side),
+        "head_weight": (shape.basis_dim, side),
+        "head_bias": (shape.basis_dim,),
+        **norm,
+    }
+
+
+def _check_shapes(tensors: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
+    if tensors.keys() != expected.keys():
+        raise InputError(f"the plugin has tensors {sorted(tensors)}, expected {sorted(expected)}; tune again")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape or tensors[name].dtype != np.float32:
+            raise InputError(
+                f"plugin tensor {name} is {tensors[name].dtype} {tensors[name].shape}, "
+                f"expected float32 {shape}; tune again"
+            )

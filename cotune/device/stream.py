@@ -1,0 +1,288 @@
+"""The device's side of one generation, as a state machine without network, threads or clock.
+
+In the `token` form the device decides: it combines the base logits that it was sent with its own delta, and
+answers each consulted position with an acknowledgement or with its own token. In the `correction` form it
+answers each consulted position with its correction in the shared output basis, and the cloud decides and
+reports the tokens. Either way the tokens are those of `cotune.generation.generate`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.errors import FrameError, WireError
+from cotune.generation.reference import Personal
+from cotune.generation.request import Decision, GenerationRequest
+from cotune.generation.sampling import PartialLogits, choose_certified
+from cotune.generation.stopping import Detokenize, Ending, find_ending
+from cotune.wire.codec import unpack_taps
+from cotune.wire.frames import (
+    Ack,
+    AnswerCode,
+    Close,
+    Correct,
+    End,
+    EndReason,
+    Frame,
+    Logits,
+    ModeCode,
+    More,
+    Object,
+    Open,
+    Opened,
+    ScheduleCode,
+    Step,
+    Tokens,
+)
+
+# The second request for logits asks for this many times the first, the third for all.
+MORE_FACTOR = 4
+
+
+class DeviceStream:
+    """One generation on the device.
+
+    Args:
+        request: what to do.
+        personal: the side network, the shared output basis and the gate.
+        tap_shape: (num_taps, tap_dim) of the cloud's taps.
+        schedule: who waits for whom.
+        answer: `token` or `correction`.
+        top_k: base logits that each step brings in the token form.
+        window: how far the cloud may run ahead.
+        detokenize: from token ids to text; needed for stop strings.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        personal: Personal,
+        *,
+        tap_shape: tuple[int, int],
+        schedule: str = "optimistic",
+        answer: str = "correction",
+        top_k: int = 32,
+        window: int = 32,
+        detokenize: Detokenize | None = None,
+    ) -> None:
+        self.request = request
+        self.schedule = schedule
+        self.answer = answer
+        self.top_k = top_k
+        self.window = window
+        self.decisions: list[Decision] = []
+        self.ending: Ending | None = None
+        self.cloud_counters: dict[str, object] | None = None
+        self.device_s = 0.0
+        self.num_corrections = 0
+        self.num_certificate_misses = 0
+        self.session = 0
+        self._personal = personal
+        self._tap_shape = tap_shape
+        self._detokenize = detokenize
+        self._ticket: bytes | None = None
+        self._is_opening = False
+        self._epoch = 0
+        self._waiting: deque[Step] = deque()
+        self._undecided: tuple[Step, NDArray[np.float32], int] | None = None
+        self._base_tokens: dict[int, int] = {}
+
+    @property
+    def is_done(self) -> bool:
+        """The text is complete and the cloud has reported what it cost."""
+        return self.ending is not None and self.cloud_counters is not None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [decision.token_id for decision in self.decisions]
+
+    @property
+    def next_position(self) -> int:
+        return len(self.request.prompt_ids) + len(self.decisions)
+
+    def open_frame(self) -> Open:
+        """The frame that starts this generation, or resumes it on a new connection."""
+        self._is_opening = True
+        gate = self._personal.gate
+        needs_gate = self.request.combination.is_gated or self.schedule == "gated"
+        if not needs_gate or gate is None:
+            weights, bias, threshold = np.empty(0, np.float32), 0.0, 0.0
+        else:
+            weights, bias, threshold = gate.weight, gate.bias, gate.threshold
+        return Open(
+            session=self.session,
+            mode=ModeCode[self.request.mode.upper()],
+            schedule=ScheduleCode[self.schedule.upper()],
+            answer=AnswerCode[self.answer.upper()],
+            prompt_ids=self.request.prompt_ids,
+            generated_ids=np.array(self.token_ids, np.int64),
+            max_new_tokens=self.request.max_new_tokens,
+            resume=self._ticket is not None,
+            ticket=self._ticket or bytes(16),
+            top_k=self.top_k,
+            window=self.window,
+            seed=self.request.sampling.seed,
+            temperature=self.request.sampling.temperature,
+            top_p=self.request.sampling.top_p,
+            gate_weights=weights,
+            gate_bias=bias,
+            gate_threshold=threshold,
+        )
+
+    def on_frame(self, frame: Frame) -> list[Frame]:
+        """Take one frame from the cloud; returns the frames to send. Stale and repeated ones change nothing.
+
+        Raises:
+            WireError: the cloud does what no cloud of this protocol does.
+        """
+        started_s = time.perf_counter()
+        try:
+            return self._react(frame)
+        finally:
+            self.device_s += time.perf_counter() - started_s
+
+    def _react(self, frame: Frame) -> list[Frame]:
+        if isinstance(frame, Opened):
+            return self._opened(frame)
+        if frame.session != self.session:
+            return []
+        if isinstance(frame, End):
+            self._finish(frame)
+            return []
+        if self.ending is not None:
+            return []
+        if isinstance(frame, Tokens):
+            return self._take_tokens(frame)
+        if isinstance(frame, Step):
+            return self._correct(frame) if self.answer == "correction" else self._take_step(frame)
+        if isinstance(frame, Logits):
+            return self._take_logits(frame)
+        return []
+
+    def _opened(self, frame: Opened) -> list[Frame]:
+        if not self._is_opening:
+            return []
+        self._is_opening = False
+        if frame.pos != self.next_position:
+            raise WireError(
+                f"the cloud opened the session at position {frame.pos}, expected {self.next_position}; "
+                "is it of the same cotune version?"
+            )
+        self.session, self._ticket, self._epoch = frame.session, frame.ticket, frame.epoch
+        self._waiting.clear()
+        self._undecided = None
+        if self.ending is not None and self.ending.reason == "stop_string":
+            return [self._close()]
+        return []
+
+    def _finish(self, frame: End) -> None:
+        if self.ending is None:
+            raise WireError(
+                f"the cloud ended the session ({frame.reason.name.lower()}) after {len(self.decisions)} tokens, "
+                "before the text was complete; try again"
+            )
+        self.cloud_counters = frame.counters
+
+    # The correction form.
+
+    def _correct(self, step: Step) -> list[Frame]:
+        ahead = (step.epoch - self._epoch) & 0xFFFF
+        if ahead >= 0x8000:
+            return []
+        self._epoch = step.epoch
+        self._base_tokens[step.pos] = step.base_token
+        if not step.consult:
+            return []
+        correction = self._personal.corrector.correct(*unpack_taps(step.taps, *self._tap_shape))
+        self.num_corrections += 1
+        return [
+            Correct(
+                epoch=step.epoch,
+                session=self.session,
+                pos=step.pos,
+                codes=correction.codes,
+                scale=correction.scale,
+            )
+        ]
+
+    def _take_tokens(self, frame: Tokens) -> list[Frame]:
+        replies: list[Frame] = []
+        rows = zip(frame.tokens.tolist(), frame.consulted.tolist(), frame.changed.tolist(), strict=True)
+        for position, (token, consulted, changed) in enumerate(rows, start=frame.pos):
+            if position != self.next_position or self.ending is not None:
+                continue
+            base_token = self._base_tokens.pop(position, token) if changed else token
+            replies += self._append(Decision(token_id=token, base_token_id=base_token, consulted=consulted))
+        return replies
+
+    # The token form.
+
+    def _take_step(self, step: Step) -> list[Frame]:
+        if step.epoch != self._epoch:
+            return []
+        if self._undecided is not None:
+            if step.pos == self.next_position + 1 + len(self._waiting):
+                self._waiting.append(step)
+            return []
+        if step.pos != self.next_position:
+            return []
+        if not step.consult:
+            base = step.base_token
+            return self._append(Decision(token_id=base, base_token_id=base, consulted=False))
+        correction = self._personal.corrector.correct(*unpack_taps(step.taps, *self._tap_shape))
+        self.num_corrections += 1
+        delta = self._personal.output_basis.delta(correction)
+        partial = PartialLogits(ids=step.ids, logits=step.logits, log_normalizer=step.log_normalizer)
+        return self._decide(step, delta, partial, self.top_k)
+
+    def _take_logits(self, frame: Logits) -> list[Frame]:
+        if self._undecided is None or frame.epoch != self._epoch or frame.pos != self._undecided[0].pos:
+            return []
+        step, delta, k = self._undecided
+        if len(frame.ids) < min(k, len(delta)):
+            return []
+        self._undecided = None
+        partial = PartialLogits(ids=frame.ids, logits=frame.logits, log_normalizer=frame.log_normalizer)
+        replies = self._decide(step, delta, partial, k)
+        while self._waiting and self._undecided is None and self.ending is None:
+            replies += self._take_step(self._waiting.popleft())
+        return replies
+
+    def _decide(self, step: Step, delta: NDArray[np.float32], base: PartialLogits, k: int) -> list[Frame]:
+        mode = self.request.combination
+        if mode.adds_base and (len(base.ids) == 0 or base.ids[-1] >= len(delta)):
+            raise FrameError(
+                f"the step at position {step.pos} brings {len(base.ids)} logits of a vocabulary of {len(delta)}, "
+                "expected at least one and none beyond it; is the cloud of the same cotune version?"
+            )
+        token = choose_certified(base, delta, self.request.sampling, step.pos, adds_base=mode.adds_base)
+        if token is None:
+            wanted = k * MORE_FACTOR if k == self.top_k and k * MORE_FACTOR < len(delta) else 0
+            self.num_certificate_misses += k == self.top_k
+            self._undecided = (step, delta, wanted or len(delta))
+            return [More(epoch=step.epoch, session=self.session, pos=step.pos, num_wanted=wanted)]
+        place = {"epoch": step.epoch, "session": self.session}
+        decision = Decision(token_id=token, base_token_id=step.base_token, consulted=True)
+        if decision.changed:
+            self._epoch = (self._epoch + 1) & 0xFFFF
+            self._waiting.clear()
+            return [Object(**place, pos=step.pos, token=token), *self._append(decision)]
+        return [Ack(**place, pos=step.pos + 1), *self._append(decision)]
+
+    # Both.
+
+    def _append(self, decision: Decision) -> list[Frame]:
+        self.decisions.append(decision)
+        self.ending = find_ending(self.token_ids, self.request, self._detokenize)
+        if self.ending is not None and self.ending.reason == "stop_string":
+            return [self._close()]
+        return []
+
+    def _close(self) -> Close:
+        return Close(
+            epoch=self._epoch, session=self.session, pos=self.next_position, reason=EndReason.STOP_STRING
+        )

@@ -1,0 +1,99 @@
+"""The exception tree of cotune.
+
+    CotuneError
+    ├── InputError (also ValueError)      an argument, a file or a config that cannot be used
+    │   ├── DataError                     a data file; names the file and the line
+    │   └── MismatchError                 a plugin meets another backbone than the one it was tuned on
+    ├── NonFiniteLossError                training met nan or inf
+    └── WireError                         the other side, or the way to it
+        ├── FrameError                    bytes that are no valid frame
+        ├── ConnectionLostError           the connection broke; the session can be resumed
+        ├── WireTimeoutError              nothing came in time
+        └── RefusedError                  the other side said no, and why
+
+Every message names what was wrong, what came, what was expected and the next step. The command line prints
+`str(error)` and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CotuneError(Exception):
+    """Root of all errors that cotune raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(CotuneError, ValueError):
+    """An argument, a file or a configuration that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(InputError):
+    """A data file that cannot be read as asked.
+
+    Args:
+        message: what is wrong and what was expected.
+        path: the file.
+        line: the line in it, counted from 1, where there is one.
+    """
+
+    def __init__(self, message: str, *, path: Path | str | None = None, line: int | None = None) -> None:
+        self.path = path
+        self.line = line
+        where = "" if path is None else f"{path}: " if line is None else f"{path}, line {line}: "
+        super().__init__(where + message)
+
+
+class MismatchError(InputError):
+    """A plugin meets a backbone, tokenizer or projection that it was not tuned on."""
+
+
+class NonFiniteLossError(CotuneError):
+    """Training met a loss that is nan or inf.
+
+    Args:
+        step: the optimisation step, counted from 0.
+        loss: what came.
+    """
+
+    def __init__(self, step: int, loss: float) -> None:
+        self.step = step
+        self.loss = loss
+        super().__init__(
+            f"the loss at step {step} is {loss}, expected a finite number; "
+            "lower the learning rate or look at the data of this step"
+        )
+
+
+class WireError(CotuneError):
+    """The other side, or the way to it, failed."""
+
+
+class FrameError(WireError):
+    """Bytes that are no valid frame of this protocol version."""
+
+
+class ConnectionLostError(WireError):
+    """The connection broke. A session can be resumed over a new one."""
+
+
+class WireTimeoutError(WireError):
+    """Nothing came within the time allowed."""
+
+
+class RefusedError(WireError):
+    """The other side refused, with its reason.
+
+    Args:
+        code: one of `cotune.wire.frames.ErrorCode`, as an int.
+        reason: one sentence from the other side.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+        super().__init__(reason)

@@ -1,0 +1,104 @@
+"""Write `report.html`: one file that needs nothing else, safe to open, the same for the same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from cotune.errors import InputError
+from cotune.evaluation.markup import Html, bullets, escape, fold, join, paragraph
+from cotune.evaluation.report_cards import key_cards
+from cotune.evaluation.report_schema import check_report_metrics
+from cotune.evaluation.report_sections import SECTIONS
+
+REPORT_NAME = "report.html"
+
+
+def write_report(folder: Path | str, metrics: Mapping[str, Any]) -> Path:
+    """Write `folder/report.html`; the old one stays whole until the new one is.
+
+    Args:
+        folder: made if it is not there.
+        metrics: see `cotune.evaluation.report_schema`.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        InputError: metrics that do not fit the schema, a folder that cannot be written to, or matplotlib is
+            not installed; nothing is written then.
+
+    Example:
+        >>> write_report("runs/demo", {"title": "It works", "summary": ["Both sides spoke."]})  # doctest: +SKIP
+        PosixPath('runs/demo/report.html')
+    """
+    page = render_report(metrics)
+    target = Path(folder) / REPORT_NAME
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(target, page)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written ({error.strerror}), expected a folder with room and leave to write"
+        ) from error
+    return target
+
+
+def render_report(metrics: Mapping[str, Any]) -> str:
+    """The report as one string of HTML, a function of `metrics` alone.
+
+    Raises:
+        InputError: as `write_report`.
+    """
+    report, generation = check_report_metrics(metrics)
+    as_json = _to_json(metrics)
+    notes = report.get("notes") or {}
+    links: list[Html] = []
+    sections: list[Html] = []
+    for name, (short, heading, build) in SECTIONS.items():
+        content = build(report, generation)
+        if content is None:
+            continue
+        links.append(Html(f'<li><a href="#{name}">{short}</a></li>'))
+        remarks = bullets(notes.get(name, []), css_class="remarks")
+        sections.append(
+            Html(
+                f'<section id="{name}" aria-labelledby="{name}-heading"><h2 id="{name}-heading">'
+                f'<span class="index">{len(sections) + 1}</span>{heading}</h2>{content}{remarks}</section>'
+            )
+        )
+    template = Template(files("cotune.evaluation").joinpath(REPORT_NAME).read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(report["title"]),
+        lead=paragraph(report["summary"][0], "lead"),
+        navigation=join(links),
+        cards=key_cards(report, generation),
+        sections=join(sections, "\n"),
+        data=fold("All numbers of this report as JSON", Html(f'<pre class="code">{escape(as_json)}</pre>')),
+    )
+
+
+def _to_json(metrics: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(metrics), indent=1, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metrics cannot be written as JSON, expected plain values: {error}") from error
+
+
+def _write_atomically(target: Path, page: str) -> None:
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with draft.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise

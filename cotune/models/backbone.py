@@ -1,0 +1,447 @@
+"""The frozen backbone: one forward pass gives the next token's logits and the taps that side networks read.
+
+Hooks watch the residual stream, so that any decoder of Hugging Face transformers works unchanged: y_0 is the
+input of its first layer, y_i the output of layer i, f the input of its output embedding. Nothing here ever has a
+gradient. A backbone serves one thread at a time: the hooks write to one place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from cotune.errors import InputError
+from cotune.generation.output_basis import OutputBasis
+from cotune.generation.protocols import StepFeatures
+from cotune.models.projections import FILE_NAME, RMS_EPS, Projections
+from cotune.models.weights import digest_folder, digest_model, find_model_folder, load_model, read_tokenizer
+from cotune.wire.codec import quantise
+from cotune.wire.features import SequenceFeatures
+
+# Which positions of (batch, seq, hidden) states are wanted, as (positions, hidden).
+Rows = Callable[[Tensor], Tensor]
+
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """What a backbone is.
+
+    Attributes:
+        name: the word or path that it was loaded by, for people.
+        architecture: its class in transformers.
+        hidden_size, num_layers: width of the residual stream, and how many decoder layers write to it.
+        vocab_size: rows of the output embedding.
+        max_context: the most tokens that one sequence may have.
+        eos_token_ids: tokens that end a text.
+        bos_token_id: the token that starts a text, where the model has one.
+        pad_token_id: fills short rows of a batch.
+        backbone_digest, tokenizer_digest: SHA-256, hex.
+        num_parameters: numbers in the model, tied ones once.
+    """
+
+    name: str
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int
+    backbone_digest: str
+    tokenizer_digest: str
+    num_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardStates:
+    """Everything about each position of a batch.
+
+    Attributes:
+        logits: float32 (batch, seq, vocab).
+        hidden: f, float32 (batch, seq, hidden).
+        taps: float32 (batch, seq, taps, tap_dim), not quantised.
+        states: y at the tapped layers, float32 (batch, seq, taps, hidden).
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    taps: Tensor
+    states: Tensor
+
+
+class Backbone:
+    """A frozen causal language model with taps. Fits `DecodingBackbone` and `FeatureSource`.
+
+    Attributes:
+        model: the model, in evaluation mode, without gradients.
+        spec: what it is.
+        projections: the shared frozen matrices.
+        tokenizer_json: the bytes of its `tokenizer.json`.
+
+    Example:
+        >>> backbone = Backbone.from_pretrained("starter")  # doctest: +SKIP
+        >>> features = backbone.cursor().extend(np.array([1, 17, 4]))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer_json: bytes, projections: Projections | None, *, name: str, digest: str
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer_json = tokenizer_json
+        layers = _decoder_layers(model)
+        self._head = _output_embedding(model)
+        self.spec = _describe(model, self._head, tokenizer_json, name=name, digest=digest)
+        if projections is None:
+            projections = Projections.random(
+                tap_layers=range(self.spec.num_layers + 1), hidden_size=self.spec.hidden_size
+            )
+        _check_fit(projections, self.spec)
+        self.projections = projections
+        self._recorder = _Recorder(layers, self._head, projections.tap_layers)
+        # (taps, hidden, tap_dim): states times this. Identity projections are not multiplied with.
+        self._down = (
+            None
+            if projections.kind == "identity"
+            else torch.from_numpy(np.ascontiguousarray(projections.taps)).to(model.device).transpose(1, 2)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, *, dtype: str = "float32", device: str = "cpu", projections: Path | None = None
+    ) -> Backbone:
+        """Load a model folder, a hub name, or `starter`, the built-in model.
+
+        Args:
+            model: folders hold `config.json`, safetensors weights and `tokenizer.json`.
+            dtype: `float32`, `bfloat16` or `float16`, of the weights in memory.
+            device: a PyTorch device.
+            projections: a file of `Projections.save`. Without it `projections.safetensors` in the model's folder
+                is used, and without that random ones of seed 0.
+
+        Raises:
+            InputError: the model or the projections cannot be used; says why and what to do.
+        """
+        folder = find_model_folder(model)
+        if projections is None and (folder / FILE_NAME).is_file():
+            projections = folder / FILE_NAME
+        loaded = load_model(folder, dtype=dtype, device=device)
+        return cls(
+            loaded,
+            read_tokenizer(folder),
+            None if projections is None else Projections.load(projections),
+            name=model,
+            digest=digest_folder(folder),
+        )
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, tokenizer_json: bytes, *, projections: Projections | None = None
+    ) -> Backbone:
+        """Wrap a model in memory. It is frozen and put into evaluation mode."""
+        return cls(model, tokenizer_json, projections, name=type(model).__name__, digest=digest_model(model))
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        return self.projections.tap_layers
+
+    @cached_property
+    def output_basis(self) -> OutputBasis:
+        """The shared output basis, Q = W_lm B."""
+        weight: NDArray[np.float32] = self._head.weight.detach().float().cpu().numpy()
+        return self.projections.output_basis(weight)
+
+    def cursor(self) -> BackboneCursor:
+        """An empty sequence."""
+        return BackboneCursor(self)
+
+    def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
+        """Teacher-force one sequence; features to predict its positions first_target .. seq-1.
+
+        Args:
+            input_ids: int64 (seq,).
+            first_target: index of the first target token, 1 <= first_target < seq.
+            top_k: how many base logits to keep for each position; vocab_size or more keeps all.
+
+        Raises:
+            InputError: an index or token is out of range, or the sequence is too long.
+        """
+        return self.features_batch([(input_ids, first_target)], top_k)[0]
+
+    def features_batch(self, sequences: Sequence[tuple[NDArray[np.int64], int]], top_k: int) -> list[SequenceFeatures]:
+        """As `features`, for several (input_ids, first_target) in one forward pass."""
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}, expected at least 1")
+        for input_ids, first_target in sequences:
+            if not 1 <= first_target < len(input_ids):
+                raise InputError(
+                    f"first_target is {first_target}, expected 1 to {len(input_ids) - 1} "
+                    f"for a sequence of {len(input_ids)} tokens"
+                )
+            self.check_tokens(input_ids, 0)
+        if not sequences:
+            return []
+        # The last token is predicted, never read. Rows are padded on the right, where causal attention ignores them.
+        width = max(len(input_ids) for input_ids, _ in sequences) - 1
+        batch = np.full((len(sequences), width), self.spec.pad_token_id, np.int64)
+        is_target = np.zeros(batch.shape, np.bool_)
+        for row, (input_ids, first_target) in enumerate(sequences):
+            batch[row, : len(input_ids) - 1] = input_ids[:-1]
+            is_target[row, first_target - 1 : len(input_ids) - 1] = True
+        targets = np.concatenate([input_ids[first:] for input_ids, first in sequences]).astype(np.int64)
+        mask = torch.from_numpy(is_target).to(self.model.device)
+        with torch.inference_mode():
+            logits, hidden, states = self._run(torch.from_numpy(batch), lambda x: x[mask])
+            together = _to_sequence_features(logits, hidden, self._project(states), targets, top_k)
+        ends = np.cumsum([len(input_ids) - first for input_ids, first in sequences])
+        return [_slice(together, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def forward_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ForwardStates:
+        """Logits, final hidden states, taps and raw states of every position, from one pass without gradients.
+
+        Args:
+            input_ids: int64 (batch, seq).
+            attention_mask: int64 (batch, seq), 0 where a row is padded; on the right.
+        """
+        batch, seq = input_ids.shape
+        with torch.no_grad():
+            logits, hidden, states = self._run(input_ids, lambda x: x.flatten(0, 1), attention_mask=attention_mask)
+            return ForwardStates(
+                logits=logits.float().view(batch, seq, -1),
+                hidden=hidden.float().view(batch, seq, -1),
+                taps=self._project(states).reshape(batch, seq, -1, self.projections.tap_dim),
+                states=torch.stack(states, dim=1).float().view(batch, seq, len(states), -1),
+            )
+
+    def read_states(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Raw states float32 (seq, taps, hidden) and final hidden states float32 (seq, hidden) of one sequence."""
+        self.check_tokens(input_ids, 0)
+        with torch.inference_mode():
+            _, hidden, states = self._run(torch.tensor(input_ids)[None], lambda x: x[0])
+            return torch.stack(states, dim=1).float().cpu().numpy(), hidden.float().cpu().numpy()
+
+    def check_tokens(self, token_ids: NDArray[np.int64], length: int) -> None:
+        """Refuse tokens that cannot follow `length` others.
+
+        Raises:
+            InputError: none, unknown ones, or more than the context holds.
+        """
+        if token_ids.ndim != 1 or len(token_ids) == 0:
+            raise InputError(f"token ids have shape {token_ids.shape}, expected (seq,) with at least one token")
+        if length + len(token_ids) > self.spec.max_context:
+            raise InputError(
+                f"the sequence would have {length + len(token_ids)} tokens, the model's context holds "
+                f"{self.spec.max_context}; shorten the prompt or max_new_tokens"
+            )
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        if lowest < 0 or highest >= self.spec.vocab_size:
+            raise InputError(
+                f"token id {lowest if lowest < 0 else highest} is outside the vocabulary, "
+                f"0 to {self.spec.vocab_size - 1}; use the model's own tokenizer"
+            )
+
+    def _run(self, input_ids: Tensor, rows: Rows, **options: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Logits (positions, vocab), f (positions, hidden) and y of each tap (positions, hidden) at some positions."""
+        recorder = self._recorder
+        recorder.start(rows)
+        try:
+            logits = self.model(input_ids=input_ids.to(self.model.device), **options).logits
+        finally:
+            hidden, states = recorder.stop()
+        return logits, hidden, states
+
+    def _project(self, states: list[Tensor]) -> Tensor:
+        """Taps, float32 (positions, taps, tap_dim)."""
+        stacked = torch.stack(states).float()  # (taps, positions, hidden)
+        if self._down is None:
+            return stacked.transpose(0, 1)
+        # rmsnorm without affine divides a state by one number, so that it may come after the projection.
+        taps = torch.bmm(stacked, self._down)
+        if self.projections.normalise:
+            taps *= stacked.square().mean(dim=-1, keepdim=True).add_(RMS_EPS).rsqrt_()
+        return taps.transpose(0, 1)
+
+
+class BackboneCursor:
+    """One sequence in the backbone's KV cache."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._length = 0
+        # Without a config every layer keeps all keys and values, also in models with sliding windows, where the
+        # masks then do the windowing. Only so is truncation exact: a sliding cache has forgotten what it would need.
+        self._cache = DynamicCache()
+
+    @property
+    def length(self) -> int:
+        """How many tokens the cache holds."""
+        return self._length
+
+    def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
+        """Append int64 (seq,) tokens in one forward pass; features to predict the token after the last.
+
+        Raises:
+            InputError: no tokens, unknown ones, or more than the model's context holds.
+        """
+        backbone = self._backbone
+        backbone.check_tokens(token_ids, self._length)
+        with torch.inference_mode():
+            logits, hidden, states = backbone._run(
+                torch.tensor(token_ids)[None], _last_row, past_key_values=self._cache, use_cache=True
+            )
+            taps = backbone._project(states)
+            self._length += len(token_ids)
+            return StepFeatures(
+                logits=logits[0].float().cpu().numpy(),
+                hidden=hidden[0].float().cpu().numpy(),
+                taps=taps[0].cpu().numpy(),
+            )
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from index `length` on, as if they had never been read.
+
+        Raises:
+            InputError: `length` is negative or more than the cache holds.
+        """
+        if not 0 <= length <= self._length:
+            raise InputError(f"cannot truncate to {length} tokens, the cache holds {self._length}")
+        if length < self._length:
+            with torch.inference_mode():
+                self._cache.crop(length - self._length)
+            self._length = length
+
+
+def _last_row(states: Tensor) -> Tensor:
+    return states[:, -1]
+
+
+class _Recorder:
+    """Hooks that keep the wanted rows of the residual stream while the model runs."""
+
+    def __init__(self, layers: nn.ModuleList, head: nn.Module, tap_layers: tuple[int, ...]) -> None:
+        self._rows: Rows | None = None
+        self._states: list[Tensor] = []
+        self._hidden: Tensor | None = None
+        for layer in tap_layers:
+            if layer == 0:
+                layers[0].register_forward_pre_hook(self._on_input)
+            else:
+                layers[layer - 1].register_forward_hook(self._on_output)
+        head.register_forward_pre_hook(self._on_head)
+
+    def start(self, rows: Rows) -> None:
+        self._rows = rows
+        self._states = []
+
+    def stop(self) -> tuple[Tensor, list[Tensor]]:
+        hidden, states = self._hidden, self._states
+        self._rows, self._hidden, self._states = None, None, []
+        return hidden, states  # type: ignore[return-value]
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._rows is not None:
+            self._states.append(self._rows(args[0]))
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._rows is not None:
+            self._states.append(self._rows(output[0] if isinstance(output, tuple) else output))
+
+    def _on_head(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+        if self._rows is None:
+            return None
+        self._hidden = self._rows(args[0])
+        # The head then computes logits for the wanted rows alone.
+        return (self._hidden,)
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    expected = model.config.num_hidden_layers
+    for child in model.base_model.children():
+        if isinstance(child, nn.ModuleList) and len(child) == expected:
+            return child
+    raise InputError(
+        f"{type(model).__name__} is not supported: no list of {expected} decoder layers in it; "
+        "take a decoder-only model such as Llama, Qwen, Mistral, Gemma or GPT-2"
+    )
+
+
+def _output_embedding(model: PreTrainedModel) -> nn.Linear:
+    head = model.get_output_embeddings()
+    caches = DynamicCache(config=model.config)
+    if not isinstance(head, nn.Linear) or any(caches.is_linear):
+        raise InputError(
+            f"{type(model).__name__} is not supported: it needs a linear output embedding and attention in every "
+            "layer; take a decoder-only model such as Llama, Qwen, Mistral, Gemma or GPT-2"
+        )
+    return head
+
+
+def _describe(
+    model: PreTrainedModel, head: nn.Linear, tokenizer_json: bytes, *, name: str, digest: str
+) -> BackboneSpec:
+    config = model.config
+    # generation_config.json knows all end tokens of a chat model, config.json often only one.
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos = config.eos_token_id if eos is None else eos
+    eos_token_ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+    pad = config.pad_token_id
+    return BackboneSpec(
+        name=name,
+        architecture=type(model).__name__,
+        hidden_size=head.in_features,
+        num_layers=config.num_hidden_layers,
+        vocab_size=head.out_features,
+        max_context=config.max_position_embeddings,
+        eos_token_ids=eos_token_ids,
+        bos_token_id=config.bos_token_id,
+        pad_token_id=pad if pad is not None and 0 <= pad < head.out_features else 0,
+        backbone_digest=digest,
+        tokenizer_digest=hashlib.sha256(tokenizer_json).hexdigest(),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _check_fit(projections: Projections, spec: BackboneSpec) -> None:
+    if projections.hidden_size != spec.hidden_size or projections.tap_layers[-1] > spec.num_layers:
+        raise InputError(
+            f"the projections are for hidden size {projections.hidden_size} and layers up to "
+            f"{projections.tap_layers[-1]}, the model has hidden size {spec.hidden_size} and {spec.num_layers} "
+            "layers; fit projections for this model"
+        )
+
+
+def _to_sequence_features(
+    logits: Tensor, hidden: Tensor, taps: Tensor, targets: NDArray[np.int64], top_k: int
+) -> SequenceFeatures:
+    """All targets of a batch, one after the other."""
+    logits = logits.float()
+    target_ids = torch.from_numpy(targets).to(logits.device)
+    k = min(top_k, logits.shape[-1])
+    top_ids = logits.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    tap_codes, tap_scales = quantise(taps.cpu().numpy())
+    return SequenceFeatures(
+        target_ids=targets,
+        tap_codes=tap_codes,
+        tap_scales=tap_scales,
+        log_normalizer=logits.logsumexp(dim=-1).cpu().numpy(),
+        target_logits=logits.gather(-1, target_ids[:, None])[:, 0].cpu().numpy(),
+        top_ids=top_ids.cpu().numpy(),
+        top_logits=logits.gather(-1, top_ids).cpu().numpy(),
+        hidden=hidden.float().clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half().cpu().numpy(),
+    )
+
+
+def _slice(features: SequenceFeatures, start: int, end: int) -> SequenceFeatures:
+    return SequenceFeatures(**{name: array[start:end] for name, array in vars(features).items()})

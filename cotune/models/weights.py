@@ -1,0 +1,209 @@
+"""From a name to a frozen model in memory: folders and hub names, safetensors only, with plain errors."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cotune.errors import InputError
+
+STARTER = "starter"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_INDEX_FILE = "model.safetensors.index.json"
+_WEIGHT_FILE = "model.safetensors"
+_TOKENIZER_FILE = "tokenizer.json"
+_CHUNK_BYTES = 2**24
+
+
+def find_model_folder(model: str) -> Path:
+    """The local folder of a model: `starter`, a folder, or a name on the Hugging Face hub (downloaded if needed).
+
+    Raises:
+        InputError: there is no such model, or its folder lacks a file.
+    """
+    if model == STARTER:
+        folder = Path(__file__).parent / STARTER
+    elif Path(model).is_dir():
+        folder = Path(model)
+    else:
+        folder = _download(model)
+    _check_folder(folder, model)
+    return folder
+
+
+def _download(model: str) -> Path:
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or not model
+    if looks_like_path:
+        raise InputError(f"{model!r} is no folder; give a Hugging Face model folder, a hub name or {STARTER}")
+    patterns = ["*.json", "model*.safetensors"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"the model {model} is neither a folder nor can it be had from the Hugging Face hub ({reason}); "
+            "check the name and the network"
+        ) from error
+
+
+def _check_folder(folder: Path, model: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{model} has no config.json, expected a Hugging Face causal-LM folder")
+    if not (folder / _WEIGHT_FILE).is_file() and not (folder / _INDEX_FILE).is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
+        raise InputError(
+            f"{model} has {found}, expected {_WEIGHT_FILE}; cotune never loads pickles: "
+            "convert with transformers' save_pretrained, which writes safetensors"
+        )
+    if not (folder / _TOKENIZER_FILE).is_file():
+        raise InputError(
+            f"{model} has no {_TOKENIZER_FILE}; write it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+
+
+def read_tokenizer(folder: Path) -> bytes:
+    """The bytes of `tokenizer.json`."""
+    return (folder / _TOKENIZER_FILE).read_bytes()
+
+
+def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
+    """Load a causal LM from safetensors, without remote code and without chatter.
+
+    Raises:
+        InputError: an unknown dtype, an unsupported architecture, or weights that do not fit the config.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise InputError(
+            f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing or of another "
+            f"shape, such as {missing[0]}; copy the model again"
+        )
+    return _to_device(model, device)
+
+
+def _to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device is {device!r}, which cannot be used here: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the screen, then give back the user's settings."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256, hex, over name, dtype, shape and bytes of every stored tensor, by name.
+
+    Over the tensors as they are stored, so that neither the dtype at load time nor the cut into files matters.
+
+    Raises:
+        InputError: a weight file is missing or is no safetensors file.
+    """
+    index = folder / _INDEX_FILE
+    names = [_WEIGHT_FILE]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is no index of weight files ({error}); copy the model again") from error
+    places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for name in names:
+        path = folder / name
+        try:
+            start, header = _read_header(path)
+        except (OSError, ValueError, struct.error) as error:
+            raise InputError(f"{path} is no safetensors file ({error}); copy the model again") from error
+        places |= {tensor: (path, start, entry) for tensor, entry in header.items() if tensor != "__metadata__"}
+    state = hashlib.sha256()
+    for tensor in sorted(places):
+        path, start, entry = places[tensor]
+        first, last = entry["data_offsets"]
+        _begin_tensor(state, tensor, entry["dtype"], entry["shape"])
+        with path.open("rb") as file:
+            file.seek(start + first)
+            left = last - first
+            while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                state.update(chunk)
+                left -= len(chunk)
+    return state.hexdigest()
+
+
+def digest_model(model: PreTrainedModel) -> str:
+    """As `digest_folder`, for a model in memory: what it would be after `save_pretrained`, where that keeps names."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors: Mapping[str, Tensor] = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        _begin_tensor(state, name, _SAFETENSORS_DTYPES[tensor.dtype], list(tensor.shape))
+        state.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+_SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes start, and the header."""
+    with path.open("rb") as file:
+        (num_bytes,) = struct.unpack("<Q", file.read(8))
+        if num_bytes > 100_000_000:
+            raise ValueError(f"its header claims {num_bytes} bytes")
+        header = json.loads(file.read(num_bytes))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    return 8 + num_bytes, header
+
+
+def _begin_tensor(state: Any, name: str, dtype: str, shape: list[int]) -> None:
+    state.update(json.dumps([name, dtype, shape]).encode())

@@ -1,0 +1,275 @@
+"""Features on disk: the cloud computes each sequence once, whatever the number of epochs, runs and interruptions.
+
+The backbone is frozen, so its features of a text never change (SPA's side network reads them and nothing else; PAE
+MobiLLM, arXiv 2507.01216, caches activations for the same reason). One file holds one sequence, appears complete or
+not at all, and carries a checksum; a run that was interrupted fetches only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from cotune.data.batches import EncodedExample
+from cotune.errors import InputError
+from cotune.tuning.feature_set import FeatureSet
+from cotune.wire.features import FeatureSource, SequenceFeatures
+
+FORMAT = "cotune features 1"
+SUFFIX = ".features"
+UNFINISHED = ".part"
+CHECKSUM_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectProgress:
+    """How far `collect_features` is: sequences at hand, of them fetched in this run, and all that are wanted."""
+
+    num_done: int
+    num_fetched: int
+    num_sequences: int
+
+
+class FeatureCache:
+    """A folder of features, bounded in bytes; the least recently used sequences of other runs make room.
+
+    A file is a SHA-256 of the rest, then a safetensors file. Its name is the SHA-256 of all that the features depend
+    on, so caches can be shared by any models and data sets, and a file that is cut or damaged is fetched again.
+
+    Args:
+        folder: made if it is not there.
+        backbone_digest: of the model whose features these are.
+        projections_digest: of its frozen down-projections.
+        max_bytes: the most that all files in the folder may take together.
+
+    Raises:
+        InputError: `max_bytes` is not positive, or the folder cannot be made.
+    """
+
+    def __init__(
+        self, folder: Path, *, backbone_digest: str, projections_digest: str, max_bytes: int = 4 << 30
+    ) -> None:
+        if max_bytes <= 0:
+            raise InputError(f"max_bytes is {max_bytes}, expected a positive number of bytes for the feature cache")
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._origin = f"{FORMAT}\n{backbone_digest}\n{projections_digest}\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"the feature cache {folder} cannot be made: {error.strerror}") from error
+        self._drop_unfinished()
+        self._size_bytes = sum(size for _, size, _ in self._files())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files, of this run and of others."""
+        return self._size_bytes
+
+    def key(self, example: EncodedExample, top_k: int) -> str:
+        """Name of the features of one example: SHA-256, hex, of all that they depend on."""
+        state = hashlib.sha256(self._origin.encode())
+        state.update(f"{top_k} {example.first_target} {len(example.input_ids)}\n".encode())
+        state.update(np.ascontiguousarray(example.input_ids, "<i8").data)
+        return state.hexdigest()
+
+    def stored_bytes(self, key: str) -> int:
+        """Size of a file in bytes, 0 if it is not there."""
+        try:
+            return self._path(key).stat().st_size
+        except OSError:
+            return 0
+
+    def get(self, key: str) -> SequenceFeatures | None:
+        """The features of that name, or None if they are not there or damaged; a damaged file is removed."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        features = _decode(data)
+        if features is None:
+            path.unlink(missing_ok=True)
+            self._size_bytes -= len(data)
+            return None
+        os.utime(path)
+        return features
+
+    def put(self, key: str, features: SequenceFeatures, *, needed: Collection[str] = ()) -> None:
+        """Store features under a name; complete or not at all.
+
+        Args:
+            key: from `key`.
+            features: of one sequence.
+            needed: names that must not be evicted to make room.
+
+        Raises:
+            InputError: they do not fit beside what is needed, or the disk does not take them.
+        """
+        data = _encode(features)
+        previous = self.stored_bytes(key)
+        self._make_room(len(data) - previous, needed)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=UNFINISHED, delete=False) as file:
+                file.write(data)
+            Path(file.name).replace(self._path(key))
+        except OSError as error:
+            raise InputError(f"the feature cache {self.folder} cannot be written: {error.strerror}") from error
+        self._size_bytes += len(data) - previous
+
+    def check_bound(self, num_bytes: int) -> None:
+        """Refuse a run whose features cannot fit, before the cloud computes them.
+
+        Raises:
+            InputError: `num_bytes` is more than the bound.
+        """
+        if num_bytes > self.max_bytes:
+            raise InputError(
+                f"the feature cache {self.folder} may take {self.max_bytes:,} bytes and this run needs about "
+                f"{num_bytes:,}; raise max_bytes, lower top_k or train on fewer texts"
+            )
+
+    def _make_room(self, num_bytes: int, needed: Collection[str]) -> None:
+        if self._size_bytes + num_bytes <= self.max_bytes:
+            return
+        # Other processes may share the folder: look again before anything is thrown away.
+        files = sorted(self._files())
+        self._size_bytes = sum(size for _, size, _ in files)
+        kept = sum(size for _, size, path in files if path.stem in needed)
+        self.check_bound(kept + num_bytes)
+        for _, size, path in files:
+            if self._size_bytes + num_bytes <= self.max_bytes:
+                return
+            if path.stem not in needed:
+                path.unlink(missing_ok=True)
+                self._size_bytes -= size
+
+    def _path(self, key: str) -> Path:
+        return self.folder / (key + SUFFIX)
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """Time of last use in nanoseconds, size in bytes and path of each file."""
+        found = []
+        for path in self.folder.glob("*" + SUFFIX):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process evicted it
+                continue
+            found.append((status.st_mtime_ns, status.st_size, path))
+        return found
+
+    def _drop_unfinished(self) -> None:
+        # Of runs that were killed while writing; a younger file may belong to a run that is still alive.
+        for path in self.folder.glob("*" + UNFINISHED):
+            try:
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
+
+
+def collect_features(
+    cache: FeatureCache,
+    source: FeatureSource,
+    examples: Sequence[EncodedExample],
+    top_k: int,
+    progress: Callable[[CollectProgress], None] | None = None,
+) -> FeatureSet:
+    """Features of all examples, from the cache where they are there, else from the source and into the cache.
+
+    Each sequence is stored as soon as it arrives, so an interrupted run goes on where it was.
+
+    Args:
+        cache: where features are kept.
+        source: a backbone, or a cloud over the network.
+        examples: token ids and where the targets begin.
+        top_k: how many base logits to keep for each position.
+        progress: called after each sequence.
+
+    Returns:
+        The target positions of all examples, in order.
+
+    Raises:
+        InputError: there are no examples, or their features do not fit into the bounded cache.
+    """
+    if not examples:
+        raise InputError("there are no examples to collect features for, expected at least one")
+    keys = [cache.key(example, top_k) for example in examples]
+    needed = frozenset(keys)
+    lengths = [len(example.input_ids) - example.first_target for example in examples]
+    whole: FeatureSet | None = None
+    num_fetched = 0
+    for index, (key, example) in enumerate(zip(keys, examples, strict=True)):
+        features = cache.get(key)
+        if features is None:
+            features = source.features(np.asarray(example.input_ids, np.int64), example.first_target, top_k)
+            if num_fetched == 0:
+                cache.check_bound(_needed_bytes(cache, keys, lengths, features))
+            cache.put(key, features, needed=needed)
+            num_fetched += 1
+        if whole is None:
+            whole = FeatureSet.for_lengths(lengths, features)
+        whole.put(index, features)
+        if progress is not None:
+            progress(CollectProgress(num_done=index + 1, num_fetched=num_fetched, num_sequences=len(examples)))
+    assert whole is not None
+    return whole
+
+
+def _needed_bytes(cache: FeatureCache, keys: Sequence[str], lengths: Sequence[int], sample: SequenceFeatures) -> int:
+    """Bytes that a run's features take in the cache: what is there, and the rest judged by one sample."""
+    bytes_per_position = sum(array.nbytes for array in _arrays(sample).values()) / max(1, len(sample))
+    return int(
+        sum(
+            cache.stored_bytes(key) or bytes_per_position * length
+            for key, length in dict(zip(keys, lengths, strict=True)).items()
+        )
+    )
+
+
+def _arrays(features: SequenceFeatures) -> dict[str, NDArray[np.generic]]:
+    return {
+        "target_ids": features.target_ids.astype(np.int32),
+        "tap_codes": features.tap_codes,
+        "tap_scales": features.tap_scales,
+        "log_normalizer": features.log_normalizer,
+        "target_logits": features.target_logits,
+        "top_ids": features.top_ids.astype(np.int32),
+        "top_logits": features.top_logits,
+        "hidden": features.hidden,
+    }
+
+
+def _encode(features: SequenceFeatures) -> bytes:
+    body = save({name: np.ascontiguousarray(array) for name, array in _arrays(features).items()})
+    return hashlib.sha256(body).digest() + body
+
+
+def _decode(data: bytes) -> SequenceFeatures | None:
+    body = data[CHECKSUM_BYTES:]
+    if hashlib.sha256(body).digest() != data[:CHECKSUM_BYTES]:
+        return None
+    try:
+        arrays = load(body)
+        return SequenceFeatures(
+            target_ids=arrays["target_ids"].astype(np.int64),
+            tap_codes=arrays["tap_codes"],
+            tap_scales=arrays["tap_scales"],
+            log_normalizer=arrays["log_normalizer"],
+            target_logits=arrays["target_logits"],
+            top_ids=arrays["top_ids"].astype(np.int64),
+            top_logits=arrays["top_logits"],
+            hidden=arrays["hidden"],
+        )
+    except (SafetensorError, KeyError):
+        return None

@@ -1,0 +1,227 @@
+"""Stage 1 of SPA: train the side network on cached features, the device consulted at every position.
+
+Only int8 taps and a few base logits are read; there is no backbone in the process and no gradient ever reaches the
+cloud (SPA, arXiv 2403.07088, equation 2, with sigma = 1; Ladder Side-Tuning, arXiv 2206.06522, for training beside
+a frozen network). Taps are those of the wire codec and the correction passes it too, so int8 transport loses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from cotune.errors import InputError
+from cotune.generation.output_basis import OutputBasis
+from cotune.models.side_network import SideNetwork, fake_quantise
+from cotune.models.tap_ladder import TapLadder, TapLadderConfig
+from cotune.tuning.corrected_loss import BaseTable, KnownBase, corrected_nats
+from cotune.tuning.feature_set import FeatureSet
+from cotune.tuning.gradient import GradientState
+from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
+from cotune.tuning.positions import PositionBatches
+from cotune.tuning.seeded import seeded
+from cotune.tuning.tuner import Metrics, Params
+
+FAMILIES = ("parallel", "serial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideConfig:
+    """How to train a side network."""
+
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Epochs, time and learning rate."""
+    family: str = "parallel"
+    """`parallel`: logits z + delta, for the modes integration and spa; `serial`: delta alone, for ladder and
+    separation."""
+    side_width: int = 32
+    """Width of the side state."""
+    inner_width: int = 128
+    """Width inside a rung of the ladder."""
+    dropout: float = 0.0
+    """Probability inside a rung, in training only."""
+    num_batch_positions: int = 256
+    """Target positions in one step."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay of all parameters."""
+    max_grad_norm: float = 1.0
+    """Total norm that a step's gradient is clipped to."""
+    seed: int = 0
+    """Of the initial parameters, the order of positions and dropout."""
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise InputError(f"family is {self.family!r}, expected one of {', '.join(FAMILIES)}")
+        if self.num_batch_positions < 1:
+            raise InputError(f"num_batch_positions is {self.num_batch_positions}, expected at least 1")
+        if not self.weight_decay >= 0:
+            raise InputError(f"weight_decay is {self.weight_decay}, expected 0 or more")
+        if not self.max_grad_norm > 0:
+            raise InputError(f"max_grad_norm is {self.max_grad_norm}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class SideBatch:
+    """Some positions.
+
+    Attributes:
+        taps: float32 (positions, taps, tap_dim), dequantised.
+        base: what is known of their base logits.
+    """
+
+    taps: Tensor
+    base: KnownBase
+
+
+class SideData:
+    """A feature set, ready to be cut into batches.
+
+    Args:
+        features: of all positions.
+        vocab_size: of the backbone.
+        family: decides which loss the batches are for.
+    """
+
+    def __init__(self, features: FeatureSet, vocab_size: int, family: str) -> None:
+        self._codes = torch.from_numpy(features.tap_codes)
+        self._scales = torch.from_numpy(features.tap_scales)
+        parallel = family == "parallel"
+        self._table = BaseTable.parallel(features, vocab_size) if parallel else BaseTable.serial(features)
+
+    def take(self, positions: Tensor) -> SideBatch:
+        """The batch of these positions, int64 (positions,)."""
+        scales = self._scales[positions].float()
+        return SideBatch(self._codes[positions].float() * scales[..., None], self._table.rows(positions))
+
+    def batches(self, num_batch_positions: int, *, seed: int | None) -> PositionBatches[SideBatch]:
+        """All positions; shuffled by `seed`, or in order if it is None."""
+        return PositionBatches(len(self._codes), num_batch_positions, seed=seed, take=self.take)
+
+
+class SideTuner:
+    """Gradient descent on -log p(target) with sigma = 1.
+
+    Args:
+        network: gives the shape; its own parameters are not touched.
+        basis: Q, float32 (vocab, basis_dim).
+        config: weight decay, clipping and the seed of dropout.
+    """
+
+    def __init__(self, network: SideNetwork, basis: Tensor, config: SideConfig) -> None:
+        self._network, self._basis, self._config = network, basis, config
+
+    def init(self, params: Params) -> GradientState:
+        return GradientState.start(params, weight_decay=self._config.weight_decay)
+
+    def step(self, state: GradientState, batch: SideBatch) -> tuple[GradientState, Metrics]:
+        self._network.train()
+        with seeded(self._config.seed, state.num_steps):
+            loss = self._nats(state.params, batch).mean()
+        return state, state.descend(loss, max_grad_norm=self._config.max_grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, state: GradientState, batch: SideBatch) -> tuple[float, int]:
+        self._network.eval()
+        nats = self._nats(state.params, batch)
+        return float(nats.double().sum()), len(nats)
+
+    def _nats(self, params: dict[str, Tensor], batch: SideBatch) -> Tensor:
+        correction = functional_call(self._network, params, (batch.taps,))
+        return corrected_nats(fake_quantise(correction), self._basis, batch.base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideResult:
+    """A trained side network."""
+
+    network: SideNetwork
+    """In evaluation mode."""
+    config: SideConfig
+    """As it was trained."""
+    curve: list[EpochRecord]
+    """Losses by epoch; epoch 0 is the base model (parallel) or a uniform guess (serial)."""
+    best_epoch: int
+    """The epoch whose parameters `network` has."""
+
+
+def tune_side(
+    features: FeatureSet,
+    output_basis: OutputBasis,
+    config: SideConfig,
+    *,
+    heldout: FeatureSet | None = None,
+    network: SideNetwork | None = None,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    progress: Callable[[LoopProgress], None] | None = None,
+) -> SideResult:
+    """Train a side network on features alone.
+
+    Args:
+        features: of the training texts.
+        output_basis: the shared basis in which corrections are spoken.
+        config: how to train; the shape in it is that of a fresh `TapLadder`.
+        heldout: features to judge each epoch by; the best epoch wins.
+        network: a network to start from instead of a fresh ladder; it is trained in place.
+        run_dir: for metrics and checkpoints.
+        resume: go on from the checkpoint in `run_dir`, if there is one.
+        progress: called after each step.
+
+    Raises:
+        InputError: nothing to train on, or shapes that do not fit each other.
+        NonFiniteLossError: a loss is nan or inf.
+    """
+    if network is None:
+        network = fresh_ladder(features, output_basis, config)
+    tuner = SideTuner(network, torch.from_numpy(output_basis.matrix()), config)
+    state = tuner.init(dict(network.named_parameters()))
+    size = config.num_batch_positions
+    judges = None
+    if heldout is not None:
+        judges = SideData(heldout, output_basis.vocab_size, config.family).batches(size, seed=None)
+    result = run_loop(
+        tuner,
+        state,
+        SideData(features, output_basis.vocab_size, config.family).batches(size, seed=config.seed),
+        config.loop,
+        heldout=judges,
+        run_dir=run_dir,
+        fingerprint=_fingerprint(features, heldout, output_basis, network, config) if run_dir else "",
+        resume=resume,
+        progress=progress,
+    )
+    network.load_state_dict(result.state.params)
+    return SideResult(network=network.eval(), config=config, curve=result.curve, best_epoch=result.best_epoch)
+
+
+def fresh_ladder(features: FeatureSet, output_basis: OutputBasis, config: SideConfig) -> TapLadder:
+    """An untrained ladder for these features; it changes no logit."""
+    _, num_taps, tap_dim = features.tap_codes.shape
+    shape = TapLadderConfig(
+        num_taps=num_taps,
+        tap_dim=tap_dim,
+        basis_dim=output_basis.dim,
+        side_width=config.side_width,
+        inner_width=config.inner_width,
+        dropout=config.dropout,
+    )
+    return TapLadder(shape, torch.Generator().manual_seed(config.seed))
+
+
+def _fingerprint(
+    features: FeatureSet,
+    heldout: FeatureSet | None,
+    output_basis: OutputBasis,
+    network: SideNetwork,
+    config: SideConfig,
+) -> str:
+    state = hashlib.sha256(repr((config, network.kind, network.config_dict())).encode())
+    for digest in (features.digest(), "" if heldout is None else heldout.digest(), output_basis.digest):
+        state.update(digest.encode())
+    return state.hexdigest()

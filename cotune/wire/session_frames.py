@@ -1,0 +1,375 @@
+"""The frames of a generation: open a session, steps one way, answers the other, the end."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.errors import FrameError
+from cotune.wire.codes import AnswerCode, EndReason, ModeCode, ScheduleCode
+from cotune.wire.frame import Frame, Header
+from cotune.wire.payload import (
+    FLOAT64,
+    PayloadReader,
+    check_finite,
+    member,
+    pack_json,
+    pack_logit_ids,
+    pack_logits,
+    pack_struct,
+    pack_u32,
+    vector,
+)
+
+MAX_VOCAB_SIZE = 262_144
+MAX_BASIS_DIM = 4_096
+TICKET_BYTES = 16
+
+_OPEN = struct.Struct("<BBBBHHIQdddd16sIII")
+_SCALE = struct.Struct("<e")
+_COUNT = struct.Struct("<H")
+_TOKEN = np.dtype([("token", "<u4"), ("flags", "u1")])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Open(Frame):
+    """Device: start a generation, or resume one. Flag bit 0: resume.
+
+    Payload: 80 bytes as `<BBBBHHIQdddd16sIII`, then prompt ids u32, generated ids u32, gate weights f32.
+
+    Attributes:
+        top_k: base logits in each step, 0 for none.
+        window: how many tokens the cloud may run ahead of the last acknowledged one, at least 1.
+        seed: 0 .. 2^64-1, of the counter-based noise.
+        temperature: 0 to 100, 0 is greedy.
+        top_p: in (0, 1].
+        gate_threshold: sigma = 1 where w.f + gate_bias > gate_threshold.
+        ticket: 16 bytes that resume this session; zeros for a new one.
+        prompt_ids: int64 (num_prompt,), at least one.
+        generated_ids: int64 (num_generated,), what the device holds, to resume without state on the cloud.
+        gate_weights: float32 (hidden,) or (0,) for no gate.
+    """
+
+    mode: ModeCode
+    schedule: ScheduleCode
+    answer: AnswerCode
+    prompt_ids: NDArray[np.int64]
+    max_new_tokens: int
+    resume: bool = False
+    top_k: int = 32
+    window: int = 8
+    seed: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    gate_threshold: float = 0.0
+    gate_bias: float = 0.0
+    ticket: bytes = bytes(TICKET_BYTES)
+    generated_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    gate_weights: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def flag_bits(self) -> int:
+        return int(self.resume)
+
+    def _check(self) -> None:
+        for name in ("temperature", "top_p", "gate_threshold", "gate_bias"):
+            check_finite(getattr(self, name), name, "open")
+        if not 0 <= self.temperature <= 100:
+            raise FrameError(f"open frame: temperature is {self.temperature}, expected 0 to 100")
+        if not 0 < self.top_p <= 1:
+            raise FrameError(f"open frame: top_p is {self.top_p}, expected more than 0, at most 1")
+        if self.window < 1:
+            raise FrameError(f"open frame: window is {self.window}, expected at least 1")
+        if self.max_new_tokens < 1:
+            raise FrameError(f"open frame: max_new_tokens is {self.max_new_tokens}, expected at least 1")
+        if len(self.prompt_ids) < 1:
+            raise FrameError("open frame: prompt_ids is empty, expected at least one token")
+        if not np.isfinite(self.gate_weights).all():
+            raise FrameError("open frame: a gate weight is nan or infinite")
+
+    def payload(self) -> bytes:
+        gate = vector(self.gate_weights, np.float32, "gate_weights", "open")
+        prompt, generated = pack_u32(self.prompt_ids, "open"), pack_u32(self.generated_ids, "open")
+        self._check()
+        codes = [member(ModeCode, self.mode, "open"), member(ScheduleCode, self.schedule, "open")]
+        codes.append(member(AnswerCode, self.answer, "open"))
+        limits = (self.top_k, self.window, self.max_new_tokens, self.seed)
+        reals = (self.temperature, self.top_p, self.gate_threshold, self.gate_bias)
+        counts = (len(self.prompt_ids), len(self.generated_ids), len(gate))
+        fields = (*codes, 0, *limits, *reals, _ticket(self.ticket, "open"), *counts)
+        return pack_struct(_OPEN, fields, "open") + prompt + generated + gate.astype("<f4").tobytes()
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        mode, schedule, answer, reserved, *rest = payload.unpack(_OPEN)
+        if reserved:
+            raise FrameError(f"open frame: the reserved byte is {reserved}, expected 0")
+        top_k, window, max_new_tokens, seed, temperature, top_p, threshold, bias, ticket, *counts = rest
+        num_prompt, num_generated, gate_dim = counts
+        frame = cls(
+            **header.place(),
+            resume=bool(header.flags),
+            mode=member(ModeCode, mode, "open"),
+            schedule=member(ScheduleCode, schedule, "open"),
+            answer=member(AnswerCode, answer, "open"),
+            top_k=top_k,
+            window=window,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            temperature=temperature,
+            top_p=top_p,
+            gate_threshold=threshold,
+            gate_bias=bias,
+            ticket=ticket,
+            prompt_ids=payload.u32(num_prompt),
+            generated_ids=payload.u32(num_generated),
+            gate_weights=payload.array("<f4", gate_dim).astype(np.float32),
+        )
+        frame._check()
+        return frame
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opened(Frame):
+    """Cloud: the session runs; `pos` is where the stream goes on. Payload: the ticket that resumes it."""
+
+    ticket: bytes
+
+    def payload(self) -> bytes:
+        return _ticket(self.ticket, "opened")
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        return cls(**header.place(), ticket=payload.take(TICKET_BYTES))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step(Frame):
+    """Cloud: features to predict the token at `pos`. Value: the base token.
+
+    Flags: bit 0 consult, bit 1 provisional end, bit 2 a log normalizer is there. Payload: count of logits
+    u16, their ids of 3 bytes, ascending, float32 logits, if flagged a float64 log normalizer, the taps.
+
+    Attributes:
+        base_token: what the backbone alone would say.
+        consult: sigma, as the cloud's gate sees it.
+        provisional_end: the base token ends the text, if the device agrees.
+        ids, logits: int64 and float32 (top_k,), the largest base logits.
+        log_normalizer: log sum exp of all base logits, where asked for.
+        taps: the taps of this position as the codec of the session encodes them.
+    """
+
+    base_token: int
+    consult: bool = True
+    provisional_end: bool = False
+    ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    logits: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    log_normalizer: float | None = None
+    taps: bytes = b""
+
+    def flag_bits(self) -> int:
+        return self.consult | self.provisional_end << 1 | (self.log_normalizer is not None) << 2
+
+    def header_value(self) -> int:
+        return self.base_token
+
+    def payload(self) -> bytes:
+        count = pack_struct(_COUNT, (len(self.ids),), "step")
+        parts = [count, pack_logit_ids(self.ids, "step"), pack_logits(self.logits, len(self.ids), "step")]
+        if self.log_normalizer is not None:
+            parts.append(_pack_log_normalizer(self.log_normalizer, "step"))
+        return b"".join((*parts, self.taps))
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        (count,) = payload.unpack(_COUNT)
+        return cls(
+            **header.place(),
+            base_token=header.value,
+            consult=bool(header.flags & 1),
+            provisional_end=bool(header.flags & 2),
+            ids=payload.ascending_u24(count),
+            logits=payload.logits(count),
+            log_normalizer=payload.finite() if header.flags & 4 else None,
+            taps=payload.rest(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ack(Frame):
+    """Device: every base token before `pos` is confirmed. Cumulative."""
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        return cls(**header.place())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Object(Frame):
+    """Device: at `pos` another token belongs, everything before is confirmed. Value: that token."""
+
+    token: int
+
+    def header_value(self) -> int:
+        return self.token
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        return cls(**header.place(), token=header.value)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class More(Frame):
+    """Device: the sent logits of `pos` do not decide the token. Value: how many are wanted, 0 for all."""
+
+    num_wanted: int = 0
+
+    def header_value(self) -> int:
+        return self.num_wanted
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        return cls(**header.place(), num_wanted=header.value)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Logits(Frame):
+    """Cloud: the answer to `More`. Value: how many logits.
+
+    Payload: ids of 3 bytes, ascending, float32 logits, float64 log sum exp of all base logits.
+    """
+
+    ids: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    log_normalizer: float
+
+    def header_value(self) -> int:
+        return len(self.ids)
+
+    def payload(self) -> bytes:
+        if len(self.ids) > MAX_VOCAB_SIZE:
+            raise FrameError(f"logits frame: {len(self.ids)} logits, expected at most {MAX_VOCAB_SIZE}")
+        ids, logits = pack_logit_ids(self.ids, "logits"), pack_logits(self.logits, len(self.ids), "logits")
+        return ids + logits + _pack_log_normalizer(self.log_normalizer, "logits")
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        if header.value > MAX_VOCAB_SIZE:
+            raise FrameError(f"logits frame: {header.value} logits, expected at most {MAX_VOCAB_SIZE}")
+        ids, logits = payload.ascending_u24(header.value), payload.logits(header.value)
+        return cls(**header.place(), ids=ids, logits=logits, log_normalizer=payload.finite())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Correct(Frame):
+    """Device: its correction for `pos` in the shared output basis.
+
+    Payload: float16 scale, int8 codes (basis_dim,).
+    """
+
+    codes: NDArray[np.int8]
+    scale: np.float16
+
+    def payload(self) -> bytes:
+        codes = vector(self.codes, np.int8, "codes", "correct")
+        _check_correction(codes, float(self.scale))
+        return pack_struct(_SCALE, (float(self.scale),), "correct") + codes.tobytes()
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        (scale,) = payload.unpack(_SCALE)
+        codes = payload.array("i1", payload.num_left).astype(np.int8)
+        _check_correction(codes, scale)
+        return cls(**header.place(), codes=codes, scale=np.float16(scale))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tokens(Frame):
+    """Decided tokens from `pos` on. Value: how many. Payload: for each, token u32 and flags u8.
+
+    Attributes:
+        tokens: int64 (n,).
+        consulted: bool (n,), flag bit 0: the side network was consulted.
+        changed: bool (n,), flag bit 1: its answer differs from the base token.
+    """
+
+    tokens: NDArray[np.int64]
+    consulted: NDArray[np.bool_]
+    changed: NDArray[np.bool_]
+
+    def header_value(self) -> int:
+        return len(self.tokens)
+
+    def payload(self) -> bytes:
+        rows = np.zeros(len(self.tokens), dtype=_TOKEN)
+        rows["token"] = np.frombuffer(pack_u32(self.tokens, "tokens"), dtype="<u4")
+        consulted = vector(self.consulted, np.bool_, "consulted", "tokens")
+        changed = vector(self.changed, np.bool_, "changed", "tokens")
+        if not len(rows) == len(consulted) == len(changed):
+            raise FrameError(f"tokens frame: {len(rows)} tokens, {len(consulted)} consulted, {len(changed)} changed")
+        rows["flags"] = consulted | changed.astype(np.uint8) << 1
+        return rows.tobytes()
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        rows = np.frombuffer(payload.take(header.value * _TOKEN.itemsize), dtype=_TOKEN)
+        flags = rows["flags"]
+        if (flags > 3).any():
+            raise FrameError("tokens frame: a token has unknown flags")
+        consulted, changed = (flags & 1).astype(np.bool_), (flags >> 1).astype(np.bool_)
+        return cls(**header.place(), tokens=rows["token"].astype(np.int64), consulted=consulted, changed=changed)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Close(Frame):
+    """Device: stop this session; `pos` tokens are kept. Value: the reason."""
+
+    reason: EndReason = EndReason.CANCELLED
+
+    def header_value(self) -> int:
+        return member(EndReason, self.reason, "close")
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        return cls(**header.place(), reason=member(EndReason, header.value, "close"))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class End(Frame):
+    """Cloud: the session is over, `pos` tokens are kept. Value: the reason. Payload: counters as JSON."""
+
+    reason: EndReason
+    counters: dict[str, object] = field(default_factory=dict)
+
+    def header_value(self) -> int:
+        return member(EndReason, self.reason, "end")
+
+    def payload(self) -> bytes:
+        return pack_json(self.counters, "end")
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        reason = member(EndReason, header.value, "end")
+        return cls(**header.place(), reason=reason, counters=payload.json_object())
+
+
+def _ticket(ticket: bytes, what: str) -> bytes:
+    if len(ticket) != TICKET_BYTES:
+        raise FrameError(f"{what} frame: a ticket of {len(ticket)} bytes, expected {TICKET_BYTES}")
+    return bytes(ticket)
+
+
+def _pack_log_normalizer(value: float, what: str) -> bytes:
+    return FLOAT64.pack(check_finite(value, "log_normalizer", what))
+
+
+def _check_correction(codes: NDArray[np.int8], scale: float) -> None:
+    if not 1 <= len(codes) <= MAX_BASIS_DIM:
+        raise FrameError(f"correct frame: {len(codes)} codes, expected 1 to {MAX_BASIS_DIM}")
+    if codes.min() == -128:  # would break the bound under which the cloud's integer sums are exact
+        raise FrameError("correct frame: a code is -128, expected -127 to 127")
+    if check_finite(scale, "scale", "correct") < 0:
+        raise FrameError(f"correct frame: scale is {scale}, expected at least 0")

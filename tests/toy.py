@@ -1,0 +1,121 @@
+"""A toy backbone and side network in NumPy: exact, fast, and as unpredictable as a hash of the history."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.cloud.hosted import HostedModel
+from cotune.generation.gate import Gate
+from cotune.generation.output_basis import OutputBasis
+from cotune.generation.protocols import Correction, StepFeatures
+from cotune.generation.reference import Personal
+from cotune.wire.codec import dequantise, quantise
+from cotune.wire.description import CloudDescription
+from cotune.wire.features import SequenceFeatures
+
+VOCAB, HIDDEN, TAPS, TAP_DIM, BASIS = 97, 12, 3, 4, 6
+STOP = 2
+
+
+def _features(tokens: tuple[int, ...]) -> StepFeatures:
+    seed = hashlib.sha256(repr(tokens).encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(seed, np.uint32))
+    return StepFeatures(
+        logits=(3 * rng.standard_normal(VOCAB)).astype(np.float32),
+        hidden=rng.standard_normal(HIDDEN).astype(np.float32),
+        taps=rng.standard_normal((TAPS, TAP_DIM)).astype(np.float32),
+    )
+
+
+class ToyCursor:
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+
+    @property
+    def length(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
+        assert len(token_ids) > 0
+        self._tokens += token_ids.tolist()
+        return _features(tuple(self._tokens))
+
+    def truncate(self, length: int) -> None:
+        assert 0 <= length <= len(self._tokens)
+        del self._tokens[length:]
+
+
+class ToyBackbone:
+    def cursor(self) -> ToyCursor:
+        return ToyCursor()
+
+    def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
+        steps = [_features(tuple(input_ids[:t].tolist())) for t in range(first_target, len(input_ids))]
+        logits = np.stack([step.logits for step in steps])
+        codes, scales = quantise(np.stack([step.taps for step in steps]))
+        targets = input_ids[first_target:]
+        top = np.sort(np.argsort(-logits, axis=1)[:, :top_k], axis=1)
+        return SequenceFeatures(
+            target_ids=targets,
+            tap_codes=codes,
+            tap_scales=scales,
+            log_normalizer=np.log(np.exp(logits).sum(axis=1)).astype(np.float32),
+            target_logits=np.take_along_axis(logits, targets[:, None], axis=1)[:, 0],
+            top_ids=top,
+            top_logits=np.take_along_axis(logits, top, axis=1),
+            hidden=np.stack([step.hidden for step in steps]).astype(np.float16),
+        )
+
+
+@dataclass
+class ToyCorrector:
+    """A random linear map from taps to a correction."""
+
+    strength: float = 1.0
+    seed: int = 0
+
+    def correct(self, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> Correction:
+        weight = np.random.default_rng(self.seed).standard_normal((BASIS, TAPS * TAP_DIM)).astype(np.float32)
+        taps = dequantise(tap_codes, tap_scales).ravel()
+        codes, scale = quantise(np.float32(self.strength) * (weight @ taps))
+        return Correction(codes=codes, scale=np.float16(scale))
+
+
+def toy_basis(seed: int = 1) -> OutputBasis:
+    rng = np.random.default_rng(seed)
+    return OutputBasis.from_matrix(rng.standard_normal((VOCAB, BASIS)).astype(np.float32))
+
+
+def toy_gate(threshold: float = 0.0) -> Gate:
+    weight = np.random.default_rng(2).standard_normal(HIDDEN).astype(np.float32)
+    return Gate(weight=weight, bias=0.1, threshold=threshold)
+
+
+def toy_personal(strength: float = 1.0, seed: int = 0) -> Personal:
+    return Personal(corrector=ToyCorrector(strength, seed), output_basis=toy_basis(), gate=toy_gate())
+
+
+def toy_model(max_context: int = 512) -> HostedModel:
+    basis = toy_basis()
+    return HostedModel(
+        backbone=ToyBackbone(),
+        description=CloudDescription(
+            model="toy",
+            backbone_digest="b" * 64,
+            tokenizer_digest="t" * 64,
+            projections_digest=basis.digest,
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            num_taps=TAPS,
+            tap_dim=TAP_DIM,
+            basis_dim=BASIS,
+            max_context=max_context,
+            stop_token_ids=(STOP,),
+        ),
+        output_basis=basis,
+        tokenizer_json=b"{}",
+    )

@@ -1,0 +1,179 @@
+"""Both state machines of one generation in virtual time, over a network that delays, repeats and cuts."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from toy import STOP, TAP_DIM, TAPS, ToyBackbone, toy_basis
+
+from cotune.cloud.stream import CloudStream, StepPlan, StreamConfig
+from cotune.device.stream import DeviceStream
+from cotune.generation.gate import Gate
+from cotune.generation.protocols import StepFeatures
+from cotune.generation.reference import Personal
+from cotune.generation.request import GenerationRequest
+from cotune.generation.sampling import Sampling
+from cotune.wire.frames import Frame, Open, Opened, decode, encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weather:
+    """How bad the network is. Times in seconds."""
+
+    step_s: float = 0.02
+    delay_s: float = 0.025
+    jitter_s: float = 0.0
+    duplicate: float = 0.0
+    cut: float = 0.0
+    forgets: float = 0.0
+
+
+class VirtualRun:
+    """Runs one generation to its end; see `run`."""
+
+    def __init__(
+        self,
+        personal: Personal,
+        request: GenerationRequest,
+        *,
+        schedule: str,
+        answer: str,
+        top_k: int = 8,
+        window: int = 32,
+        weather: Weather,
+        seed: int = 0,
+        detokenize: object = None,
+    ) -> None:
+        self.device = DeviceStream(
+            request,
+            personal,
+            tap_shape=(TAPS, TAP_DIM),
+            schedule=schedule,
+            answer=answer,
+            top_k=top_k,
+            window=window,
+            detokenize=detokenize,  # type: ignore[arg-type]
+        )
+        self.weather = weather
+        self.rng = random.Random(seed)
+        self.now_s = 0.0
+        self.cloud: CloudStream | None = None
+        self.cursor = ToyBackbone().cursor()
+        self.is_stepping = False
+        self.num_cuts = 0
+        self._events: list[tuple[float, int, str, object]] = []
+        self._order = itertools.count()
+        self._arrival = {"to_cloud": 0.0, "to_device": 0.0}
+        self._line = 0
+        self._cloud_line = 0
+
+    def run(self, max_events: int = 200_000) -> VirtualRun:
+        self._send("to_cloud", self.device.open_frame())
+        for _ in range(max_events):
+            if self.device.is_done:
+                return self
+            assert self._events, "nothing is under way and the text is not complete"
+            self.now_s, _, kind, what = heapq.heappop(self._events)
+            getattr(self, "_" + kind)(what)
+        raise AssertionError("no end after many events")
+
+    def _at(self, time_s: float, kind: str, what: object) -> None:
+        heapq.heappush(self._events, (time_s, next(self._order), kind, what))
+
+    def _send(self, way: str, *frames: Frame) -> None:
+        for frame in frames:
+            # A transport delivers an Open once: a second one would rightly open a second session.
+            is_repeated = self.rng.random() < self.weather.duplicate and not isinstance(frame, Open)
+            copies = 2 if is_repeated else 1
+            for _ in range(copies):
+                delay_s = self.weather.delay_s + self.rng.random() * self.weather.jitter_s
+                self._arrival[way] = max(self._arrival[way], self.now_s + delay_s)
+                # A cloud that was cut off talks to nobody until its device is back.
+                line = self._line if way == "to_cloud" else self._cloud_line
+                self._at(self._arrival[way], way, (line, encode(frame)))
+        if frames and self.rng.random() < self.weather.cut:
+            self._cut()
+
+    def _cut(self) -> None:
+        self._line += 1
+        self.num_cuts += 1
+        self._at(self.now_s + 0.1, "reconnect", self._line)
+
+    def _reconnect(self, line: object) -> None:
+        if line == self._line and not self.device.is_done:
+            if self.rng.random() < self.weather.forgets:
+                self.cloud = None
+            self._send("to_cloud", self.device.open_frame())
+
+    def _to_cloud(self, letter: tuple[int, bytes]) -> None:
+        line, data = letter
+        if line != self._line:
+            return
+        frame = decode(data)
+        if isinstance(frame, Open):
+            self._open(frame)
+        elif self.cloud is not None:
+            self._send("to_device", *self.cloud.on_frame(frame, self.now_s))
+        self._go_on()
+
+    def _open(self, frame: Open) -> None:
+        generated = frame.generated_ids.tolist()
+        self._cloud_line = self._line
+        if frame.resume and self.cloud is not None:
+            replies = self.cloud.resume(generated, self.now_s)
+        else:
+            self.cloud = CloudStream(7, frame.prompt_ids, generated, _stream_config(frame), toy_basis())
+            self.cursor = ToyBackbone().cursor()
+            replies = self.cloud.end_if_finished(self.now_s)
+        opened = Opened(session=7, epoch=self.cloud.epoch, pos=self.cloud.num_confirmed, ticket=bytes(16))
+        self._send("to_device", opened, *replies)
+
+    def _go_on(self) -> None:
+        if self.cloud is None or self.is_stepping:
+            return
+        if self.cloud.wants_step():
+            plan = self.cloud.plan()
+            if self.cursor.length > plan.truncate_to:
+                self.cursor.truncate(plan.truncate_to)
+            features = self.cursor.extend(plan.token_ids)
+            self.is_stepping = True
+            self._at(self.now_s + self.weather.step_s, "stepped", (self.cloud, plan, features))
+        else:
+            self.cloud.note_stall(self.now_s)
+
+    def _stepped(self, outcome: tuple[CloudStream, StepPlan, StepFeatures]) -> None:
+        cloud, plan, features = outcome
+        self.is_stepping = False
+        if cloud is self.cloud:
+            self._send("to_device", *cloud.on_step(plan, features, self.weather.step_s, self.now_s))
+        self._go_on()
+
+    def _to_device(self, letter: tuple[int, bytes]) -> None:
+        line, data = letter
+        if line == self._line:
+            self._send("to_cloud", *self.device.on_frame(decode(data)))
+
+
+def _stream_config(frame: Open) -> StreamConfig:
+    gate = None
+    if len(frame.gate_weights):
+        gate = Gate(weight=frame.gate_weights, bias=frame.gate_bias, threshold=frame.gate_threshold)
+    return StreamConfig(
+        mode=frame.mode.name.lower(),
+        schedule=frame.schedule.name.lower(),
+        answer=frame.answer.name.lower(),
+        top_k=frame.top_k,
+        window=frame.window,
+        max_new_tokens=frame.max_new_tokens,
+        sampling=Sampling(temperature=frame.temperature, top_p=frame.top_p, seed=frame.seed),
+        stop_token_ids=(STOP,),
+        gate=gate,
+    )
+
+
+def toy_prompt(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, 97, 5)
