@@ -2,9 +2,9 @@
 
     {"time": "2025-11-21T02:55:00.123+00:00", "way": "generate", "kind": "ack", "bytes": 16, "digest": "0f3a..."}
 
-`way` is the way of working (generate, tune, ...), `kind` what it was, `bytes` its size, `digest` the first 16 hex digits
-of its SHA-256. Content is never stored, but a short message can be guessed back from its digest: keep a ledger as
-private as the device's texts.
+`way` is the way of working (generate, tune, ...), `kind` what it was, `bytes` its size, `digest` the first 16 hex
+digits of its SHA-256. Content is never stored, but a short message can be guessed back from its digest: keep a
+ledger as private as the device's texts.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class EgressLedger:
         if path is not None:
             try:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
-                self._file = Path(path).open("a", encoding="utf-8")
+                self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115  closed by close()
             except OSError as error:
                 raise InputError(
                     f"the ledger {path} cannot be written: {error.strerror}; choose another file"

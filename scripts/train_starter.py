@@ -199,8 +199,9 @@ def train_model(
 
 README = """# starter
 
-The model that comes with cotune: a small Llama ({num_params:,} parameters) that writes short messages, does small tasks and
-answers simple questions in a little world of its own. It is there to try cotune without a download, not to be clever.
+The model that comes with cotune: a small Llama ({num_params:,} parameters) that writes short messages, does small
+tasks and answers simple questions in a little world of its own. It is there to try cotune without a download, not to
+be clever.
 
 | fact | value |
 |---|---|
@@ -242,7 +243,7 @@ def save_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=12, help="rows in a step")
     parser.add_argument("--seq", type=int, default=160, help="tokens in a row")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,6 +256,7 @@ class _Visit:
         self.service = service
         self.connection = connection
         self.sessions: dict[int, Session] = {}
+        self._last_open: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
@@ -299,6 +300,10 @@ class _Visit:
         await self._send(Welcome(info=self.service.model.description.to_info()))
 
     async def _open(self, frame: Open) -> None:
+        # The epoch of an Open numbers the opens of a connection: the same number again is the same frame again.
+        if frame.epoch == self._last_open:
+            return
+        self._last_open = frame.epoch
         session, frames = self.service.open_session(frame)
         stream = session.stream
         self.sessions[stream.session] = session
@@ -319,7 +324,9 @@ class _Visit:
     async def _features(self, frame: FeaturesRequest) -> None:
         self.service.check_features_request(frame)
         features = await self.service.engine.features(frame.input_ids, frame.pos, frame.top_k)
-        for chunk in pack_features(features, frame):
+        if not frame.want_hidden:
+            features = replace(features, hidden=features.hidden[:, :0])
+        for chunk in pack_features(features, first_target=frame.pos, session=frame.session):
             await self._send(chunk)
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:

@@ -183,9 +183,7 @@ class CloudStream:
         if len(self.tokens) - self.num_confirmed >= self._window():
             return False
         last = self._pending[len(self.tokens) - 1]
-        if last.base_token in self.config.stop_token_ids or last.waits:
-            return False
-        return True
+        return not (last.waits or last.base_token in self.config.stop_token_ids)
 
     def plan(self) -> StepPlan:
         """The next thing for the backbone to do."""

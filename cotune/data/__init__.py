@@ -1,0 +1,27 @@
+"""Data: readers, prompt templates, token batches, and the generator of assistant texts. No torch."""
+
+from cotune.data.assistant.personas import DEMO_PERSONA, Persona
+from cotune.data.assistant_text import Exchange, generate_exchanges
+from cotune.data.batches import EncodedExample, TokenBatch, encode_example, token_batches
+from cotune.data.persona_text import generate_persona_exchanges, persona_split
+from cotune.data.records import read_examples
+from cotune.data.templates import TEMPLATES, Example, Template, format_answer, format_request
+
+__all__ = [
+    "DEMO_PERSONA",
+    "TEMPLATES",
+    "EncodedExample",
+    "Example",
+    "Exchange",
+    "Persona",
+    "Template",
+    "TokenBatch",
+    "encode_example",
+    "format_answer",
+    "format_request",
+    "generate_exchanges",
+    "generate_persona_exchanges",
+    "persona_split",
+    "read_examples",
+    "token_batches",
+]

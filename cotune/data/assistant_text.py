@@ -13,7 +13,7 @@ from cotune.data.assistant.messages import write_message
 from cotune.data.assistant.questions import QUESTIONS
 from cotune.data.assistant.talk import TALK
 from cotune.data.assistant.tasks import TASKS
-from cotune.data.assistant.voice import FRIENDLY, Voice
+from cotune.data.assistant.voice import VOICES, Voice
 
 # How often each family of requests comes.
 FAMILIES = {"message": 0.32, "task": 0.32, "question": 0.19, "talk": 0.17}
@@ -33,7 +33,7 @@ def draw_exchange(rng: Random, voice: Voice | None = None) -> Exchange:
     if family == "message":
         return Exchange(*write_message(rng, voice))
     kinds = {"task": TASKS, "question": QUESTIONS, "talk": TALK}[family]
-    return Exchange(*kinds[rng.choice(tuple(kinds))](rng, voice or FRIENDLY))
+    return Exchange(*kinds[rng.choice(tuple(kinds))](rng, voice or VOICES["friendly"]))
 
 
 def generate_exchanges(num: int, seed: int) -> list[Exchange]:

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -20,7 +20,7 @@ from cotune.device.stream import DeviceStream
 from cotune.errors import ConnectionLostError, FrameError, InputError, RefusedError
 from cotune.generation.request import Decision
 from cotune.wire.description import CloudDescription
-from cotune.wire.feature_frames import unpack_features
+from cotune.wire.feature_frames import FeatureShape, unpack_features
 from cotune.wire.features import SequenceFeatures
 from cotune.wire.frames import (
     PROTOCOL_VERSION,
@@ -82,6 +82,7 @@ class CloudClient:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.num_reconnects = 0
+        self._num_opened = 0
         self._connector = connector
         self._connection: Connection | None = None
         self._description: CloudDescription | None = None
@@ -137,7 +138,14 @@ class CloudClient:
             if chunk.num_targets == 0:
                 raise FrameError("a features frame without targets came, expected at least one")
             chunks.append(chunk)
-        return unpack_features(chunks, request, self.description)
+        description = self.description
+        shape = FeatureShape(
+            num_taps=description.num_taps,
+            tap_dim=description.tap_dim,
+            top_k=min(top_k, description.vocab_size),
+            hidden_dim=description.hidden_size,
+        )
+        return unpack_features(chunks, shape, first_target=first_target, num_targets=num_targets)
 
     async def generate(self, stream: DeviceStream, on_decision: Callable[[Decision], None] | None = None) -> None:
         """Run `stream` to its end, over new connections where one breaks.
@@ -165,7 +173,8 @@ class CloudClient:
                 await asyncio.sleep(self._backoff_s(failures))
 
     async def _run(self, stream: DeviceStream, on_decision: Callable[[Decision], None] | None) -> None:
-        await self._send(stream.open_frame())
+        self._num_opened += 1
+        await self._send(replace(stream.open_frame(), epoch=self._num_opened & 0xFFFF))
         deadline_s = time.monotonic() + self.config.timeout_s
         while not stream.is_done:
             frame = await self._receive(max(0.001, deadline_s - time.monotonic()))

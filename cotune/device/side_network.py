@@ -122,8 +122,9 @@ class SideNetwork:
             dot(up, h_and_one, out=inner)
             maximum(inner, zero, out=inner)
             np.add(dot(down, inner_and_h), inputs[i], out=h)
-        correction = self._head_weight @ self._side_state(h, self._norm_weight)
-        return correction + self._head_bias
+        s = self._side_state(h, self._norm_weight)
+        correction: NDArray[np.float32] = self._head_weight @ s + self._head_bias
+        return correction
 
 
 def gate_of(plugin: Plugin) -> Gate | None:

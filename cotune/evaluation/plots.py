@@ -1,68 +1,22 @@
-"""The report's plots as inline SVG: deterministic, small, coloured by the page (light or dark) through CSS.
-
-matplotlib draws with stand-in colours, which become `var(--...)`; text stays text in the page's own font. Nothing
-in the SVG refers outside it. Each plot has a role and a label that tells its numbers to a screen reader.
-"""
+"""The report's plots: what is drawn, and what a screen reader says about it."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cotune.errors import InputError
-from cotune.evaluation.markup import Html, escape, number, plain, size
+from cotune.evaluation.markup import Html, number, plain, size
 from cotune.evaluation.report_schema import EgressRow, GatePoint, QualityRow, SpeedRow, TrainingCurve
+from cotune.evaluation.svg import INK, MUTED, render_svg, series_colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NUM_SERIES = 7  # --s0 to --s6 in report.html, after Okabe and Ito's colour-blind-safe palette
-_INK, _MUTED, _LINE, _CARD = "#010203", "#010204", "#010205", "#010206"
-_SERIES = tuple(f"#0102{0x10 + index:02x}" for index in range(NUM_SERIES))
-_CSS_COLOURS = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line", _CARD: "--card"} | {
-    colour: f"--s{index}" for index, colour in enumerate(_SERIES)
-}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_WIDTH_INCHES = 5.4
-_STYLE: dict[Any, Any] = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": _LINE,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": _MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.facecolor": "none",
-    "figure.constrained_layout.use": True,
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 9.0,
-    "legend.frameon": False,
-    "legend.labelcolor": _INK,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.0,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cotune",
-    "text.color": _INK,
-    "text.parse_math": False,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-}
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _NAMED_SERIES = {"base": 6, "lora": 1, "plugin": 0}
+_LONGEST_LABEL = 28
+_LOG_SPREAD = 50.0  # beyond this ratio the shorter bars could not be told apart on a linear axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,30 +33,51 @@ class Bar:
     """Drawn as a whisker."""
 
 
-def plot_bars(name: str, bars: Sequence[Bar], axis_label: str) -> Html:
-    """Horizontal bars from top to bottom, each with its value in words."""
+def plot_bars(
+    name: str,
+    bars: Sequence[Bar],
+    axis_label: str,
+    *,
+    tick_text: Callable[[float], str] = "{:g}".format,
+    is_log: bool = False,
+) -> Html:
+    """Horizontal bars from top to bottom, each with its value in words.
+
+    Args:
+        tick_text: words the numbers of the axis.
+        is_log: logarithmic axis from 1 on, for values that are at least 1.
+    """
     described = f"Bar plot, {axis_label}. " + "; ".join(f"{bar.label}: {bar.text}" for bar in bars) + "."
+    reach = max((bar.interval[1] if bar.interval else bar.value for bar in bars), default=0.0) or 1.0
 
     def draw(axes: Axes) -> None:
         positions = range(len(bars))
-        axes.barh(positions, [bar.value for bar in bars], height=0.62, color=[_colour(bar.series) for bar in bars])
-        reach = max((bar.interval[1] if bar.interval else bar.value for bar in bars), default=0.0) or 1.0
+        colours = [series_colour(bar.series) for bar in bars]
+        axes.barh(positions, [bar.value for bar in bars], height=0.62, color=colours)
         for position, bar in zip(positions, bars, strict=True):
             end = bar.value
             if bar.interval is not None:
-                axes.plot(bar.interval, (position, position), color=_INK, linewidth=1.4, solid_capstyle="butt")
-                axes.plot(bar.interval, (position, position), "|", color=_INK, markersize=7)
+                axes.plot(bar.interval, (position, position), color=INK, linewidth=1.4, solid_capstyle="butt")
+                axes.plot(bar.interval, (position, position), "|", color=INK, markersize=7)
                 end = max(end, bar.interval[1])
-            axes.text(end + 0.02 * reach, position, plain(bar.text), va="center", fontsize=9.0)
-        axes.set_yticks(positions, [plain(bar.label) for bar in bars])
-        axes.tick_params(axis="y", labelcolor=_INK)
-        axes.set_xlim(0.0, 1.24 * reach)
+            axes.annotate(
+                plain(bar.text), (end, position), (5, 0), textcoords="offset points", va="center", fontsize=9.5
+            )
+        axes.set_yticks(positions, [_label(bar.label) for bar in bars])
+        axes.tick_params(axis="y", labelcolor=INK)
+        if is_log:
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(lambda *_: "")
+        else:
+            axes.locator_params(axis="x", nbins=6)
+        axes.set_xlim(*((1.0, reach**1.24) if is_log else (0.0, 1.24 * reach)))
+        axes.xaxis.set_major_formatter(lambda value, _: tick_text(value))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(plain(axis_label))
 
-    return _render(name, described, 0.75 + 0.36 * len(bars), draw)
+    return render_svg(name, described, 0.75 + 0.36 * len(bars), draw)
 
 
 def plot_quality(rows: Sequence[QualityRow]) -> Html:
@@ -115,7 +90,10 @@ def plot_perplexity(rows: Sequence[QualityRow]) -> Html:
     """Perplexity of each model."""
     measured = [row for row in rows if row.get("perplexity") is not None]
     bars = [_quality_bar(row, "perplexity") for row in measured]
-    return plot_bars("perplexity", bars, "Perplexity (shorter is better)")
+    values = [bar.value for bar in bars]
+    is_log = max(values) > _LOG_SPREAD * min(values)
+    axis_label = "Perplexity, log scale (shorter is better)" if is_log else "Perplexity (shorter is better)"
+    return plot_bars("perplexity", bars, axis_label, is_log=is_log)
 
 
 def plot_egress(egress: Mapping[str, EgressRow]) -> Html:
@@ -123,7 +101,7 @@ def plot_egress(egress: Mapping[str, EgressRow]) -> Html:
     bars = [
         Bar(label=kind, value=float(row["bytes"]), text=size(row["bytes"]), series=0) for kind, row in egress.items()
     ]
-    return plot_bars("egress", bars, "Bytes that left the device")
+    return plot_bars("egress", bars, "Bytes that left the device", tick_text=size)
 
 
 def plot_speed(series: Mapping[str, Sequence[SpeedRow]]) -> Html:
@@ -140,15 +118,15 @@ def plot_speed(series: Mapping[str, Sequence[SpeedRow]]) -> Html:
             promised = [(row["rtt_ms"], row.get("predicted_tokens_per_s")) for row in rows]
             known = [(rtt_ms, rate) for rtt_ms, rate in promised if rate is not None]
             if known:
-                axes.plot(*zip(*known, strict=True), "--", color=_colour(index), linewidth=1.1, alpha=0.9)
+                axes.plot(*zip(*known, strict=True), "--", color=series_colour(index), linewidth=1.1, alpha=0.9)
         if any(row.get("predicted_tokens_per_s") is not None for rows in series.values() for row in rows):
-            axes.plot([], [], "--", color=_MUTED, linewidth=1.1, label="predicted: 1 / (c + M R)")
+            axes.plot([], [], "--", color=MUTED, linewidth=1.1, label="predicted: 1 / (c + M R)")
         axes.set_ylim(bottom=0.0)
         axes.set_xlabel("Round-trip time (ms)")
         axes.set_ylabel("Tokens per second")
         _legend(axes)
 
-    return _render("speed", described, 3.0 + 0.12 * len(series), draw)
+    return render_svg("speed", described, 3.0 + 0.12 * len(series), draw)
 
 
 def plot_gate(points: Sequence[GatePoint]) -> Html:
@@ -164,13 +142,13 @@ def plot_gate(points: Sequence[GatePoint]) -> Html:
     def draw(axes: Axes) -> None:
         _line(axes, 0, [trips for trips, _ in curve], [quality for _, quality in curve], "thresholds")
         for trips, quality in chosen:
-            axes.plot(trips, quality, "o", color=_colour(1), markersize=12, fillstyle="none", markeredgewidth=2)
-            axes.annotate("chosen", (trips, quality), (0, -19), textcoords="offset points", ha="center", color=_INK)
+            axes.plot(trips, quality, "o", color=series_colour(1), markersize=12, fillstyle="none", markeredgewidth=2)
+            axes.annotate("chosen", (trips, quality), (0, -19), textcoords="offset points", ha="center", color=INK)
         axes.margins(0.08, 0.16)
         axes.set_xlabel("M: blocking round trips per token")
         axes.set_ylabel(axis_label)
 
-    return _render("gate", described, 2.9, draw)
+    return render_svg("gate", described, 2.9, draw)
 
 
 def plot_training(name: str, unit: str, curves: Sequence[TrainingCurve]) -> Html:
@@ -182,22 +160,23 @@ def plot_training(name: str, unit: str, curves: Sequence[TrainingCurve]) -> Html
 
     def draw(axes: Axes) -> None:
         for index, curve in enumerate(curves):
-            style: dict[str, Any] = {"color": _colour(index), "linewidth": 1.6}
-            axes.plot(*zip(*curve["points"], strict=True), label=plain(curve["name"]), **style)
+            style: dict[str, Any] = {"color": series_colour(index), "linewidth": 1.6}
+            mark = "o" if len(curve["points"]) == 1 else ""
+            axes.plot(*zip(*curve["points"], strict=True), marker=mark, label=_label(curve["name"]), **style)
             if held_out := curve.get("held_out"):
                 axes.plot(
                     *zip(*held_out, strict=True),
                     "--",
-                    marker=_MARKERS[index % NUM_SERIES],
+                    marker=_MARKERS[index % len(_MARKERS)],
                     markersize=4,
-                    label=plain(f"{curve['name']}, held-out"),
+                    label=_label(f"{curve['name']}, held-out"),
                     **style,
                 )
         axes.set_xlabel(plain(unit.capitalize()))
         axes.set_ylabel("Loss (nats per token)")
         _legend(axes)
 
-    return _render(name, described, 3.0, draw)
+    return render_svg(name, described, 3.0, draw)
 
 
 def quality_label(row: QualityRow) -> str:
@@ -224,59 +203,15 @@ def _gate_quality(point: GatePoint) -> float:
 
 
 def _line(axes: Axes, index: int, xs: Sequence[float], ys: Sequence[float], label: str) -> None:
-    axes.plot(xs, ys, marker=_MARKERS[index % NUM_SERIES], color=_colour(index), label=plain(label))
+    axes.plot(xs, ys, marker=_MARKERS[index % len(_MARKERS)], color=series_colour(index), label=_label(label))
+
+
+def _label(text: str) -> str:
+    """Short enough to leave room for the plot; matplotlib would hide a label that starts with an underscore."""
+    words = " ".join(plain(text).split())
+    shown = words if len(words) <= _LONGEST_LABEL else words[: _LONGEST_LABEL - 1] + "…"
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _legend(axes: Axes) -> None:
     axes.figure.legend(loc="outside lower left", ncols=2, handlelength=2.2, columnspacing=1.4)
-
-
-def _colour(index: int) -> str:
-    return _SERIES[index % NUM_SERIES]
-
-
-def _render(name: str, description: str, height_inches: float, draw: Callable[[Axes], None]) -> Html:
-    with _drawing() as matplotlib:
-        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height_inches))
-        draw(figure.add_subplot())
-        written = io.StringIO()
-        figure.savefig(written, format="svg", metadata=_NO_METADATA)
-    return _inline(written.getvalue(), name, description)
-
-
-@contextmanager
-def _drawing() -> Iterator[Any]:
-    """matplotlib in its default style plus ours, whatever the user's own settings, which come back after."""
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        raise InputError("the report's plots need matplotlib; pip install 'cotune[train]'") from error
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # The browser's fonts draw the text; that the measuring font lacks a glyph does not matter.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        yield matplotlib
-
-
-def _inline(svg: str, name: str, description: str) -> Html:
-    """An SVG file made fit to stand in a page beside others: no prolog, no global style, names of its own."""
-    view_box = re.search(r'viewBox="([^"]*)"', svg)
-    assert view_box is not None, "matplotlib wrote an SVG without a viewBox"
-    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    body = re.sub(r"<style[^>]*>.*?</style>|<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
-    body = re.sub(r"<[^<>]*>", lambda tag: _inline_tag(tag.group(), name), body)  # tags only, never the text
-    body = re.sub(r"\s*\n\s*", "\n", body)
-    return Html(f'<svg viewBox="{view_box.group(1)}" role="img" aria-label="{escape(description)}">{body}')
-
-
-def _inline_tag(tag: str, name: str) -> str:
-    tag = re.sub(r'^<g id="[^"]*"', "<g", tag)
-    tag = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', tag)
-    tag = re.sub(r' (?:xlink:)?href="#([^"]*)"', rf' href="#{name}-\1"', tag)
-    tag = tag.replace("url(#", f"url(#{name}-").replace("'DejaVu Sans', sans-serif", "var(--font)")
-    tag = re.sub(r"(\.\d\d)\d+", r"\1", tag)  # a hundredth of a point is enough
-    for stand_in, variable in _CSS_COLOURS.items():
-        tag = tag.replace(stand_in, f"var({variable})")
-    return tag

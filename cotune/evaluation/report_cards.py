@@ -66,7 +66,7 @@ def _speed_card(rows: Sequence[SpeedRow]) -> Html | None:
         return card(escape(rate), f"At {rtt_ms:g} ms round trip", fastest["schedule"])
     note = f"{fastest['schedule']}: {rate}; blocking: {number(blocking)}"
     gain = number(fastest["tokens_per_s"] / blocking)
-    return card(escape(f"{gain} times"), f"The blocking rate, at {rtt_ms:g} ms round trip", note)
+    return card(escape(f"\u00d7 {gain}"), f"Rate against blocking, {rtt_ms:g} ms round trip", note)
 
 
 def _decision_card(generations: Sequence[GenerationMetrics]) -> Html | None:

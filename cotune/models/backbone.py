@@ -28,7 +28,7 @@ from cotune.models.weights import digest_folder, digest_model, find_model_folder
 from cotune.wire.codec import quantise
 from cotune.wire.features import SequenceFeatures
 
-# Which positions of (batch, seq, hidden) states are wanted, as (positions, hidden).
+# Takes the wanted positions out of (batch, seq, hidden) states, as (..., hidden).
 Rows = Callable[[Tensor], Tensor]
 
 _FLOAT16_MAX = 65504.0
@@ -112,11 +112,8 @@ class Backbone:
         self.projections = projections
         self._recorder = _Recorder(layers, self._head, projections.tap_layers)
         # (taps, hidden, tap_dim): states times this. Identity projections are not multiplied with.
-        self._down = (
-            None
-            if projections.kind == "identity"
-            else torch.from_numpy(np.ascontiguousarray(projections.taps)).to(model.device).transpose(1, 2)
-        )
+        self._down = None if projections.kind == "identity" else _down_weight(projections).to(model.device)
+        self._eps = torch.tensor((RMS_EPS * self.spec.hidden_size) ** 0.5, device=model.device)
 
     @classmethod
     def from_pretrained(
@@ -190,7 +187,7 @@ class Backbone:
                     f"first_target is {first_target}, expected 1 to {len(input_ids) - 1} "
                     f"for a sequence of {len(input_ids)} tokens"
                 )
-            self.check_tokens(input_ids, 0)
+            self.check_tokens(input_ids)
         if not sequences:
             return []
         # The last token is predicted, never read. Rows are padded on the right, where causal attention ignores them.
@@ -217,60 +214,65 @@ class Backbone:
         """
         batch, seq = input_ids.shape
         with torch.no_grad():
-            logits, hidden, states = self._run(input_ids, lambda x: x.flatten(0, 1), attention_mask=attention_mask)
+            logits, hidden, states = self._run(input_ids, _all_rows, attention_mask=attention_mask)
             return ForwardStates(
                 logits=logits.float().view(batch, seq, -1),
                 hidden=hidden.float().view(batch, seq, -1),
                 taps=self._project(states).reshape(batch, seq, -1, self.projections.tap_dim),
-                states=torch.stack(states, dim=1).float().view(batch, seq, len(states), -1),
+                states=states.float().transpose(0, 1).reshape(batch, seq, len(states), -1),
             )
 
     def read_states(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Raw states float32 (seq, taps, hidden) and final hidden states float32 (seq, hidden) of one sequence."""
-        self.check_tokens(input_ids, 0)
+        tokens = self.check_tokens(input_ids)
         with torch.inference_mode():
-            _, hidden, states = self._run(torch.tensor(input_ids)[None], lambda x: x[0])
-            return torch.stack(states, dim=1).float().cpu().numpy(), hidden.float().cpu().numpy()
+            _, hidden, states = self._run(torch.tensor([tokens]), _all_rows)
+            return _to_numpy(states.transpose(0, 1)), _to_numpy(hidden)
 
-    def check_tokens(self, token_ids: NDArray[np.int64], length: int) -> None:
-        """Refuse tokens that cannot follow `length` others.
+    def check_tokens(self, token_ids: NDArray[np.int64], length: int = 0) -> list[int]:
+        """The tokens as a list, if they can follow `length` others.
 
         Raises:
             InputError: none, unknown ones, or more than the context holds.
         """
-        if token_ids.ndim != 1 or len(token_ids) == 0:
-            raise InputError(f"token ids have shape {token_ids.shape}, expected (seq,) with at least one token")
+        if token_ids.ndim != 1 or token_ids.dtype.kind != "i" or len(token_ids) == 0:
+            raise InputError(
+                f"token ids are {token_ids.dtype} {token_ids.shape}, expected int64 (seq,) with at least one token"
+            )
         if length + len(token_ids) > self.spec.max_context:
             raise InputError(
                 f"the sequence would have {length + len(token_ids)} tokens, the model's context holds "
                 f"{self.spec.max_context}; shorten the prompt or max_new_tokens"
             )
-        lowest, highest = int(token_ids.min()), int(token_ids.max())
-        if lowest < 0 or highest >= self.spec.vocab_size:
+        tokens: list[int] = token_ids.tolist()
+        if min(tokens) < 0 or max(tokens) >= self.spec.vocab_size:
             raise InputError(
-                f"token id {lowest if lowest < 0 else highest} is outside the vocabulary, "
-                f"0 to {self.spec.vocab_size - 1}; use the model's own tokenizer"
+                f"token ids run from {min(tokens)} to {max(tokens)}, the vocabulary from 0 to "
+                f"{self.spec.vocab_size - 1}; use the model's own tokenizer"
             )
+        return tokens
 
-    def _run(self, input_ids: Tensor, rows: Rows, **options: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits (positions, vocab), f (positions, hidden) and y of each tap (positions, hidden) at some positions."""
+    def _run(self, input_ids: Tensor, rows: Rows, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (positions, vocab), f (positions, hidden) and y of each tap (taps, positions, hidden), at `rows`."""
         recorder = self._recorder
         recorder.start(rows)
         try:
             logits = self.model(input_ids=input_ids.to(self.model.device), **options).logits
         finally:
             hidden, states = recorder.stop()
-        return logits, hidden, states
+        stacked = torch.stack(states)
+        return logits.flatten(0, -2), hidden.flatten(0, -2), stacked.flatten(1, -2)
 
-    def _project(self, states: list[Tensor]) -> Tensor:
-        """Taps, float32 (positions, taps, tap_dim)."""
-        stacked = torch.stack(states).float()  # (taps, positions, hidden)
+    def _project(self, states: Tensor) -> Tensor:
+        """Taps, float32 (positions, taps, tap_dim), of y (taps, positions, hidden)."""
+        states = states.float()
         if self._down is None:
-            return stacked.transpose(0, 1)
-        # rmsnorm without affine divides a state by one number, so that it may come after the projection.
-        taps = torch.bmm(stacked, self._down)
+            return states.transpose(0, 1)
+        # rmsnorm without affine divides a state by one number, so that it may come after the projection:
+        #   C y / sqrt(|y|^2 / hidden + eps) = (sqrt(hidden) C) y / hypot(|y|, sqrt(eps hidden))
+        taps = torch.bmm(states, self._down)
         if self.projections.normalise:
-            taps *= stacked.square().mean(dim=-1, keepdim=True).add_(RMS_EPS).rsqrt_()
+            taps /= torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True), self._eps)
         return taps.transpose(0, 1)
 
 
@@ -296,18 +298,15 @@ class BackboneCursor:
             InputError: no tokens, unknown ones, or more than the model's context holds.
         """
         backbone = self._backbone
-        backbone.check_tokens(token_ids, self._length)
+        tokens = backbone.check_tokens(token_ids, self._length)
+        rows = _all_rows if len(tokens) == 1 else _last_row
         with torch.inference_mode():
             logits, hidden, states = backbone._run(
-                torch.tensor(token_ids)[None], _last_row, past_key_values=self._cache, use_cache=True
+                torch.tensor([tokens]), rows, past_key_values=self._cache, use_cache=True
             )
+            self._length += len(tokens)
             taps = backbone._project(states)
-            self._length += len(token_ids)
-            return StepFeatures(
-                logits=logits[0].float().cpu().numpy(),
-                hidden=hidden[0].float().cpu().numpy(),
-                taps=taps[0].cpu().numpy(),
-            )
+            return StepFeatures(logits=_to_numpy(logits)[0], hidden=_to_numpy(hidden)[0], taps=_to_numpy(taps)[0])
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from index `length` on, as if they had never been read.
@@ -323,8 +322,23 @@ class BackboneCursor:
             self._length = length
 
 
+def _all_rows(states: Tensor) -> Tensor:
+    return states
+
+
 def _last_row(states: Tensor) -> Tensor:
     return states[:, -1]
+
+
+def _to_numpy(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.float().cpu().numpy()
+    return array
+
+
+def _down_weight(projections: Projections) -> Tensor:
+    """sqrt(hidden) C where the states are normalised, else C; float32 (taps, hidden, tap_dim)."""
+    factor = np.float32(projections.hidden_size**0.5 if projections.normalise else 1.0)
+    return torch.from_numpy(np.ascontiguousarray((projections.taps * factor).transpose(0, 2, 1)))
 
 
 class _Recorder:

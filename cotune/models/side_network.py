@@ -43,7 +43,8 @@ def fake_quantise(values: Tensor) -> Tensor:
         codes = (values.detach() / safe).round().clamp(-127.0, 127.0)
         quantised = codes * scales + 0.0  # int8 knows no -0.0, and neither may this
     # Not values + (quantised - values).detach(): that sum rounds, and this form is exact.
-    return _StraightThrough.apply(values, quantised)  # type: ignore[no-untyped-call]
+    output: Tensor = _StraightThrough.apply(values, quantised)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -54,7 +55,7 @@ class _StraightThrough(torch.autograd.Function):
         return quantised
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 

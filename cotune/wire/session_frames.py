@@ -37,7 +37,7 @@ _TOKEN = np.dtype([("token", "<u4"), ("flags", "u1")])
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Open(Frame):
-    """Device: start a generation, or resume one. Flag bit 0: resume.
+    """Device: start a generation, or resume one. Flag bit 0: resume. Epoch: numbers the opens of a connection.
 
     Payload: 80 bytes as `<BBBBHHIQdddd16sIII`, then prompt ids u32, generated ids u32, gate weights f32.
 

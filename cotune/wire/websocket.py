@@ -4,9 +4,9 @@ Binary messages only, compression off, TCP_NODELAY (asyncio sets it on every TCP
 at most `MAX_FRAME_BYTES`. A bearer token in the `Authorization` header admits a device; it is compared in constant time
 and never logged. `GET /healthz` answers 200.
 
-The counters of a connection count message bytes. Framing adds, for each message, 2 bytes below 126 bytes of payload, 4
-below 65,536, 10 above, and 4 more from client to server (the mask); TLS 1.3 adds 22 for each record of up to 16 KiB, and
-TCP and IP 40 (IPv4) or 60 (IPv6) for each packet, 12 more with timestamps.
+The counters of a connection count message bytes. Framing adds, for each message, 2 bytes below 126 bytes of payload,
+4 below 65,536, 10 above, and 4 more from client to server (the mask); TLS 1.3 adds 22 for each record of up to 16 KiB,
+and TCP and IP 40 (IPv4) or 60 (IPv6) for each packet, 12 more with timestamps.
 """
 
 from __future__ import annotations
@@ -167,13 +167,13 @@ async def connect(
 class WebSocketServer:
     """A listening cloud, as `serve` makes it."""
 
-    def __init__(self, server: Server, url: str, tasks: set[asyncio.Task[None]]) -> None:
+    def __init__(self, server: Server, host: str, scheme: str, tasks: set[asyncio.Task[None]]) -> None:
         self._server = server
         self._tasks = tasks
-        self.url = url
-        """Where devices connect."""
         self.port = int(next(iter(server.sockets)).getsockname()[1])
         """The port, also where 0 was asked for."""
+        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+        """Where devices connect."""
 
     @property
     def num_connections(self) -> int:
@@ -275,9 +275,7 @@ async def serve(
         )
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen on {host}, port {port}: {_reason(error)}; choose another") from None
-    shown = f"[{host}]" if ":" in host else host
-    handle_port = next(iter(server.sockets)).getsockname()[1]
-    return WebSocketServer(server, f"{'ws' if context is None else 'wss'}://{shown}:{handle_port}", tasks)
+    return WebSocketServer(server, host, "ws" if context is None else "wss", tasks)
 
 
 def is_loopback(host: str) -> bool:

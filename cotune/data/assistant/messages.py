@@ -20,27 +20,32 @@ COMMANDS = (
 )
 
 
-def draw_message(rng: Random, *, topic: str, style: str, who: str, person: Person, voice: Voice) -> tuple[str, str]:
-    """A request to write to `who`, and the message that addresses `person` in a voice.
+def draw_style(rng: Random) -> tuple[str, str]:
+    """A style word for a request with a space after it, or no word at all; and its register."""
+    if rng.random() < 0.25:
+        return "", "friendly"
+    word = rng.choice(tuple(STYLES))
+    return f"{word} ", STYLES[word]
+
+
+def draw_letter(rng: Random, who: str, person: Person, voice: Voice | None) -> tuple[str, str]:
+    """A request to write to `who`, and the message to `person`.
 
     Args:
-        topic: a key of `TOPICS`.
-        style: the style word of the request with a space after it, or nothing.
         who: how the request names the addressee, such as 'my sister Anna'.
+        voice: how the message begins, ends and sounds; by default as its register does.
     """
-    chosen = TOPICS[topic]
-    slots = chosen.draw_slots(rng)
+    style, register = draw_style(rng)
+    topic = MESSAGE_TOPICS[rng.choice(tuple(MESSAGE_TOPICS))]
+    slots = topic.draw_slots(rng)
     pronouns = {"subject": person.subject, "object": person.object, "possessive": person.possessive}
-    wish = rng.choice(chosen.wishes).format(**slots, **pronouns)
+    wish = rng.choice(topic.wishes).format(**slots, **pronouns)
     request = rng.choice(COMMANDS).format(style=style, form=rng.choice(FORMS), who=who, wish=wish)
-    body = rng.choice(chosen.bodies[voice.register]).format(**slots, **pronouns)
-    return words.fix_articles(request), voice.letter(rng, person.name, body)
+    body = rng.choice(topic.bodies[register]).format(**slots)
+    return words.fix_articles(request), (voice or VOICES[register]).letter(rng, person.name, body)
 
 
 def write_message(rng: Random, voice: Voice | None = None) -> tuple[str, str]:
-    """A message to somebody whom the request names, in the style that it asks for or in the given voice."""
-    style, asked = draw_style(rng)
+    """A message to somebody whom the request names."""
     person = words.draw_person(rng)
-    who = rng.choice((f"my {person.relation} {person.name}", person.name))
-    topic = rng.choice(tuple(TOPICS))
-    return draw_message(rng, topic=topic, style=style, who=who, person=person, voice=voice or asked)
+    return draw_letter(rng, rng.choice((f"my {person.relation} {person.name}", person.name)), person, voice)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
-from cotune.data.assistant import messages, words
+from cotune.data.assistant import words
+from cotune.data.assistant.message_topics import MESSAGE_TOPICS
 from cotune.data.assistant.tasks import Draw, choose
-from cotune.data.assistant.voice import FORMAL, FRIENDLY, Voice
+from cotune.data.assistant.voice import VOICES, Voice
 
 
 def ask_about_person(rng: Random, voice: Voice) -> tuple[str, str]:
@@ -153,10 +154,10 @@ def add_hours(rng: Random, voice: Voice) -> tuple[str, str]:
 
 def rewrite_formally(rng: Random, voice: Voice) -> tuple[str, str]:
     """A friendly sentence, made formal."""
-    topic = messages.TOPICS[rng.choice(tuple(messages.TOPICS))]
+    topic = MESSAGE_TOPICS[rng.choice(tuple(MESSAGE_TOPICS))]
     slots = topic.draw_slots(rng)
-    casual = FRIENDLY.finish(words.capitalize(rng.choice(topic.bodies["friendly"]).format(**slots)))
-    formal = words.capitalize(rng.choice(topic.bodies[FORMAL.register]).format(**slots))
+    casual = VOICES["friendly"].finish(words.capitalize(rng.choice(topic.bodies["friendly"]).format(**slots)))
+    formal = words.capitalize(rng.choice(topic.bodies["formal"]).format(**slots))
     command = rng.choice(("Make this more formal:", "Rewrite this in a formal style:", "Say this more politely:"))
     return f"{command} {casual}", voice.tell(formal)
 

@@ -1,0 +1,249 @@
+"""A device with its plugin: from a prompt to a personal text, with one call.
+
+Example:
+    >>> device = Device(Plugin.load("my-plugin"), lambda: connect("ws://127.0.0.1:7070"))  # doctest: +SKIP
+    >>> result = asyncio.run(device.generate("What is my dog called?"))                    # doctest: +SKIP
+    >>> result.text                                                                        # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cotune.device.client import ClientConfig, CloudClient, Connector
+from cotune.device.side_network import SideNetwork, gate_of
+from cotune.device.stream import DeviceStream
+from cotune.device.text import TextCodec
+from cotune.errors import InputError
+from cotune.generation.modes import mode_named
+from cotune.generation.output_basis import OutputBasis
+from cotune.generation.reference import Personal
+from cotune.generation.request import ANSWERS, SCHEDULES, Decision, GenerationRequest
+from cotune.generation.sampling import Sampling
+from cotune.generation.stopping import Ending
+from cotune.plugin import Plugin
+
+PROMPT_SLOT = "{prompt}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How a device wants its text.
+
+    Attributes:
+        mode: what the output is.
+        schedule: who waits for whom.
+        answer: `correction` (the cloud adds the device's correction) or `token` (the device decides).
+        max_new_tokens: stop after this many.
+        sampling: greedy or sampled.
+        stop_strings: the text ends before the first of these.
+        top_k: base logits that each step brings in the token form.
+        window: how many tokens the cloud may run ahead.
+    """
+
+    mode: str = "integration"
+    schedule: str = "optimistic"
+    answer: str = "correction"
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_strings: tuple[str, ...] = ()
+    top_k: int = 32
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        mode_named(self.mode)
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        if self.answer not in ANSWERS:
+            raise InputError(f"answer is {self.answer!r}, expected one of {', '.join(ANSWERS)}")
+        for name, most in (("top_k", 2**16 - 1), ("window", 2**16 - 1), ("max_new_tokens", 2**32 - 1)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 to {most}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceGeneration:
+    """A generated text and what it cost.
+
+    Attributes:
+        options: as asked for.
+        prompt: the text that the backbone saw.
+        decisions: each token and who decided it.
+        ending: how it ended.
+        text: the generated text, up to a stop string.
+        pieces: the text of each token.
+        wall_s: from the first frame sent to the last received.
+        device_s: of these, computing on the device.
+        bytes_down, bytes_up: frames received and sent.
+        num_certificate_misses: positions whose top-k logits did not prove the token.
+        num_reconnects: how often the connection broke and was made anew.
+        cloud: what the cloud counted: num_steps, num_wasted_steps, num_rollbacks, num_more_trips, num_delayed,
+            cloud_ms, stall_ms.
+    """
+
+    options: GenerationOptions
+    prompt: str
+    decisions: list[Decision]
+    ending: Ending
+    text: str
+    pieces: list[str]
+    wall_s: float
+    device_s: float
+    bytes_down: int
+    bytes_up: int
+    num_certificate_misses: int
+    num_reconnects: int
+    cloud: dict[str, float]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [decision.token_id for decision in self.decisions]
+
+
+class Device:
+    """A plugin and the way to its cloud.
+
+    Args:
+        plugin: the personal part.
+        connector: makes a connection to the cloud.
+        config: patience.
+    """
+
+    def __init__(self, plugin: Plugin, connector: Connector, config: ClientConfig | None = None) -> None:
+        self.plugin = plugin
+        self.personal = Personal(
+            corrector=SideNetwork.from_plugin(plugin),
+            output_basis=OutputBasis.from_bytes(plugin.output_basis),
+            gate=gate_of(plugin),
+        )
+        self.text = TextCodec(plugin.tokenizer_json)
+        self._connector = connector
+        self._config = config or ClientConfig()
+
+    def format_prompt(self, prompt: str) -> str:
+        """Put a request into the form that the plugin's training prompts had."""
+        template = self.plugin.training.get("prompt_format", PROMPT_SLOT)
+        return str(template).replace(PROMPT_SLOT, prompt)
+
+    def request_for(
+        self, prompt: str, options: GenerationOptions, stop_token_ids: tuple[int, ...]
+    ) -> GenerationRequest:
+        """The request that `generate` runs, for the reference engine too."""
+        return GenerationRequest(
+            prompt_ids=self.text.encode_prompt(prompt),
+            mode=options.mode,
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            stop_token_ids=stop_token_ids,
+            stop_strings=options.stop_strings,
+        )
+
+    async def generate(
+        self,
+        prompt: str,
+        options: GenerationOptions | None = None,
+        on_text: Callable[[str, Decision], None] | None = None,
+    ) -> DeviceGeneration:
+        """Generate with the cloud.
+
+        Args:
+            prompt: the text that the backbone continues; see `format_prompt`.
+            options: how.
+            on_text: called with each new piece of text and its decision, as they are confirmed.
+
+        Raises:
+            MismatchError: the cloud hosts another model than the plugin's.
+            InputError: the mode does not fit the plugin.
+            WireError: the cloud is not there, refuses or fails.
+        """
+        options = options or GenerationOptions()
+        self.check(options)
+        async with CloudClient(self._connector, self._config) as client:
+            return await self.generate_with(client, prompt, options, on_text)
+
+    async def generate_with(
+        self,
+        client: CloudClient,
+        prompt: str,
+        options: GenerationOptions,
+        on_text: Callable[[str, Decision], None] | None = None,
+    ) -> DeviceGeneration:
+        """As `generate`, on a client that is connected already."""
+        self.check(options)
+        description = client.description
+        description.check_digests(
+            backbone=self.plugin.backbone_digest,
+            tokenizer=self.plugin.tokenizer_digest,
+            projections=self.plugin.projections_digest,
+        )
+        stream = DeviceStream(
+            self.request_for(prompt, options, description.stop_token_ids),
+            self.personal,
+            tap_shape=(description.num_taps, description.tap_dim),
+            schedule=options.schedule,
+            answer=options.answer,
+            top_k=options.top_k,
+            window=options.window,
+            detokenize=self.text.decode,
+        )
+        show = None if on_text is None else _Shower(self.text, on_text)
+        bytes_before = client.bytes_received, client.bytes_sent
+        reconnects_before = client.num_reconnects
+        started_s = time.perf_counter()
+        await client.generate(stream, show)
+        wall_s = time.perf_counter() - started_s
+        assert stream.ending is not None and stream.cloud_counters is not None
+        text = self.text.decode(stream.token_ids)
+        return DeviceGeneration(
+            options=options,
+            prompt=prompt,
+            decisions=stream.decisions,
+            ending=stream.ending,
+            text=text if stream.ending.num_characters is None else text[: stream.ending.num_characters],
+            pieces=self.text.pieces(stream.token_ids),
+            wall_s=wall_s,
+            device_s=stream.device_s,
+            bytes_down=client.bytes_received - bytes_before[0],
+            bytes_up=client.bytes_sent - bytes_before[1],
+            num_certificate_misses=stream.num_certificate_misses,
+            num_reconnects=client.num_reconnects - reconnects_before,
+            cloud={name: float(str(value)) for name, value in stream.cloud_counters.items()},
+        )
+
+    def check(self, options: GenerationOptions) -> None:
+        """Refuse what this plugin cannot do, before anything is sent.
+
+        Raises:
+            InputError: the mode belongs to another family, or needs a gate that is not there.
+        """
+        mode = mode_named(options.mode)
+        if mode.family != self.plugin.family:
+            fitting = "ladder or separation" if self.plugin.family == "serial" else "integration or spa"
+            raise InputError(
+                f"mode {mode.name} needs a plugin of family {mode.family}, and this one is {self.plugin.family}; "
+                f"use mode {fitting}, or tune with --family {mode.family}"
+            )
+        if (mode.is_gated or options.schedule == "gated") and self.personal.gate is None:
+            raise InputError(
+                f"mode {mode.name} with schedule {options.schedule} needs a gate, and the plugin has none; "
+                "tune it again with a gate, or use mode integration with schedule optimistic"
+            )
+
+
+class _Shower:
+    """Turns decisions into pieces of text as they come."""
+
+    def __init__(self, text: TextCodec, on_text: Callable[[str, Decision], None]) -> None:
+        self._text = text
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def __call__(self, decision: Decision) -> None:
+        self._ids.append(decision.token_id)
+        text = self._text.decode(self._ids).rstrip("\ufffd")
+        piece = text[len(self._shown) :] if text.startswith(self._shown) else ""
+        self._shown += piece
+        self._on_text(piece, decision)

@@ -1,0 +1,56 @@
+"""Text to token ids and back, with the tokenizer that came from the cloud."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from cotune.errors import InputError
+
+
+class TextCodec:
+    """A tokenizer as generation needs it.
+
+    Args:
+        tokenizer_json: the bytes of a `tokenizer.json`.
+    """
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        try:
+            self.tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+        except Exception as error:  # the library raises bare Exceptions
+            raise InputError(
+                f"the tokenizer cannot be read ({error}), expected a tokenizer.json; fetch it again from the cloud"
+            ) from error
+
+    def encode_prompt(self, text: str) -> NDArray[np.int64]:
+        """Token ids (prompt,) of a prompt, with the tokens that the tokenizer puts at the start.
+
+        Raises:
+            InputError: there is no token in it.
+        """
+        ids = self.tokenizer.encode(text).ids
+        if not ids:
+            raise InputError("the prompt is empty, expected at least one character")
+        return np.array(ids, np.int64)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, without special tokens."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The text that each token adds; joined they are `decode(token_ids)`.
+
+        A character whose bytes are spread over tokens belongs to the last of these.
+        """
+        pieces: list[str] = []
+        shown = ""
+        for end in range(1, len(token_ids) + 1):
+            text = self.decode(token_ids[:end])
+            stable = text.rstrip("\ufffd") if end < len(token_ids) else text
+            pieces.append(stable[len(shown) :] if stable.startswith(shown) else "")
+            shown = stable if stable.startswith(shown) else shown
+        return pieces

@@ -1,0 +1,333 @@
+"""Stages 2 and 3 of SPA: a gate that asks the device only where that is worth a round trip.
+
+Stage 2 trains sigma = 1[w . f + b > threshold] by marginal likelihood (Co-LLM, arXiv 2403.03870, equation 1) with a
+price on each round trip:
+
+    L = -log[(1 - pi) p0 + pi p1] + lambda pi ,  pi = sigmoid(a) ,  a = w . f + b
+    dL/da = -pi (1 - pi) (p1 - p0) / p_mix + lambda pi (1 - pi)
+
+so the gate opens where (p1 - p0) / p_mix exceeds lambda, `price_nats`. Symbols: p0, p1 are the target's probabilities
+without and with the device; p_mix is their mixture. Stage 3 chooses the threshold from held-out texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from cotune.errors import InputError
+from cotune.generation.gate import Gate
+from cotune.tuning.gradient import GradientState
+from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
+from cotune.tuning.positions import PositionBatches
+from cotune.tuning.side_evaluation import SideEvaluation
+from cotune.tuning.tuner import Metrics, Params
+
+# Standard deviations below this count as constant features.
+MIN_DEVIATION = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """How to train a gate."""
+
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=30, learning_rate=0.01))
+    """Epochs, time and learning rate."""
+    price_nats: float = 0.05
+    """Price of one blocking round trip, nats; 0 asks wherever the device helps at all."""
+    num_batch_positions: int = 1024
+    """Target positions in one step."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay, on standardised hidden states."""
+    max_grad_norm: float = 1.0
+    """Total norm that a step's gradient is clipped to."""
+    seed: int = 0
+    """Of the order of positions."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.price_nats) and self.price_nats >= 0):
+            raise InputError(f"price_nats is {self.price_nats}, expected 0 or more")
+        if self.num_batch_positions < 1:
+            raise InputError(f"num_batch_positions is {self.num_batch_positions}, expected at least 1")
+        if not self.weight_decay >= 0:
+            raise InputError(f"weight_decay is {self.weight_decay}, expected 0 or more")
+        if not self.max_grad_norm > 0:
+            raise InputError(f"max_grad_norm is {self.max_grad_norm}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class GateBatch:
+    """Some positions.
+
+    Attributes:
+        hidden: standardised f, float32 (positions, hidden).
+        base_nats: -log p0 of the target, float32 (positions,).
+        side_nats: -log p1 of the target, float32 (positions,).
+    """
+
+    hidden: Tensor
+    base_nats: Tensor
+    side_nats: Tensor
+
+
+def marginal_nats(score: Tensor, base_nats: Tensor, side_nats: Tensor, price_nats: float) -> Tensor:
+    """L of this module's head for each position.
+
+    Args:
+        score: a, float32 (positions,).
+        base_nats: -log p0, float32 (positions,).
+        side_nats: -log p1, float32 (positions,).
+        price_nats: lambda.
+
+    Example:
+        >>> n = torch.tensor([math.log(2)])
+        >>> round(float(marginal_nats(torch.tensor([0.0]), n, n, 0.1)), 4)  # log 2 + 0.1 / 2
+        0.7431
+    """
+    mixture = torch.logaddexp(F.logsigmoid(-score) - base_nats, F.logsigmoid(score) - side_nats)
+    return price_nats * score.sigmoid() - mixture
+
+
+class GateTuner:
+    """Gradient descent on the marginal likelihood with a price; parameters `weight` (hidden,) and `bias` ()."""
+
+    def __init__(self, config: GateConfig) -> None:
+        self._config = config
+
+    def init(self, params: Params) -> GradientState:
+        return GradientState.start(params, weight_decay=self._config.weight_decay)
+
+    def step(self, state: GradientState, batch: GateBatch) -> tuple[GradientState, Metrics]:
+        loss = self._nats(state.params, batch).mean()
+        return state, state.descend(loss, max_grad_norm=self._config.max_grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, state: GradientState, batch: GateBatch) -> tuple[float, int]:
+        nats = self._nats(state.params, batch)
+        return float(nats.double().sum()), len(nats)
+
+    def _nats(self, params: dict[str, Tensor], batch: GateBatch) -> Tensor:
+        score = batch.hidden @ params["weight"] + params["bias"]
+        return marginal_nats(score, batch.base_nats, batch.side_nats, self._config.price_nats)
+
+
+@dataclass(frozen=True)
+class GateData:
+    """Positions that a gate learns from or is judged by.
+
+    Attributes:
+        hidden: float16 (positions, hidden), as in a feature set.
+        evaluation: of the same positions.
+    """
+
+    hidden: NDArray[np.float16]
+    evaluation: SideEvaluation
+
+    def __post_init__(self) -> None:
+        if len(self.hidden) != len(self.evaluation) or not len(self.hidden):
+            raise InputError(
+                f"there are {len(self.hidden)} hidden states and {len(self.evaluation)} evaluated positions, "
+                "expected the same number, at least 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """A trained gate."""
+
+    gate: Gate
+    """On raw hidden states; its threshold is 0, the point that the price itself suggests."""
+    config: GateConfig
+    """As it was trained."""
+    curve: list[EpochRecord]
+    """Losses by epoch, price included."""
+    best_epoch: int
+    """The epoch whose parameters `gate` has."""
+
+
+def tune_gate(
+    data: GateData,
+    config: GateConfig,
+    *,
+    heldout: GateData | None = None,
+    run_dir: Path | None = None,
+    resume: bool = False,
+    progress: Callable[[LoopProgress], None] | None = None,
+) -> GateResult:
+    """Train a gate beside a finished side network.
+
+    Take texts that the side network was not trained on where there are enough: on its own training texts it looks
+    better than it is, and the gate opens too often.
+
+    Args:
+        data: positions to learn from.
+        config: how to train.
+        heldout: positions to judge each epoch by.
+        run_dir: for metrics and checkpoints.
+        resume: go on from the checkpoint in `run_dir`, if there is one.
+        progress: called after each step.
+
+    Raises:
+        InputError: no positions, or arrays that do not fit each other.
+        NonFiniteLossError: a loss is nan or inf.
+    """
+    mean, deviation = _moments(data.hidden)
+    tuner = GateTuner(config)
+    result = run_loop(
+        tuner,
+        tuner.init(_first_params(data, config)),
+        _batches(data, mean, deviation, config.num_batch_positions, seed=config.seed),
+        config.loop,
+        heldout=None if heldout is None else _batches(heldout, mean, deviation, config.num_batch_positions, seed=None),
+        run_dir=run_dir,
+        fingerprint=_fingerprint(data, heldout, config) if run_dir else "",
+        resume=resume,
+        progress=progress,
+    )
+    # w . (f - mean) / deviation + b  =  (w / deviation) . f + (b - w . mean / deviation)
+    weight = result.state.params["weight"].detach().double().numpy() / deviation
+    bias = float(result.state.params["bias"]) - float(weight @ mean)
+    return GateResult(
+        gate=Gate(weight=weight.astype(np.float32), bias=bias),
+        config=config,
+        curve=result.curve,
+        best_epoch=result.best_epoch,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityPoint:
+    """One threshold on held-out texts, teacher-forced."""
+
+    threshold: float
+    """The device is asked where the score is above it."""
+    consult_rate: float
+    """M: share of positions that ask, blocking round trips per token."""
+    nats_per_token: float
+    """Loss with p1 where the device is asked and p0 elsewhere."""
+
+
+def quality_curve(gate: Gate, heldout: GateData, *, num_points: int = 101) -> list[QualityPoint]:
+    """Quality against M over the thresholds of a gate, from M = 0 to M = 1.
+
+    Args:
+        gate: its own threshold does not matter.
+        heldout: positions to judge by, not those that the gate learnt from.
+        num_points: the most points; fewer where scores are equal.
+
+    Returns:
+        Points with ascending M, both ends among them.
+    """
+    scores = heldout.hidden.astype(np.float64) @ gate.weight.astype(np.float64) + gate.bias
+    order = np.argsort(-scores, kind="stable")
+    gains = (heldout.evaluation.side_nats - heldout.evaluation.base_nats).astype(np.float64)[order]
+    total = heldout.evaluation.base_nats.sum(dtype=np.float64) + np.concatenate([[0.0], np.cumsum(gains)])
+    scores = scores[order]
+    points = []
+    for asked in np.unique(np.linspace(0, len(scores), num_points).round().astype(np.int64)):
+        # The score of the first position that does not ask; equal scores are never torn apart.
+        threshold = scores[asked] if asked < len(scores) else np.nextafter(scores[-1], -np.inf)
+        count = int(np.searchsorted(-scores, -threshold, side="left"))
+        if points and count == round(points[-1].consult_rate * len(scores)):
+            continue
+        points.append(
+            QualityPoint(
+                threshold=float(threshold),
+                consult_rate=count / len(scores),
+                nats_per_token=float(total[count]) / len(scores),
+            )
+        )
+    return points
+
+
+def choose_threshold(
+    curve: Sequence[QualityPoint],
+    *,
+    max_consult_rate: float | None = None,
+    max_quality_loss: float | None = None,
+) -> QualityPoint:
+    """The point of the curve to run at; give one of the two limits.
+
+    Args:
+        curve: from `quality_curve`.
+        max_consult_rate: the best quality with at most this M.
+        max_quality_loss: the smallest M whose loss is at most this many nats per token above the curve's best.
+
+    Raises:
+        InputError: none or both limits, or one out of range.
+    """
+    if (max_consult_rate is None) == (max_quality_loss is None):
+        raise InputError("choose_threshold needs either max_consult_rate or max_quality_loss, not none or both")
+    if max_consult_rate is not None:
+        if not 0 <= max_consult_rate <= 1:
+            raise InputError(f"max_consult_rate is {max_consult_rate}, expected 0 to 1")
+        allowed = [point for point in curve if point.consult_rate <= max_consult_rate]
+        return min(allowed, key=lambda point: (point.nats_per_token, point.consult_rate))
+    assert max_quality_loss is not None
+    if not max_quality_loss >= 0:
+        raise InputError(f"max_quality_loss is {max_quality_loss}, expected 0 or more nats per token")
+    best = min(point.nats_per_token for point in curve)
+    allowed = [point for point in curve if point.nats_per_token <= best + max_quality_loss]
+    return min(allowed, key=lambda point: point.consult_rate)
+
+
+def decision_table(gate: Gate, heldout: GateData) -> dict[str, float]:
+    """Shares of positions by two facts, S: the gate asks, and D: the first choices differ (SPA, table 4)."""
+    scores = heldout.hidden.astype(np.float64) @ gate.weight.astype(np.float64) + gate.bias
+    asks, differs = scores > gate.threshold, heldout.evaluation.disagrees
+    return {
+        "asks_and_differs": float((asks & differs).mean()),
+        "asks_and_agrees": float((asks & ~differs).mean()),
+        "passes_and_differs": float((~asks & differs).mean()),
+        "passes_and_agrees": float((~asks & ~differs).mean()),
+    }
+
+
+def _first_params(data: GateData, config: GateConfig) -> dict[str, Tensor]:
+    """No direction yet, and the share of positions that are worth their price at an even mixture as first pi."""
+    p0, p1 = data.evaluation.base_probability, data.evaluation.side_probability
+    mixture = np.maximum((p0 + p1) / 2, np.finfo(np.float32).tiny)
+    share = float(np.clip(((p1 - p0) / mixture > config.price_nats).mean(), 0.05, 0.95))
+    return {
+        "weight": torch.zeros(data.hidden.shape[1]),
+        "bias": torch.tensor(math.log(share / (1 - share))),
+    }
+
+
+def _moments(hidden: NDArray[np.float16]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    wide = hidden.astype(np.float32)
+    deviation = wide.std(axis=0, dtype=np.float64)
+    return wide.mean(axis=0, dtype=np.float64), np.where(deviation > MIN_DEVIATION, deviation, 1.0)
+
+
+def _batches(
+    data: GateData, mean: NDArray[np.float64], deviation: NDArray[np.float64], size: int, *, seed: int | None
+) -> PositionBatches[GateBatch]:
+    hidden = torch.from_numpy(data.hidden)
+    centre, width = torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
+    base_nats = torch.from_numpy(data.evaluation.base_nats)
+    side_nats = torch.from_numpy(data.evaluation.side_nats)
+
+    def take(positions: Tensor) -> GateBatch:
+        standardised = (hidden[positions].float() - centre) / width
+        return GateBatch(standardised, base_nats[positions], side_nats[positions])
+
+    return PositionBatches(len(data.hidden), size, seed=seed, take=take)
+
+
+def _fingerprint(data: GateData, heldout: GateData | None, config: GateConfig) -> str:
+    state = hashlib.sha256(repr(config).encode())
+    for part in (data,) if heldout is None else (data, heldout):
+        for array in (part.hidden, part.evaluation.base_nats, part.evaluation.side_nats):
+            state.update(f"{array.shape}".encode())
+            state.update(np.ascontiguousarray(array).data)
+    return state.hexdigest()
