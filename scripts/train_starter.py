@@ -34,7 +34,6 @@ CONTEXT_LENGTH = 512
 REQUEST_WEIGHT = 0.2
 # Share of documents with two exchanges, so that the model has seen a conversation go on.
 SHARE_OF_CONVERSATIONS = 0.06
-NUM_HELD_OUT = 400
 
 
 @dataclass(frozen=True)
@@ -248,6 +247,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=160, help="tokens in a row")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--exchanges", type=int, default=120_000, help="how many to generate")
+    parser.add_argument("--held-out", type=int, default=400, help="exchanges that the model is measured on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("cotune/models/starter"))
     return parser.parse_args()
@@ -258,8 +258,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     exchanges = generate_exchanges(args.exchanges, args.seed)
     seen = {each.request for each in exchanges}
-    fresh = (each for each in generate_exchanges(4 * NUM_HELD_OUT, args.seed + 1) if each.request not in seen)
-    held_out = [each for each, _ in zip(fresh, range(NUM_HELD_OUT), strict=False)]
+    fresh = (each for each in generate_exchanges(4 * args.held_out, args.seed + 1) if each.request not in seen)
+    held_out = [each for each, _ in zip(fresh, range(args.held_out), strict=False)]
     tokenizer = train_tokenizer(exchanges[:20_000])
     print(f"{len(exchanges)} exchanges, {len(seen)} different requests, {len(held_out)} held out", flush=True)
 

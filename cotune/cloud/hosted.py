@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import DecodingBackbone
@@ -13,6 +13,25 @@ from cotune.wire.features import FeatureSource
 
 class HostedBackbone(DecodingBackbone, FeatureSource, Protocol):
     """A backbone that decodes and teacher-forces; `cotune.models.Backbone` is one."""
+
+
+class DescribedBackbone(HostedBackbone, Protocol):
+    """A backbone that knows its public parts."""
+
+    @property
+    def description(self) -> CloudDescription:
+        """What devices are told."""
+        ...
+
+    @property
+    def output_basis(self) -> OutputBasis:
+        """The shared output basis."""
+        ...
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        """The bytes of its tokenizer."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +48,13 @@ class HostedModel:
     description: CloudDescription
     output_basis: OutputBasis
     tokenizer_json: bytes
+
+    @classmethod
+    def of(cls, backbone: DescribedBackbone) -> Self:
+        """Host a backbone as it describes itself."""
+        return cls(
+            backbone=backbone,
+            description=backbone.description,
+            output_basis=backbone.output_basis,
+            tokenizer_json=backbone.tokenizer_json,
+        )

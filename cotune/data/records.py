@@ -17,6 +17,8 @@ from cotune.data.templates import Example, Template, choose_template, quote_name
 from cotune.errors import DataError, InputError
 
 DEFAULT_SPLIT = "train"
+# The Hub is only asked by name, so that a mistyped private path never leaves the machine.
+HUB_PREFIX = "hub:"
 
 
 def read_examples(
@@ -29,7 +31,7 @@ def read_examples(
     """Read prompts and targets.
 
     Args:
-        path: a `.jsonl`, `.jsonl.gz`, `.csv`, `.csv.gz` or `.parquet` file, a folder, or a Hub name `owner/name`.
+        path: a `.jsonl`, `.jsonl.gz`, `.csv`, `.csv.gz` or `.parquet` file, a folder, or `hub:owner/name`.
         template: a key of `cotune.data.templates.TEMPLATES`; None takes the first that fits the columns.
         limit: how many examples at most.
         seed: shuffle with it before the limit; None keeps the order of the file.
@@ -72,6 +74,9 @@ def iterate_examples(path: Path | str, template: str | None, split: str | None) 
 
 def open_sources(path: Path | str, split: str | None) -> Iterator[tuple[str, Iterator[NumberedRow]]]:
     """The name and the rows of each file behind a path."""
+    if str(path).startswith(HUB_PREFIX):
+        yield str(path), read_hub_dataset(str(path).removeprefix(HUB_PREFIX), split)
+        return
     local = Path(path).expanduser()
     if local.is_file():
         if split is not None:
@@ -81,10 +86,8 @@ def open_sources(path: Path | str, split: str | None) -> Iterator[tuple[str, Ite
         yield str(path), read_saved_dataset(local, split)
     elif local.is_dir():
         yield from map(open_file, find_split_files(local, split))
-    elif is_hub_name(path):
-        yield str(path), read_hub_dataset(str(path), split)
     else:
-        raise DataError("there is no such file or folder", path=path)
+        raise DataError(f"there is no such file or folder; a Hub data set is '{HUB_PREFIX}owner/name'", path=path)
 
 
 def open_file(path: Path) -> tuple[str, Iterator[NumberedRow]]:
@@ -119,13 +122,6 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def is_hub_name(path: Path | str) -> bool:
-    """Whether a path that is not there reads like `owner/name` on the Hugging Face Hub."""
-    text = str(path)
-    looks_right = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-    return looks_right and find_suffix(Path(text)) is None and not Path(text).parent.exists()
-
-
 def read_saved_dataset(folder: Path, split: str | None) -> Iterator[NumberedRow]:
     """The rows of a data set on disk, numbered from 1; needs `datasets`."""
     try:
@@ -155,8 +151,7 @@ def read_hub_dataset(name: str, split: str | None) -> Iterator[NumberedRow]:
     try:
         loaded = datasets.load_dataset(name, split=split or DEFAULT_SPLIT)
     except (OSError, ValueError) as error:
-        message = f"there is no such file or folder, and the Hub gave no data set of this name ({first_line(error)})"
-        raise DataError(message, path=name) from error
+        raise DataError(f"the Hub gave no data set of this name ({first_line(error)})", path=name) from error
     yield from enumerate(loaded, start=1)
 
 

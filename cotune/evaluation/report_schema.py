@@ -17,7 +17,8 @@
     }
 
 `metrics.json` may be such a dict with the keys of one `GenerationMetrics` beside these; then all of those are
-there, and the report shows them too. All text is shown as text: markup in it is escaped.
+there, and the report shows them too. `notes` are sentences under a section (see `SectionName`), shown where
+the section is. All text is shown as text: markup in it is escaped.
 """
 
 # No `from __future__ import annotations` here: TypedDict has to see Required to know which keys must be there.
@@ -184,6 +185,9 @@ def _check_numbers(report: ReportMetrics) -> None:
         interval = row.get("rouge_l_interval")
         if interval is not None and interval[0] > interval[1]:
             raise InputError(f"metrics['quality'][{index}]['rouge_l_interval'] is {interval}, expected [low, high]")
+    ways = [(row["schedule"], row.get("answer"), row.get("mode"), row["rtt_ms"]) for row in report.get("speed") or []]
+    if twice := [way for index, way in enumerate(ways) if way in ways[:index]]:
+        raise InputError(f"metrics['speed'] has {twice[0]} twice, expected one row for each way and rtt_ms")
     points = report.get("gate_curve") or []
     kinds = {(point.get("rouge_l") is None, point.get("nats_per_token") is None) for point in points}
     if points and kinds not in ({(True, False)}, {(False, True)}):

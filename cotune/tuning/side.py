@@ -25,7 +25,7 @@ from cotune.tuning.feature_set import FeatureSet
 from cotune.tuning.gradient import GradientState
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
 from cotune.tuning.positions import PositionBatches
-from cotune.tuning.seeded import seeded
+from cotune.models.seeded import seeded
 from cotune.tuning.tuner import Metrics, Params
 
 FAMILIES = ("parallel", "serial")

@@ -1,0 +1,76 @@
+"""The `cotune` command: words to config to one call.
+
+Errors that cotune raises on purpose end as one sentence on standard error and an exit status that is not 0.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cotune import __version__
+from cotune.cli.cloud_command import cloud
+from cotune.cli.demo_command import demo
+from cotune.cli.device_commands import device
+from cotune.cli.evaluate_command import evaluate
+from cotune.cli.ledger_command import ledger
+from cotune.cli.output import stderr
+from cotune.cli.tune_command import tune
+from cotune.errors import CotuneError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="cotune",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="One large language model in the cloud and many private devices learn and generate together; "
+    "what is personal stays on the device.",
+)
+app.command()(demo)
+app.command()(cloud)
+app.add_typer(device)
+app.command()(tune)
+app.command()(evaluate)
+app.command()(ledger)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cotune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the command line."""
+    try:
+        app()
+    except CotuneError as error:
+        stderr.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        stderr.print("interrupted; run the same command with --resume where it offers that, to go on")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output is gone (as with `| head`): end quietly, also when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _plain(text: str) -> str:
+    """Brackets in a message are no markup."""
+    return text.replace("[", "\\[")
