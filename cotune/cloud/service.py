@@ -64,17 +64,17 @@ class ServiceConfig:
         session_ttl_s: how long a session whose connection broke is kept for its device, seconds.
         idle_timeout_s: how long a device may stay silent, seconds.
         max_window: how far any session may run ahead, tokens.
-        max_training_top_k: base logits for each position of training features.
+        max_feature_logits: base logits in one sequence's training features, over all its positions.
     """
 
     max_sessions: int = 64
     session_ttl_s: float = 60.0
     idle_timeout_s: float = 300.0
     max_window: int = 128
-    max_training_top_k: int = 4096
+    max_feature_logits: int = 64 * 1024 * 1024
 
     def __post_init__(self) -> None:
-        for name in ("max_sessions", "session_ttl_s", "idle_timeout_s", "max_window", "max_training_top_k"):
+        for name in ("max_sessions", "session_ttl_s", "idle_timeout_s", "max_window", "max_feature_logits"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a number above 0")
 
@@ -187,10 +187,12 @@ class CloudService:
                 f"the sequence has {len(frame.input_ids)} tokens, expected at most "
                 f"{self.model.description.max_context}, the context of {self.model.description.model}",
             )
-        if not 1 <= frame.top_k <= self.config.max_training_top_k:
+        num_logits = min(frame.top_k, self.model.description.vocab_size) * (len(frame.input_ids) - frame.pos)
+        if not 1 <= num_logits <= self.config.max_feature_logits:
             raise RefusedError(
                 ErrorCode.BAD_REQUEST,
-                f"top_k is {frame.top_k}, expected 1 to {self.config.max_training_top_k}",
+                f"top_k is {frame.top_k} for {len(frame.input_ids) - frame.pos} positions, expected at least 1 "
+                f"and at most {self.config.max_feature_logits} logits in all; ask for fewer",
             )
 
     def _check_ids(self, ids: NDArray[np.int64]) -> None:

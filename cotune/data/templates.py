@@ -67,6 +67,18 @@ def format_answer(answer: str) -> str:
     return f" {answer}"
 
 
+def common_prompt_format(examples: Iterable[Example]) -> str:
+    """How the prompts of these examples are built around a bare request, with {prompt} in its place.
+
+    Example:
+        >>> common_prompt_format([Example(format_request("Hello!"), " Hi.")])
+        'User: {prompt}\\nAssistant:'
+    """
+    start, end = format_request("\0").split("\0")
+    is_request = all(each.prompt.startswith(start) and each.prompt.endswith(end) for each in examples)
+    return f"{start}{{prompt}}{end}" if is_request else "{prompt}"
+
+
 def make_example(prompt: str, target: str) -> Example:
     """An example with a space between prompt and target where neither side has white space.
 
@@ -109,12 +121,19 @@ def list_in(row: Row, column: str) -> list[Row]:
 
 def name_type(value: object) -> str:
     """The type of a value in the words of JSON."""
-    names = {"NoneType": "null", "bool": "true or false", "dict": "an object", "str": "text"}
     if isinstance(value, list):
         kinds = sorted({name_type(each) for each in value})
         return f"a list of {' and '.join(kinds)}" if kinds else "an empty list"
+    names = {
+        "NoneType": "null",
+        "bool": "true or false",
+        "int": "a number",
+        "float": "a number",
+        "str": "text",
+        "dict": "an object",
+    }
     kind = type(value).__name__
-    return names.get(kind, f"of type {kind}")
+    return names.get(kind, f"a value of type {kind}")
 
 
 def quote_names(names: Iterable[str]) -> str:

@@ -40,7 +40,7 @@ def number(value: float | None) -> str:
     """Three significant digits, thousands grouped: 0.462, 12.3, 1,204; a dash for a value not measured."""
     if value is None:
         return "–"  # noqa: RUF001
-    magnitude = abs(value)
+    magnitude = float(f"{abs(value):.2e}")  # rounded first: 9.996 has the digits of 10.0
     if magnitude == 0.0:
         return "0"
     if magnitude < 0.001 or magnitude >= 1e9:
@@ -63,11 +63,11 @@ def size(num_bytes: float | None) -> str:
     """Bytes with a decimal unit: 812 B, 1.20 kB, 3.41 MB."""
     if num_bytes is None:
         return number(None)
-    step = 0 if num_bytes < 999.5 else min(4, int(math.log10(num_bytes * 1.0005) // 3))
-    scaled = num_bytes / 1000.0**step
-    if step == 0:
-        return f"{scaled:.0f} B"
-    return f"{number(scaled)} {('B', 'kB', 'MB', 'GB', 'TB')[step]}"
+    if num_bytes < 999.5:
+        return f"{num_bytes:.0f} B"
+    rounded = float(f"{num_bytes:.2e}")
+    step = min(4, int(math.log10(rounded) // 3))
+    return f"{number(rounded / 1000.0**step)} {('B', 'kB', 'MB', 'GB', 'TB')[step]}"
 
 
 @dataclass(frozen=True)

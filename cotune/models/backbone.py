@@ -26,6 +26,7 @@ from cotune.generation.protocols import StepFeatures
 from cotune.models.projections import FILE_NAME, RMS_EPS, Projections
 from cotune.models.weights import digest_folder, digest_model, find_model_folder, load_model, read_tokenizer
 from cotune.wire.codec import quantise
+from cotune.wire.description import CloudDescription
 from cotune.wire.features import SequenceFeatures
 
 # Takes the wanted positions out of (batch, seq, hidden) states, as (..., hidden).
@@ -134,13 +135,13 @@ class Backbone:
         folder = find_model_folder(model)
         if projections is None and (folder / FILE_NAME).is_file():
             projections = folder / FILE_NAME
-        loaded = load_model(folder, dtype=dtype, device=device)
+        digest = digest_folder(folder)
         return cls(
-            loaded,
+            load_model(folder, dtype=dtype, device=device),
             read_tokenizer(folder),
             None if projections is None else Projections.load(projections),
             name=model,
-            digest=digest_folder(folder),
+            digest=digest,
         )
 
     @classmethod
@@ -159,6 +160,24 @@ class Backbone:
         """The shared output basis, Q = W_lm B."""
         weight: NDArray[np.float32] = self._head.weight.detach().float().cpu().numpy()
         return self.projections.output_basis(weight)
+
+    @cached_property
+    def description(self) -> CloudDescription:
+        """What a cloud tells devices about this model."""
+        num_taps, tap_dim, _ = self.projections.taps.shape
+        return CloudDescription(
+            model=self.spec.name,
+            backbone_digest=self.spec.backbone_digest,
+            tokenizer_digest=self.spec.tokenizer_digest,
+            projections_digest=self.projections.digest,
+            vocab_size=self.spec.vocab_size,
+            hidden_size=self.spec.hidden_size,
+            num_taps=num_taps,
+            tap_dim=tap_dim,
+            basis_dim=self.output_basis.dim,
+            max_context=self.spec.max_context,
+            stop_token_ids=self.spec.eos_token_ids,
+        )
 
     def cursor(self) -> BackboneCursor:
         """An empty sequence."""
@@ -338,7 +357,8 @@ def _to_numpy(values: Tensor) -> NDArray[np.float32]:
 def _down_weight(projections: Projections) -> Tensor:
     """sqrt(hidden) C where the states are normalised, else C; float32 (taps, hidden, tap_dim)."""
     factor = np.float32(projections.hidden_size**0.5 if projections.normalise else 1.0)
-    return torch.from_numpy(np.ascontiguousarray((projections.taps * factor).transpose(0, 2, 1)))
+    # A copy in PyTorch's own memory: NumPy's may be unaligned, where products differ in the last bit.
+    return torch.tensor(np.ascontiguousarray((projections.taps * factor).transpose(0, 2, 1)))
 
 
 class _Recorder:

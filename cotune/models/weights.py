@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -26,6 +27,7 @@ _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_FILE = "model.safetensors"
 _TOKENIZER_FILE = "tokenizer.json"
 _CHUNK_BYTES = 2**24
+_ALIGNMENT_BYTES = 64
 
 
 def find_model_folder(model: str) -> Path:
@@ -36,7 +38,7 @@ def find_model_folder(model: str) -> Path:
     """
     if model == STARTER:
         folder = Path(__file__).parent / STARTER
-    elif Path(model).is_dir():
+    elif model and Path(model).is_dir():
         folder = Path(model)
     else:
         folder = _download(model)
@@ -98,7 +100,7 @@ def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -107,7 +109,19 @@ def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
             f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing or of another "
             f"shape, such as {missing[0]}; copy the model again"
         )
+    _align(model)
     return _to_device(model, device)
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Move weights that were mapped from the file at odd addresses to where PyTorch itself would put them.
+
+    Matrix products take another path on unaligned memory and differ in the last bit. Aligned, a model computes the
+    same whether it was loaded from this file, from another cut of it, or built in memory.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT_BYTES:
+            parameter.data = parameter.data.clone()
 
 
 def _to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
@@ -162,10 +176,8 @@ def digest_folder(folder: Path) -> str:
         _begin_tensor(state, tensor, entry["dtype"], entry["shape"])
         with path.open("rb") as file:
             file.seek(start + first)
-            left = last - first
-            while left > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
-                state.update(chunk)
-                left -= len(chunk)
+            for i in range(first, last, _CHUNK_BYTES):
+                state.update(file.read(min(last - i, _CHUNK_BYTES)))
     return state.hexdigest()
 
 

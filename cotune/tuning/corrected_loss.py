@@ -56,7 +56,8 @@ def corrected_nats(correction: Tensor, basis: Tensor, base: KnownBase) -> Tensor
     Returns:
         float32 (positions,), nats.
     """
-    return _CorrectedNats.apply(correction, basis, base)  # type: ignore[no-any-return, no-untyped-call]
+    nats: Tensor = _CorrectedNats.apply(correction, basis, base)  # type: ignore[no-untyped-call]
+    return nats
 
 
 class _CorrectedNats(torch.autograd.Function):
@@ -86,7 +87,7 @@ class _CorrectedNats(torch.autograd.Function):
         return log_normalizer - target
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return gradient[:, None] * slope, None, None
 

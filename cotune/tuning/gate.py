@@ -227,12 +227,12 @@ def quality_curve(gate: Gate, heldout: GateData, *, num_points: int = 101) -> li
     Returns:
         Points with ascending M, both ends among them.
     """
-    scores = heldout.hidden.astype(np.float64) @ gate.weight.astype(np.float64) + gate.bias
+    scores = _scores(gate, heldout)
     order = np.argsort(-scores, kind="stable")
     gains = (heldout.evaluation.side_nats - heldout.evaluation.base_nats).astype(np.float64)[order]
     total = heldout.evaluation.base_nats.sum(dtype=np.float64) + np.concatenate([[0.0], np.cumsum(gains)])
     scores = scores[order]
-    points = []
+    points: list[QualityPoint] = []
     for asked in np.unique(np.linspace(0, len(scores), num_points).round().astype(np.int64)):
         # The score of the first position that does not ask; equal scores are never torn apart.
         threshold = scores[asked] if asked < len(scores) else np.nextafter(scores[-1], -np.inf)
@@ -282,7 +282,7 @@ def choose_threshold(
 
 def decision_table(gate: Gate, heldout: GateData) -> dict[str, float]:
     """Shares of positions by two facts, S: the gate asks, and D: the first choices differ (SPA, table 4)."""
-    scores = heldout.hidden.astype(np.float64) @ gate.weight.astype(np.float64) + gate.bias
+    scores = _scores(gate, heldout)
     asks, differs = scores > gate.threshold, heldout.evaluation.disagrees
     return {
         "asks_and_differs": float((asks & differs).mean()),
@@ -290,6 +290,12 @@ def decision_table(gate: Gate, heldout: GateData) -> dict[str, float]:
         "passes_and_differs": float((~asks & differs).mean()),
         "passes_and_agrees": float((~asks & ~differs).mean()),
     }
+
+
+def _scores(gate: Gate, data: GateData) -> NDArray[np.float64]:
+    """w . f + b, float64 (positions,)."""
+    scores: NDArray[np.float64] = data.hidden.astype(np.float64) @ gate.weight.astype(np.float64) + gate.bias
+    return scores
 
 
 def _first_params(data: GateData, config: GateConfig) -> dict[str, Tensor]:

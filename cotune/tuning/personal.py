@@ -252,6 +252,4 @@ def tune_plugin(
         output_basis=public.output_basis,
         training=training,
     )
-    return PersonalResult(
-        plugin=plugin, network=side.network, side_curve=side.curve, gate_curve=curve, summary=summary
-    )
+    return PersonalResult(plugin=plugin, network=side.network, side_curve=side.curve, gate_curve=curve, summary=summary)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from cotune.errors import InputError
 from cotune.generation.output_basis import OutputBasis
+from cotune.models.seeded import seeded
 from cotune.models.side_network import SideNetwork, fake_quantise
 from cotune.models.tap_ladder import TapLadder, TapLadderConfig
 from cotune.tuning.corrected_loss import BaseTable, KnownBase, corrected_nats
@@ -25,7 +26,6 @@ from cotune.tuning.feature_set import FeatureSet
 from cotune.tuning.gradient import GradientState
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
 from cotune.tuning.positions import PositionBatches
-from cotune.models.seeded import seeded
 from cotune.tuning.tuner import Metrics, Params
 
 FAMILIES = ("parallel", "serial")

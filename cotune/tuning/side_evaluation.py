@@ -56,7 +56,8 @@ class SideEvaluation:
     @cached_property
     def disagrees(self) -> NDArray[np.bool_]:
         """Where the first choices differ."""
-        return self.base_argmax != self.side_argmax
+        differs: NDArray[np.bool_] = self.base_argmax != self.side_argmax
+        return differs
 
     def summary(self) -> dict[str, float]:
         """Means over all positions: nats per token, q (share of differing choices), accuracies, certificates."""

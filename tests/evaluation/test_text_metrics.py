@@ -115,6 +115,5 @@ def test_metrics_are_symmetric_bounded_and_gain_from_references(first: str, seco
 
 @given(st.text())
 def test_normalising_twice_changes_nothing(text: str) -> None:
-    # Not for "a a": articles are taken out one by one, all at once.
     once = normalize_answer(text)
     assert normalize_answer(once) == once
