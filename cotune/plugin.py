@@ -10,7 +10,6 @@ NumPy only, never pickle. Sizes are checked before anything is read into memory.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -138,7 +137,7 @@ class Plugin:
         Raises:
             InputError: the config is no JSON, `folder` holds something else, or the disk refuses.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         files = {
             _JSON_FILE: self._json_bytes(),
             _TENSOR_FILE: save_tensors(self._stored_tensors()),
@@ -235,42 +234,50 @@ def _may_replace(folder: Path) -> bool:
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write everything beside `folder`, readable by its owner alone, then put it in place by renaming."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    old = fresh.with_name(fresh.name + ".old")
     try:
         for name, data in files.items():
             with (fresh / name).open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        fresh.chmod(0o700)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            fresh.rename(folder)
-        except OSError:
-            with contextlib.suppress(OSError):
-                old.rename(folder)
-            raise
+        _swap(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(fresh: Path, folder: Path) -> None:
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    old = fresh.with_name(fresh.name + ".old")
+    folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    # What else the user kept in there, such as a report, stays.
+    for entry in list(old.iterdir()):
+        if entry.name not in _MAX_BYTES:
+            entry.rename(folder / entry.name)
+    shutil.rmtree(old)
 
 
 def _read_bounded(path: Path) -> bytes:
+    """The bytes of one of the plugin's files; its size is looked at first."""
     limit = _MAX_BYTES[path.name]
     try:
-        with path.open("rb") as file:
-            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+        size = path.stat().st_size if path.is_file() else None
+        if size is not None and size <= limit:
+            return path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror or error}), expected a file of the plugin; "
-            "copy the whole folder, or tune again"
-        ) from error
-    if len(data) > limit:
-        raise InputError(f"{path} is larger than {limit} bytes, which no plugin needs; copy the folder again")
-    return data
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if size is None:
+        raise InputError(f"{path} is missing from the plugin; copy the whole folder, or tune again")
+    raise InputError(f"{path} has {size} bytes, a plugin has at most {limit} there; copy the folder again")
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:

@@ -91,9 +91,7 @@ def generate(
         stdout.print(piece, style=_STYLES[decision.consulted, decision.changed], end="", markup=False, soft_wrap=True)
 
     with EgressLedger(ledger) as book:
-        make = connector(
-            cloud, token_file=token_file, tls_ca=tls_ca, ledger=book, profile=emulated(rtt_ms), seed=seed
-        )
+        make = connector(cloud, token_file=token_file, tls_ca=tls_ca, ledger=book, profile=emulated(rtt_ms), seed=seed)
         runtime = Device(loaded, make, ClientConfig(timeout_s=timeout_s))
         full = text if raw else runtime.format_prompt(text)
         result = asyncio.run(runtime.generate(full, options, None if as_json else show))

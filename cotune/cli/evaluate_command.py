@@ -1,4 +1,127 @@
-"""`coevaluate evaluate`: evaluate on one machine."""
+"""`cotune evaluate`: how good a model, or a plugin with its cloud, is on texts that it has not seen."""
+
 from __future__ import annotations
-def evaluate() -> None:
-    """x"""
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cotune.cli.connection import TlsCaOption, TokenFileOption, connector
+from cotune.cli.output import Advance, print_json, progress, stdout
+from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    from cotune.data.templates import Example
+    from cotune.device.client import Connector
+    from cotune.evaluation.judgement import Judgement
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A plugin folder (with --cloud), or a model folder, hub name or `starter`.")
+    ],
+    data: Annotated[str, typer.Argument(help="Held-out texts: .jsonl, .csv or .parquet, a folder, a Hub data set.")],
+    cloud: Annotated[str | None, typer.Option(help="For a plugin: URL of its cloud.")] = None,
+    mode: Annotated[str | None, typer.Option(help="For a plugin: the mode; by default it consults always.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="For a model: a LoRA folder to put on it.")] = None,
+    template: Annotated[str | None, typer.Option(help="How columns become prompts; found by itself if left out.")] = (
+        None
+    ),
+    limit: Annotated[int | None, typer.Option(help="Use this many examples at most.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(help="Of each generated text.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the choice of examples and of the bootstrap.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    torch_device: Annotated[str, typer.Option("--device", help="A PyTorch device, such as cpu or cuda.")] = "cpu",
+    token_file: TokenFileOption = None,
+    tls_ca: TlsCaOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Judge MODEL on DATA: Rouge-L, exact match and F1 of what it writes, perplexity of what was written.
+
+    Examples:
+
+        cotune evaluate starter heldout.jsonl
+
+        cotune evaluate starter heldout.jsonl --lora my-lora
+
+        cotune evaluate my-plugin heldout.jsonl --cloud ws://127.0.0.1:7070 --mode spa
+    """
+    from cotune.data.records import read_examples
+
+    is_plugin = (Path(model) / "plugin.json").is_file()
+    if is_plugin and cloud is None:
+        raise InputError(f"{model} is a plugin; give the cloud that it was tuned on with --cloud")
+    if not is_plugin and cloud is not None:
+        raise InputError(f"--cloud is given, but {model} holds no plugin.json; give a plugin folder, or drop --cloud")
+    examples = read_examples(data, template=template, limit=limit, seed=seed)
+    with progress("evaluating", enabled=not as_json) as advance:
+        if cloud is not None:
+            make = connector(cloud, token_file=token_file, tls_ca=tls_ca)
+            result = asyncio.run(_judge_plugin(Path(model), make, examples, mode, max_new_tokens, seed, advance))
+        else:
+            result = _judge_model(model, dtype, torch_device, lora, examples, max_new_tokens, seed, advance)
+    if as_json:
+        print_json({"model": model, "mode": mode, "data": data, **result.to_dict()})
+        return
+    low, high = result.rouge_l_interval or (0.0, 0.0)
+    stdout.print(f"{model} on {result.num_texts} texts of {data}")
+    stdout.print(f"  Rouge-L      {result.rouge_l:.3f}  (95 %: {low:.3f} to {high:.3f})")
+    stdout.print(f"  exact match  {result.exact_match:.3f}")
+    stdout.print(f"  F1           {result.token_f1:.3f}")
+    stdout.print(f"  perplexity   {result.perplexity:.2f}  ({result.nats_per_token:.3f} nats per token)")
+    stdout.print(f"  bits/byte    {result.bits_per_byte:.3f}")
+
+
+async def _judge_plugin(
+    folder: Path,
+    make: Connector,
+    examples: list[Example],
+    mode: str | None,
+    max_new_tokens: int,
+    seed: int,
+    advance: Advance,
+) -> Judgement:
+    from cotune.cli.judging import encode_for, generate_all, judge_likelihood
+    from cotune.device.client import CloudClient
+    from cotune.device.runtime import Device, GenerationOptions
+    from cotune.evaluation.judgement import judge
+    from cotune.plugin import Plugin
+
+    device = Device(Plugin.load(folder), make)
+    chosen = mode or device.default_mode
+    options = GenerationOptions(mode=chosen, max_new_tokens=max_new_tokens)
+    device.check(options)
+    async with CloudClient(make) as client:
+        device.check_cloud(client.description)
+        nats = await judge_likelihood(client, {chosen: device}, encode_for(client, device, examples), advance)
+        texts = await generate_all(client, device, [example.prompt for example in examples], options, advance)
+    return judge(
+        [example.target for example in examples],
+        predictions=[text.text for text in texts],
+        token_nats=nats[chosen].tolist(),
+        seed=seed,
+    )
+
+
+def _judge_model(
+    model: str,
+    dtype: str,
+    torch_device: str,
+    lora: Path | None,
+    examples: list[Example],
+    max_new_tokens: int,
+    seed: int,
+    advance: Advance,
+) -> Judgement:
+    from contextlib import nullcontext
+
+    from cotune.cli.backbone_judging import judge_backbone
+    from cotune.models.adapters import LoraAdapter
+    from cotune.models.backbone import Backbone
+
+    backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device)
+    adapter = nullcontext() if lora is None else LoraAdapter.load(lora, backbone.model).attach(backbone.model)
+    with adapter:
+        return judge_backbone(backbone, examples, max_new_tokens=max_new_tokens, seed=seed, advance=advance)

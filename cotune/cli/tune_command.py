@@ -1,4 +1,179 @@
-"""`cotune tune`: tune on one machine."""
+"""`cotune tune`: tune on one machine, where the backbone is at hand."""
+
 from __future__ import annotations
-def tune() -> None:
-    """x"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cotune.cli.output import print_json, progress, stderr
+from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    from cotune.data.templates import Example
+    from cotune.models.backbone import Backbone
+
+METHODS = ("lora", "side")
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="A Hugging Face causal-LM folder or hub name, or `starter`.")],
+    data: Annotated[str, typer.Argument(help="Your texts: .jsonl, .csv or .parquet, a folder, or a Hub data set.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result; its run is kept beside it in OUT.run.")],
+    method: Annotated[str, typer.Option(help="lora or side.")] = "lora",
+    template: Annotated[str | None, typer.Option(help="How columns become prompts; found by itself if left out.")] = (
+        None
+    ),
+    limit: Annotated[int | None, typer.Option(help="Use this many examples at most.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times that each text is seen; 3 for lora, 15 for side.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Largest one; 1e-3 for lora, 3e-3 for side.")] = None,
+    rank: Annotated[int, typer.Option(help="lora: width of the bottleneck.")] = 8,
+    family: Annotated[str, typer.Option(help="side: parallel or serial.")] = "parallel",
+    heldout_share: Annotated[float, typer.Option(help="Part of the texts that judges instead of training.")] = 0.2,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of one text; the model's context if left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    torch_device: Annotated[str, typer.Option("--device", help="A PyTorch device, such as cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of split, initial weights and order.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tune MODEL on DATA with one method, on this machine.
+
+    `lora` is the baseline where personal weights may live beside the model; `side` makes the plugin that
+    `cotune device tune` makes without the model at hand.
+
+    Examples:
+
+        cotune tune starter my-texts.jsonl --method lora --out my-lora
+
+        cotune tune ./my-llama my-texts.jsonl --method side --out my-plugin --dtype bfloat16 --device cuda
+    """
+    if method not in METHODS:
+        raise InputError(f"--method is {method!r}, expected one of {', '.join(METHODS)}")
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_result(out))):
+        raise InputError(f"--out is {out}, which holds something else; give a new folder")
+
+    from cotune.cli.run_folder import make_run_folder, write_config
+    from cotune.data.records import read_examples
+    from cotune.models.backbone import Backbone
+
+    examples = read_examples(data, template=template, limit=limit, seed=seed)
+    backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device)
+    run = make_run_folder(out.with_name(out.name + ".run"))
+    settings = {
+        "model": model,
+        "data": data,
+        "method": method,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "rank": rank,
+        "family": family,
+        "heldout_share": heldout_share,
+        "max_length": max_length,
+        "seed": seed,
+    }
+    write_config(run, "cotune tune", settings)
+    work = _tune_lora if method == "lora" else _tune_side
+    with progress(f"tuning with {method}", enabled=not as_json) as advance:
+        summary = work(
+            backbone,
+            examples,
+            settings,
+            out,
+            run,
+            resume,
+            lambda stage, done, total, note: advance(done, total, f"{stage} {note}"),
+        )
+    summary = {"method": method, "out": str(out), "run": str(run), **summary}
+    if as_json:
+        print_json(summary)
+        return
+    stderr.print(f"[bold]{method}[/] {out}: {summary['num_parameters']:,} trained parameters, {len(examples)} texts")
+    if summary.get("heldout_nats_per_token") is not None:
+        stderr.print(
+            f"held-out loss {summary['base_nats_per_token']:.3f} (base) -> "
+            f"{summary['heldout_nats_per_token']:.3f} nats per token"
+        )
+
+
+def _is_result(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("plugin.json", "adapter_config.json"))
+
+
+def _tune_lora(
+    backbone: Backbone,
+    examples: list[Example],
+    settings: dict[str, Any],
+    out: Path,
+    run: Path,
+    resume: bool,
+    tell: Any,
+) -> dict[str, Any]:
+    from cotune.models.adapters import LoraShape
+    from cotune.tuning.loop import LoopConfig
+    from cotune.tuning.lora import LoraConfig, tune_lora
+    from cotune.tuning.personal import encode_examples, split_examples
+
+    encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, settings["max_length"])
+    train, first, second = split_examples(encoded, settings["heldout_share"], settings["seed"])
+    config = LoraConfig(
+        loop=LoopConfig(epochs=settings["epochs"] or 3, learning_rate=settings["learning_rate"] or 1e-3),
+        shape=LoraShape(rank=settings["rank"]),
+        seed=settings["seed"],
+    )
+    result = tune_lora(
+        backbone,
+        train,
+        config,
+        heldout=[*first, *second],
+        run_dir=run / "lora",
+        resume=resume,
+        progress=lambda p: tell("lora", p.step, p.num_steps, f"loss {p.loss:.3f}"),
+    )
+    result.adapter.save(out, backbone.model)
+    heldout = {record.epoch: record.heldout_loss for record in result.curve}
+    return {
+        "num_parameters": result.adapter.num_parameters,
+        "base_nats_per_token": heldout.get(0),
+        "heldout_nats_per_token": heldout.get(result.best_epoch),
+        "best_epoch": result.best_epoch,
+    }
+
+
+def _tune_side(
+    backbone: Backbone,
+    examples: list[Example],
+    settings: dict[str, Any],
+    out: Path,
+    run: Path,
+    resume: bool,
+    tell: Any,
+) -> dict[str, Any]:
+    from cotune.data.templates import common_prompt_format
+    from cotune.tuning.feature_cache import FeatureCache
+    from cotune.tuning.loop import LoopConfig
+    from cotune.tuning.personal import PersonalConfig, PublicParts, tune_plugin
+    from cotune.tuning.side import SideConfig
+
+    loop = LoopConfig(epochs=settings["epochs"] or 15, learning_rate=settings["learning_rate"] or 3e-3)
+    config = PersonalConfig(
+        side=SideConfig(loop=loop, family=settings["family"], seed=settings["seed"]),
+        heldout_share=settings["heldout_share"],
+        max_length=settings["max_length"],
+        prompt_format=common_prompt_format(examples),
+        seed=settings["seed"],
+    )
+    cache = FeatureCache(
+        run / "features",
+        backbone_digest=backbone.spec.backbone_digest,
+        projections_digest=backbone.projections.digest,
+    )
+    public = PublicParts(tokenizer_json=backbone.tokenizer_json, output_basis=backbone.output_basis)
+    result = tune_plugin(backbone, public, examples, config, cache=cache, run_dir=run, resume=resume, progress=tell)
+    result.plugin.save(out)
+    return {
+        "num_parameters": result.plugin.num_parameters,
+        "base_nats_per_token": result.summary.get("base_nats_per_token"),
+        "heldout_nats_per_token": result.summary.get("side_nats_per_token"),
+    }

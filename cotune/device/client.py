@@ -240,4 +240,3 @@ def _welcomed(frame: Frame) -> CloudDescription:
             "install the same cotune version on both sides"
         )
     return CloudDescription.from_info(frame.info)
-

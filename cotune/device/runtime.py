@@ -8,15 +8,17 @@ Example:
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cotune.device.client import ClientConfig, CloudClient, Connector
 from cotune.device.side_network import SideNetwork, gate_of
 from cotune.device.stream import DeviceStream
 from cotune.device.text import TextCodec
 from cotune.errors import InputError
+from cotune.generation.gate import Gate
 from cotune.generation.modes import mode_named
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.reference import Personal
@@ -24,6 +26,7 @@ from cotune.generation.request import ANSWERS, SCHEDULES, Decision, GenerationRe
 from cotune.generation.sampling import Sampling
 from cotune.generation.stopping import Ending
 from cotune.plugin import Plugin
+from cotune.wire.description import CloudDescription
 
 PROMPT_SLOT = "{prompt}"
 
@@ -122,6 +125,12 @@ class Device:
         self._connector = connector
         self._config = config or ClientConfig()
 
+    def with_gate(self, gate: Gate) -> Device:
+        """The same device with another gate, such as one that is always shut."""
+        other = copy.copy(self)
+        other.personal = replace(self.personal, gate=gate)
+        return other
+
     def format_prompt(self, prompt: str) -> str:
         """Put a request into the form that the plugin's training prompts had."""
         template = self.plugin.training.get("prompt_format", PROMPT_SLOT)
@@ -173,11 +182,7 @@ class Device:
         """As `generate`, on a client that is connected already."""
         self.check(options)
         description = client.description
-        description.check_digests(
-            backbone=self.plugin.backbone_digest,
-            tokenizer=self.plugin.tokenizer_digest,
-            projections=self.plugin.projections_digest,
-        )
+        self.check_cloud(description)
         stream = DeviceStream(
             self.request_for(prompt, options, description.stop_token_ids),
             self.personal,
@@ -210,6 +215,23 @@ class Device:
             num_certificate_misses=stream.num_certificate_misses,
             num_reconnects=client.num_reconnects - reconnects_before,
             cloud={name: float(str(value)) for name, value in stream.cloud_counters.items()},
+        )
+
+    @property
+    def default_mode(self) -> str:
+        """The mode that always consults this plugin."""
+        return "integration" if self.plugin.family == "parallel" else "ladder"
+
+    def check_cloud(self, description: CloudDescription) -> None:
+        """Refuse a cloud that hosts another model than the one this plugin was tuned on.
+
+        Raises:
+            MismatchError: a digest differs.
+        """
+        description.check_digests(
+            backbone=self.plugin.backbone_digest,
+            tokenizer=self.plugin.tokenizer_digest,
+            projections=self.plugin.projections_digest,
         )
 
     def check(self, options: GenerationOptions) -> None:

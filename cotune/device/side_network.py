@@ -136,7 +136,8 @@ def gate_of(plugin: Plugin) -> Gate | None:
 
 def _rms_norm(h: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
     mean_square = np.dot(h, h) / np.float32(len(h))
-    return h * (weight / np.sqrt(mean_square + _RMS_EPS))
+    normalised: NDArray[np.float32] = h * (weight / np.sqrt(mean_square + _RMS_EPS))
+    return normalised
 
 
 def _relu(h: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:

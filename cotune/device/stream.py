@@ -283,6 +283,4 @@ class DeviceStream:
         return []
 
     def _close(self) -> Close:
-        return Close(
-            epoch=self._epoch, session=self.session, pos=self.next_position, reason=EndReason.STOP_STRING
-        )
+        return Close(epoch=self._epoch, session=self.session, pos=self.next_position, reason=EndReason.STOP_STRING)

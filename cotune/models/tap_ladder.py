@@ -62,9 +62,9 @@ class TapLadderConfig:
             InputError: not even an inner width of 1 fits, or there is no rung to widen.
 
         Example:
-            >>> c = TapLadderConfig.for_budget(133_000, num_taps=9, tap_dim=32, basis_dim=64, side_width=32)
-            >>> c.inner_width, c.num_parameters
-            (230, 132552)
+            >>> config = TapLadderConfig.for_budget(100_000, num_taps=7, tap_dim=32, basis_dim=64)
+            >>> config.inner_width, config.num_parameters
+            (231, 99818)
         """
         shape = {"num_taps": num_taps, "tap_dim": tap_dim, "basis_dim": basis_dim, "side_width": side_width}
         narrowest = cls(**shape, inner_width=1)

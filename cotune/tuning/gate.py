@@ -195,7 +195,7 @@ def tune_gate(
     )
     # w . (f - mean) / deviation + b  =  (w / deviation) . f + (b - w . mean / deviation)
     weight = result.state.params["weight"].detach().double().numpy() / deviation
-    bias = float(result.state.params["bias"]) - float(weight @ mean)
+    bias = float(result.state.params["bias"].detach()) - float(weight @ mean)
     return GateResult(
         gate=Gate(weight=weight.astype(np.float32), bias=bias),
         config=config,

@@ -31,7 +31,7 @@ class LoopConfig:
 
     epochs: int = 15
     """Times that every training token is seen."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     """Largest learning rate, reached after the warm-up; a cosine takes it to zero from there."""
     warmup_fraction: float = 0.05
     """Share of the run in which the learning rate rises from zero."""

@@ -175,7 +175,6 @@ class _Way:
         self._profile = profile
         self._rng = random.Random(seed)
         self._free_at = 0.0
-        self._last_due = 0.0
         self._flying: deque[tuple[float, bytes | WireError]] = deque()
         self._num_bytes = 0
         self._failed = False
@@ -191,7 +190,7 @@ class _Way:
         self._changed.set()
 
     async def first(self) -> bytes | WireError:
-        """The next item, once it has arrived; it stays in flight until `drop_first`."""
+        """The next item, once it has arrived; it stays in flight until `drop_first`, and so holds up the others."""
         while not self._flying:
             await self._change()
         due, item = self._flying[0]
@@ -229,8 +228,7 @@ class _Way:
         if profile.bandwidth_mbps is not None:
             self._free_at += num_bytes * 8 / (profile.bandwidth_mbps * 1e6)
         delay_ms = profile.delay_ms + self._rng.uniform(-profile.jitter_ms, profile.jitter_ms)
-        self._last_due = max(self._last_due, self._free_at + delay_ms / 1000)
-        return self._last_due
+        return self._free_at + delay_ms / 1000
 
     async def _change(self) -> None:
         self._check()

@@ -242,8 +242,6 @@ async def serve(
         return None
 
     async def handle(websocket: ServerConnection) -> None:
-        if len(tasks) >= max_connections:  # others came while this one shook hands
-            return await websocket.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
         task = asyncio.current_task()
         assert task is not None
         tasks.add(task)

@@ -34,25 +34,28 @@ _LLAMA_LIKE = {
     "pad_token_id": 0,
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "qwen3": {},
-    "mistral": {"sliding_window": WINDOW},
-    "gemma": {},
-    "gemma2": {"sliding_window": WINDOW, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
-    "gemma3_text": {"sliding_window": WINDOW, "sliding_window_pattern": 2},
-    "gpt2": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": CONTEXT, "vocab_size": VOCAB},
+    "llama": _LLAMA_LIKE,
+    "qwen2": {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen3": _LLAMA_LIKE,
+    "mistral": {**_LLAMA_LIKE, "sliding_window": WINDOW},
+    "gemma": _LLAMA_LIKE,
+    "gemma2": {**_LLAMA_LIKE, "sliding_window": WINDOW, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**_LLAMA_LIKE, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "gpt2": {
+        "n_embd": HIDDEN,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": CONTEXT,
+        "vocab_size": VOCAB,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 
 
 def build_model(architecture: str, **changes: Any) -> PreTrainedModel:
     """A random model of the given type, the same each time."""
-    shape = ARCHITECTURES[architecture]
-    if architecture == "gpt2":
-        shape = {**shape, "bos_token_id": 1, "eos_token_id": 2}
-    else:
-        shape = {**_LLAMA_LIKE, **shape}
-    config = AutoConfig.for_model(architecture, **{**shape, **changes})
+    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)

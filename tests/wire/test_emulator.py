@@ -136,6 +136,25 @@ async def test_a_cut_after_so_many_frames_loses_what_is_in_flight() -> None:
     await network.close()
 
 
+async def test_a_cut_loses_what_a_receiver_waits_for() -> None:
+    network, far = emulated(delay_ms=20, disconnect_every_frames=1)
+    await far.send(b"in flight")
+    receiver = asyncio.create_task(network.receive(LATE_S))
+    await asyncio.sleep(0.001)
+    await network.send(b"cut")
+    with pytest.raises(ConnectionLostError):
+        await receiver
+    await network.close()
+
+
+async def test_closing_does_not_linger_for_frames_that_cannot_arrive() -> None:
+    network, far = emulated(delay_ms=5)
+    await network.send(b"x")
+    await far.close()
+    async with asyncio.timeout(2):
+        await network.close()
+
+
 async def test_a_cut_that_nobody_closes_leaves_no_task() -> None:
     network, far = emulated(disconnect_every_frames=1)
     await network.send(b"x")
@@ -164,7 +183,7 @@ async def test_the_other_side_closing_is_seen_after_its_last_frame() -> None:
     with pytest.raises(ConnectionLostError):
         await network.receive(LATE_S)
     assert network.closed
-    await network.close()
+    await asyncio.sleep(0.01)  # even if nobody closes, no task stays behind
 
 
 async def test_a_timeout_leaves_the_connection_usable() -> None:

@@ -1,0 +1,46 @@
+"""Judging a backbone in this process, with or without an adapter: what `cotune evaluate` and the demo share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cotune.cli.output import Advance
+from cotune.data.templates import Example
+from cotune.device.text import TextCodec
+from cotune.evaluation.judgement import Judgement, judge
+from cotune.generation.reference import generate
+from cotune.generation.request import GenerationRequest
+from cotune.models.backbone import Backbone
+from cotune.tuning.lora import target_nats
+from cotune.tuning.personal import encode_examples
+
+
+def judge_backbone(
+    backbone: Backbone, examples: Sequence[Example], *, max_new_tokens: int, seed: int, advance: Advance
+) -> Judgement:
+    """Greedy texts and exact likelihoods of the backbone as it is now.
+
+    Args:
+        backbone: with an adapter attached, it is judged with it.
+        examples: held-out texts.
+        max_new_tokens: of each generated text.
+        seed: of the bootstrap.
+        advance: told about progress.
+    """
+    text = TextCodec(backbone.tokenizer_json)
+    predictions = []
+    for number, example in enumerate(examples, start=1):
+        request = GenerationRequest(
+            prompt_ids=text.encode_prompt(example.prompt),
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=backbone.spec.eos_token_ids,
+        )
+        predictions.append(text.decode(generate(backbone, None, request).token_ids))
+        advance(number, len(examples), "texts")
+    encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description)
+    return judge(
+        [example.target for example in examples],
+        predictions=predictions,
+        token_nats=target_nats(backbone, encoded).tolist(),
+        seed=seed,
+    )

@@ -1,0 +1,1 @@
+"""The demo: one cloud process, one device process, a report."""
