@@ -150,9 +150,7 @@ class CloudService:
         number = secrets.randbits(32)
         while number in self.sessions:
             number = secrets.randbits(32)
-        stream = CloudStream(
-            number, frame.prompt_ids, generated, self._stream_config(frame), self.model.output_basis
-        )
+        stream = CloudStream(number, frame.prompt_ids, generated, self._stream_config(frame), self.model.output_basis)
         session = Session(stream, self.engine, idle_timeout_s=self.config.idle_timeout_s)
         self.sessions[number] = session
         return session, stream.end_if_finished(time.monotonic())
@@ -172,9 +170,7 @@ class CloudService:
         """A piece of a public part."""
         data = self._assets[frame.kind]
         if frame.pos > len(data):
-            raise RefusedError(
-                ErrorCode.BAD_REQUEST, f"asset offset is {frame.pos}, expected at most {len(data)}"
-            )
+            raise RefusedError(ErrorCode.BAD_REQUEST, f"asset offset is {frame.pos}, expected at most {len(data)}")
         chunk = data[frame.pos : frame.pos + MAX_ASSET_CHUNK_BYTES]
         return Asset(pos=frame.pos, total_bytes=len(data), chunk=chunk)
 
@@ -309,9 +305,7 @@ class _Visit:
         session, frames = self.service.open_session(frame)
         stream = session.stream
         self.sessions[stream.session] = session
-        opened = Opened(
-            session=stream.session, epoch=stream.epoch, pos=stream.num_confirmed, ticket=session.ticket
-        )
+        opened = Opened(session=stream.session, epoch=stream.epoch, pos=stream.num_confirmed, ticket=session.ticket)
         await self._send(opened)
         session.attach(self.connection, self._over)
         await session.send(frames)

@@ -303,7 +303,7 @@ class CloudStream:
 
     def is_for(self, prompt_ids: NDArray[np.int64]) -> bool:
         """Whether this stream goes on from that prompt."""
-        return self.tokens[: self.num_prompt] == prompt_ids.tolist()
+        return np.array_equal(self.tokens[: self.num_prompt], prompt_ids)
 
     def forget_cache(self) -> None:
         """The cache is gone: everything has to be read again."""

@@ -178,17 +178,18 @@ class CloudClient:
         deadline_s = time.monotonic() + self.config.timeout_s
         while not stream.is_done:
             frame = await self._receive(max(0.001, deadline_s - time.monotonic()))
-            known = len(stream.decisions)
+            known, corrected = len(stream.decisions), stream.num_corrections
             for reply in stream.on_frame(frame):
                 await self._send(reply)
-            if len(stream.decisions) > known or stream.num_corrections:
+            # Only progress buys more time: a cloud that repeats itself for ever is as silent as one that is gone.
+            if len(stream.decisions) > known or stream.num_corrections > corrected:
                 deadline_s = time.monotonic() + self.config.timeout_s
             if on_decision is not None:
                 for decision in stream.decisions[known:]:
                     on_decision(decision)
 
     def _backoff_s(self, failures: int) -> float:
-        longest = min(self.config.max_backoff_s, self.config.first_backoff_s * 2 ** (failures - 1))
+        longest = min(self.config.max_backoff_s, self.config.first_backoff_s * 2.0 ** (failures - 1))
         # Devices that lost the same cloud come back spread over time. The draw decides no token.
         return longest * random.uniform(0.5, 1.0)
 

@@ -34,9 +34,7 @@ class Mode:
     adds_base: bool
     family: str
 
-    def combine(
-        self, base_logits: NDArray[np.float32], delta: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
+    def combine(self, base_logits: NDArray[np.float32], delta: NDArray[np.float32] | None) -> NDArray[np.float32]:
         """Logits of one position, float32; `delta` is None where the device was not consulted."""
         if delta is None:
             return base_logits

@@ -71,12 +71,12 @@ class OutputBasis:
 
     @property
     def vocab_size(self) -> int:
-        return self.codes.shape[0]
+        return len(self.codes)
 
     @property
     def dim(self) -> int:
         """Length of a correction."""
-        return self.codes.shape[1]
+        return len(self.codes[0])
 
     @cached_property
     def _blocks(self) -> list[NDArray[np.float32]]:

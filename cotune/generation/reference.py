@@ -38,9 +38,7 @@ class Generation:
         return [decision.token_id for decision in self.decisions]
 
 
-def decide(
-    features: StepFeatures, personal: Personal | None, request: GenerationRequest, position: int
-) -> Decision:
+def decide(features: StepFeatures, personal: Personal | None, request: GenerationRequest, position: int) -> Decision:
     """Decide the token at `position` from one step's features.
 
     Raises:
@@ -57,14 +55,10 @@ def decide(
             return Decision(token_id=base_token_id, base_token_id=base_token_id, consulted=False)
     correction = personal.corrector.correct(*quantise(features.taps))
     logits = mode.combine(features.logits, personal.output_basis.delta(correction))
-    return Decision(
-        token_id=choose(logits, request.sampling, position), base_token_id=base_token_id, consulted=True
-    )
+    return Decision(token_id=choose(logits, request.sampling, position), base_token_id=base_token_id, consulted=True)
 
 
-def stream(
-    backbone: DecodingBackbone, personal: Personal | None, request: GenerationRequest
-) -> Iterator[Decision]:
+def stream(backbone: DecodingBackbone, personal: Personal | None, request: GenerationRequest) -> Iterator[Decision]:
     """Decide token after token without end; the caller stops. See `generate`."""
     cursor = backbone.cursor()
     tokens = request.prompt_ids

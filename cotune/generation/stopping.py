@@ -25,9 +25,7 @@ class Ending:
     num_characters: int | None = None
 
 
-def find_ending(
-    token_ids: Sequence[int], request: GenerationRequest, detokenize: Detokenize | None
-) -> Ending | None:
+def find_ending(token_ids: Sequence[int], request: GenerationRequest, detokenize: Detokenize | None) -> Ending | None:
     """Whether the text ends with the last of `token_ids` (the generated ones), and how.
 
     Call it after each token: it looks for an end in the last one only, except for stop strings, which may

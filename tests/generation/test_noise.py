@@ -40,4 +40,3 @@ def test_gumbel_max_draws_from_the_softmax() -> None:
     logits = np.log([0.5, 0.3, 0.2])
     draws = [int((logits + gumbel(9, t, np.arange(3))).argmax()) for t in range(6000)]
     np.testing.assert_allclose(np.bincount(draws) / 6000, [0.5, 0.3, 0.2], atol=0.025)
-

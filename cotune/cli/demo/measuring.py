@@ -80,7 +80,7 @@ async def _judge(
             device,
             prompts,
             options,
-            lambda done, total, note="", mode=mode: say(f"texts, {mode}", done, total),  # type: ignore[misc]
+            lambda done, total, note="", mode=mode: say(f"texts, {mode}", done, total),
         )
     quality = {}
     for mode, made in generations.items():

@@ -128,7 +128,7 @@ def _example_index(texts: dict[str, Any]) -> int:
 
     def score(index: int) -> float:
         generation = made[index]
-        return abs(generation["disagree_rate"] - 0.3) - 0.005 * min(generation["num_tokens"], 30)
+        return float(abs(generation["disagree_rate"] - 0.3) - 0.005 * min(generation["num_tokens"], 30))
 
     return min(range(len(made)), key=score)
 
