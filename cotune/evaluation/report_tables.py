@@ -140,10 +140,10 @@ def bytes_table(rows: Sequence[SpeedRow]) -> Html | None:
         return None
     columns = [
         Column("Schedule, answer", [escape(label) for label, _, _ in lines], is_number=False),
-        Column("Down (cloud to device)", [escape(size(down)) for _, down, _ in lines]),
-        Column("Up (device to cloud)", [escape(size(up)) for _, _, up in lines]),
+        Column("Down", [escape(size(down)) for _, down, _ in lines]),
+        Column("Up", [escape(size(up)) for _, _, up in lines]),
     ]
-    return table("Bytes per generated token", columns)
+    return table("Bytes per generated token: down to the device, up to the cloud", columns)
 
 
 def gate_table(points: Sequence[GatePoint]) -> Html:

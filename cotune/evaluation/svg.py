@@ -105,7 +105,7 @@ def _inline(svg: str, name: str, description: str) -> Html:
     view_box = re.search(r'viewBox="([^"]*)"', svg)
     assert view_box is not None, "matplotlib wrote an SVG without a viewBox"
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    body = re.sub(r"<style[^>]*>.*?</style>|<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"<style[^>]*>.*?</style>|<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<[^<>]*>", lambda tag: _inline_tag(tag.group(), name), body)  # tags only, never the text
     body = re.sub(r"\s*\n\s*", "\n", body)
     return Html(f'<svg viewBox="{view_box.group(1)}" role="img" aria-label="{escape(description)}">{body}')

@@ -219,7 +219,7 @@ class _Loop(Generic[StateT, BatchT]):
         course.step_in_epoch += 1
         course.loss_sum += metrics["loss"]
         course.num_unwritten += 1
-        for name, value in metrics.items():
+        for name, value in {**metrics, "learning_rate": self.state.learning_rate}.items():
             course.unwritten[name] = course.unwritten.get(name, 0.0) + value
         if course.num_unwritten == self.config.log_interval:
             self.write_steps()
@@ -246,7 +246,6 @@ class _Loop(Generic[StateT, BatchT]):
                     "step": course.step,
                     "epoch": course.epoch + 1,
                     **{name: total / course.num_unwritten for name, total in course.unwritten.items()},
-                    "learning_rate": self.state.learning_rate,
                     "elapsed_s": self.elapsed_s(),
                 }
             )
