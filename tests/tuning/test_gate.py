@@ -24,7 +24,7 @@ from cotune.tuning.gate import (
 from cotune.tuning.loop import LoopConfig, LoopProgress
 from cotune.tuning.side_evaluation import SideEvaluation
 
-CONFIG = GateConfig(loop=LoopConfig(epochs=20, learning_rate=0.05, checkpoint_interval_s=0.0), num_batch_positions=200)
+CONFIG = GateConfig(loop=LoopConfig(epochs=20, learning_rate=0.05, checkpoint_interval_s=0.0), num_batch_positions=80)
 
 
 def evaluation_of(p0: list[float], p1: list[float], choices: list[tuple[int, int]] | None = None) -> SideEvaluation:
@@ -47,7 +47,9 @@ def draw_data(num: int, seed: int) -> GateData:
     return GateData(hidden, evaluation_of(np.full(num, 0.3).tolist(), np.where(helps, 0.6, 0.25).tolist()))
 
 
-@pytest.mark.parametrize(("p0", "p1", "score", "price"), [(0.2, 0.6, 0.3, 0.1), (0.5, 0.1, -1.0, 0.0), (0.4, 0.4, 2.0, 0.5)])
+@pytest.mark.parametrize(
+    ("p0", "p1", "score", "price"), [(0.2, 0.6, 0.3, 0.1), (0.5, 0.1, -1.0, 0.0), (0.4, 0.4, 2.0, 0.5)]
+)
 def test_loss_and_gradient_are_those_of_the_formula(p0: float, p1: float, score: float, price: float) -> None:
     # dL/da = -pi (1 - pi) (p1 - p0) / p_mix + lambda pi (1 - pi)
     pi = 1 / (1 + math.exp(-score))

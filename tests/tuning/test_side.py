@@ -51,9 +51,7 @@ def test_it_beats_the_base_model_on_positions_it_has_not_seen(
     assert not result.network.training
 
 
-def test_training_sees_what_the_device_will_compute(
-    draw_world: Callable[..., Any], output_basis: OutputBasis
-) -> None:
+def test_training_sees_what_the_device_will_compute(draw_world: Callable[..., Any], output_basis: OutputBasis) -> None:
     # With all logits known, the loss is that of softmax(z + delta) with delta from the wire's int8 correction.
     world = draw_world(100, 1)
     features = world.features(output_basis.vocab_size)
