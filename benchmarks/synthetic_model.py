@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +22,16 @@ from cotune.plugin import GateParameters, Plugin
 from cotune.wire.description import CloudDescription
 from cotune.wire.features import SequenceFeatures
 
+NUM_LIKELY = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticShape:
-    """Sizes of a model and its plugin; the defaults are those of a Llama of 7 B parameters."""
+    """Sizes of a model and its plugin; the defaults are those of a Llama of 7 B parameters.
+
+    Attributes:
+        step_ms: how long a forward pass takes at least, as if an accelerator did it.
+    """
 
     num_taps: int = 33
     tap_dim: int = 32
@@ -33,6 +40,7 @@ class SyntheticShape:
     basis_dim: int = 64
     vocab_size: int = 32_000
     hidden_size: int = 4096
+    step_ms: float = 0.0
     seed: int = 0
 
     def rng(self, *key: int) -> np.random.Generator:
@@ -147,8 +155,11 @@ class SyntheticCursor:
 
     def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
         """Read (seq,) tokens."""
+        started_s = time.perf_counter()
         self._tokens += token_ids.tolist()
-        return synthetic_features(self._shape, self._tokens)
+        features = synthetic_features(self._shape, self._tokens)
+        time.sleep(max(0.0, self._shape.step_ms / 1e3 - (time.perf_counter() - started_s)))
+        return features
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from index `length` on."""
@@ -156,10 +167,11 @@ class SyntheticCursor:
 
 
 def synthetic_features(shape: SyntheticShape, tokens: list[int]) -> StepFeatures:
-    """A peaked distribution: one token stands out, by 0 to 10, over normal logits of deviation 2."""
+    """A peaked distribution: 64 likely tokens whose probability falls with the square of their rank, and a tail."""
     rng = shape.rng(4, len(tokens), *tokens[-4:])
-    logits = 2 * rng.standard_normal(shape.vocab_size, np.float32)
-    logits[rng.integers(shape.vocab_size)] = logits.max() + rng.uniform(0, 10)
+    logits = rng.standard_normal(shape.vocab_size, np.float32) - np.float32(6)
+    likely = rng.integers(0, shape.vocab_size, NUM_LIKELY)
+    logits[likely] = 8 - 2 * np.log(np.arange(1, NUM_LIKELY + 1)) + rng.normal(0, 0.5, NUM_LIKELY)
     return StepFeatures(
         logits=logits,
         hidden=rng.standard_normal(shape.hidden_size, np.float32),

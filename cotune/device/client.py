@@ -179,14 +179,18 @@ class CloudClient:
         while not stream.is_done:
             frame = await self._receive(max(0.001, deadline_s - time.monotonic()))
             known, corrected = len(stream.decisions), stream.num_corrections
-            for reply in stream.on_frame(frame):
-                await self._send(reply)
+            replies = stream.on_frame(frame)
+            try:
+                for reply in replies:
+                    await self._send(reply)
+            finally:
+                # Also where the answer met a broken connection: what is decided stays decided.
+                if on_decision is not None:
+                    for decision in stream.decisions[known:]:
+                        on_decision(decision)
             # Only progress buys more time: a cloud that repeats itself for ever is as silent as one that is gone.
             if len(stream.decisions) > known or stream.num_corrections > corrected:
                 deadline_s = time.monotonic() + self.config.timeout_s
-            if on_decision is not None:
-                for decision in stream.decisions[known:]:
-                    on_decision(decision)
 
     def _backoff_s(self, failures: int) -> float:
         longest = min(self.config.max_backoff_s, self.config.first_backoff_s * 2.0 ** (failures - 1))

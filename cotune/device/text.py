@@ -46,11 +46,19 @@ class TextCodec:
 
         A character whose bytes are spread over tokens belongs to the last of these.
         """
+        whole = self.decode(token_ids)
         pieces: list[str] = []
-        shown = ""
+        num_shown = 0
         for end in range(1, len(token_ids) + 1):
-            text = self.decode(token_ids[:end])
-            stable = text.rstrip("\ufffd") if end < len(token_ids) else text
-            pieces.append(stable[len(shown) :] if stable.startswith(shown) else "")
-            shown = stable if stable.startswith(shown) else shown
+            # Tokens that follow may change how bytes are read: only what stays in the whole text is a token's own.
+            text = whole if end == len(token_ids) else self.decode(token_ids[:end]).rstrip("\ufffd")
+            num_agreed = max(num_shown, _num_common(text, whole))
+            pieces.append(whole[num_shown:num_agreed])
+            num_shown = num_agreed
         return pieces
+
+
+def _num_common(left: str, right: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
-from cotune.models.backbone import Backbone, BackboneCursor, BackboneSpec, ForwardStates
+from cotune.models.anatomy import BackboneSpec
+from cotune.models.backbone import Backbone, BackboneCursor, ForwardStates
 from cotune.models.projections import Projections
 from cotune.models.side_network import SideNetwork, fake_quantise
 from cotune.models.spa_ladder import SpaLadder, SpaLadderConfig

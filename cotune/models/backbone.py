@@ -7,8 +7,7 @@ gradient. A backbone serves one thread at a time: the hooks write to one place.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,53 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import StepFeatures
-from cotune.models.projections import FILE_NAME, RMS_EPS, Projections
+from cotune.models.anatomy import BackboneSpec, decoder_layers, describe, output_embedding
+from cotune.models.projections import FILE_NAME, Projections
+from cotune.models.taps import Rows, StateRecorder, TapProjector
 from cotune.models.weights import digest_folder, digest_model, find_model_folder, load_model, read_tokenizer
 from cotune.wire.codec import quantise
 from cotune.wire.description import CloudDescription
 from cotune.wire.features import SequenceFeatures
 
-# Takes the wanted positions out of (batch, seq, hidden) states, as (..., hidden).
-Rows = Callable[[Tensor], Tensor]
-
 _FLOAT16_MAX = 65504.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneSpec:
-    """What a backbone is.
-
-    Attributes:
-        name: the word or path that it was loaded by, for people.
-        architecture: its class in transformers.
-        hidden_size, num_layers: width of the residual stream, and how many decoder layers write to it.
-        vocab_size: rows of the output embedding.
-        max_context: the most tokens that one sequence may have.
-        eos_token_ids: tokens that end a text.
-        bos_token_id: the token that starts a text, where the model has one.
-        pad_token_id: fills short rows of a batch.
-        backbone_digest, tokenizer_digest: SHA-256, hex.
-        num_parameters: numbers in the model, tied ones once.
-    """
-
-    name: str
-    architecture: str
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
-    max_context: int
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
-    pad_token_id: int
-    backbone_digest: str
-    tokenizer_digest: str
-    num_parameters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,19 +69,16 @@ class Backbone:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer_json = tokenizer_json
-        layers = _decoder_layers(model)
-        self._head = _output_embedding(model)
-        self.spec = _describe(model, self._head, tokenizer_json, name=name, digest=digest)
+        self._head = output_embedding(model)
+        self.spec = describe(model, self._head, tokenizer_json, name=name, digest=digest)
         if projections is None:
             projections = Projections.random(
                 tap_layers=range(self.spec.num_layers + 1), hidden_size=self.spec.hidden_size
             )
         _check_fit(projections, self.spec)
         self.projections = projections
-        self._recorder = _Recorder(layers, self._head, projections.tap_layers)
-        # (taps, hidden, tap_dim): states times this. Identity projections are not multiplied with.
-        self._down = None if projections.kind == "identity" else _down_weight(projections).to(model.device)
-        self._eps = torch.tensor((RMS_EPS * self.spec.hidden_size) ** 0.5, device=model.device)
+        self._recorder = StateRecorder(decoder_layers(model), self._head, projections.tap_layers)
+        self._projector = TapProjector(projections, model.device)
 
     @classmethod
     def from_pretrained(
@@ -220,7 +184,7 @@ class Backbone:
         mask = torch.from_numpy(is_target).to(self.model.device)
         with torch.inference_mode():
             logits, hidden, states = self._run(torch.from_numpy(batch), lambda x: x[mask])
-            together = _to_sequence_features(logits, hidden, self._project(states), targets, top_k)
+            together = _to_sequence_features(logits, hidden, self._projector.project(states), targets, top_k)
         ends = np.cumsum([len(input_ids) - first for input_ids, first in sequences])
         return [_slice(together, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -237,7 +201,7 @@ class Backbone:
             return ForwardStates(
                 logits=logits.float().view(batch, seq, -1),
                 hidden=hidden.float().view(batch, seq, -1),
-                taps=self._project(states).reshape(batch, seq, -1, self.projections.tap_dim),
+                taps=self._projector.project(states).reshape(batch, seq, -1, self.projections.tap_dim),
                 states=states.float().transpose(0, 1).reshape(batch, seq, len(states), -1),
             )
 
@@ -282,18 +246,6 @@ class Backbone:
         stacked = torch.stack(states)
         return logits.flatten(0, -2), hidden.flatten(0, -2), stacked.flatten(1, -2)
 
-    def _project(self, states: Tensor) -> Tensor:
-        """Taps, float32 (positions, taps, tap_dim), of y (taps, positions, hidden)."""
-        states = states.float()
-        if self._down is None:
-            return states.transpose(0, 1)
-        # rmsnorm without affine divides a state by one number, so that it may come after the projection:
-        #   C y / sqrt(|y|^2 / hidden + eps) = (sqrt(hidden) C) y / hypot(|y|, sqrt(eps hidden))
-        taps = torch.bmm(states, self._down)
-        if self.projections.normalise:
-            taps /= torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True), self._eps)
-        return taps.transpose(0, 1)
-
 
 class BackboneCursor:
     """One sequence in the backbone's KV cache."""
@@ -320,12 +272,19 @@ class BackboneCursor:
         tokens = backbone.check_tokens(token_ids, self._length)
         rows = _all_rows if len(tokens) == 1 else _last_row
         with torch.inference_mode():
-            logits, hidden, states = backbone._run(
-                torch.tensor([tokens]), rows, past_key_values=self._cache, use_cache=True
-            )
+            try:
+                logits, hidden, states = backbone._run(
+                    torch.tensor([tokens]), rows, past_key_values=self._cache, use_cache=True
+                )
+            except BaseException:
+                self._crop(self._length)  # an interrupted pass has filled some layers only
+                raise
             self._length += len(tokens)
-            taps = backbone._project(states)
-            return StepFeatures(logits=_to_numpy(logits)[0], hidden=_to_numpy(hidden)[0], taps=_to_numpy(taps)[0])
+            return StepFeatures(
+                logits=_to_numpy(logits)[0],
+                hidden=_to_numpy(hidden)[0],
+                taps=backbone._projector.project_one(states),
+            )
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from index `length` on, as if they had never been read.
@@ -335,10 +294,14 @@ class BackboneCursor:
         """
         if not 0 <= length <= self._length:
             raise InputError(f"cannot truncate to {length} tokens, the cache holds {self._length}")
-        if length < self._length:
-            with torch.inference_mode():
-                self._cache.crop(length - self._length)
-            self._length = length
+        with torch.inference_mode():
+            self._crop(length)
+        self._length = length
+
+    def _crop(self, length: int) -> None:
+        for layer in self._cache.layers:
+            if (surplus := layer.get_seq_length() - length) > 0:
+                layer.crop(-surplus)
 
 
 def _all_rows(states: Tensor) -> Tensor:
@@ -352,99 +315,6 @@ def _last_row(states: Tensor) -> Tensor:
 def _to_numpy(values: Tensor) -> NDArray[np.float32]:
     array: NDArray[np.float32] = values.float().cpu().numpy()
     return array
-
-
-def _down_weight(projections: Projections) -> Tensor:
-    """sqrt(hidden) C where the states are normalised, else C; float32 (taps, hidden, tap_dim)."""
-    factor = np.float32(projections.hidden_size**0.5 if projections.normalise else 1.0)
-    # A copy in PyTorch's own memory: NumPy's may be unaligned, where products differ in the last bit.
-    return torch.tensor(np.ascontiguousarray((projections.taps * factor).transpose(0, 2, 1)))
-
-
-class _Recorder:
-    """Hooks that keep the wanted rows of the residual stream while the model runs."""
-
-    def __init__(self, layers: nn.ModuleList, head: nn.Module, tap_layers: tuple[int, ...]) -> None:
-        self._rows: Rows | None = None
-        self._states: list[Tensor] = []
-        self._hidden: Tensor | None = None
-        for layer in tap_layers:
-            if layer == 0:
-                layers[0].register_forward_pre_hook(self._on_input)
-            else:
-                layers[layer - 1].register_forward_hook(self._on_output)
-        head.register_forward_pre_hook(self._on_head)
-
-    def start(self, rows: Rows) -> None:
-        self._rows = rows
-        self._states = []
-
-    def stop(self) -> tuple[Tensor, list[Tensor]]:
-        hidden, states = self._hidden, self._states
-        self._rows, self._hidden, self._states = None, None, []
-        return hidden, states  # type: ignore[return-value]
-
-    def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._rows is not None:
-            self._states.append(self._rows(args[0]))
-
-    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._rows is not None:
-            self._states.append(self._rows(output[0] if isinstance(output, tuple) else output))
-
-    def _on_head(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-        if self._rows is None:
-            return None
-        self._hidden = self._rows(args[0])
-        # The head then computes logits for the wanted rows alone.
-        return (self._hidden,)
-
-
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    expected = model.config.num_hidden_layers
-    for child in model.base_model.children():
-        if isinstance(child, nn.ModuleList) and len(child) == expected:
-            return child
-    raise InputError(
-        f"{type(model).__name__} is not supported: no list of {expected} decoder layers in it; "
-        "take a decoder-only model such as Llama, Qwen, Mistral, Gemma or GPT-2"
-    )
-
-
-def _output_embedding(model: PreTrainedModel) -> nn.Linear:
-    head = model.get_output_embeddings()
-    caches = DynamicCache(config=model.config)
-    if not isinstance(head, nn.Linear) or any(caches.is_linear):
-        raise InputError(
-            f"{type(model).__name__} is not supported: it needs a linear output embedding and attention in every "
-            "layer; take a decoder-only model such as Llama, Qwen, Mistral, Gemma or GPT-2"
-        )
-    return head
-
-
-def _describe(
-    model: PreTrainedModel, head: nn.Linear, tokenizer_json: bytes, *, name: str, digest: str
-) -> BackboneSpec:
-    config = model.config
-    # generation_config.json knows all end tokens of a chat model, config.json often only one.
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos = config.eos_token_id if eos is None else eos
-    eos_token_ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-    pad = config.pad_token_id
-    return BackboneSpec(
-        name=name,
-        architecture=type(model).__name__,
-        hidden_size=head.in_features,
-        num_layers=config.num_hidden_layers,
-        vocab_size=head.out_features,
-        max_context=config.max_position_embeddings,
-        eos_token_ids=eos_token_ids,
-        bos_token_id=config.bos_token_id,
-        pad_token_id=pad if pad is not None and 0 <= pad < head.out_features else 0,
-        backbone_digest=digest,
-        tokenizer_digest=hashlib.sha256(tokenizer_json).hexdigest(),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
 
 
 def _check_fit(projections: Projections, spec: BackboneSpec) -> None:

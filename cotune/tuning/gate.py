@@ -46,7 +46,7 @@ class GateConfig:
     """Price of one blocking round trip, nats; 0 asks wherever the device helps at all."""
     num_batch_positions: int = 256
     """Target positions in one step."""
-    weight_decay: float = 0.3
+    weight_decay: float = 0.1
     """AdamW's decoupled decay, on standardised hidden states."""
     max_grad_norm: float = 1.0
     """Total norm that a step's gradient is clipped to."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from cotune.errors import InputError
 from cotune.generation.protocols import StepFeatures
 from cotune.models import Backbone, Projections
+from cotune.models.anatomy import decoder_layers
 from cotune.wire.codec import quantise
 from cotune.wire.features import SequenceFeatures
 
@@ -269,6 +270,25 @@ def test_truncating_beyond_the_cache_is_an_input_error(llama: Backbone, length: 
         cursor.truncate(length)
 
 
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_an_interrupted_pass_leaves_the_cursor_as_it_was(llama: Backbone, token_ids: Ids, prefix: int) -> None:
+    cursor = llama.cursor()
+    if prefix:
+        cursor.extend(token_ids[:prefix])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = decoder_layers(llama.model)[1].register_forward_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cursor.extend(np.array([7, 8, 9]))
+    finally:
+        hook.remove()
+    assert cursor.length == prefix
+    assert_close(cursor.extend(token_ids[prefix:]), fresh(llama, token_ids))
+
+
 @pytest.mark.parametrize(("first_target", "top_k"), [(0, 4), (5, 4), (-1, 4), (2, 0)])
 def test_bad_feature_requests_are_input_errors(llama: Backbone, first_target: int, top_k: int) -> None:
     with pytest.raises(InputError, match="expected"):
@@ -290,15 +310,17 @@ def test_projections_of_another_model_are_refused(
             Backbone.from_model(make_model("llama"), tokenizer_json, projections=wrong)
 
 
-def test_spec_describes_the_model(backbone: Backbone) -> None:
-    spec = backbone.spec
-    assert (spec.hidden_size, spec.num_layers, spec.vocab_size, spec.max_context) == (24, 3, 61, 40)
-    assert spec.eos_token_ids == (2,) and spec.bos_token_id == 1 and spec.pad_token_id == 0
-    assert spec.num_parameters == backbone.model.num_parameters()
-    assert len(spec.backbone_digest) == len(spec.tokenizer_digest) == 64
+def test_the_description_is_what_devices_bind_to(llama: Backbone) -> None:
+    description = llama.description
+    assert description.backbone_digest == llama.spec.backbone_digest
+    assert description.tokenizer_digest == llama.spec.tokenizer_digest
+    assert description.projections_digest == llama.projections.digest
+    assert (description.num_taps, description.tap_dim, description.basis_dim) == (4, 24, 24)
+    assert (description.vocab_size, description.hidden_size, description.max_context) == (61, 24, 40)
+    assert description.stop_token_ids == (2,)
 
 
-def test_untouched_output_basis_row_is_the_head_times_the_basis(llama: Backbone) -> None:
+def test_the_output_basis_is_the_head_times_the_basis(llama: Backbone) -> None:
     head = llama.model.get_output_embeddings().weight.double().numpy()
     exact = head @ llama.projections.basis
     step = np.abs(exact).max(1) / 127

@@ -146,4 +146,8 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
                     **common,
                 )
             )
+        # The usual initial values are so small that a model is nearly the identity.
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
     return Backbone.from_model(model, b"{}")

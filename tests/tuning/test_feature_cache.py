@@ -151,6 +151,16 @@ def test_what_the_run_needs_is_never_evicted(tmp_path: Path, make_source: Callab
     assert bounded.get("needed") is None
 
 
+def test_the_oldest_file_stays_if_the_run_needs_it(tmp_path: Path, make_source: Callable[..., Any]) -> None:
+    features = make_source().features(np.arange(8), 4, 4)
+    cache = open_cache(tmp_path)
+    for age, name in enumerate(("needed", "other")):
+        cache.put(name, features)
+        os.utime(tmp_path / (name + SUFFIX), ns=((age + 1) * 10**9,) * 2)
+    open_cache(tmp_path, max_bytes=cache.size_bytes + 10).put("more", features, needed={"needed", "more"})
+    assert (cache.get("needed") is None, cache.get("other") is None) == (False, True)
+
+
 def test_leftovers_of_killed_runs_disappear_and_those_of_living_ones_stay(tmp_path: Path) -> None:
     old, young = tmp_path / "old.part", tmp_path / "young.part"
     old.touch()

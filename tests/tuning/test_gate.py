@@ -44,7 +44,7 @@ def draw_data(num: int, seed: int) -> GateData:
     rng = np.random.default_rng(seed)
     hidden = (rng.standard_normal((num, 5)) * [3, 0.1, 1, 20, 0] + [1, 5, 0, -30, 2]).astype(np.float16)
     helps = hidden[:, 0].astype(np.float32) > 1
-    return GateData(hidden, evaluation_of(np.full(num, 0.3).tolist(), np.where(helps, 0.6, 0.25).tolist()))
+    return GateData(hidden, evaluation_of(np.full(num, 0.3).tolist(), np.where(helps, 0.6, 0.1).tolist()))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,8 @@ def test_probabilities_of_zero_stay_finite() -> None:
 
 
 def test_the_gate_learns_where_the_device_helps() -> None:
-    result = tune_gate(draw_data(800, 0), CONFIG, heldout=draw_data(300, 1))
+    config = replace(CONFIG, loop=LoopConfig(epochs=50, learning_rate=0.05), weight_decay=0.0)
+    result = tune_gate(draw_data(800, 0), config, heldout=draw_data(300, 1))
     heldout = draw_data(300, 2)
     asks = np.array([result.gate.consults(row.astype(np.float32)) for row in heldout.hidden])
     helps = heldout.evaluation.side_nats < heldout.evaluation.base_nats
@@ -95,6 +96,18 @@ def test_the_folded_gate_scores_raw_hidden_states_like_the_trained_one_scored_st
     mean = data.hidden.astype(np.float64).mean(axis=0).astype(np.float32)
     scores = [trained.score(row.astype(np.float32)) for row in data.hidden]
     assert trained.score(mean) == pytest.approx(np.mean(scores), abs=1e-3)
+
+
+def test_units_of_the_hidden_state_do_not_matter() -> None:
+    data, config = draw_data(400, 0), replace(CONFIG, loop=LoopConfig(epochs=3, learning_rate=0.05))
+    other = GateData((data.hidden * np.array([8, 2, 0.25, 4, 1])).astype(np.float16), data.evaluation)
+    scores = [
+        [gate.score(row.astype(np.float32)) for row in part.hidden]
+        for part in (data, other)
+        for gate in (tune_gate(part, config).gate,)
+    ]
+    assert max(scores[0]) - min(scores[0]) > 1
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
 def test_a_higher_price_asks_less() -> None:

@@ -154,6 +154,22 @@ def test_the_best_epoch_on_held_out_data_wins() -> None:
     assert loss == pytest.approx(losses[result.best_epoch])
 
 
+def test_a_best_epoch_before_the_interruption_is_remembered(tmp_path: Path) -> None:
+    heldout = Numbers([[-0.5, 4.6]])
+    config = LoopConfig(epochs=8, learning_rate=0.1, checkpoint_interval_s=0.0)
+
+    def interrupt(progress: LoopProgress) -> None:
+        if progress.step == 27:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, heldout, run_dir=tmp_path, progress=interrupt)
+    resumed, whole = run(config, heldout, run_dir=tmp_path, resume=True), run(config, heldout)
+    assert 4 * whole.best_epoch < 27
+    assert resumed.best_epoch == whole.best_epoch
+    assert torch.equal(resumed.state.params["w"], whole.state.params["w"])
+
+
 def test_training_that_only_harms_gives_back_the_start() -> None:
     result = run(CONFIG, Numbers([[-1.0, 5.0]]))
     assert result.best_epoch == 0

@@ -15,7 +15,7 @@ def test_every_position_comes_once_in_batches_of_nearly_equal_size() -> None:
     batches = PositionBatches(10, 4, seed=3, take=lambda positions: positions)
     found = epoch_of(batches, 0)
     assert len(batches) == len(found) == 3
-    assert sorted(sum(found, [])) == list(range(10))
+    assert sorted(position for batch in found for position in batch) == list(range(10))
     assert [len(batch) for batch in found] == [4, 3, 3]
 
 
