@@ -52,7 +52,14 @@ class StreamedDevice:
     """
 
     def __init__(
-        self, personal: Personal, features: list[StepFeatures], answer: str, sampling: Sampling, *, top_k: int, length: int
+        self,
+        personal: Personal,
+        features: list[StepFeatures],
+        answer: str,
+        sampling: Sampling,
+        *,
+        top_k: int,
+        length: int,
     ) -> None:
         self.num_steps = 0
         self.num_misses = 0
@@ -89,7 +96,9 @@ class StreamedDevice:
             self.num_misses += 1
             everything = top_logits(features.logits, len(features.logits), self._sampling)
             normalizer = everything.log_normalizer or 0.0
-            _, replies = self._feed(Logits(**place, ids=everything.ids, logits=everything.logits, log_normalizer=normalizer))
+            _, replies = self._feed(
+                Logits(**place, ids=everything.ids, logits=everything.logits, log_normalizer=normalizer)
+            )
         self._epoch += isinstance(replies[0], Object)
         return seconds
 

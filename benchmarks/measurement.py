@@ -127,7 +127,9 @@ def make_parser(name: str, description: str, examples: str) -> argparse.Argument
     return parser
 
 
-def finish(name: str, args: argparse.Namespace, machine: Mapping[str, Any], results: Any, targets: list[Target]) -> None:
+def finish(
+    name: str, args: argparse.Namespace, machine: Mapping[str, Any], results: Any, targets: list[Target]
+) -> None:
     """Print the verdicts and write the result file."""
     config = {key: value for key, value in vars(args).items() if key != "out"}
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,9 @@ LEAST_OVER_BLOCKING = 2.0
 Setting = tuple[float, str, str]
 
 
-async def run_settings(url: str, plugin: Plugin, prompts: Sequence[str], args: argparse.Namespace) -> dict[Setting, Any]:
+async def run_settings(
+    url: str, plugin: Plugin, prompts: Sequence[str], args: argparse.Namespace
+) -> dict[Setting, Any]:
     """All settings in turns, `args.repeats` times; the texts of each turn, by setting.
 
     Raises:
@@ -171,6 +173,29 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """The medians as a table; `ratio` is measured over predicted, `whole` the same for whole texts."""
+    names = ("tokens/s (quartiles)", "predicted", "ratio", "whole", "c ms", "M", "q", "R ms")
+    widths = (30, 9, 6, 6, 6, 5, 5, 7)
+    titles = "  ".join(f"{name:>{width}s}" for name, width in zip(names, widths, strict=True))
+    print(f"{'rtt':>6s}  {'schedule':10s}  {'answer':10s}  {titles}")
+    for row in rows:
+        median = {name: value.median for name, value in row.items() if isinstance(value, Spread)}
+        numbers = (
+            median["predicted_tokens_per_s"],
+            median["of_prediction"],
+            median["text_of_prediction"],
+            median["step_ms"],
+            median["delayed_rate"],
+            median["changed_rate"],
+            row["rtt_ms"] + median["device_ms"],
+        )
+        cells = "  ".join(f"{number:{width}.2f}" for number, width in zip(numbers, widths[1:], strict=True))
+        print(
+            f"{row['rtt_ms']:6.0f}  {row['schedule']:10s}  {row['answer']:10s}  {row['tokens_per_s']!s:>30s}  {cells}"
+        )
+
+
 def main() -> None:
     """Entry point."""
     parser = make_parser(
@@ -198,14 +223,7 @@ def main() -> None:
         prompts = heldout_prompts(plugin, args.prompts, args.seed)
         made = asyncio.run(run_settings(url, plugin, prompts, args))
     rows = [summarise(setting, turns) for setting, turns in sorted(made.items())]
-    print("   rtt  schedule   answer      tokens/s (quartiles)            predicted   ratio   whole  c ms   M     q     R ms")
-    for row in rows:
-        print(
-            f"{row['rtt_ms']:6.0f}  {row['schedule']:10s} {row['answer']:10s}  {row['tokens_per_s']!s:30s}  "
-            f"{row['predicted_tokens_per_s'].median:9.2f}  {row['of_prediction'].median:6.3f}  "
-            f"{row['text_of_prediction'].median:6.3f}  {row['step_ms'].median:5.2f}  {row['delayed_rate'].median:4.2f}  "
-            f"{row['changed_rate'].median:4.2f}  {row['rtt_ms'] + row['device_ms'].median:6.2f}"
-        )
+    print_rows(rows)
     plot(rows, args.out.with_suffix(".svg"))
     texts = [text.num_tokens for text in next(iter(made.values()))[0]]
     finish(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -127,9 +127,7 @@ class SocketCounter:
 
         async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             there_reader, there_writer = await asyncio.open_connection(host, port)
-            await asyncio.gather(
-                self._copy(reader, there_writer, up=True), self._copy(there_reader, writer, up=False)
-            )
+            await asyncio.gather(self._copy(reader, there_writer, up=True), self._copy(there_reader, writer, up=False))
 
         server = await asyncio.start_server(relay, "127.0.0.1", 0)
         self.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -152,7 +150,6 @@ async def measure_generations(url: str, plugin: Plugin, args: argparse.Namespace
     rows = []
     async with SocketCounter().before(url) as counter:
         for rtt_ms in args.rtt_ms:
-
             recorder = RecordingConnection(
                 EmulatedConnection(await connect(counter.url), NetworkProfile.of_rtt(rtt_ms))
             )
@@ -190,6 +187,24 @@ async def measure_generations(url: str, plugin: Plugin, args: argparse.Namespace
     return rows
 
 
+def print_counts(counted: Sequence[dict[str, Any]], frames: dict[str, int], measured: Sequence[dict[str, Any]]) -> None:
+    """All numbers as tables."""
+    print("one consulted token, from its frames with WebSocket framing")
+    for row in counted:
+        print(f"  {row['answer']:11s} {row['sampling']:7s} {row['codec']:8s} down {row['down']:5d}  up {row['up']:3d}")
+    print("other frames")
+    for name, num_bytes in frames.items():
+        print(f"  {name:34s} {num_bytes:6d}")
+    print("whole generations on a socket, bytes per kept token; in brackets down per step sent")
+    for row in measured:
+        print(
+            f"  {row['rtt_ms']:5.0f} ms  {row['schedule']:10s} {row['answer']:10s} "
+            f"down {row['down_per_token']:7.1f} ({row['down_per_step']:6.1f})  up {row['up_per_token']:6.1f}   "
+            f"q {row['changed_rate']:.2f}, wasted steps {row['wasted_rate']:.2f}, "
+            f"not proved {row['certificate_miss_rate']:.2f}"
+        )
+
+
 def main() -> None:
     """Entry point."""
     parser = make_parser(
@@ -224,19 +239,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, synthetic_cloud(shape, Path(folder) / "cloud.log") as url:
         measured = asyncio.run(measure_generations(url, plugin, args))
 
-    print("one consulted token, from its frames with WebSocket framing")
-    for row in counted:
-        print(f"  {row['answer']:11s} {row['sampling']:7s} {row['codec']:8s} down {row['down']:5d}  up {row['up']:3d}")
-    print("other frames")
-    for name, num_bytes in frames.items():
-        print(f"  {name:34s} {num_bytes:6d}")
-    print("whole generations on a socket, bytes per kept token")
-    for row in measured:
-        print(
-            f"  {row['rtt_ms']:5.0f} ms  {row['schedule']:10s} {row['answer']:10s} down {row['down_per_token']:7.1f} "
-            f"({row['down_per_step']:.1f} per step sent)  up {row['up_per_token']:6.1f}   q {row['changed_rate']:.2f}, wasted steps {row['wasted_rate']:.2f}, "
-            f"not proved {row['certificate_miss_rate']:.2f}"
-        )
+    print_counts(counted, frames, measured)
     targets = [
         Target(what=f"a token's frames, {row['answer']} form, {row['sampling']}, down",
                measured=row["down"], limit=MOST_BYTES, unit="bytes")

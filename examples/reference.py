@@ -39,4 +39,6 @@ for mode in ("integration", "spa"):
     base, both = generate(backbone, None, request), generate(backbone, personal, request)
     assert base.token_ids == both.token_ids
     consulted = sum(decision.consulted for decision in both.decisions)
-    print(f"{mode:12} asked the device {consulted:2} times in {len(both.token_ids)} tokens:{text.decode(both.token_ids)}")
+    print(
+        f"{mode:12} asked the device {consulted:2} times in {len(both.token_ids)} tokens:{text.decode(both.token_ids)}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,7 @@ class ToyCursor:
     def length(self) -> int:
         return len(self._tokens)
 
-    def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
+    def extend(self, token_ids: NDArray[np.int64], is_wanted: Callable[[], bool] | None = None) -> StepFeatures:
         assert len(token_ids) > 0
         self._tokens += token_ids.tolist()
         return _features(tuple(self._tokens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +44,7 @@ def cloud(
     from cotune.cloud.host import host as run_host
     from cotune.cloud.hosted import HostedModel
     from cotune.cloud.service import ServiceConfig
+    from cotune.wire.event_loop import run_coroutine
 
     # Checked before the model loads, which may take minutes.
     config = HostConfig(
@@ -77,4 +77,4 @@ def cloud(
         stderr.print(f"listening on [bold]{url}[/]; stop with Ctrl-C")
         stderr.print(f"[dim]next: cotune device tune DATA --cloud {url} --out my-plugin")
 
-    asyncio.run(run_host(hosted, config, on_ready=ready))
+    run_coroutine(run_host(hosted, config, on_ready=ready))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,6 +70,7 @@ def generate(
     from cotune.generation.sampling import Sampling
     from cotune.ledger import EgressLedger
     from cotune.plugin import Plugin
+    from cotune.wire.event_loop import run_coroutine
 
     loaded = Plugin.load(plugin)
     options = GenerationOptions(
@@ -94,7 +94,7 @@ def generate(
         make = connector(cloud, token_file=token_file, tls_ca=tls_ca, ledger=book, profile=emulated(rtt_ms), seed=seed)
         runtime = Device(loaded, make, ClientConfig(timeout_s=timeout_s))
         full = text if raw else runtime.format_prompt(text)
-        result = asyncio.run(runtime.generate(full, options, None if as_json else show))
+        result = run_coroutine(runtime.generate(full, options, None if as_json else show))
         totals = book.totals()
     metrics = measure(result)
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +48,7 @@ def evaluate(
         cotune evaluate my-plugin heldout.jsonl --cloud ws://127.0.0.1:7070 --mode spa
     """
     from cotune.data.records import read_examples
+    from cotune.wire.event_loop import run_coroutine
 
     is_plugin = (Path(model) / "plugin.json").is_file()
     if is_plugin and cloud is None:
@@ -59,7 +59,7 @@ def evaluate(
     with progress("evaluating", enabled=not as_json) as advance:
         if cloud is not None:
             make = connector(cloud, token_file=token_file, tls_ca=tls_ca)
-            result = asyncio.run(_judge_plugin(Path(model), make, examples, mode, max_new_tokens, seed, advance))
+            result = run_coroutine(_judge_plugin(Path(model), make, examples, mode, max_new_tokens, seed, advance))
         else:
             result = _judge_model(model, dtype, torch_device, lora, examples, max_new_tokens, seed, advance)
     if as_json:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.stream import StepPlan
-from cotune.generation.protocols import Cursor, StepFeatures
+from cotune.generation.protocols import Cursor, StepAbandonedError, StepFeatures
 from cotune.wire.features import SequenceFeatures
 
 T = TypeVar("T")
@@ -34,9 +34,15 @@ class Engine:
         self.model = model
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cotune-engine")
 
-    async def step(self, cursor: Cursor, plan: StepPlan) -> tuple[StepFeatures, float]:
-        """Do `plan` on `cursor`; the features and the seconds that it took."""
-        return await self._run(lambda: _step(cursor, plan))
+    async def step(
+        self, cursor: Cursor, plan: StepPlan, is_wanted: Callable[[], bool]
+    ) -> tuple[StepFeatures | None, float]:
+        """Do `plan` on `cursor`; the features and the seconds that it took.
+
+        `is_wanted` is asked during the pass, from the engine's thread; once it says no the pass is given up and the
+        features are None.
+        """
+        return await self._run(lambda: _step(cursor, plan, is_wanted))
 
     async def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
         """Teacher-force one sequence."""
@@ -50,10 +56,15 @@ class Engine:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
-def _step(cursor: Cursor, plan: StepPlan) -> tuple[StepFeatures, float]:
+def _step(cursor: Cursor, plan: StepPlan, is_wanted: Callable[[], bool]) -> tuple[StepFeatures | None, float]:
     started_s = time.perf_counter()
+    if not is_wanted():
+        return None, 0.0
     # What a dropped or cancelled step left behind goes too: the plan is the truth, not the cache.
     if cursor.length > plan.truncate_to:
         cursor.truncate(plan.truncate_to)
-    features = cursor.extend(plan.token_ids)
+    try:
+        features = cursor.extend(plan.token_ids, is_wanted)
+    except StepAbandonedError:
+        return None, time.perf_counter() - started_s
     return features, time.perf_counter() - started_s

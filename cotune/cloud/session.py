@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 
 from cotune.cloud.engine import Engine
 from cotune.cloud.stream import CloudStream
@@ -106,7 +107,7 @@ class Session:
                     self._cursor = self._engine.model.backbone.cursor()
                     stream.forget_cache()
                 plan = stream.plan()
-                features, seconds = await self._engine.step(self._cursor, plan)
+                features, seconds = await self._engine.step(self._cursor, plan, partial(stream.is_current, plan))
                 await self.send(stream.on_step(plan, features, seconds, time.monotonic()))
                 continue
             stream.note_stall(time.monotonic())

@@ -201,17 +201,21 @@ class CloudStream:
 
     # What the driver tells.
 
-    def on_step(self, plan: StepPlan, features: StepFeatures, seconds: float, now_s: float) -> list[Frame]:
+    def is_current(self, plan: StepPlan) -> bool:
+        """Whether the outcome of `plan` is still of use."""
+        return plan.epoch == self.epoch and self.ended is None
+
+    def on_step(self, plan: StepPlan, features: StepFeatures | None, seconds: float, now_s: float) -> list[Frame]:
         """Take the outcome of `plan`; returns the frames to send.
 
         Args:
             plan: what was done; it may be outdated by now.
-            features: what the backbone said.
+            features: what the backbone said; None if it gave up in the middle.
             seconds: how long it took.
             now_s: the driver's clock.
         """
         self.counters.cloud_s += seconds
-        if plan.epoch != self.epoch or self.ended is not None:
+        if features is None or not self.is_current(plan):
             self.counters.num_steps += 1
             self.counters.num_wasted_steps += 1
             return []

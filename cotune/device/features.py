@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from cotune.device.client import ClientConfig, CloudClient, Connector
 from cotune.errors import ConnectionLostError
 from cotune.wire.description import CloudDescription
+from cotune.wire.event_loop import make_runner
 from cotune.wire.features import SequenceFeatures
 from cotune.wire.frames import AssetKind
 
@@ -30,7 +30,7 @@ class RemoteFeatureSource:
 
     def __init__(self, connector: Connector, config: ClientConfig | None = None) -> None:
         self._client = CloudClient(connector, config)
-        self._runner = asyncio.Runner()
+        self._runner = make_runner()
 
     def __enter__(self) -> Self:
         try:

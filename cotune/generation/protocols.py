@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class StepAbandonedError(Exception):
+    """A step was given up in the middle, because nobody wanted its outcome any more; the cursor is as before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,16 @@ class Cursor(Protocol):
         """How many tokens the cache holds."""
         ...
 
-    def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
-        """Append (seq,) tokens in one forward pass; features to predict the token after the last."""
+    def extend(self, token_ids: NDArray[np.int64], is_wanted: Callable[[], bool] | None = None) -> StepFeatures:
+        """Append (seq,) tokens in one forward pass; features to predict the token after the last.
+
+        Args:
+            token_ids: int64 (seq,).
+            is_wanted: asked now and then during the pass; False gives it up.
+
+        Raises:
+            StepAbandonedError: `is_wanted` said no. A cursor may also finish regardless.
+        """
         ...
 
     def truncate(self, length: int) -> None:

@@ -7,7 +7,7 @@ gradient. A backbone serves one thread at a time: the hooks write to one place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -235,10 +235,12 @@ class Backbone:
             )
         return tokens
 
-    def _run(self, input_ids: Tensor, rows: Rows, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(
+        self, input_ids: Tensor, rows: Rows, *, is_wanted: Callable[[], bool] | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (positions, vocab), f (positions, hidden) and y of each tap (taps, positions, hidden), at `rows`."""
         recorder = self._recorder
-        recorder.start(rows)
+        recorder.start(rows, is_wanted)
         try:
             logits = self.model(input_ids=input_ids.to(self.model.device), **options).logits
         finally:
@@ -262,11 +264,16 @@ class BackboneCursor:
         """How many tokens the cache holds."""
         return self._length
 
-    def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
+    def extend(self, token_ids: NDArray[np.int64], is_wanted: Callable[[], bool] | None = None) -> StepFeatures:
         """Append int64 (seq,) tokens in one forward pass; features to predict the token after the last.
+
+        Args:
+            token_ids: int64 (seq,).
+            is_wanted: asked after each tapped layer; False gives the pass up.
 
         Raises:
             InputError: no tokens, unknown ones, or more than the model's context holds.
+            StepAbandonedError: `is_wanted` said no; the cursor is as before.
         """
         backbone = self._backbone
         tokens = backbone.check_tokens(token_ids, self._length)
@@ -274,7 +281,7 @@ class BackboneCursor:
         with torch.inference_mode():
             try:
                 logits, hidden, states = backbone._run(
-                    torch.tensor([tokens]), rows, past_key_values=self._cache, use_cache=True
+                    torch.tensor([tokens]), rows, is_wanted=is_wanted, past_key_values=self._cache, use_cache=True
                 )
             except BaseException:
                 self._crop(self._length)  # an interrupted pass has filled some layers only

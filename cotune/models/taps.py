@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cotune.generation.protocols import StepAbandonedError
 from cotune.models.projections import RMS_EPS, Projections
 
 # Takes the wanted positions out of (batch, seq, hidden) states, as (..., hidden).
@@ -21,6 +22,7 @@ class StateRecorder:
 
     def __init__(self, layers: nn.ModuleList, head: nn.Module, tap_layers: tuple[int, ...]) -> None:
         self._rows: Rows | None = None
+        self._is_wanted: Callable[[], bool] | None = None
         self._states: list[Tensor] = []
         self._hidden: Tensor | None = None
         for layer in tap_layers:
@@ -30,13 +32,15 @@ class StateRecorder:
                 layers[layer - 1].register_forward_hook(self._on_output)
         head.register_forward_pre_hook(self._on_head)
 
-    def start(self, rows: Rows) -> None:
+    def start(self, rows: Rows, is_wanted: Callable[[], bool] | None = None) -> None:
+        """Watch the next pass; where `is_wanted` says no between two layers, it ends with StepAbandonedError."""
         self._rows = rows
+        self._is_wanted = is_wanted
         self._states = []
 
     def stop(self) -> tuple[Tensor, list[Tensor]]:
         hidden, states = self._hidden, self._states
-        self._rows, self._hidden, self._states = None, None, []
+        self._rows, self._is_wanted, self._hidden, self._states = None, None, None, []
         return hidden, states  # type: ignore[return-value]
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -45,6 +49,8 @@ class StateRecorder:
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._rows is not None:
+            if self._is_wanted is not None and not self._is_wanted():
+                raise StepAbandonedError
             self._states.append(self._rows(output[0] if isinstance(output, tuple) else output))
 
     def _on_head(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:

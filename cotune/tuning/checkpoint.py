@@ -57,6 +57,7 @@ class Checkpoint:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(everything, unfinished, metadata=metadata)
+            unfinished.chmod(0o600)  # personal weights
             unfinished.replace(self.path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"the checkpoint {self.path} cannot be written: {error}") from error

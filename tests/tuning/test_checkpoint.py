@@ -19,6 +19,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert found.tensors["n"].item() == 7
     assert found.best["a"].tolist() == [1.0]
     assert found.course == {"step": 3, "loss": 0.1}
+    assert checkpoint.path.stat().st_mode & 0o077 == 0, "nobody else may read personal weights"
 
 
 def test_no_file_is_no_checkpoint(tmp_path: Path) -> None:

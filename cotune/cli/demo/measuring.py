@@ -5,7 +5,6 @@ Run as `python -m cotune.cli.demo.measuring FOLDER URL`.
 
 from __future__ import annotations
 
-import asyncio
 import resource
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from cotune.evaluation.judgement import judge
 from cotune.generation.request import ANSWERS, SCHEDULES
 from cotune.ledger import EgressLedger
 from cotune.plugin import Plugin
+from cotune.wire.event_loop import run_coroutine
 
 # The gated modes wait where their gate opens; the others run ahead.
 SCHEDULE_OF_MODE = {
@@ -141,7 +141,7 @@ def _together(made: Sequence[DeviceGeneration]) -> Any:
 def main() -> None:
     """Entry point of the process."""
     folder = DemoFolder(Path(sys.argv[1]))
-    found = asyncio.run(measure_all(folder, DemoPlan.load(folder.plan), sys.argv[2]))
+    found = run_coroutine(measure_all(folder, DemoPlan.load(folder.plan), sys.argv[2]))
     assert "torch" not in sys.modules
     write_json(folder.result("measuring"), found)
 

@@ -1,0 +1,134 @@
+"""Real backbones that are small and random, with a tokenizer made on the spot, and random plugins for any backbone."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cotune.data.assistant_text import generate_exchanges
+from cotune.device.runtime import Device
+from cotune.generation.gate import Gate
+from cotune.models.backbone import Backbone
+from cotune.models.tap_ladder import TapLadder, TapLadderConfig
+from cotune.plugin import Plugin
+from cotune.tuning.plugin_folder import build_plugin
+from cotune.wire.codec import dequantise
+from cotune.wire.transport import Connection
+
+VOCAB, CONTEXT = 400, 128
+_COMMON = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        **_COMMON,
+    },
+    "gpt2": {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT, **_COMMON},
+}
+
+
+@cache
+def tokenizer_json() -> bytes:
+    """A byte-level BPE tokenizer trained on a few generated texts; prompts begin with <s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [f"{exchange.request}\n{exchange.answer}" for exchange in generate_exchanges(60, seed=0)]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer.to_str().encode()
+
+
+def tiny_backbone(architecture: str, seed: int = 0) -> Backbone:
+    """A random model of that architecture, a new object each time, the same weights for the same seed."""
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        # The usual initial values are so small that every architecture is nearly the identity.
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return Backbone.from_model(model, tokenizer_json())
+
+
+def untrained_ladder(backbone: Backbone, seed: int = 0) -> TapLadder:
+    """A side network as training begins with: its head is zero."""
+    description = backbone.description
+    shape = TapLadderConfig(
+        num_taps=description.num_taps,
+        tap_dim=description.tap_dim,
+        basis_dim=description.basis_dim,
+        side_width=16,
+        inner_width=24,
+    )
+    return TapLadder(shape, torch.Generator().manual_seed(seed)).eval()
+
+
+def plugin_of(backbone: Backbone, network: TapLadder, gate: Gate | None, family: str = "parallel") -> Plugin:
+    """Bind a side network to a backbone."""
+    description = backbone.description
+    return build_plugin(
+        network,
+        gate,
+        family=family,
+        backbone_digest=description.backbone_digest,
+        projections_digest=description.projections_digest,
+        tokenizer_digest=description.tokenizer_digest,
+        tokenizer_json=backbone.tokenizer_json,
+        output_basis=backbone.output_basis,
+    )
+
+
+def untrained_plugin(backbone: Backbone, family: str = "parallel") -> Plugin:
+    """A plugin whose side network changes nothing, with a gate that fires at about half of the positions."""
+    return plugin_of(backbone, untrained_ladder(backbone), gate_for(backbone), family)
+
+
+def random_plugin(backbone: Backbone, ratio: float, seed: int = 0, family: str = "parallel") -> Plugin:
+    """A random side network whose delta is `ratio` times as large as the base logits, as standard deviations go."""
+    network = untrained_ladder(backbone, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    ids = probe_ids(backbone)
+    features = backbone.features(ids, 1, top_k=backbone.spec.vocab_size)
+    taps = torch.from_numpy(dequantise(features.tap_codes, features.tap_scales))
+    with torch.no_grad():
+        network.head_weight.normal_(generator=generator)
+        delta = network(taps).numpy() @ backbone.output_basis.matrix().T
+        network.head_weight.mul_(ratio * float(features.top_logits.std(axis=1).mean() / delta.std(axis=1).mean()))
+    return plugin_of(backbone, network, gate_for(backbone, seed), family)
+
+
+def gate_for(backbone: Backbone, seed: int = 0) -> Gate:
+    """A random gate that fires at about half of the positions of a probe."""
+    weight = np.random.default_rng(seed).standard_normal(backbone.spec.hidden_size).astype(np.float32)
+    hidden = backbone.features(probe_ids(backbone), 1, top_k=1).hidden.astype(np.float32)
+    return Gate(weight=weight, threshold=float(np.median(hidden @ weight)))
+
+
+def probe_ids(backbone: Backbone, num: int = 40) -> np.ndarray:
+    return np.random.default_rng(5).integers(2, backbone.spec.vocab_size, num)
+
+
+def device_for(plugin: Plugin) -> Device:
+    """A device that has nowhere to connect to: for its NumPy side network, and the reference engine."""
+
+    async def nowhere() -> Connection:
+        raise AssertionError("this device has no cloud")
+
+    return Device(plugin, nowhere)
