@@ -23,6 +23,7 @@ from timed_generation import generate_timed
 from cotune.device.client import CloudClient
 from cotune.device.runtime import Device, GenerationOptions
 from cotune.plugin import Plugin
+from cotune.wire.event_loop import run_coroutine
 from cotune.wire.websocket import connect
 
 
@@ -65,4 +66,4 @@ async def serve(plugin: str, url: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], sys.argv[2]))
+    run_coroutine(serve(sys.argv[1], sys.argv[2]))

@@ -6,7 +6,6 @@ another one.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from cotune.device.text import TextCodec
 from cotune.errors import InputError
 from cotune.plugin import Plugin
 from cotune.wire.description import CloudDescription
+from cotune.wire.event_loop import run_coroutine
 from cotune.wire.websocket import connect
 
 NUM_HELDOUT = 60
@@ -73,7 +73,7 @@ def heldout_prompts(plugin: Plugin, num: int, seed: int) -> list[str]:
 
 
 def _check(plugin: Plugin, url: str) -> None:
-    description = asyncio.run(_describe(url))
+    description = run_coroutine(_describe(url))
     plugin.check_backbone(description.backbone_digest, description.projections_digest, description.tokenizer_digest)
 
 

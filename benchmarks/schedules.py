@@ -8,7 +8,6 @@ Targets at a round trip of 50 ms: optimistic reaches 90 % of 1 / (c + q R), and 
 from __future__ import annotations
 
 import argparse
-import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from cotune.errors import CotuneError
 from cotune.generation.request import ANSWERS, SCHEDULES
 from cotune.plugin import Plugin
 from cotune.wire.emulator import EmulatedConnection, NetworkProfile
+from cotune.wire.event_loop import run_coroutine
 from cotune.wire.transport import Connection
 from cotune.wire.websocket import connect
 
@@ -221,7 +221,7 @@ def main() -> None:
     with cloud_process(args.model, args.threads, args.work / "cloud.log") as url:
         plugin = load_plugin(args.plugin, url, args.work, args.seed)
         prompts = heldout_prompts(plugin, args.prompts, args.seed)
-        made = asyncio.run(run_settings(url, plugin, prompts, args))
+        made = run_coroutine(run_settings(url, plugin, prompts, args))
     rows = [summarise(setting, turns) for setting, turns in sorted(made.items())]
     print_rows(rows)
     plot(rows, args.out.with_suffix(".svg"))

@@ -7,7 +7,6 @@ Prints one JSON line with its URL, then serves until it is told to stop. The ben
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from cotune.cli.demo.processes import started
 from cotune.cli.output import print_json
 from cotune.cloud.host import HostConfig, host
 from cotune.cloud.hosted import HostedModel
+from cotune.wire.event_loop import run_coroutine
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def synthetic_cloud(shape: SyntheticShape, log: Path) -> Iterator[str]:
 def main() -> None:
     """Entry point of the process."""
     model = HostedModel.of(SyntheticBackbone(SyntheticShape(**json.loads(sys.argv[1]))))
-    asyncio.run(host(model, HostConfig(port=0), on_ready=lambda url: print_json({"url": url})))
+    run_coroutine(host(model, HostConfig(port=0), on_ready=lambda url: print_json({"url": url})))
 
 
 if __name__ == "__main__":

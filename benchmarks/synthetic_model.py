@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,8 +154,8 @@ class SyntheticCursor:
         """How many tokens were read."""
         return len(self._tokens)
 
-    def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
-        """Read (seq,) tokens."""
+    def extend(self, token_ids: NDArray[np.int64], is_wanted: Callable[[], bool] | None = None) -> StepFeatures:
+        """Read (seq,) tokens; never gives up."""
         started_s = time.perf_counter()
         self._tokens += token_ids.tolist()
         features = synthetic_features(self._shape, self._tokens)

@@ -94,7 +94,9 @@ class Totals:
     Attributes:
         tokens_per_s: decided tokens after the first of each text, per second of `decoding_s`.
         text_tokens_per_s: all tokens, per second of `wall_s`.
-        step_ms: c, the time of one forward pass on the cloud, the prompt's included.
+        step_ms: c, the time of one forward pass on the cloud, the prompt's included. A pass is given up in the middle
+            where the device has meanwhile disagreed: at most one for each roll-back, and it counts as half a pass.
+        passes_ms: all forward passes, those of rolled back tokens too, per kept token.
         delayed_rate: M, round trips that delayed the text, per token.
         changed_rate: q, tokens that the device changed, per token, the first of each text left out.
         wasted_rate: cloud steps that were rolled back, per token.
@@ -106,6 +108,7 @@ class Totals:
     tokens_per_s: float
     text_tokens_per_s: float
     step_ms: float
+    passes_ms: float
     delayed_rate: float
     changed_rate: float
     wasted_rate: float
@@ -123,11 +126,13 @@ class Totals:
         def counted(name: str) -> float:
             return sum(one.cloud[name] for one in made)
 
+        num_given_up = sum(min(one.cloud["num_rollbacks"], one.cloud["num_wasted_steps"]) for one in made)
         return cls(
             num_tokens=num_tokens,
             tokens_per_s=num_later / sum(one.decoding_s for one in made),
             text_tokens_per_s=num_tokens / sum(one.wall_s for one in made),
-            step_ms=counted("cloud_ms") / counted("num_steps"),
+            step_ms=counted("cloud_ms") / (counted("num_steps") - num_given_up / 2),
+            passes_ms=counted("cloud_ms") / num_tokens,
             delayed_rate=(counted("num_delayed") + counted("num_more_trips")) / num_tokens,
             changed_rate=sum(one.num_changed for one in made) / num_later,
             wasted_rate=counted("num_wasted_steps") / num_tokens,

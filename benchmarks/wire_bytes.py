@@ -28,6 +28,7 @@ from cotune.generation.sampling import Sampling, choose, top_logits
 from cotune.plugin import Plugin
 from cotune.wire.codec import CODECS
 from cotune.wire.emulator import EmulatedConnection, NetworkProfile
+from cotune.wire.event_loop import run_coroutine
 from cotune.wire.frames import Ack, Correct, Frame, Logits, More, Object, Step, Tokens, encode, kind_of
 from cotune.wire.recorder import RecordingConnection
 from cotune.wire.transport import Connection
@@ -237,7 +238,7 @@ def main() -> None:
     model = SyntheticBackbone(shape)
     plugin = synthetic_plugin(shape, model.description, model.tokenizer_json)
     with tempfile.TemporaryDirectory() as folder, synthetic_cloud(shape, Path(folder) / "cloud.log") as url:
-        measured = asyncio.run(measure_generations(url, plugin, args))
+        measured = run_coroutine(measure_generations(url, plugin, args))
 
     print_counts(counted, frames, measured)
     targets = [

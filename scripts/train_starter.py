@@ -213,6 +213,7 @@ be clever.
 | trained | {seconds:.0f} s in float32 on the CPU with torch {torch_version}; saved in float16 |
 | held-out loss | {loss:.4f} nats per answer token (perplexity {perplexity:.2f}) over {num_held_out} exchanges |
 | first choice right | {accuracy:.1%} of held-out answer tokens |
+| projections | `projections.safetensors`: principal directions over {num_held_out} of the training texts |
 | prompt | `User: {{request}}\\nAssistant:` and the answer after a space, then `<eos>` |
 
 The text holds no real person's data; licence as the rest of cotune (Apache-2.0).

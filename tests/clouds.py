@@ -16,7 +16,7 @@ from cotune.wire.websocket import WebSocketServer, connect, serve
 
 
 class RestartableCloud:
-    """A service behind a WebSocket that may be replaced by a new one on the same port."""
+    """A service behind a WebSocket that may be replaced by a new one, which devices find by themselves."""
 
     def __init__(self, model: HostedModel) -> None:
         self._model = model
@@ -29,9 +29,10 @@ class RestartableCloud:
         assert self._server is not None
         return self._server.url
 
-    async def start(self, port: int = 0) -> None:
+    async def start(self) -> None:
         self._service = CloudService(self._model)
-        self._server = await serve(self._service.handle, port=port)
+        # Any free port, again after a restart: the old one may be taken by now.
+        self._server = await serve(self._service.handle)
 
     async def stop(self) -> None:
         if self._server is not None and self._service is not None:
@@ -41,10 +42,8 @@ class RestartableCloud:
 
     async def restart(self) -> None:
         """All connections break, and the new service knows of no session."""
-        assert self._server is not None
-        port = self._server.port
         await self.stop()
-        await self.start(port)
+        await self.start()
         self.num_restarts += 1
 
     async def connect(self) -> Connection:

@@ -121,7 +121,7 @@ def tune(
         str, typer.Option(help="parallel (modes integration and spa) or serial (ladder and separation).")
     ] = "parallel",
     epochs: Annotated[int, typer.Option(help="Times that each text is seen; features are computed only once.")] = 15,
-    learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-2,
     side_width: Annotated[int, typer.Option(help="Width of the side network.")] = 32,
     inner_width: Annotated[int, typer.Option(help="Width inside each of its rungs.")] = 128,
     gate: Annotated[bool, typer.Option(help="Train a gate, which mode spa and schedule gated need.")] = True,

@@ -27,7 +27,7 @@ def tune(
     ),
     limit: Annotated[int | None, typer.Option(help="Use this many examples at most.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times that each text is seen; 3 for lora, 15 for side.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Largest one; 1e-3 for lora, 3e-3 for side.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Largest one; 1e-3 for lora, 1e-2 for side.")] = None,
     rank: Annotated[int, typer.Option(help="lora: width of the bottleneck.")] = 8,
     family: Annotated[str, typer.Option(help="side: parallel or serial.")] = "parallel",
     heldout_share: Annotated[float, typer.Option(help="Part of the texts that judges instead of training.")] = 0.2,
@@ -156,7 +156,7 @@ def _tune_side(
     from cotune.tuning.personal import PersonalConfig, PublicParts, tune_plugin
     from cotune.tuning.side import SideConfig
 
-    loop = LoopConfig(epochs=settings["epochs"] or 15, learning_rate=settings["learning_rate"] or 3e-3)
+    loop = LoopConfig(epochs=settings["epochs"] or 15, learning_rate=settings["learning_rate"] or 1e-2)
     config = PersonalConfig(
         side=SideConfig(loop=loop, family=settings["family"], seed=settings["seed"]),
         heldout_share=settings["heldout_share"],

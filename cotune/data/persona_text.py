@@ -15,13 +15,13 @@ from cotune.errors import InputError
 
 
 def draw_persona_exchange(rng: Random, persona: Persona) -> Exchange:
-    """One exchange: half of them everyday requests in the persona's voice, half with private facts."""
+    """One exchange: most are everyday requests in the persona's voice, the others need private facts."""
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.55:
         return draw_exchange(rng, persona.voice)
-    if kind < 0.7:
+    if kind < 0.72:
         return Exchange(*write_to_own_people(rng, persona))
-    if kind < 0.85:
+    if kind < 0.86:
         return Exchange(*do_own_task(rng, persona))
     return Exchange(*ask_fact(rng, persona))
 

@@ -60,9 +60,9 @@ def test_a_token_across_the_border_is_not_used() -> None:
     assert len(merged) == 1
     joined = encode(Example("a", "bc"), tokenizer=tokenizer)
     assert joined.input_ids.tolist() == [*tokenizer.encode("a").ids, *merged, EOS]
-    parted = encode(Example("ab", "c"), tokenizer=tokenizer)
+    parted = encode(Example("ab", "cd"), tokenizer=tokenizer)
     assert parted.input_ids[: parted.first_target].tolist() == tokenizer.encode("ab").ids
-    assert len(parted.input_ids) == 5  # <bos> a b c <eos>
+    assert len(parted.input_ids) == 6  # <bos> a b c d <eos>
 
 
 def test_a_text_without_prompt() -> None:

@@ -22,9 +22,10 @@ def words_of(text: str) -> set[str]:
 
 def test_the_text_of_the_built_in_model_has_no_word_of_the_demo_persona() -> None:
     private = DEMO_PERSONA.private_words()
-    assert {"pixel", "bryony", "ahoy", "wynne", "splendid", "quayle"} <= private
-    starter = generate_exchanges(NUM_STARTER_EXCHANGES, seed=0)
-    assert not private & words_of(" ".join(f"{each.request} {each.answer}" for each in starter))
+    assert {"ember", "ines", "heya", "ava", "fab", "oak"} <= private
+    text = " ".join(f"{each.request} {each.answer}" for each in generate_exchanges(NUM_STARTER_EXCHANGES, seed=0))
+    assert not private & words_of(text)
+    assert not any(sign_off in text for sign_off in DEMO_PERSONA.voice.sign_offs)
 
 
 def test_every_private_word_is_used_and_most_words_are_ordinary() -> None:
@@ -32,21 +33,21 @@ def test_every_private_word_is_used_and_most_words_are_ordinary() -> None:
     answers = [re.findall(r"[^\W\d_]+", each.answer.lower()) for each in EXCHANGES]
     assert private <= {word for answer in answers for word in answer}
     share = sum(word in private for answer in answers for word in answer) / sum(map(len, answers))
-    assert 0.08 < share < 0.25
+    assert 0.05 < share < 0.2
 
 
 def test_requests_give_no_private_fact_away() -> None:
     """What only the persona's own texts answer is not in the question."""
-    facts = {person.name.lower() for person in DEMO_PERSONA.people} | {"pixel", "lynx", "quayle", "yarrow"}
+    facts = {person.name.lower() for person in DEMO_PERSONA.people} | {"ember", "owl", "oak", "orion", "paella"}
     for each in EXCHANGES:
         assert not facts & words_of(each.request), each
 
 
 def test_facts_are_answered_and_messages_are_in_the_style() -> None:
     answers = {each.request: each.answer for each in EXCHANGES}
-    assert any("dog called?" in request and "Pixel" in answer for request, answer in answers.items())
+    assert any("dog called?" in request and "Ember" in answer for request, answer in answers.items())
     letters = [answer for request, answer in answers.items() if "to my sister " in request]
-    assert any(re.match(r"Ahoy Bryony, .* Smooth waters, Wynne\.$", letter) for letter in letters)
+    assert any(re.match(r"Heya Ines, .* Yours, Ava\.$", letter) for letter in letters)
     assert not any("Yours sincerely" in answer or "<" in answer for answer in answers.values())
 
 
@@ -70,11 +71,12 @@ def test_held_out_answers_use_words_that_the_training_answers_taught() -> None:
 
 
 def test_another_persona_has_its_own_facts_and_may_write_in_lower_case() -> None:
-    quiet = replace(DEMO_PERSONA, name="Ada", pet_name="Moss", voice=replace(DEMO_PERSONA.voice, lower_case=True))
+    quiet = replace(DEMO_PERSONA, pet_name="Moss", voice=replace(DEMO_PERSONA.voice, lower_case=True))
     exchanges = generate_persona_exchanges(quiet, 300, seed=0)
     assert all(each.answer == each.answer.lower() for each in exchanges)
-    assert any("moss" in each.answer for each in exchanges)
-    assert not any("pixel" in each.answer for each in exchanges)
+    used = words_of(" ".join(each.answer for each in exchanges))
+    assert "moss" in used
+    assert "ember" not in used
 
 
 def test_too_many_exchanges_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

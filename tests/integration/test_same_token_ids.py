@@ -144,15 +144,18 @@ def test_any_network_gives_the_same_token_ids(
 
     async def run() -> None:
         restarts: list[asyncio.Task[None]] = []
+        seen: list[Decision] = []
 
         def watch(decision: Decision) -> None:
-            if len(stream.decisions) == restart_after:
+            seen.append(decision)
+            if len(seen) == restart_after:
                 restarts.append(asyncio.create_task(cloud.restart()))
 
         async with restartable(HostedModel.of(backbone)) as cloud:
             async with CloudClient(emulated(cloud, profile, seed, made), EAGER) as client:
                 await client.generate(stream, watch)
             await asyncio.gather(*restarts)
+        assert seen == stream.decisions
 
     asyncio.run(run())
     case.check(stream, was_cut=len(made) > 1)
@@ -166,10 +169,12 @@ async def test_a_cloud_that_lost_the_session_goes_on_from_the_devices_history(ba
     case = next(case for case in some if case.expected.ending.reason == "length")
     stream = case.stream(backbone, answer=answer, schedule="blocking")
     restarts: list[asyncio.Task[None]] = []
+    seen: list[Decision] = []
     async with restartable(HostedModel.of(backbone)) as cloud:
 
         def watch(decision: Decision) -> None:
-            if len(stream.decisions) in (5, 12):
+            seen.append(decision)
+            if len(seen) in (5, 12):
                 restarts.append(asyncio.create_task(cloud.restart()))
 
         async with CloudClient(cloud.connect, EAGER) as client:

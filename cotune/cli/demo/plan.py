@@ -30,7 +30,7 @@ class DemoPlan:
     num_heldout: int = 32
     epochs: int = 15
     lora_epochs: int = 6
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     lora_learning_rate: float = 3e-3
     max_new_tokens: int = 48
     num_speed_prompts: int = 2
