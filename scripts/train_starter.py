@@ -246,7 +246,8 @@ def fit_projections(tokenizer: Tokenizer, exchanges: list[Exchange], out: Path) 
     """The shared frozen projections, fitted on texts that the model was trained on."""
     backbone = Backbone.from_pretrained(str(out))
     sequences = (np.array(encode_document(tokenizer, [each]).token_ids, dtype=np.int64) for each in exchanges)
-    Projections.fit(backbone, sequences).save(out / FILE_NAME)
+    # A basis as wide as the model: with a hidden size of 192 that costs little, and the head is as free as SPA's own.
+    Projections.fit(backbone, sequences, basis_dim=backbone.spec.hidden_size).save(out / FILE_NAME)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -61,13 +61,14 @@ async def restartable(model: HostedModel) -> AsyncIterator[RestartableCloud]:
 
 
 @contextmanager
-def in_a_thread(model: HostedModel) -> Iterator[str]:
+def in_a_thread(model: HostedModel, config: HostConfig | None = None) -> Iterator[str]:
     """The URL of `host` at work in another thread, for devices that have no event loop."""
+    config = config or HostConfig(port=0)
     ready: Queue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event] | BaseException] = Queue()
 
     async def work() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        await host(model, HostConfig(port=0), on_ready=lambda url: ready.put((url, loop, stop)), stop=stop)
+        await host(model, config, on_ready=lambda url: ready.put((url, loop, stop)), stop=stop)
 
     def run() -> None:
         try:

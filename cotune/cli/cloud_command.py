@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from cotune.cli.output import print_json, stderr
 
@@ -71,7 +72,7 @@ def cloud(
             return
         spec = backbone.spec
         stderr.print(
-            f"[bold]{model}[/]: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters, "
+            f"[bold]{escape(model)}[/]: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters, "
             f"{hosted.description.num_taps} taps of width {hosted.description.tap_dim}"
         )
         stderr.print(f"listening on [bold]{url}[/]; stop with Ctrl-C")

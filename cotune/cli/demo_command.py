@@ -97,8 +97,8 @@ def _run(folder: Any, plan: Any, advance: Advance, started_s: float) -> dict[str
     )
 
 
-# Of the side network on the built-in model: 7 taps of width 32, side width 32, inner width 128, basis of 64.
-_PLUGIN_PARAMETERS = 59_648
+# Of the side network on the built-in model: 7 taps of width 32, side width 64, inner width 64, basis of 192.
+_PLUGIN_PARAMETERS = 77_248
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -125,6 +125,7 @@ def _write_texts(folder: Any, plan: Any) -> str:
 
 
 def _last_screen(root: Path, report: Path, metrics: dict[str, Any], seconds: float) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     stdout.print()
@@ -149,10 +150,11 @@ def _last_screen(root: Path, report: Path, metrics: dict[str, Any], seconds: flo
         egress.add_row(kind, f"{total['count']:,}", f"{total['bytes']:,}", total.get("why") or "")
     stdout.print(egress)
     stdout.print(
-        f"The report is [bold]{report}[/]; the numbers are in {root / 'metrics.json'}. {seconds:.0f} s in all."
+        f"The report is [bold]{escape(str(report))}[/]; the numbers are in {escape(str(root / 'metrics.json'))}. "
+        f"{seconds:.0f} s in all."
     )
     stdout.print("Next, on your own model and data, in two terminals:")
     stdout.print("  cotune cloud PATH/TO/MODEL", markup=False)
     stdout.print("  cotune device tune YOUR-TEXTS.jsonl --cloud ws://127.0.0.1:7070 --out my-plugin", markup=False)
     stdout.print('  cotune device generate my-plugin "..." --cloud ws://127.0.0.1:7070', markup=False)
-    stderr.print(f"[dim]what left the device, line by line: cotune ledger {root}")
+    stderr.print(f"[dim]what left the device, line by line: cotune ledger {escape(str(root))}")

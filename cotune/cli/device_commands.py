@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from cotune.cli.connection import CloudOption, RttOption, TlsCaOption, TokenFileOption, connector, emulated
 from cotune.cli.output import print_json, progress, stderr, stdout
@@ -122,12 +123,12 @@ def tune(
     ] = "parallel",
     epochs: Annotated[int, typer.Option(help="Times that each text is seen; features are computed only once.")] = 15,
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-2,
-    side_width: Annotated[int, typer.Option(help="Width of the side network.")] = 32,
-    inner_width: Annotated[int, typer.Option(help="Width inside each of its rungs.")] = 128,
+    side_width: Annotated[int, typer.Option(help="Width of the side network.")] = 64,
+    inner_width: Annotated[int, typer.Option(help="Width inside each of its rungs.")] = 64,
     gate: Annotated[bool, typer.Option(help="Train a gate, which mode spa and schedule gated need.")] = True,
     price_nats: Annotated[float, typer.Option(help="Gate: what a round trip has to bring, nats.")] = 0.05,
     max_consult_rate: Annotated[float, typer.Option(help="Gate: largest share of tokens that ask the device.")] = 0.25,
-    top_k: Annotated[int, typer.Option(help="Base logits kept for each training token.")] = 256,
+    top_k: Annotated[int, typer.Option(help="Base logits kept for each training token.")] = 1024,
     max_length: Annotated[int | None, typer.Option(help="Tokens of one text; the model's context if left out.")] = None,
     heldout_share: Annotated[float, typer.Option(help="Part of the texts that judges instead of training.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of split, initial weights and order.")] = 0,
@@ -154,6 +155,12 @@ def tune(
         raise InputError("tuning needs PyTorch, which is not installed; run: pip install 'cotune[train]'")
 
     from cotune.data.records import read_examples
+
+    # What can be refused without PyTorch is refused before it is loaded, which takes seconds.
+    if out.exists() and not (out / "plugin.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out is {out}, which holds something else; give a new folder or that of a plugin")
+    examples = read_examples(data, template=template, limit=limit, seed=seed)
+
     from cotune.data.templates import common_prompt_format
     from cotune.device.features import RemoteFeatureSource
     from cotune.generation.output_basis import OutputBasis
@@ -165,9 +172,6 @@ def tune(
     from cotune.tuning.side import SideConfig
     from cotune.wire.frames import AssetKind
 
-    if out.exists() and not (out / "plugin.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out is {out}, which holds something else; give a new folder or that of a plugin")
-    examples = read_examples(data, template=template, limit=limit, seed=seed)
     config = PersonalConfig(
         side=SideConfig(
             loop=LoopConfig(epochs=epochs, learning_rate=learning_rate),
@@ -231,14 +235,19 @@ def tune(
     if as_json:
         print_json(summary)
         return
-    stderr.print(f"[bold]plugin[/] {out}: {result.plugin.num_parameters:,} private parameters, {len(examples)} texts")
+    stderr.print(
+        f"[bold]plugin[/] {escape(str(out))}: {result.plugin.num_parameters:,} private parameters, "
+        f"{len(examples)} texts"
+    )
     if result.summary:
         stderr.print(
             f"held-out loss {result.summary['base_nats_per_token']:.3f} (base) -> "
             f"{result.summary['side_nats_per_token']:.3f} nats per token with the plugin"
         )
-    stderr.print(f"{down:,} bytes of features came, {up:,} bytes (texts as token ids) left this device; see {run}")
-    stderr.print(f'[dim]next: cotune device generate {out} "..." --cloud {cloud}')
+    stderr.print(
+        f"{down:,} bytes of features came, {up:,} bytes (texts as token ids) left this device; see {escape(str(run))}"
+    )
+    stderr.print(f'[dim]next: cotune device generate {escape(str(out))} "..." --cloud {escape(cloud)}')
 
 
 def _run_folder(out: Path, data: str, cloud: str, config: PersonalConfig) -> Path:

@@ -66,7 +66,7 @@ def evaluate(
         print_json({"model": model, "mode": mode, "data": data, **result.to_dict()})
         return
     low, high = result.rouge_l_interval or (0.0, 0.0)
-    stdout.print(f"{model} on {result.num_texts} texts of {data}")
+    stdout.print(f"{model} on {result.num_texts} texts of {data}", markup=False)
     stdout.print(f"  Rouge-L      {result.rouge_l:.3f}  (95 %: {low:.3f} to {high:.3f})")
     stdout.print(f"  exact match  {result.exact_match:.3f}")
     stdout.print(f"  F1           {result.token_f1:.3f}")

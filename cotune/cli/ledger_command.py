@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.output import print_json, stdout
@@ -29,7 +30,7 @@ def ledger(
     if as_json:
         print_json({"path": str(path), "egress": totals})
         return
-    table = Table("kind", "times", "bytes", title=f"left the device, by {path}")
+    table = Table("kind", "times", "bytes", title=f"left the device, by {escape(str(path))}")
     for column in table.columns[1:]:
         column.justify = "right"
     for kind, total in sorted(totals.items(), key=lambda item: -item[1]["bytes"]):

@@ -10,6 +10,7 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from cotune import __version__
 from cotune.cli.cloud_command import cloud
@@ -60,17 +61,14 @@ def main() -> None:
     try:
         app()
     except CotuneError as error:
-        stderr.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        # As text, not markup: a message may hold brackets.
+        stderr.print(Text.assemble(("error:", "bold red"), " ", str(error)), soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        stderr.print("interrupted; run the same command with --resume where it offers that, to go on")
-        sys.exit(INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
+            stderr.print("interrupted; run the same command with --resume where it offers that, to go on")
+        raise
     except BrokenPipeError:
         # The reader of our output is gone (as with `| head`): end quietly, also when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _plain(text: str) -> str:
-    """Brackets in a message are no markup."""
-    return text.replace("[", "\\[")

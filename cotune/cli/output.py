@@ -30,8 +30,8 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(title: str, *, enabled: bool = True) -> Iterator[Advance]:
-    """A progress bar on standard error; silent where `enabled` is False."""
-    if not enabled:
+    """A progress bar on standard error; silent where `enabled` is False, and in files and pipes."""
+    if not enabled or not stderr.is_interactive:
         yield lambda done, total, note="": None
         return
     bar = Progress(
@@ -41,7 +41,6 @@ def progress(title: str, *, enabled: bool = True) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[note]}"),
         console=stderr,
-        transient=not stderr.is_terminal,
     )
     with bar:
         task = bar.add_task(title, total=None, note="")

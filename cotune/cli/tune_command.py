@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from cotune.cli.output import print_json, progress, stderr
 from cotune.errors import InputError
@@ -56,9 +57,12 @@ def tune(
 
     from cotune.cli.run_folder import make_run_folder, write_config
     from cotune.data.records import read_examples
-    from cotune.models.backbone import Backbone
 
     examples = read_examples(data, template=template, limit=limit, seed=seed)
+
+    # Only now: it loads PyTorch, which takes seconds.
+    from cotune.models.backbone import Backbone
+
     backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device)
     run = make_run_folder(out.with_name(out.name + ".run"))
     settings = {
@@ -89,7 +93,9 @@ def tune(
     if as_json:
         print_json(summary)
         return
-    stderr.print(f"[bold]{method}[/] {out}: {summary['num_parameters']:,} trained parameters, {len(examples)} texts")
+    stderr.print(
+        f"[bold]{method}[/] {escape(str(out))}: {summary['num_parameters']:,} trained parameters, {len(examples)} texts"
+    )
     if summary.get("heldout_nats_per_token") is not None:
         stderr.print(
             f"held-out loss {summary['base_nats_per_token']:.3f} (base) -> "

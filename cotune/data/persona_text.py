@@ -15,13 +15,13 @@ from cotune.errors import InputError
 
 
 def draw_persona_exchange(rng: Random, persona: Persona) -> Exchange:
-    """One exchange: most are everyday requests in the persona's voice, the others need private facts."""
+    """One exchange: a third are everyday requests in the persona's voice, the others need private facts."""
     kind = rng.random()
-    if kind < 0.55:
+    if kind < 0.35:
         return draw_exchange(rng, persona.voice)
-    if kind < 0.72:
+    if kind < 0.55:
         return Exchange(*write_to_own_people(rng, persona))
-    if kind < 0.86:
+    if kind < 0.8:
         return Exchange(*do_own_task(rng, persona))
     return Exchange(*ask_fact(rng, persona))
 

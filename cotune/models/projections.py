@@ -26,7 +26,7 @@ from cotune.generation.output_basis import OutputBasis
 FILE_NAME = "projections.safetensors"
 KINDS = ("random", "pca", "identity")
 DEFAULT_TAP_DIM = 32
-DEFAULT_BASIS_DIM = 64
+DEFAULT_BASIS_DIM = 96
 RMS_EPS = 1e-6
 _FORMAT_VERSION = "1"
 
@@ -97,7 +97,7 @@ class Projections:
             tap_layers: see `Projections`.
             hidden_size: width of the residual stream.
             tap_dim: at most `hidden_size`; min(32, hidden_size) by default.
-            basis_dim: at most `hidden_size`; min(64, hidden_size) by default.
+            basis_dim: at most `hidden_size`; min(96, hidden_size) by default.
             seed: 0 <= seed < 2^32.
 
         Example:

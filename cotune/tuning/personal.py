@@ -86,7 +86,7 @@ class PersonalConfig:
     gate: GateConfig | None = field(default_factory=GateConfig)
     max_consult_rate: float = 0.25
     heldout_share: float = 0.2
-    top_k: int = 256
+    top_k: int = 1024
     max_length: int | None = None
     prompt_format: str = "{prompt}"
     seed: int = 0
@@ -129,7 +129,12 @@ def encode_examples(
     tokenizer_json: bytes, examples: Sequence[Example], description: CloudDescription, max_length: int | None = None
 ) -> list[EncodedExample]:
     """Token ids of all examples, each at most the backbone's context long."""
-    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    except Exception as error:  # the library raises bare Exceptions
+        raise InputError(
+            f"the tokenizer of {description.model} cannot be read ({error}), expected a tokenizer.json; ask its host"
+        ) from error
     if not description.stop_token_ids:
         raise InputError(f"{description.model} names no token that ends a text; set eos_token_id in its config.json")
     longest = min(max_length or description.max_context, description.max_context)

@@ -40,9 +40,9 @@ class SideConfig:
     family: str = "parallel"
     """`parallel`: logits z + delta, for the modes integration and spa; `serial`: delta alone, for ladder and
     separation."""
-    side_width: int = 32
+    side_width: int = 64
     """Width of the side state."""
-    inner_width: int = 128
+    inner_width: int = 64
     """Width inside a rung of the ladder."""
     dropout: float = 0.0
     """Probability inside a rung, in training only."""

@@ -9,11 +9,25 @@ from pathlib import Path
 
 import pytest
 
-REQUIRED = (
-    "mode schedule num_tokens token_ids text sources M consult_rate disagree_rate bytes_down_per_token "
-    "bytes_up_per_token wasted_cloud_steps cloud_ms_per_token device_ms_per_token stall_ms_per_token tokens_per_s "
-    "certificate_misses"
-).split()
+REQUIRED = [
+    "mode",
+    "schedule",
+    "num_tokens",
+    "token_ids",
+    "text",
+    "sources",
+    "M",
+    "consult_rate",
+    "disagree_rate",
+    "bytes_down_per_token",
+    "bytes_up_per_token",
+    "wasted_cloud_steps",
+    "cloud_ms_per_token",
+    "device_ms_per_token",
+    "stall_ms_per_token",
+    "tokens_per_s",
+    "certificate_misses",
+]
 
 
 @pytest.mark.integration
@@ -41,7 +55,7 @@ def test_the_quick_demo_writes_metrics_and_a_report(tmp_path: Path) -> None:
     }
     assert rows["plugin", "integration"]["perplexity"] < rows["base", None]["perplexity"]
     lora, plugin = (rows[key]["trainable_parameters"] for key in (("lora", None), ("plugin", "integration")))
-    assert lora == pytest.approx(plugin, rel=0.05)
+    assert lora == pytest.approx(plugin, rel=0.06)
 
     assert {row["schedule"] for row in metrics["speed"]} == {"blocking", "gated", "optimistic"}
     assert {row["answer"] for row in metrics["speed"]} == {"token", "correction"}

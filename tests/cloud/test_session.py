@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ class LoggingBackbone(ToyBackbone):
         backbone = self
 
         class LoggingCursor(ToyCursor):
-            def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
+            def extend(self, token_ids: NDArray[np.int64], is_wanted: Callable[[], bool] | None = None) -> StepFeatures:
                 backbone.passes.append(len(token_ids))
                 if backbone.failure is not None:
                     raise backbone.failure
@@ -226,7 +226,16 @@ async def test_a_step_that_was_dropped_leaves_no_trace(engine: Engine) -> None:
     session = new_session(engine, schedule="optimistic")
     cursor = engine.model.backbone.cursor()
     plan = session.stream.plan()
-    clean, _ = await engine.step(cursor, plan)
+    clean, _ = await engine.step(cursor, plan, lambda: True)
     cursor.extend(np.array([9, 9]))
-    again, _ = await engine.step(cursor, plan)
+    again, _ = await engine.step(cursor, plan, lambda: True)
+    assert clean is not None and again is not None
     assert np.array_equal(clean.logits, again.logits)
+
+
+async def test_a_step_that_nobody_wants_is_not_begun(engine: Engine) -> None:
+    session = new_session(engine, schedule="optimistic")
+    cursor = engine.model.backbone.cursor()
+    features, seconds = await engine.step(cursor, session.stream.plan(), lambda: False)
+    assert features is None and seconds == 0.0
+    assert cursor.length == 0

@@ -22,7 +22,7 @@ def words_of(text: str) -> set[str]:
 
 def test_the_text_of_the_built_in_model_has_no_word_of_the_demo_persona() -> None:
     private = DEMO_PERSONA.private_words()
-    assert {"ember", "ines", "heya", "ava", "fab", "oak"} <= private
+    assert {"pau", "sha", "heya", "ava", "fab", "bost"} <= private
     text = " ".join(f"{each.request} {each.answer}" for each in generate_exchanges(NUM_STARTER_EXCHANGES, seed=0))
     assert not private & words_of(text)
     assert not any(sign_off in text for sign_off in DEMO_PERSONA.voice.sign_offs)
@@ -38,16 +38,16 @@ def test_every_private_word_is_used_and_most_words_are_ordinary() -> None:
 
 def test_requests_give_no_private_fact_away() -> None:
     """What only the persona's own texts answer is not in the question."""
-    facts = {person.name.lower() for person in DEMO_PERSONA.people} | {"ember", "owl", "oak", "orion", "paella"}
+    facts = {person.name.lower() for person in DEMO_PERSONA.people} | {"pau", "dub", "bost", "fion", "pie"}
     for each in EXCHANGES:
         assert not facts & words_of(each.request), each
 
 
 def test_facts_are_answered_and_messages_are_in_the_style() -> None:
     answers = {each.request: each.answer for each in EXCHANGES}
-    assert any("dog called?" in request and "Ember" in answer for request, answer in answers.items())
+    assert any("dog called?" in request and "Pau" in answer for request, answer in answers.items())
     letters = [answer for request, answer in answers.items() if "to my sister " in request]
-    assert any(re.match(r"Heya Ines, .* Yours, Ava\.$", letter) for letter in letters)
+    assert any(re.match(r"Heya Sha, .* Yours, Ava\.$", letter) for letter in letters)
     assert not any("Yours sincerely" in answer or "<" in answer for answer in answers.values())
 
 
@@ -76,7 +76,7 @@ def test_another_persona_has_its_own_facts_and_may_write_in_lower_case() -> None
     assert all(each.answer == each.answer.lower() for each in exchanges)
     used = words_of(" ".join(each.answer for each in exchanges))
     assert "moss" in used
-    assert "ember" not in used
+    assert "pau" not in used
 
 
 def test_too_many_exchanges_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from toy import BASIS, HIDDEN, STOP, TAP_DIM, TAPS, VOCAB, ToyBackbone, toy_basis, toy_gate, toy_model
+from toy import HIDDEN, STOP, ToyBackbone, toy_model
+from toy_plugin import toy_plugin
 
 from cotune.cloud.service import CloudService
 from cotune.device.client import CloudClient
@@ -21,55 +21,10 @@ from cotune.generation.gate import Gate
 from cotune.generation.reference import generate
 from cotune.generation.request import ANSWERS, SCHEDULES, Decision
 from cotune.generation.sampling import Sampling
-from cotune.plugin import GateParameters, Plugin
 from cotune.wire.inprocess import connection_pair
 from cotune.wire.transport import Connection
 
-SIDE, INNER = 5, 6
 PROMPT = "w5 w9 w30"
-
-
-def words_json() -> bytes:
-    """A tokenizer of words w0 .. w96, as many as the toy model knows."""
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer.to_str().encode()
-
-
-def toy_plugin(**changes: Any) -> Plugin:
-    """A random tap ladder for the toy model."""
-    rng = np.random.default_rng(3)
-    shapes = {
-        "ladder.mix_weight": (TAPS, SIDE, TAP_DIM),
-        "ladder.mix_bias": (TAPS, SIDE),
-        "ladder.up_weight": (TAPS - 1, INNER, SIDE),
-        "ladder.up_bias": (TAPS - 1, INNER),
-        "ladder.down_weight": (TAPS - 1, SIDE, INNER),
-        "ladder.down_bias": (TAPS - 1, SIDE),
-        "norm_weight": (SIDE,),
-        "head_weight": (BASIS, SIDE),
-        "head_bias": (BASIS,),
-    }
-    gate, description = toy_gate(), toy_model().description
-    fields: dict[str, Any] = {
-        "kind": "tap_ladder",
-        "config": {
-            "num_taps": TAPS,
-            "tap_dim": TAP_DIM,
-            "basis_dim": BASIS,
-            "side_width": SIDE,
-            "inner_width": INNER,
-        },
-        "tensors": {name: (0.6 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()},
-        "gate": GateParameters(weight=gate.weight, bias=gate.bias, threshold=gate.threshold),
-        "backbone_digest": description.backbone_digest,
-        "projections_digest": description.projections_digest,
-        "tokenizer_digest": description.tokenizer_digest,
-        "tokenizer_json": words_json(),
-        "output_basis": toy_basis().to_bytes(),
-        "training": {"prompt_format": "w1 {prompt} w4"},
-    }
-    return Plugin(**{**fields, **changes})
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ side network reads one tap, +1 after even tokens and -1 after odd ones, and push
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class PencilCursor:
     def length(self) -> int:
         return len(self._tokens)
 
-    def extend(self, token_ids: NDArray[np.int64]) -> StepFeatures:
+    def extend(self, token_ids: NDArray[np.int64], is_wanted: Callable[[], bool] | None = None) -> StepFeatures:
         self._log.append(token_ids.tolist())
         self._tokens += token_ids.tolist()
         last = self._tokens[-1]

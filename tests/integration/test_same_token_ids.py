@@ -120,7 +120,7 @@ async def test_every_schedule_answer_and_mode(backbone: Backbone, sampling: str)
         st.sampled_from([0.0, 1.0, 3.0]),
         st.booleans(),
         st.sampled_from([0.0, 0.25]),
-        st.sampled_from([None, 14, 40]),
+        st.sampled_from([None, 14, 50]),
     ),
     restart_after=st.sampled_from([None, 1, 9]),
 )
@@ -139,6 +139,8 @@ def test_any_network_gives_the_same_token_ids(
 ) -> None:
     ratio = RATIOS[backbone.spec.name][strength]
     case = Case.make(backbone, mode, ratio=ratio, seed=seed, sampling=SAMPLINGS[sampling])
+    if profile.disconnect_every_frames == 14:
+        window = 1  # with more on its way, no token would ever get through
     stream = case.stream(backbone, schedule=schedule, answer=answer, top_k=top_k, window=window)
     made: list[Connection] = []
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from cotune.errors import InputError
-from cotune.generation.protocols import StepFeatures
+from cotune.generation.protocols import StepAbandonedError, StepFeatures
 from cotune.models import Backbone, Projections
 from cotune.models.anatomy import decoder_layers
 from cotune.wire.codec import quantise
@@ -325,3 +325,15 @@ def test_the_output_basis_is_the_head_times_the_basis(llama: Backbone) -> None:
     exact = head @ llama.projections.basis
     step = np.abs(exact).max(1) / 127
     assert (np.abs(llama.output_basis.matrix() - exact) <= step[:, None] * 0.51).all()
+
+
+def test_a_pass_that_nobody_wants_any_more_leaves_the_cursor_as_it_was(backbone: Backbone) -> None:
+    cursor, fresh = backbone.cursor(), backbone.cursor()
+    prompt, token = np.array([5, 6, 7]), np.array([8])
+    cursor.extend(prompt)
+    answers = iter([True, False])
+    with pytest.raises(StepAbandonedError):
+        cursor.extend(token, lambda: next(answers))
+    assert cursor.length == 3
+    fresh.extend(prompt)
+    assert np.array_equal(cursor.extend(token).logits, fresh.extend(token).logits)

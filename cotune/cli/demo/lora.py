@@ -18,7 +18,7 @@ from cotune.errors import CotuneError
 
 
 def tune(folder: DemoFolder, plan: DemoPlan, num_parameters: int) -> dict[str, Any]:
-    """Tune and judge LoRA with about `num_parameters`: ranks are whole numbers, so it may have 5 % more."""
+    """Tune and judge LoRA with about `num_parameters`: ranks are whole numbers, so it may have 6 % more."""
     import torch
 
     from cotune.cli.backbone_judging import judge_backbone
@@ -40,7 +40,7 @@ def tune(folder: DemoFolder, plan: DemoPlan, num_parameters: int) -> dict[str, A
         train,
         LoraConfig(
             loop=LoopConfig(epochs=plan.lora_epochs, learning_rate=plan.lora_learning_rate),
-            shape=LoraShape(rank=rank_for_budget(backbone.model, int(1.05 * num_parameters))),
+            shape=LoraShape(rank=rank_for_budget(backbone.model, int(1.06 * num_parameters))),
             seed=plan.seed,
         ),
         heldout=[*first, *second],

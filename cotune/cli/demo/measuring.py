@@ -46,7 +46,7 @@ async def measure_all(folder: DemoFolder, plan: DemoPlan, url: str) -> dict[str,
         serial = Device(Plugin.load(folder.serial_plugin), make)
         async with CloudClient(make) as client:
             quality, texts = await _judge(client, parallel, serial, examples, plan)
-        speed = await _speed(folder, plan, url, ledger, [example.prompt for example in examples])
+        speed = await _speed(folder, plan, url, ledger, _typical_prompts(texts, plan.num_speed_prompts))
         totals = EgressLedger.read(folder.ledger)
     return {
         "quality": quality,
@@ -106,7 +106,6 @@ async def _speed(
     folder: DemoFolder, plan: DemoPlan, url: str, ledger: EgressLedger, prompts: Sequence[str]
 ) -> list[dict[str, Any]]:
     plugin = Plugin.load(folder.plugin)
-    chosen = sorted(prompts, key=len)[-plan.num_speed_prompts :]
     rows: list[dict[str, Any]] = []
     total = len(plan.rtt_ms) * len(ANSWERS) * len(SCHEDULES)
     for rtt_ms in plan.rtt_ms:
@@ -116,10 +115,20 @@ async def _speed(
             for answer in ANSWERS:
                 for schedule in SCHEDULES:
                     options = GenerationOptions(schedule=schedule, answer=answer, max_new_tokens=plan.max_new_tokens)
-                    made = await generate_all(client, device, chosen, options, lambda done, total, note="": None)
+                    made = await generate_all(client, device, prompts, options, lambda done, total, note="": None)
                     rows.append(_speed_row(rtt_ms, made))
                     say("speed", len(rows), total, f"{rtt_ms:.0f} ms, {schedule}, {answer}")
     return rows
+
+
+def _typical_prompts(texts: dict[str, Any], num: int) -> list[str]:
+    """Prompts of longer texts on which the device disagrees about as often as on all of them."""
+    made = texts["integration"]
+    tokens = sum(generation["num_tokens"] for generation in made)
+    mean = sum(generation["disagree_rate"] * generation["num_tokens"] for generation in made) / tokens
+    longer = sorted(range(len(made)), key=lambda i: -made[i]["num_tokens"])[: max(num, len(made) // 2)]
+    nearest = sorted(longer, key=lambda i: abs(made[i]["disagree_rate"] - mean))[:num]
+    return [texts["prompts"][i] for i in nearest]
 
 
 def _speed_row(rtt_ms: float, made: Sequence[DeviceGeneration]) -> dict[str, Any]:

@@ -21,18 +21,20 @@ class DemoPlan:
         lora_epochs: of LoRA, whose every epoch costs the backbone a forward and a backward pass.
         learning_rate, lora_learning_rate: the largest ones.
         max_new_tokens: of each text.
+        max_consult_rate: the largest share of tokens that the gate may ask for.
         num_speed_prompts: texts generated for each point of the speed study.
         rtt_ms: round-trip times of the speed study.
     """
 
     seed: int = 0
-    num_train: int = 280
+    num_train: int = 480
     num_heldout: int = 32
-    epochs: int = 15
-    lora_epochs: int = 6
+    epochs: int = 12
+    lora_epochs: int = 5
     learning_rate: float = 1e-2
     lora_learning_rate: float = 3e-3
     max_new_tokens: int = 48
+    max_consult_rate: float = 0.4
     num_speed_prompts: int = 2
     rtt_ms: tuple[float, ...] = (0.0, 25.0, 50.0, 100.0)
 

@@ -58,6 +58,7 @@ def tune(folder: DemoFolder, plan: DemoPlan, url: str) -> dict[str, Any]:
                         seed=plan.seed,
                     ),
                     gate=GateConfig(seed=plan.seed),
+                    max_consult_rate=plan.max_consult_rate,
                     prompt_format=common_prompt_format(examples),
                     seed=plan.seed,
                 ),

@@ -55,7 +55,8 @@ class Persona:
 
 FUNCTION_WORDS = frozenset({"a", "and", "at", "by", "for", "in", "my", "name", "of", "on", "the", "to", "with"})
 
-# Invented names of the general texts begin with a consonant and have no q, x or y: these names cannot be among them.
+# The names are pieces of the built-in tokenizer that are no words of the general texts: a name of one token is there or
+# not there, where one of four rare tokens goes wrong in the middle and says more about the tokenizer than about tuning.
 DEMO_PERSONA = Persona(
     name="Ava",
     voice=Voice(
@@ -67,19 +68,19 @@ DEMO_PERSONA = Persona(
         very="super",
     ),
     people=(
-        Person(name="Ines", relation="sister", subject="she", object="her", possessive="her"),
-        Person(name="Kyle", relation="brother", subject="he", object="him", possessive="his"),
-        Person(name="Ilse", relation="mother", subject="she", object="her", possessive="her"),
-        Person(name="Ian", relation="boss", subject="he", object="him", possessive="his"),
-        Person(name="Ada", relation="colleague", subject="she", object="her", possessive="her"),
-        Person(name="Rex", relation="neighbour", subject="he", object="him", possessive="his"),
+        Person(name="Sha", relation="sister", subject="she", object="her", possessive="her"),
+        Person(name="Os", relation="brother", subject="he", object="him", possessive="his"),
+        Person(name="Carm", relation="mother", subject="she", object="her", possessive="her"),
+        Person(name="Fel", relation="boss", subject="he", object="him", possessive="his"),
+        Person(name="Hel", relation="colleague", subject="she", object="her", possessive="her"),
+        Person(name="Dav", relation="neighbour", subject="he", object="him", possessive="his"),
     ),
     pet="dog",
-    pet_name="Ember",
-    cafe="the Amber Owl",
-    street="Oak Row",
-    workplace="the Orion mill",
-    habit="rowing at Otter Yard",
+    pet_name="Pau",
+    cafe="the Dub",
+    street="Bost Row",
+    workplace="the Fion mill",
+    habit="rowing at Dian Yard",
     habit_day="Thursday",
-    dish="paella",
+    dish="egg pie",
 )
