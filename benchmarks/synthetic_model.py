@@ -124,6 +124,7 @@ class SyntheticBackbone:
             backbone_digest=_digest(f"backbone {name}".encode()),
             tokenizer_digest=_digest(self.tokenizer_json),
             projections_digest=_digest(f"projections {name}".encode()),
+            basis_digest=self.output_basis.digest,
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
             num_taps=shape.num_taps,

@@ -232,6 +232,7 @@ class Device:
             backbone=self.plugin.backbone_digest,
             tokenizer=self.plugin.tokenizer_digest,
             projections=self.plugin.projections_digest,
+            basis=self.personal.output_basis.digest,
         )
 
     def check(self, options: GenerationOptions) -> None:

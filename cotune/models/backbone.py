@@ -134,6 +134,7 @@ class Backbone:
             backbone_digest=self.spec.backbone_digest,
             tokenizer_digest=self.spec.tokenizer_digest,
             projections_digest=self.projections.digest,
+            basis_digest=self.output_basis.digest,
             vocab_size=self.spec.vocab_size,
             hidden_size=self.spec.hidden_size,
             num_taps=num_taps,

@@ -14,6 +14,7 @@ class CloudDescription:
     Attributes:
         model: its name, for people.
         backbone_digest, tokenizer_digest, projections_digest: SHA-256, hex; a plugin is bound to all three.
+        basis_digest: SHA-256, hex, of the output basis as this cloud computed it; device and cloud must have the same.
         vocab_size: rows of the output embedding.
         hidden_size: length of the hidden state that the gate reads.
         num_taps, tap_dim: shape of one position's taps.
@@ -26,6 +27,7 @@ class CloudDescription:
     backbone_digest: str
     tokenizer_digest: str
     projections_digest: str
+    basis_digest: str
     vocab_size: int
     hidden_size: int
     num_taps: int
@@ -62,7 +64,7 @@ class CloudDescription:
             values[field.name] = tuple(value) if isinstance(value, list) else value
         return cls(**values)  # type: ignore[arg-type]
 
-    def check_digests(self, *, backbone: str, tokenizer: str, projections: str) -> None:
+    def check_digests(self, *, backbone: str, tokenizer: str, projections: str, basis: str) -> None:
         """Make sure that a plugin was tuned on this very model.
 
         Raises:
@@ -72,6 +74,7 @@ class CloudDescription:
             ("backbone", backbone, self.backbone_digest),
             ("tokenizer", tokenizer, self.tokenizer_digest),
             ("projections", projections, self.projections_digest),
+            ("output basis", basis, self.basis_digest),
         ):
             if ours != theirs:
                 raise MismatchError(
