@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,7 @@ def demo(
     # What an earlier demo left would otherwise be taken for this one's.
     for path in (folder.ledger, *(folder.result(name) for name in ("tuning", "lora", "measuring"))):
         path.unlink(missing_ok=True)
+    shutil.rmtree(folder.features, ignore_errors=True)
     write_config(folder.root, "cotune demo", {"plan": plan})
     started_s = time.monotonic()
     with progress("demo", enabled=not as_json) as advance:

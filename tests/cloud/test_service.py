@@ -82,13 +82,13 @@ def _stream(request: GenerationRequest, personal: object = None, **options: obje
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("answer", ANSWERS)
 async def test_token_ids_equal_the_reference(transport: object, schedule: str, answer: str) -> None:
-    async with transport(CloudService(toy_model())) as connector:  # type: ignore[operator]
-        async with CloudClient(connector) as client:
-            for seed, mode in enumerate(("integration", "spa", "separation", "ladder")):
-                request = _request(seed, mode)
-                stream = _stream(request, schedule=schedule, answer=answer)
-                await client.generate(stream)
-                assert stream.token_ids == generate(ToyBackbone(), toy_personal(0.3), request).token_ids
+    served = transport(CloudService(toy_model()))  # type: ignore[operator]
+    async with served as connector, CloudClient(connector) as client:
+        for seed, mode in enumerate(("integration", "spa", "separation", "ladder")):
+            request = _request(seed, mode)
+            stream = _stream(request, schedule=schedule, answer=answer)
+            await client.generate(stream)
+            assert stream.token_ids == generate(ToyBackbone(), toy_personal(0.3), request).token_ids
 
 
 @pytest.mark.parametrize("answer", ANSWERS)

@@ -25,7 +25,7 @@ def small(seed: int = 0) -> Projections:
 def test_random_projections_are_orthonormal() -> None:
     projections = Projections.random(tap_layers=range(3), hidden_size=100)
     assert (projections.num_taps, projections.tap_dim, projections.basis_dim) == (3, 32, 96)
-    np.testing.assert_allclose(gram(projections.basis), np.eye(64), atol=2e-3)
+    np.testing.assert_allclose(gram(projections.basis), np.eye(96), atol=2e-3)
     for matrix in projections.taps:
         np.testing.assert_allclose(gram(matrix.T), np.eye(32), atol=2e-3)
 

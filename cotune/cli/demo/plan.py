@@ -35,7 +35,7 @@ class DemoPlan:
     lora_learning_rate: float = 3e-3
     max_new_tokens: int = 48
     max_consult_rate: float = 0.4
-    num_speed_prompts: int = 2
+    num_speed_prompts: int = 1
     rtt_ms: tuple[float, ...] = (0.0, 25.0, 50.0, 100.0)
 
     def __post_init__(self) -> None:
@@ -79,6 +79,10 @@ class DemoFolder:
     @property
     def serial_plugin(self) -> Path:
         return self.root / "plugin-serial"
+
+    @property
+    def features(self) -> Path:
+        return self.root / "features"
 
     @property
     def ledger(self) -> Path:

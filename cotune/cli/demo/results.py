@@ -6,6 +6,7 @@ from typing import Any
 
 from cotune.cli.demo.plan import DemoPlan
 from cotune.cli.run_folder import plain, versions
+from cotune.evaluation.text_metrics import rouge_l
 
 WHY = {
     "hello": "greets the cloud",
@@ -22,7 +23,7 @@ CLOUD_SEES = [
     "the prompt and every generated token",
     "the training texts, once, when it computes their features",
     "the gate vector, where a gated mode or schedule is used",
-    "in the correction form: for each consulted token, the personal shift of the logits in a basis of 64 directions",
+    "in the correction form: for each consulted token, the personal shift of the logits in the shared output basis",
     "in the token form: only the decided tokens",
 ]
 CLOUD_DOES_NOT_SEE = [
@@ -75,7 +76,7 @@ def assemble(
         "model": model,
         "persona": persona,
         "quality": _quality_rows(quality, tuning, lora),
-        "examples": [_example(measuring["texts"], index) for index in _some(best, len(shown), measuring["texts"])],
+        "examples": _shown_examples(measuring["texts"], best),
         "speed": [_speed_row(row, measuring["speed"]) for row in measuring["speed"]],
         "gate_curve": tuning["gate_curve"],
         "egress": {kind: {**total, "why": WHY.get(kind)} for kind, total in egress.items()},
@@ -92,6 +93,10 @@ def assemble(
                 "the cloud it is the better choice: no round trips, and no side network.",
                 "Rouge-L is of greedy texts, perplexity of the persona's own held-out texts; both exact, through the "
                 "network. The bars show 95 % bootstrap intervals over the held-out texts.",
+            ],
+            "text": [
+                "The first text is the one that came closest to the person's own; the others are the first of the "
+                "held-out file, good or bad."
             ],
             "speed": [
                 "M counts round trips that delayed the text, per token. The prediction is 1 / (c + M R) with the "
@@ -123,19 +128,19 @@ def _quality_rows(quality: dict[str, Any], tuning: dict[str, Any], lora: dict[st
 
 
 def _example_index(texts: dict[str, Any]) -> int:
-    """A text in which both sides had a say: some tokens changed, most not."""
-    made = texts["integration"]
+    """The text closest to the person's own; of equals, the one that the plugin gained most on."""
 
-    def score(index: int) -> float:
-        generation = made[index]
-        return float(abs(generation["disagree_rate"] - 0.3) - 0.005 * min(generation["num_tokens"], 30))
+    def closeness(index: int) -> tuple[float, float]:
+        reference = texts["references"][index]
+        personal = rouge_l(texts["integration"][index]["text"].strip(), reference)
+        return round(personal, 2), personal - rouge_l(texts["base"][index]["text"].strip(), reference)
 
-    return min(range(len(made)), key=score)
+    return max(range(len(texts["prompts"])), key=closeness)
 
 
-def _some(best: int, _: int, texts: dict[str, Any]) -> list[int]:
+def _shown_examples(texts: dict[str, Any], best: int) -> list[dict[str, Any]]:
     others = [index for index in range(len(texts["prompts"])) if index != best]
-    return [best, *others[:4]]
+    return [_example(texts, index) for index in (best, *others[:4])]
 
 
 def _example(texts: dict[str, Any], index: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def tune(folder: DemoFolder, plan: DemoPlan, url: str) -> dict[str, Any]:
             output_basis=OutputBasis.from_bytes(cloud.fetch(AssetKind.OUTPUT_BASIS)),
         )
         cache = FeatureCache(
-            folder.root / "features",
+            folder.features,
             backbone_digest=cloud.description.backbone_digest,
             projections_digest=cloud.description.projections_digest,
         )
