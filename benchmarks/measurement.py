@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,7 +130,8 @@ def finish(
     name: str, args: argparse.Namespace, machine: Mapping[str, Any], results: Any, targets: list[Target]
 ) -> None:
     """Print the verdicts and write the result file."""
-    config = {key: value for key, value in vars(args).items() if key != "out"}
+    # Paths say where somebody works, not what was measured.
+    config = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
@@ -151,19 +151,9 @@ def finish(
 def describe_machine() -> dict[str, Any]:
     """What the numbers were measured on; call it first, since it notes the load before the benchmark's own."""
     return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
         "cores": os.cpu_count(),
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _values(value: Any) -> Any:

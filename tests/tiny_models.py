@@ -109,7 +109,7 @@ def random_plugin(backbone: Backbone, ratio: float, seed: int = 0, family: str =
     taps = torch.from_numpy(dequantise(features.tap_codes, features.tap_scales))
     with torch.no_grad():
         network.head_weight.normal_(generator=generator)
-        delta = np.dot(network(taps).numpy(), backbone.output_basis.matrix().T)
+        delta = (network(taps) @ torch.from_numpy(backbone.output_basis.matrix()).T).numpy()
         network.head_weight.mul_(ratio * float(features.top_logits.std(axis=1).mean() / delta.std(axis=1).mean()))
     return plugin_of(backbone, network, gate_for(backbone, seed), family)
 
@@ -118,7 +118,7 @@ def gate_for(backbone: Backbone, seed: int = 0) -> Gate:
     """A random gate that fires at about half of the positions of a probe."""
     weight = np.random.default_rng(seed).standard_normal(backbone.spec.hidden_size).astype(np.float32)
     hidden = backbone.features(probe_ids(backbone), 1, top_k=1).hidden.astype(np.float32)
-    return Gate(weight=weight, threshold=float(np.median(np.dot(hidden, weight))))
+    return Gate(weight=weight, threshold=float(np.median((hidden * weight).sum(axis=1))))
 
 
 def probe_ids(backbone: Backbone, num: int = 40) -> np.ndarray:

@@ -82,7 +82,8 @@ class ToyCorrector:
     def correct(self, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> Correction:
         weight = np.random.default_rng(self.seed).standard_normal((BASIS, TAPS * TAP_DIM)).astype(np.float32)
         taps = dequantise(tap_codes, tap_scales).ravel()
-        codes, scale = quantise(np.float32(self.strength) * np.dot(weight, taps))
+        with np.errstate(invalid="ignore"):  # as in `cotune.device.side_network`
+            codes, scale = quantise(np.float32(self.strength) * (weight @ taps))
         return Correction(codes=codes, scale=np.float16(scale))
 
 

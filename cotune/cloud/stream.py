@@ -316,11 +316,14 @@ class CloudStream:
     # Inside.
 
     def _window(self) -> int:
-        """How far ahead is useful: what one round trip can hide, and two more; never beyond the device's wish."""
+        """How far ahead is useful: what one round trip can hide, with room for steps and trips that are late.
+
+        Half a round trip more costs only steps that a rollback may waste; a window that is too small costs a stall.
+        """
         round_trip_s, step_s = self._measured.round_trip_s.value, self._measured.step_s.value
         if round_trip_s is None or not step_s:
             return self.config.window
-        return min(self.config.window, math.ceil(round_trip_s / step_s) + 2)
+        return min(self.config.window, math.ceil(1.5 * round_trip_s / step_s) + 4)
 
     def _emit(self, features: StepFeatures, now_s: float) -> list[Frame]:
         config = self.config

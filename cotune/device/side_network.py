@@ -110,10 +110,13 @@ class SideNetwork:
 
     def correct_exactly(self, taps: NDArray[np.float32]) -> NDArray[np.float32]:
         """c = R s + r, float32 (basis_dim,), before quantisation, from float32 (taps, tap_dim)."""
-        mixed, h = self._mixed, self._h
-        # BLAS may set the flag for invalid operations over numbers that it never uses; `dot` does not look at it.
+        # BLAS may set the flag for invalid operations over numbers beside the vectors, which it never uses.
         with np.errstate(invalid="ignore"):
-            np.matmul(self._mix_weight, taps[:, :, None], out=mixed)
+            return self._corrected(taps)
+
+    def _corrected(self, taps: NDArray[np.float32]) -> NDArray[np.float32]:
+        mixed, h = self._mixed, self._h
+        np.matmul(self._mix_weight, taps[:, :, None], out=mixed)
         np.add(mixed, self._mix_bias, out=mixed)
         inputs = mixed[:, :, 0]
         h[:] = inputs[0]
@@ -125,7 +128,7 @@ class SideNetwork:
             maximum(inner, zero, out=inner)
             np.add(dot(down, inner_and_h), inputs[i], out=h)
         s = self._side_state(h, self._norm_weight)
-        correction: NDArray[np.float32] = dot(self._head_weight, s) + self._head_bias
+        correction: NDArray[np.float32] = self._head_weight @ s + self._head_bias
         return correction
 
 

@@ -93,14 +93,15 @@ class OutputBasis:
                 f"the correction has shape {correction.codes.shape}, expected ({self.dim},) for this output basis"
             )
         codes = correction.codes.astype(np.float32)
-        if len(self._blocks) == 1:
-            # Not `@`: that warns of invalid values where BLAS sets the flag over numbers that it never uses.
-            sums = np.dot(codes, self._blocks[0])
-        else:
-            wide = np.zeros(self.vocab_size, np.float64)
-            for i, block in enumerate(self._blocks):
-                wide += np.dot(codes[i * EXACT_BLOCK : (i + 1) * EXACT_BLOCK], block)
-            sums = wide.astype(np.float32)
+        # BLAS may set the flag for invalid operations over numbers beside the vectors, which it never uses.
+        with np.errstate(invalid="ignore"):
+            if len(self._blocks) == 1:
+                sums = codes @ self._blocks[0]
+            else:
+                wide = np.zeros(self.vocab_size, np.float64)
+                for i, block in enumerate(self._blocks):
+                    wide += codes[i * EXACT_BLOCK : (i + 1) * EXACT_BLOCK] @ block
+                sums = wide.astype(np.float32)
         sums *= self.scales * np.float32(correction.scale)
         return np.asarray(sums, np.float32)
 

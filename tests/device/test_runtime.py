@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy import HIDDEN, STOP, ToyBackbone, toy_model
+from toy import HIDDEN, STOP, ToyBackbone, toy_basis, toy_model
 from toy_plugin import toy_plugin
 
 from cotune.cloud.service import CloudService
@@ -155,6 +155,13 @@ async def test_a_plugin_of_another_model_is_refused_in_one_sentence(what: str) -
         with pytest.raises(MismatchError, match=f"tuned on {what} 0123456789ab but the cloud hosts toy") as caught:
             await device.generate(PROMPT)
     assert "\n" not in str(caught.value)
+
+
+async def test_a_plugin_with_another_output_basis_is_refused() -> None:
+    """Both sides would compute other logits from the same correction."""
+    async with toy_device(output_basis=toy_basis(seed=9).to_bytes()) as device:
+        with pytest.raises(MismatchError, match="tuned on output basis"):
+            await device.generate(PROMPT)
 
 
 @pytest.mark.parametrize(
