@@ -18,7 +18,8 @@ class TimedGeneration:
 
     Attributes:
         token_ids: what came out.
-        num_changed: tokens that the device decided otherwise, the first one left out.
+        num_changed: tokens that the device decided otherwise, the last one left out: a roll-back delays the token after
+            the one that it changed, so that of the first token lies within `decoding_s` and that of the last does not.
         wall_s: from the first frame sent to the last received.
         decoding_s: from the first decided token to the last: what schedules differ in. The rest of `wall_s` is the
             way there and back of the first and the last frame.
@@ -76,7 +77,7 @@ async def generate_timed(
     assert stream.cloud_counters is not None
     return TimedGeneration(
         token_ids=stream.token_ids,
-        num_changed=sum(decision.changed for decision in stream.decisions[1:]),
+        num_changed=sum(decision.changed for decision in stream.decisions[:-1]),
         wall_s=wall_s,
         decoding_s=decided_s[-1] - decided_s[0],
         device_s=stream.device_s,
@@ -98,7 +99,7 @@ class Totals:
             where the device has meanwhile disagreed: at most one for each roll-back, and it counts as half a pass.
         passes_ms: all forward passes, those of rolled back tokens too, per kept token.
         delayed_rate: M, round trips that delayed the text, per token.
-        changed_rate: q, tokens that the device changed, per token, the first of each text left out.
+        changed_rate: q, tokens that the device changed, per later token, the last of each text left out.
         wasted_rate: cloud steps that were rolled back, per token.
         device_ms: computing on the device, per token.
         stall_ms: the cloud waiting for the device, per token.
