@@ -134,6 +134,7 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of split, initial weights and order.")] = 0,
     cache: Annotated[Path | None, typer.Option(help="Feature cache; OUT.run/features if left out.")] = None,
     cache_gib: Annotated[float, typer.Option(help="Largest size of the feature cache, GiB.")] = 4.0,
+    threads: Annotated[int, typer.Option(help="CPU threads for training; more than one rarely pays.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     rtt_ms: RttOption = 0.0,
     token_file: TokenFileOption = None,
@@ -161,6 +162,8 @@ def tune(
         raise InputError(f"--out is {out}, which holds something else; give a new folder or that of a plugin")
     examples = read_examples(data, template=template, limit=limit, seed=seed)
 
+    import torch
+
     from cotune.data.templates import common_prompt_format
     from cotune.device.features import RemoteFeatureSource
     from cotune.generation.output_basis import OutputBasis
@@ -170,7 +173,7 @@ def tune(
     from cotune.tuning.loop import LoopConfig
     from cotune.tuning.personal import PersonalConfig, PublicParts, tune_plugin
     from cotune.tuning.side import SideConfig
-    from cotune.wire.frames import AssetKind
+    from cotune.wire.frames import AssetKind, Hello, encode
 
     config = PersonalConfig(
         side=SideConfig(
@@ -189,11 +192,16 @@ def tune(
         seed=seed,
     )
     make = connector(cloud, token_file=token_file, tls_ca=tls_ca, profile=emulated(rtt_ms), seed=seed)
+    if threads < 1:
+        raise InputError(f"--threads is {threads}, expected at least 1")
     # The first connection stands before anything is written.
     with RemoteFeatureSource(make) as source:
         description = source.description
     run = _run_folder(out, data, cloud, config)
+    torch.set_num_threads(threads)
     with EgressLedger(run / "ledger.jsonl") as book:
+        # The first connection said hello before there was a ledger to write it to.
+        book.record("tune", "hello", encode(Hello()))
         make = connector(
             cloud, token_file=token_file, tls_ca=tls_ca, ledger=book, way="tune", profile=emulated(rtt_ms), seed=seed
         )
