@@ -130,7 +130,8 @@ class Backbone:
         """What a cloud tells devices about this model."""
         num_taps, tap_dim, _ = self.projections.taps.shape
         return CloudDescription(
-            model=self.spec.name,
+            # The last part only: the path to it is the host's own business.
+            model=self.spec.name.rstrip("/").rsplit("/", 1)[-1],
             backbone_digest=self.spec.backbone_digest,
             tokenizer_digest=self.spec.tokenizer_digest,
             projections_digest=self.projections.digest,
