@@ -5,6 +5,7 @@
     │   ├── DataError                     a data file; names the file and the line
     │   └── MismatchError                 a plugin meets another backbone than the one it was tuned on
     ├── NonFiniteLossError                training met nan or inf
+    ├── CacheFullError                    no room for more keys and values
     └── WireError                         the other side, or the way to it
         ├── FrameError                    bytes that are no valid frame
         ├── ConnectionLostError           the connection broke; the session can be resumed
@@ -69,6 +70,22 @@ class NonFiniteLossError(CotuneError):
         )
 
 
+class CacheFullError(CotuneError):
+    """The blocks for keys and values are all in use.
+
+    Args:
+        wanted, free: numbers of blocks.
+    """
+
+    def __init__(self, wanted: int, free: int) -> None:
+        self.wanted = wanted
+        self.free = free
+        super().__init__(
+            f"{wanted} blocks of the key-value cache are wanted and {free} are free; "
+            "wait until a session ends, or give the cache more memory"
+        )
+
+
 class WireError(CotuneError):
     """The other side, or the way to it, failed."""
 
@@ -91,9 +108,11 @@ class RefusedError(WireError):
     Args:
         code: one of `cotune.wire.frames.ErrorCode`, as an int.
         reason: one sentence from the other side.
+        retry_after_s: when trying again may help, in seconds; None where it does not.
     """
 
-    def __init__(self, code: int, reason: str) -> None:
+    def __init__(self, code: int, reason: str, *, retry_after_s: float | None = None) -> None:
         self.code = code
         self.reason = reason
+        self.retry_after_s = retry_after_s
         super().__init__(reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cotune.cloud.hosted import HostedModel
 from cotune.generation.gate import Gate
 from cotune.generation.output_basis import OutputBasis
-from cotune.generation.protocols import Correction, StepFeatures
+from cotune.generation.protocols import Correction, RowWork, StepFeatures
 from cotune.generation.reference import Personal
 from cotune.wire.codec import dequantise, quantise
 from cotune.wire.description import CloudDescription
@@ -49,10 +49,28 @@ class ToyCursor:
         assert 0 <= length <= len(self._tokens)
         del self._tokens[length:]
 
+    def fork(self) -> ToyCursor:
+        twin = ToyCursor()
+        twin._tokens = list(self._tokens)
+        return twin
+
+    def close(self) -> None:
+        self._tokens.clear()
+
 
 class ToyBackbone:
-    def cursor(self) -> ToyCursor:
+    prompt_chunk = 5
+    block_size = 4
+
+    def cursor(self, num_prompt: int | None = None) -> ToyCursor:
         return ToyCursor()
+
+    def extend(self, work: Sequence[RowWork], is_wanted: Callable[[], bool] | None = None) -> list[list[StepFeatures]]:
+        outputs = []
+        for item in work:
+            steps = [item.cursor.extend(item.token_ids[i : i + 1]) for i in range(len(item.token_ids))]
+            outputs.append(steps[len(steps) - item.num_outputs :])
+        return outputs
 
     def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
         steps = [_features(tuple(input_ids[:t].tolist())) for t in range(first_target, len(input_ids))]

@@ -13,7 +13,7 @@ from toy import STOP, TAP_DIM, TAPS, ToyBackbone, toy_basis
 from cotune.cloud.stream import CloudStream, StepPlan, StreamConfig
 from cotune.device.stream import DeviceStream
 from cotune.generation.gate import Gate
-from cotune.generation.protocols import StepFeatures
+from cotune.generation.protocols import RowWork, StepFeatures
 from cotune.generation.reference import Personal
 from cotune.generation.request import GenerationRequest
 from cotune.generation.sampling import Sampling
@@ -124,7 +124,7 @@ class VirtualRun:
         generated = frame.generated_ids.tolist()
         self._cloud_line = self._line
         if frame.resume and self.cloud is not None:
-            replies = self.cloud.resume(generated, self.now_s)
+            replies = self.cloud.resume(generated, frame.taps_from, self.now_s)
         else:
             self.cloud = CloudStream(7, frame.prompt_ids, generated, _stream_config(frame), toy_basis())
             self.cursor = ToyBackbone().cursor()
@@ -136,16 +136,17 @@ class VirtualRun:
         if self.cloud is None or self.is_stepping:
             return
         if self.cloud.wants_step():
-            plan = self.cloud.plan()
+            plan = self.cloud.plan(ToyBackbone.prompt_chunk)
             if self.cursor.length > plan.truncate_to:
                 self.cursor.truncate(plan.truncate_to)
-            features = self.cursor.extend(plan.token_ids)
+            work = RowWork(cursor=self.cursor, token_ids=plan.token_ids, num_outputs=plan.num_outputs)
+            (features,) = ToyBackbone().extend([work])
             self.is_stepping = True
             self._at(self.now_s + self.weather.step_s, "stepped", (self.cloud, plan, features))
         else:
             self.cloud.note_stall(self.now_s)
 
-    def _stepped(self, outcome: tuple[CloudStream, StepPlan, StepFeatures]) -> None:
+    def _stepped(self, outcome: tuple[CloudStream, StepPlan, list[StepFeatures]]) -> None:
         cloud, plan, features = outcome
         self.is_stepping = False
         if cloud is self.cloud:
@@ -172,6 +173,8 @@ def _stream_config(frame: Open) -> StreamConfig:
         sampling=Sampling(temperature=frame.temperature, top_p=frame.top_p, seed=frame.seed),
         stop_token_ids=(STOP,),
         gate=gate,
+        deadline_s=frame.deadline_ms / 1e3 if frame.deadline_ms else None,
+        taps_from=frame.taps_from,
     )
 
 

@@ -58,6 +58,8 @@ def _options(
 
 def main() -> None:
     """Entry point of the command line."""
+    # Before PyTorch is loaded: products then do not depend on threads or memory; see `cotune.models.row_invariance`.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     try:
         app()
     except CotuneError as error:

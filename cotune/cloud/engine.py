@@ -1,26 +1,86 @@
-"""The cloud's compute: one thread that does the backbone's forward passes in the order they were asked for.
+"""The cloud's compute: one batch for all rows, one forward pass after the other, in one thread.
 
-One thread, because a forward pass uses the whole machine or accelerator anyway, and because caches and hooks
-then need no locks. The event loop stays free to answer devices meanwhile.
+Continuous batching (Orca, Yu et al., 2022): before each pass the rows that have something to compute are collected
+anew, so rows join and leave at every token, and rows that wait for their device are simply not there. Long prompts
+are read in pieces, a few tokens' worth in each pass. Where more rows want than fit, those that run furthest ahead of
+their device wait: running ahead is for free room only.
+
+One thread, because a pass uses the whole machine or accelerator anyway, and because caches and hooks then need no
+locks. The event loop stays free to answer devices meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cotune.cloud.hosted import HostedModel
+from cotune.cloud.row import Row
 from cotune.cloud.stream import StepPlan
-from cotune.generation.protocols import Cursor, StepAbandonedError, StepFeatures
+from cotune.errors import CotuneError, InputError
+from cotune.generation.protocols import RowWork, StepAbandonedError, StepFeatures
 from cotune.wire.features import SequenceFeatures
 
+logger = logging.getLogger("cotune.cloud")
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Limits of the batch.
+
+    Attributes:
+        max_batch_rows: rows in one pass.
+        max_prompt_tokens: tokens of prompts in one pass; at least one piece of one prompt is always read.
+        max_blocks: blocks of keys and values for all rows; None for no bound.
+    """
+
+    max_batch_rows: int = 64
+    max_prompt_tokens: int = 256
+    max_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_rows", "max_prompt_tokens", "max_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}, expected at least 1")
+
+
+@dataclass
+class EngineCounters:
+    """What the engine did since it started; times in seconds.
+
+    Attributes:
+        num_passes: forward passes over rows.
+        num_row_steps: rows in them, all together.
+        num_prompt_tokens: tokens of prompts read.
+        num_abandoned: passes given up in the middle.
+        busy_s: time in passes.
+        queue_s: time that rows waited for a pass that they wanted.
+    """
+
+    num_passes: int = 0
+    num_row_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_abandoned: int = 0
+    busy_s: float = 0.0
+    queue_s: float = 0.0
+    last_batch_rows: int = field(default=0)
+
+
+@dataclass(frozen=True)
+class _Job:
+    row: Row
+    plan: StepPlan
 
 
 class Engine:
@@ -28,43 +88,208 @@ class Engine:
 
     Args:
         model: what is hosted.
+        config: limits.
     """
 
-    def __init__(self, model: HostedModel) -> None:
+    def __init__(self, model: HostedModel, config: EngineConfig | None = None) -> None:
         self.model = model
+        self.config = config or EngineConfig()
+        self.counters = EngineCounters()
+        self._rows: dict[int, Row] = {}
+        self._num_reserved = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cotune-engine")
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
-    async def step(
-        self, cursor: Cursor, plan: StepPlan, is_wanted: Callable[[], bool]
-    ) -> tuple[StepFeatures | None, float]:
-        """Do `plan` on `cursor`; the features and the seconds that it took.
+    # Room for keys and values.
 
-        `is_wanted` is asked during the pass, from the engine's thread; once it says no the pass is given up and the
-        features are None.
-        """
-        return await self._run(lambda: _step(cursor, plan, is_wanted))
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a row of so many tokens needs."""
+        return -(-num_tokens // self.model.backbone.block_size)
+
+    @property
+    def num_free_blocks(self) -> int | None:
+        """Blocks that no row has set aside; None without a bound."""
+        return None if self.config.max_blocks is None else self.config.max_blocks - self._num_reserved
+
+    @property
+    def num_reserved_blocks(self) -> int:
+        return self._num_reserved
+
+    def reserve(self, row: Row, num_tokens: int) -> bool:
+        """Set blocks aside for a row of at most `num_tokens` tokens; whether there was room."""
+        wanted = self.blocks_for(num_tokens) - row.place.num_blocks
+        free = self.num_free_blocks
+        if free is not None and wanted > free:
+            return False
+        row.place.num_blocks += wanted
+        self._num_reserved += wanted
+        return True
+
+    def put_out(self, row: Row) -> None:
+        """Take away a row's cache and its room; it can be computed again from its tokens."""
+        self.stop(row)
+        self._num_reserved -= row.place.num_blocks
+        row.place.num_blocks = 0
+        cursor, row.place.cursor = row.place.cursor, None
+        if cursor is not None:
+            row.steps.forget_cache()
+            if not self._is_closed:
+                # After the pass in hand, which may use it.
+                self._thread.submit(cursor.close)
+
+    # Rows.
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are being generated."""
+        return len(self._rows)
+
+    def start(self, row: Row) -> None:
+        """Compute whatever `row` wants from now on, until it is stopped. Its room must be reserved."""
+        self._rows[id(row)] = row
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        self._news.set()
+
+    def stop(self, row: Row) -> None:
+        """Compute nothing more for `row`; its cache stays."""
+        self._rows.pop(id(row), None)
+        row.place.wanting_since_s = None
+
+    def wake(self) -> None:
+        """Something has changed that may make a row want a step."""
+        self._news.set()
 
     async def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
-        """Teacher-force one sequence."""
-        return await self._run(lambda: self.model.backbone.features(input_ids, first_target, top_k))
+        """Teacher-force one sequence, between two passes."""
+        return await self.run(lambda: self.model.backbone.features(input_ids, first_target, top_k))
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do something else with the backbone, between two passes."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def close(self) -> None:
-        """Stop after the work in hand."""
+        """Stop after the pass in hand."""
+        self._is_closed = True
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        self._rows.clear()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
+    # The loop.
 
-def _step(cursor: Cursor, plan: StepPlan, is_wanted: Callable[[], bool]) -> tuple[StepFeatures | None, float]:
-    started_s = time.perf_counter()
-    if not is_wanted():
-        return None, 0.0
-    # What a dropped or cancelled step left behind goes too: the plan is the truth, not the cache.
-    if cursor.length > plan.truncate_to:
-        cursor.truncate(plan.truncate_to)
-    try:
-        features = cursor.extend(plan.token_ids, is_wanted)
-    except StepAbandonedError:
-        return None, time.perf_counter() - started_s
-    return features, time.perf_counter() - started_s
+    async def _run(self) -> None:
+        while True:
+            self._news.clear()
+            now_s = time.monotonic()
+            due_s = self._keep_time(now_s)
+            jobs = self._next_batch(now_s)
+            if jobs:
+                await self._do(jobs)
+                continue
+            try:
+                async with asyncio.timeout(None if due_s is None else max(0.0, due_s - now_s)):
+                    await self._news.wait()
+            except TimeoutError:
+                continue
+
+    def _keep_time(self, now_s: float) -> float | None:
+        """Tell the rows whose time has come; returns when the next one's will."""
+        for row in list(self._rows.values()):
+            due_s = row.due_s
+            if due_s is not None and due_s <= now_s:
+                row.on_time(now_s)
+        return min((row.due_s for row in self._rows.values() if row.due_s is not None), default=None)
+
+    def _next_batch(self, now_s: float) -> list[_Job]:
+        wanting: list[Row] = []
+        for row in list(self._rows.values()):
+            if row.steps.wants_step() and not row.is_blocked:
+                wanting.append(row)
+                if row.place.wanting_since_s is None:
+                    row.place.wanting_since_s = now_s
+            else:
+                row.on_idle(now_s)
+        # First who is least ahead of the device, among these who has waited longest.
+        wanting.sort(key=lambda row: (row.steps.num_ahead, row.place.last_pass))
+        jobs: list[_Job] = []
+        prompt_tokens = 0
+        for row in wanting:
+            if len(jobs) == self.config.max_batch_rows:
+                break
+            if row.steps.is_in_prompt and prompt_tokens >= self.config.max_prompt_tokens:
+                continue
+            plan = row.steps.plan(self.model.backbone.prompt_chunk)
+            if row.steps.is_in_prompt:
+                if prompt_tokens and prompt_tokens + len(plan.token_ids) > self.config.max_prompt_tokens:
+                    continue
+                prompt_tokens += len(plan.token_ids)
+            jobs.append(_Job(row, plan))
+        self.counters.num_prompt_tokens += prompt_tokens
+        return jobs
+
+    async def _do(self, jobs: list[_Job]) -> None:
+        counters = self.counters
+        now_s = time.monotonic()
+        for job in jobs:
+            place = job.row.place
+            place.last_pass = counters.num_passes
+            if place.wanting_since_s is not None:
+                counters.queue_s += now_s - place.wanting_since_s
+                place.wanting_since_s = None
+        counters.num_passes += 1
+        counters.num_row_steps += len(jobs)
+        counters.last_batch_rows = len(jobs)
+        try:
+            outputs, seconds = await self.run(lambda: self._pass(jobs))
+        except Exception as error:
+            await self._on_failure(jobs, error)
+            return
+        counters.busy_s += seconds
+        counters.num_abandoned += outputs is None
+        now_s = time.monotonic()
+        for i, job in enumerate(jobs):
+            # A row that was stopped meanwhile has no use for it, and its cache may be gone.
+            if id(job.row) in self._rows and job.row.place.cursor is not None:
+                features = None if outputs is None else outputs[i]
+                job.row.on_step(job.plan, features, seconds, now_s, 1.0 / len(jobs))
+
+    async def _on_failure(self, jobs: list[_Job], error: Exception) -> None:
+        """One bad row spoils a pass, which then has changed nothing: try one by one, so that only the bad one ends."""
+        if len(jobs) > 1:
+            for job in jobs:
+                if id(job.row) in self._rows:
+                    await self._do([job])
+            return
+        (job,) = jobs
+        if not isinstance(error, CotuneError):
+            logger.error("a forward pass failed", exc_info=error)
+            error = CotuneError("the cloud failed in this session; its log says why, try again")
+        self.put_out(job.row)
+        job.row.on_failure(error)
+
+    def _pass(self, jobs: Sequence[_Job]) -> tuple[list[list[StepFeatures]] | None, float]:
+        """In the engine's thread."""
+        started_s = time.perf_counter()
+        work: list[RowWork] = []
+        for job in jobs:
+            cursor = job.row.place.cursor
+            if cursor is None:
+                cursor = job.row.place.cursor = self.model.backbone.cursor(job.row.steps.num_prompt)
+            # What a dropped step left behind goes too: the plan is the truth, not the cache.
+            if cursor.length > job.plan.truncate_to:
+                cursor.truncate(job.plan.truncate_to)
+            plan = job.plan
+            work.append(RowWork(cursor=cursor, token_ids=plan.token_ids, num_outputs=plan.num_outputs))
+
+        def is_wanted() -> bool:
+            return any(job.row.steps.is_current(job.plan) for job in jobs)
+
+        try:
+            outputs = self.model.backbone.extend(work, is_wanted) if is_wanted() else None
+        except StepAbandonedError:
+            outputs = None
+        return outputs, time.perf_counter() - started_s

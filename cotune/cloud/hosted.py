@@ -14,6 +14,16 @@ from cotune.wire.features import FeatureSource
 class HostedBackbone(DecodingBackbone, FeatureSource, Protocol):
     """A backbone that decodes and teacher-forces; `cotune.models.Backbone` is one."""
 
+    @property
+    def prompt_chunk(self) -> int:
+        """Prompts are read in pieces that end at multiples of this many tokens."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of keys and values."""
+        ...
+
 
 class DescribedBackbone(HostedBackbone, Protocol):
     """A backbone that knows its public parts."""

@@ -10,13 +10,12 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.cloud.engine import Engine
+from cotune.cloud.engine import Engine, EngineConfig
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.session import Session
 from cotune.cloud.stream import CloudStream, StreamConfig
@@ -26,7 +25,6 @@ from cotune.errors import (
     FrameError,
     InputError,
     RefusedError,
-    WireError,
     WireTimeoutError,
 )
 from cotune.generation.gate import Gate
@@ -35,9 +33,11 @@ from cotune.wire.feature_frames import pack_features
 from cotune.wire.frames import (
     MAX_ASSET_CHUNK_BYTES,
     PROTOCOL_VERSION,
+    AnswerCode,
     Asset,
     AssetKind,
     AssetRequest,
+    EndReason,
     Error,
     ErrorCode,
     FeaturesRequest,
@@ -50,7 +50,13 @@ from cotune.wire.frames import (
     decode,
     encode,
 )
+from cotune.wire.outbox import Outbox
 from cotune.wire.transport import Connection
+
+# How often sessions are looked through for silent devices, seconds.
+_ROUND_S = 1.0
+# When to come back to a cloud that is full, ms.
+_RETRY_AFTER_MS = 1000
 
 logger = logging.getLogger("cotune.cloud")
 
@@ -63,18 +69,32 @@ class ServiceConfig:
         max_sessions: generations at once, those waiting for their device to come back included.
         session_ttl_s: how long a session whose connection broke is kept for its device, seconds.
         idle_timeout_s: how long a device may stay silent, seconds.
+        slow_reader_timeout_s: a device that takes no message for so long is hung up on, seconds.
+        max_outbox_bytes: no more is computed for a device that has so many bytes still to read.
         max_window: how far any session may run ahead, tokens.
         max_feature_logits: base logits in one sequence's training features, over all its positions.
+        engine: limits of the batch.
     """
 
     max_sessions: int = 64
     session_ttl_s: float = 60.0
     idle_timeout_s: float = 300.0
+    slow_reader_timeout_s: float = 30.0
+    max_outbox_bytes: int = 1024 * 1024
     max_window: int = 128
     max_feature_logits: int = 64 * 1024 * 1024
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        for name in ("max_sessions", "session_ttl_s", "idle_timeout_s", "max_window", "max_feature_logits"):
+        for name in (
+            "max_sessions",
+            "session_ttl_s",
+            "idle_timeout_s",
+            "slow_reader_timeout_s",
+            "max_outbox_bytes",
+            "max_window",
+            "max_feature_logits",
+        ):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a number above 0")
 
@@ -95,8 +115,10 @@ class CloudService:
     def __init__(self, model: HostedModel, config: ServiceConfig | None = None) -> None:
         self.model = model
         self.config = config or ServiceConfig()
-        self.engine = Engine(model)
+        self.engine = Engine(model, self.config.engine)
         self.sessions: dict[int, Session] = {}
+        self.is_draining = False
+        self._rounds: asyncio.TimerHandle | None = None
         self._assets = {
             AssetKind.TOKENIZER: model.tokenizer_json,
             AssetKind.OUTPUT_BASIS: model.output_basis.to_bytes(),
@@ -104,35 +126,58 @@ class CloudService:
 
     def close(self) -> None:
         """End all sessions and stop computing."""
+        if self._rounds is not None:
+            self._rounds.cancel()
         for number in list(self.sessions):
             self._drop(number)
         self.engine.close()
 
-    async def handle(self, connection: Connection) -> None:
-        """Serve one device until its connection closes. Never raises for what a device does."""
-        visit = _Visit(self, connection)
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new sessions, let the running ones finish, and hand the rest back to their devices.
+
+        A device whose text is not complete after `timeout_s` gets the end reason SHUTDOWN: it holds all confirmed
+        tokens and its ticket, and goes on at another cloud, or at this one when it is back.
+        """
+        self.is_draining = True
+        ends_s = time.monotonic() + timeout_s
+        while any(session.is_attached for session in self.sessions.values()) and time.monotonic() < ends_s:
+            await asyncio.sleep(0.02)
+        for session in list(self.sessions.values()):
+            session.end(EndReason.SHUTDOWN)
+
+    async def handle(self, connection: Connection, owner: str = "") -> None:
+        """Serve one device until its connection closes. Never raises for what a device does.
+
+        Args:
+            connection: to the device.
+            owner: whose it is, for limits.
+        """
+        self._keep_rounds()
+        visit = _Visit(self, connection, owner)
         try:
             await visit.serve()
         except WireTimeoutError:
-            await visit.refuse(ErrorCode.TIMEOUT, "nothing came from the device for too long; connect again")
+            visit.refuse(ErrorCode.TIMEOUT, "nothing came from the device for too long; connect again")
         except ConnectionLostError:
             pass
         except FrameError as error:
-            await visit.refuse(ErrorCode.BAD_FRAME, str(error))
+            visit.refuse(ErrorCode.BAD_FRAME, str(error))
         except RefusedError as error:
-            await visit.refuse(ErrorCode(error.code), error.reason)
+            visit.refuse(ErrorCode(error.code), error.reason, retry_after_s=error.retry_after_s)
         except Exception:
             logger.exception("a connection failed")
-            await visit.refuse(ErrorCode.INTERNAL, "the cloud failed; its log says why, try again")
+            visit.refuse(ErrorCode.INTERNAL, "the cloud failed; its log says why, try again")
         finally:
             visit.leave()
+            await visit.outbox.flush()
+            await visit.outbox.close()
             await connection.close()
 
-    def open_session(self, frame: Open) -> tuple[Session, list[Frame]]:
+    def open_session(self, frame: Open, owner: str = "") -> tuple[Session, list[Frame]]:
         """A new session, or the one that the frame's ticket belongs to; and what is to be sent after Opened.
 
         Raises:
-            RefusedError: too many sessions, or a request that this model cannot serve.
+            RefusedError: no room, or a request that this model cannot serve.
         """
         self._check(frame)
         generated = frame.generated_ids.tolist()
@@ -140,18 +185,19 @@ class CloudService:
         if frame.resume and known is not None and known.admits(frame.ticket):
             known.detach()
             if known.stream.is_for(frame.prompt_ids):
-                return known, known.stream.resume(generated, time.monotonic())
+                self._reserve(known, frame)
+                return known, known.stream.resume(generated, frame.taps_from, time.monotonic())
+        if self.is_draining:
+            raise self._busy("the cloud is shutting down and takes no new sessions; go on at another one")
         num_running = sum(session.stream.ended is None for session in self.sessions.values())
         if num_running >= self.config.max_sessions:
-            raise RefusedError(
-                ErrorCode.BUSY,
-                f"the cloud serves {num_running} sessions and takes no more; try again in a few seconds",
-            )
+            raise self._busy(f"the cloud serves {num_running} sessions and takes no more; try again in a few seconds")
         number = secrets.randbits(32)
         while number in self.sessions:
             number = secrets.randbits(32)
         stream = CloudStream(number, frame.prompt_ids, generated, self._stream_config(frame), self.model.output_basis)
-        session = Session(stream, self.engine, idle_timeout_s=self.config.idle_timeout_s)
+        session = Session(stream, self.engine, owner=owner)
+        self._reserve(session, frame)
         self.sessions[number] = session
         return session, stream.end_if_finished(time.monotonic())
 
@@ -159,12 +205,54 @@ class CloudService:
         """The session's connection is gone, or its text complete: drop it unless its device comes back."""
         session.detach()
         number = session.stream.session
+        if session.expiry is not None:
+            session.expiry.cancel()
         session.expiry = asyncio.get_running_loop().call_later(self.config.session_ttl_s, self._drop, number)
 
     def _drop(self, number: int) -> None:
         session = self.sessions.pop(number, None)
         if session is not None:
+            if session.expiry is not None:
+                session.expiry.cancel()
             session.detach()
+            self.engine.put_out(session)
+
+    def _reserve(self, session: Session, frame: Open) -> None:
+        num_tokens = len(frame.prompt_ids) + frame.max_new_tokens
+        engine = self.engine
+        most = engine.config.max_blocks
+        if most is not None and engine.blocks_for(num_tokens) > most:
+            raise RefusedError(
+                ErrorCode.TOO_LARGE,
+                f"{num_tokens} tokens need {engine.blocks_for(num_tokens)} blocks of the cloud's cache, expected at "
+                f"most {most}; shorten the prompt or ask for fewer new tokens",
+            )
+        # Those whose devices are away make room, the longest away first; they are computed again when they come back.
+        away = sorted((s for s in self.sessions.values() if not s.is_attached and s is not session), key=_heard_s)
+        while not engine.reserve(session, num_tokens):
+            if not away:
+                raise self._busy(
+                    f"the cloud's cache has {engine.num_free_blocks} free blocks and this session needs "
+                    f"{engine.blocks_for(num_tokens)}; try again in a few seconds"
+                )
+            engine.put_out(away.pop(0))
+
+    def _busy(self, reason: str) -> RefusedError:
+        return RefusedError(ErrorCode.BUSY, reason, retry_after_s=_RETRY_AFTER_MS / 1e3)
+
+    def _keep_rounds(self) -> None:
+        if self._rounds is None:
+            self._rounds = asyncio.get_running_loop().call_later(min(_ROUND_S, self.config.idle_timeout_s), self._round)
+
+    def _round(self) -> None:
+        """End the sessions of devices that have been silent for too long."""
+        self._rounds = None
+        now_s = time.monotonic()
+        for session in list(self.sessions.values()):
+            if session.is_attached and now_s - session.heard_s > self.config.idle_timeout_s:
+                session.end(EndReason.CANCELLED)
+        if self.sessions:
+            self._keep_rounds()
 
     def asset_chunk(self, frame: AssetRequest) -> Asset:
         """A piece of a public part."""
@@ -216,6 +304,12 @@ class CloudService:
                 ErrorCode.BAD_REQUEST,
                 f"{len(frame.generated_ids)} tokens were generated already, expected at most {frame.max_new_tokens}",
             )
+        if frame.deadline_ms and frame.answer is not AnswerCode.CORRECTION:
+            raise RefusedError(
+                ErrorCode.BAD_REQUEST,
+                f"a deadline of {frame.deadline_ms} ms came with answer {frame.answer.name.lower()}, where the device "
+                "decides and the cloud cannot go on alone; use answer correction",
+            )
         if len(frame.gate_weights) not in (0, description.hidden_size):
             raise RefusedError(
                 ErrorCode.MISMATCH,
@@ -244,45 +338,49 @@ class CloudService:
             sampling=Sampling(temperature=frame.temperature, top_p=frame.top_p, seed=frame.seed),
             stop_token_ids=self.model.description.stop_token_ids,
             gate=gate,
+            deadline_s=frame.deadline_ms / 1e3 if frame.deadline_ms else None,
+            taps_from=frame.taps_from,
         )
 
 
 class _Visit:
     """One connection of one device, with the sessions that run on it."""
 
-    def __init__(self, service: CloudService, connection: Connection) -> None:
+    def __init__(self, service: CloudService, connection: Connection, owner: str) -> None:
         self.service = service
         self.connection = connection
+        self.owner = owner
+        config = service.config
+        self.outbox = Outbox(connection, full_bytes=config.max_outbox_bytes, timeout_s=config.slow_reader_timeout_s)
+        self.outbox.on_room = service.engine.wake
         self.sessions: dict[int, Session] = {}
         self._last_open: int | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
         await self._greet()
         while True:
             frame = decode(await self.connection.receive(self.service.config.idle_timeout_s))
             if isinstance(frame, Open):
-                await self._open(frame)
+                self._open(frame)
             elif isinstance(frame, AssetRequest):
                 await self._send(self.service.asset_chunk(frame))
             elif isinstance(frame, FeaturesRequest):
                 await self._features(frame)
-            elif frame.session in self.sessions:
-                await self.sessions[frame.session].deliver(frame)
+            else:
+                session = self.sessions.get(frame.session)
+                # A session that another connection has taken over hears no more from this one.
+                if session is not None and session.is_for(self.outbox):
+                    session.deliver(frame)
 
-    async def refuse(self, code: ErrorCode, reason: str, *, session: int = 0) -> None:
+    def refuse(self, code: ErrorCode, reason: str, *, session: int = 0, retry_after_s: float | None = None) -> None:
         """Say why, as far as the connection still carries it."""
-        try:
-            await self._send(Error(session=session, code=code, message=reason))
-        except WireError:
-            logger.info("could not tell a device: %s", reason)
+        retry_after_ms = 0 if retry_after_s is None else max(1, round(1e3 * retry_after_s))
+        self.outbox.put(encode(Error(session=session, pos=retry_after_ms, code=code, message=reason)))
 
     def leave(self) -> None:
         """The connection is over: its sessions wait for their device."""
-        for task in self._tasks:
-            task.cancel()
         for session in self.sessions.values():
-            if session.is_on(self.connection):
+            if session.is_for(self.outbox):
                 self.service.keep_for_a_while(session)
 
     async def _greet(self) -> None:
@@ -297,24 +395,24 @@ class _Visit:
             )
         await self._send(Welcome(info=self.service.model.description.to_info()))
 
-    async def _open(self, frame: Open) -> None:
+    def _open(self, frame: Open) -> None:
         # The epoch of an Open numbers the opens of a connection: the same number again is the same frame again.
         if frame.epoch == self._last_open:
             return
         self._last_open = frame.epoch
-        session, frames = self.service.open_session(frame)
+        session, frames = self.service.open_session(frame, self.owner)
         stream = session.stream
         self.sessions[stream.session] = session
         opened = Opened(session=stream.session, epoch=stream.epoch, pos=stream.num_confirmed, ticket=session.ticket)
-        await self._send(opened)
-        session.attach(self.connection, self._over)
-        await session.send(frames)
+        for one in (opened, *frames):
+            self.outbox.put(encode(one))
+        session.attach(self.outbox, self._over)
 
     def _over(self, session: Session, error: CotuneError | None) -> None:
         number = session.stream.session
         self.sessions.pop(number, None)
         if error is not None:
-            self._spawn(self.refuse(ErrorCode.BAD_REQUEST, str(error), session=number))
+            self.refuse(ErrorCode.BAD_REQUEST, str(error), session=number)
         self.service.keep_for_a_while(session)
 
     async def _features(self, frame: FeaturesRequest) -> None:
@@ -325,10 +423,12 @@ class _Visit:
         for chunk in pack_features(features, first_target=frame.pos, session=frame.session):
             await self._send(chunk)
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def _send(self, frame: Frame) -> None:
-        await self.connection.send(encode(frame))
+        """Send what is large or asked for once: the next request is read when there is room again."""
+        self.outbox.put(encode(frame))
+        if self.outbox.is_full:
+            await self.outbox.flush()
+
+
+def _heard_s(session: Session) -> float:
+    return session.heard_s

@@ -1,119 +1,136 @@
-"""One device's generation on the cloud: the stream, its cache, its ticket and the task that drives them."""
+"""One device's generation on the cloud: the stream, its place in the engine, its ticket, and who is listening."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 import secrets
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 from cotune.cloud.engine import Engine
-from cotune.cloud.stream import CloudStream
-from cotune.errors import CotuneError, WireError
-from cotune.generation.protocols import Cursor
+from cotune.cloud.row import Place
+from cotune.cloud.stream import CloudStream, StepPlan
+from cotune.errors import CotuneError
+from cotune.generation.protocols import StepFeatures
 from cotune.wire.frames import TICKET_BYTES, EndReason, Frame, encode
-from cotune.wire.transport import Connection
-
-logger = logging.getLogger("cotune.cloud")
+from cotune.wire.outbox import Outbox
 
 
 class Session:
-    """A stream that outlives its connection for a while, so that a device can come back to it.
+    """A stream that outlives its connection for a while, so that a device can come back to it. Fits `Row`.
 
     Args:
         stream: the generation.
         engine: does its forward passes.
-        idle_timeout_s: end the session when the device has not answered for this long.
+        owner: whose it is, for limits; a digest of the device's token, say.
     """
 
-    def __init__(self, stream: CloudStream, engine: Engine, *, idle_timeout_s: float) -> None:
+    def __init__(self, stream: CloudStream, engine: Engine, *, owner: str = "") -> None:
         self.stream = stream
         self.ticket = secrets.token_bytes(TICKET_BYTES)
+        self.owner = owner
         self.expiry: asyncio.TimerHandle | None = None
+        self.heard_s = time.monotonic()
+        self._place = Place()
         self._engine = engine
-        self._cursor: Cursor | None = None
-        self._idle_timeout_s = idle_timeout_s
-        self._connection: Connection | None = None
-        self._sending = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
-        self._news = asyncio.Event()
+        self._outbox: Outbox | None = None
+        self._on_over: Callable[[Session, CotuneError | None], None] | None = None
 
     def admits(self, ticket: bytes) -> bool:
         """Whether `ticket` is the one handed out for this session."""
         return hmac.compare_digest(ticket, self.ticket)
 
-    def attach(self, connection: Connection, on_over: Callable[[Session, CotuneError | None], None]) -> None:
-        """Run on this connection, and on no other.
+    def attach(self, outbox: Outbox, on_over: Callable[[Session, CotuneError | None], None]) -> None:
+        """Run for whoever reads `outbox`, and for nobody else.
 
         Args:
-            connection: the device's.
+            outbox: of the device's connection.
             on_over: told when the text is complete (None), or why it cannot be.
         """
         self.detach()
         if self.expiry is not None:
             self.expiry.cancel()
-        self._connection = connection
-        self._sending = asyncio.Lock()
-        self._task = asyncio.create_task(self._run(on_over))
+            self.expiry = None
+        self._outbox, self._on_over = outbox, on_over
+        self.heard_s = time.monotonic()
+        if self.stream.ended is None:
+            self._engine.start(self)
+        else:
+            self._over(None)
 
     def detach(self) -> None:
         """Stop running; the stream and its cache stay as they are."""
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
-        self._connection = None
-        self._task = None
+        self._engine.stop(self)
+        self._outbox = self._on_over = None
 
-    def is_on(self, connection: Connection) -> bool:
-        return self._connection is connection
+    @property
+    def is_attached(self) -> bool:
+        return self._outbox is not None
 
-    async def deliver(self, frame: Frame) -> None:
+    def is_for(self, outbox: Outbox) -> bool:
+        """Whether it runs for whoever reads `outbox`."""
+        return self._outbox is outbox
+
+    def deliver(self, frame: Frame) -> None:
         """Hand one frame of the device to the stream, and send what it answers."""
-        replies = self.stream.on_frame(frame, time.monotonic())
-        self._news.set()
-        await self.send(replies)
+        self.heard_s = time.monotonic()
+        self.send(self.stream.on_frame(frame, self.heard_s))
+        self._engine.wake()
+        self._end_if_over()
 
-    async def send(self, frames: list[Frame]) -> None:
+    def end(self, reason: EndReason) -> None:
+        """End the text before it is complete."""
+        self.send(self.stream.end(reason, time.monotonic()))
+        self._end_if_over()
+
+    def send(self, frames: Sequence[Frame]) -> None:
         """Send in the order of the calls; without a connection the frames are dropped."""
-        connection = self._connection
-        if not frames or connection is None:
-            return
-        async with self._sending:
+        if self._outbox is not None:
             for frame in frames:
-                await connection.send(encode(frame))
+                self._outbox.put(encode(frame))
 
-    async def _run(self, on_over: Callable[[Session, CotuneError | None], None]) -> None:
-        try:
-            await self._generate()
-        except WireError as error:
-            # The connection's own reader notices too; the device may come back with its ticket.
-            logger.info("session %d paused: %s", self.stream.session, error)
-        except CotuneError as error:
+    # What the engine asks and tells.
+
+    @property
+    def steps(self) -> CloudStream:
+        return self.stream
+
+    @property
+    def place(self) -> Place:
+        return self._place
+
+    @property
+    def is_blocked(self) -> bool:
+        return self._outbox is None or self._outbox.is_full
+
+    @property
+    def due_s(self) -> float | None:
+        return self.stream.due_s
+
+    def on_step(
+        self, plan: StepPlan, features: Sequence[StepFeatures] | None, seconds: float, now_s: float, share: float
+    ) -> None:
+        self.send(self.stream.on_step(plan, features, seconds, now_s, share=share))
+        self._end_if_over()
+
+    def on_time(self, now_s: float) -> None:
+        self.send(self.stream.on_time(now_s))
+        self._end_if_over()
+
+    def on_idle(self, now_s: float) -> None:
+        self.stream.note_stall(now_s)
+
+    def on_failure(self, error: CotuneError) -> None:
+        self._over(error)
+
+    def _end_if_over(self) -> None:
+        if self.stream.ended is not None:
+            self._over(None)
+
+    def _over(self, error: CotuneError | None) -> None:
+        on_over, self._on_over = self._on_over, None
+        if on_over is not None:
+            # Nothing more is computed: what the text needed of the cache is free for others.
+            self._engine.put_out(self)
             on_over(self, error)
-        except Exception:
-            logger.exception("session %d failed", self.stream.session)
-            on_over(self, CotuneError("the cloud failed in this session; its log says why, try again"))
-        else:
-            self._cursor = None
-            on_over(self, None)
-
-    async def _generate(self) -> None:
-        stream = self.stream
-        while stream.ended is None:
-            if stream.wants_step():
-                if self._cursor is None:
-                    self._cursor = self._engine.model.backbone.cursor()
-                    stream.forget_cache()
-                plan = stream.plan()
-                features, seconds = await self._engine.step(self._cursor, plan, partial(stream.is_current, plan))
-                await self.send(stream.on_step(plan, features, seconds, time.monotonic()))
-                continue
-            stream.note_stall(time.monotonic())
-            self._news.clear()
-            try:
-                async with asyncio.timeout(self._idle_timeout_s):
-                    await self._news.wait()
-            except TimeoutError:
-                await self.send(stream.end(EndReason.CANCELLED, time.monotonic()))

@@ -52,17 +52,21 @@ class ClientConfig:
         timeout_s: how long to wait for any one answer, seconds.
         max_attempts: how often in a row to connect anew after a broken connection before giving up.
         first_backoff_s, max_backoff_s: wait before the second attempt, and the longest one; it doubles between.
+        busy_patience_s: for how long to come back to a cloud that is full, seconds; 0 gives up at once.
     """
 
     timeout_s: float = 30.0
     max_attempts: int = 8
     first_backoff_s: float = 0.05
     max_backoff_s: float = 5.0
+    busy_patience_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "max_attempts", "first_backoff_s", "max_backoff_s"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        if self.busy_patience_s < 0:
+            raise InputError(f"busy_patience_s is {self.busy_patience_s}, expected 0 or more")
 
 
 class CloudClient:
@@ -160,10 +164,18 @@ class CloudClient:
             WireTimeoutError: the cloud was silent for too long.
         """
         failures = 0
+        busy_until_s = time.monotonic() + self.config.busy_patience_s
         while not stream.is_done:
             before = len(stream.decisions)
             try:
                 await self._run(stream, on_decision)
+            except RefusedError as error:
+                # A cloud that says when to come back is only full. Devices come back spread over time.
+                wait_s = (error.retry_after_s or 0.0) * random.uniform(1.0, 2.0)
+                if error.retry_after_s is None or time.monotonic() + wait_s > busy_until_s:
+                    raise
+                await self.close()
+                await asyncio.sleep(wait_s)
             except ConnectionLostError:
                 failures = 1 if len(stream.decisions) > before else failures + 1
                 await self.close()
@@ -224,7 +236,7 @@ class CloudClient:
         self.bytes_received += len(data)
         frame = decode(data)
         if isinstance(frame, Error):
-            raise RefusedError(frame.code, f"the cloud refused: {frame.message}")
+            raise _refusal(frame)
         return frame
 
     async def _expect(self, kind: type[F]) -> F:
@@ -236,7 +248,7 @@ class CloudClient:
 
 def _welcomed(frame: Frame) -> CloudDescription:
     if isinstance(frame, Error):
-        raise RefusedError(frame.code, f"the cloud refused: {frame.message}")
+        raise _refusal(frame)
     if not isinstance(frame, Welcome):
         raise FrameError(f"the cloud's first frame is a {type(frame).__name__}, expected a Welcome")
     if frame.version != PROTOCOL_VERSION:
@@ -245,3 +257,8 @@ def _welcomed(frame: Frame) -> CloudDescription:
             "install the same cotune version on both sides"
         )
     return CloudDescription.from_info(frame.info)
+
+
+def _refusal(frame: Error) -> RefusedError:
+    retry_after_s = frame.pos / 1e3 if frame.pos else None
+    return RefusedError(frame.code, f"the cloud refused: {frame.message}", retry_after_s=retry_after_s)

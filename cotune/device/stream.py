@@ -14,7 +14,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.errors import FrameError, WireError
+from cotune.errors import ConnectionLostError, FrameError, WireError
 from cotune.generation.reference import Personal
 from cotune.generation.request import Decision, GenerationRequest
 from cotune.generation.sampling import PartialLogits, choose_certified
@@ -54,6 +54,7 @@ class DeviceStream:
         answer: `token` or `correction`.
         top_k: base logits that each step brings in the token form.
         window: how far the cloud may run ahead.
+        deadline_ms: the cloud may go on with its own token where an answer is later than this; 0 for never.
         detokenize: from token ids to text; needed for stop strings.
     """
 
@@ -67,6 +68,7 @@ class DeviceStream:
         answer: str = "correction",
         top_k: int = 32,
         window: int = 32,
+        deadline_ms: int = 0,
         detokenize: Detokenize | None = None,
     ) -> None:
         self.request = request
@@ -74,6 +76,7 @@ class DeviceStream:
         self.answer = answer
         self.top_k = top_k
         self.window = window
+        self.deadline_ms = deadline_ms
         self.decisions: list[Decision] = []
         self.ending: Ending | None = None
         self.cloud_counters: dict[str, object] | None = None
@@ -125,6 +128,7 @@ class DeviceStream:
             ticket=self._ticket or bytes(16),
             top_k=self.top_k,
             window=self.window,
+            deadline_ms=self.deadline_ms,
             seed=self.request.sampling.seed,
             temperature=self.request.sampling.temperature,
             top_p=self.request.sampling.top_p,
@@ -180,6 +184,8 @@ class DeviceStream:
         return []
 
     def _finish(self, frame: End) -> None:
+        if self.ending is None and frame.reason is EndReason.SHUTDOWN:
+            raise ConnectionLostError("the cloud is shutting down; connect again, there or elsewhere, to go on")
         if self.ending is None:
             raise WireError(
                 f"the cloud ended the session ({frame.reason.name.lower()}) after {len(self.decisions)} tokens, "
@@ -211,12 +217,13 @@ class DeviceStream:
 
     def _take_tokens(self, frame: Tokens) -> list[Frame]:
         replies: list[Frame] = []
-        rows = zip(frame.tokens.tolist(), frame.consulted.tolist(), frame.changed.tolist(), strict=True)
-        for position, (token, consulted, changed) in enumerate(rows, start=frame.pos):
+        columns = (frame.tokens, frame.consulted, frame.changed, frame.late)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for position, (token, consulted, changed, late) in enumerate(rows, start=frame.pos):
             if position != self.next_position or self.ending is not None:
                 continue
             base_token = self._base_tokens.pop(position, token) if changed else token
-            replies += self._append(Decision(token_id=token, base_token_id=base_token, consulted=consulted))
+            replies += self._append(Decision(token_id=token, base_token_id=base_token, consulted=consulted, late=late))
         return replies
 
     # The token form.
@@ -267,7 +274,7 @@ class DeviceStream:
             return [More(epoch=step.epoch, session=self.session, pos=step.pos, num_wanted=wanted)]
         place = {"epoch": step.epoch, "session": self.session}
         decision = Decision(token_id=token, base_token_id=step.base_token, consulted=True)
-        if decision.changed:
+        if token != step.running_token:
             self._epoch = (self._epoch + 1) & 0xFFFF
             self._waiting.clear()
             return [Object(**place, pos=step.pos, token=token), *self._append(decision)]

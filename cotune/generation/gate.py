@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +54,31 @@ class Gate:
                 f"the hidden state has shape {hidden.shape}, expected {self.weight.shape} for this gate; "
                 "tune the gate on this backbone"
             )
-        return float(np.dot(self.weight.astype(np.float64), hidden.astype(np.float64)) + self.bias)
+        return float(_dots(self.weight, hidden) + self.bias)
 
     def consults(self, hidden: NDArray[np.float32]) -> bool:
         """Whether the device is asked at this position (sigma = 1)."""
         return self.score(hidden) > self.threshold
+
+
+def consult_many(gates: Sequence[Gate | None], hidden: NDArray[np.float32]) -> list[bool]:
+    """`consults` of many gates at once, each on its own row of `hidden`, as one gathered product.
+
+    Args:
+        gates: one for each row; None always asks.
+        hidden: float32 (rows, hidden).
+    """
+    gated = [i for i, gate in enumerate(gates) if gate is not None]
+    answers = [True] * len(gates)
+    if gated:
+        rows = [gate for gate in gates if gate is not None]
+        scores = _dots(np.stack([gate.weight for gate in rows]), hidden[gated])
+        for i, gate, score in zip(gated, rows, scores.tolist(), strict=True):
+            answers[i] = score + gate.bias > gate.threshold
+    return answers
+
+
+def _dots(weights: NDArray[np.float32], hidden: NDArray[np.float32]) -> NDArray[np.float64]:
+    # Not a matrix product: this one adds each row in the same order, however many there are.
+    sums: NDArray[np.float64] = (weights.astype(np.float64) * hidden).sum(axis=-1)
+    return sums

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class StepFeatures:
 
 
 class Cursor(Protocol):
-    """One sequence in a backbone's KV cache."""
+    """One sequence in a backbone's key-value cache."""
 
     @property
     def length(self) -> int:
@@ -41,7 +41,7 @@ class Cursor(Protocol):
         ...
 
     def extend(self, token_ids: NDArray[np.int64], is_wanted: Callable[[], bool] | None = None) -> StepFeatures:
-        """Append (seq,) tokens in one forward pass; features to predict the token after the last.
+        """Append (seq,) tokens; features to predict the token after the last. The first tokens are the prompt.
 
         Args:
             token_ids: int64 (seq,).
@@ -56,12 +56,43 @@ class Cursor(Protocol):
         """Forget all tokens from index `length` on, as if they had never been read."""
         ...
 
+    def fork(self) -> Self:
+        """A second cursor at the same place; what one of them reads the other does not see."""
+        ...
+
+    def close(self) -> None:
+        """Give back the memory that it holds; it must not be used any more."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowWork:
+    """What one sequence has to read in a pass that it shares with others.
+
+    Attributes:
+        cursor: the sequence.
+        token_ids: int64 (seq,), its next tokens: one piece of the prompt, or any number of those after it.
+        num_outputs: for how many of the last positions features are wanted; 0 for a prompt's earlier pieces.
+    """
+
+    cursor: Cursor
+    token_ids: NDArray[np.int64]
+    num_outputs: int = 1
+
 
 class DecodingBackbone(Protocol):
     """A frozen model that reads tokens and offers features."""
 
-    def cursor(self) -> Cursor:
-        """An empty sequence."""
+    def cursor(self, num_prompt: int | None = None) -> Cursor:
+        """An empty sequence. `num_prompt`: how many tokens are its prompt; None for those of the first `extend`."""
+        ...
+
+    def extend(self, work: Sequence[RowWork], is_wanted: Callable[[], bool] | None = None) -> list[list[StepFeatures]]:
+        """Read the next tokens of many sequences in one pass; features of the last positions of each.
+
+        Raises:
+            StepAbandonedError: `is_wanted` said no; no sequence has changed.
+        """
         ...
 
 

@@ -11,7 +11,7 @@ from cotune.errors import InputError
 from cotune.generation.modes import Mode, mode_named
 from cotune.generation.sampling import Sampling
 
-SCHEDULES = ("blocking", "gated", "optimistic")
+SCHEDULES = ("blocking", "gated", "optimistic", "drafted", "auto")
 ANSWERS = ("token", "correction")
 
 
@@ -57,11 +57,13 @@ class Decision:
         token_id: the token.
         base_token_id: what the cloud alone would have said here.
         consulted: the device was asked (sigma = 1).
+        late: its answer did not come before the deadline, so that this is the cloud's own token.
     """
 
     token_id: int
     base_token_id: int
     consulted: bool
+    late: bool = False
 
     @property
     def changed(self) -> bool:

@@ -74,6 +74,14 @@ def output_embedding(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+def attention_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Heads, key-value heads and head dimension of a layer."""
+    config = model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
+
+
 def describe(model: PreTrainedModel, head: nn.Linear, tokenizer_json: bytes, *, name: str, digest: str) -> BackboneSpec:
     """The spec of a loaded model with its output embedding `head`."""
     config = model.config

@@ -12,18 +12,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.generation.output_basis import OutputBasis
-from cotune.generation.protocols import StepFeatures
-from cotune.models.anatomy import BackboneSpec, decoder_layers, describe, output_embedding
+from cotune.generation.protocols import RowWork, StepFeatures
+from cotune.models.anatomy import BackboneSpec, attention_shape, decoder_layers, describe, output_embedding
+from cotune.models.kv_pool import BLOCK_SIZE, KVPool
+from cotune.models.packed_linear import PackedLinears
+from cotune.models.packed_pass import (
+    PROMPT_CHUNK,
+    KVSequence,
+    PackedPass,
+    Piece,
+    check_attention,
+    packed_attention,
+    pieces_of,
+)
 from cotune.models.projections import FILE_NAME, Projections
+from cotune.models.row_invariance import attention_is_invariant, min_invariant_rows, padded_rows, products
 from cotune.models.taps import Rows, StateRecorder, TapProjector
 from cotune.models.weights import digest_folder, digest_model, find_model_folder, load_model, read_tokenizer
 from cotune.wire.codec import quantise
@@ -58,6 +71,9 @@ class Backbone:
         spec: what it is.
         projections: the shared frozen matrices.
         tokenizer_json: the bytes of its `tokenizer.json`.
+        kv_pool: keys and values of all sequences that decode.
+        rows_are_independent: whether sequences in one pass leave each other's features alone to the last bit; known
+            after the first.
 
     Example:
         >>> backbone = Backbone.from_pretrained("starter")  # doctest: +SKIP
@@ -79,6 +95,9 @@ class Backbone:
         self.projections = projections
         self._recorder = StateRecorder(decoder_layers(model), self._head, projections.tap_layers)
         self._projector = TapProjector(projections, model.device)
+        self.kv_pool = KVPool()
+        *_, self._narrowest = attention_shape(model)
+        self.rows_are_independent = True
 
     @classmethod
     def from_pretrained(
@@ -145,9 +164,108 @@ class Backbone:
             stop_token_ids=self.spec.eos_token_ids,
         )
 
-    def cursor(self) -> BackboneCursor:
-        """An empty sequence."""
-        return BackboneCursor(self)
+    def cursor(self, num_prompt: int | None = None) -> BackboneCursor:
+        """An empty sequence.
+
+        Args:
+            num_prompt: how many tokens are its prompt; None for those of the first `extend`.
+        """
+        return BackboneCursor(self, KVSequence(self.kv_pool, num_prompt))
+
+    @property
+    def prompt_chunk(self) -> int:
+        """Prompts are read in pieces that end at multiples of this many tokens."""
+        return PROMPT_CHUNK
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of keys and values."""
+        return BLOCK_SIZE
+
+    @cached_property
+    def _packed_linears(self) -> PackedLinears:
+        return PackedLinears(self.model)
+
+    @cached_property
+    def row_floor(self) -> int:
+        """The fewest rows that a pass has, so that rows do not disturb each other; see `cotune.models.row_invariance`.
+
+        Measured at the first use.
+
+        Raises:
+            InputError: this model's attention is of a kind that they do not compute.
+        """
+        check_attention(self.model)
+        like = self._head.weight
+        with self._packed_linears.active():
+            measured = min_invariant_rows([*products(self.model), *self._projector.products(like)], like)
+        heads = attention_shape(self.model)
+        self.rows_are_independent = measured is not None and attention_is_invariant(*heads, like)
+        return measured or 1
+
+    def extend(self, work: Sequence[RowWork], is_wanted: Callable[[], bool] | None = None) -> list[list[StepFeatures]]:
+        """Read the next tokens of many sequences in one forward pass.
+
+        What a sequence's features are does not depend on the others in the pass: to the last bit where
+        `rows_are_independent`, else up to rounding.
+
+        Args:
+            work: for each sequence, once, its new tokens: one piece of its prompt, or any number of later tokens.
+            is_wanted: asked after each tapped layer; False gives the pass up.
+
+        Returns:
+            For each item features of its last `num_outputs` positions.
+
+        Raises:
+            InputError: tokens that are unknown, too many for the context, or no one piece.
+            CacheFullError: the pool has no room for them; no sequence has changed.
+            StepAbandonedError: `is_wanted` said no; no sequence has changed.
+        """
+        floor = self.row_floor
+        pieces: list[Piece] = []
+        wanted: list[int] = []
+        num_tokens = 0
+        for item in work:
+            sequence = item.cursor.sequence  # type: ignore[attr-defined]
+            tokens = self.check_tokens(item.token_ids, sequence.length)
+            if len(tokens) > 1 and next(pieces_of(sequence, tokens)) != tokens:
+                raise InputError(
+                    f"{len(tokens)} tokens from position {sequence.length} on are not one piece of a prompt of "
+                    f"{sequence.num_prompt}, expected one that ends at a multiple of {PROMPT_CHUNK} or with the prompt"
+                )
+            sequence.make_room(len(tokens))
+            pieces.append(Piece(sequence, tokens))
+            num_tokens += len(tokens)
+            wanted += range(num_tokens - item.num_outputs, num_tokens)
+        num_rows = padded_rows(num_tokens, floor=floor, narrowest=self._narrowest)
+        packed = PackedPass(self.kv_pool, pieces, num_rows, self.model.device)
+        input_ids = np.full(packed.num_rows, self.spec.pad_token_id, np.int64)
+        input_ids[:num_tokens] = [token for piece in pieces for token in piece.token_ids]
+        # The head and the projections see the wanted rows alone, and have a floor of their own.
+        num_wanted = padded_rows(len(wanted), floor=floor, narrowest=self._narrowest)
+        rows = wanted + [0] * (num_wanted - len(wanted))
+        with torch.inference_mode(), packed_attention(self.model), self._packed_linears.active():
+            logits, hidden, states = self._run(
+                torch.from_numpy(input_ids)[None],
+                _SomeRows(rows, packed.num_rows, self.model.device),
+                is_wanted=is_wanted,
+                position_ids=torch.from_numpy(packed.positions)[None].to(self.model.device),
+                use_cache=False,
+                packed=packed,
+            )
+            taps = self._projector.project(states).cpu().numpy()
+            base, final = _to_numpy(logits), _to_numpy(hidden)
+        packed.finish()
+        outputs: list[list[StepFeatures]] = []
+        row = 0
+        for item in work:
+            # Copies: a row that is kept must not keep its whole pass.
+            own = range(row, row + item.num_outputs)
+            outputs.append(
+                [StepFeatures(logits=base[i].copy(), hidden=final[i].copy(), taps=taps[i].copy()) for i in own]
+            )
+            row += item.num_outputs
+        return outputs
 
     def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
         """Teacher-force one sequence; features to predict its positions first_target .. seq-1.
@@ -252,48 +370,45 @@ class Backbone:
 
 
 class BackboneCursor:
-    """One sequence in the backbone's KV cache."""
+    """One sequence in the backbone's key-value cache.
 
-    def __init__(self, backbone: Backbone) -> None:
+    Its blocks go back to the pool by `close`, or when nothing refers to the cursor any more.
+    """
+
+    def __init__(self, backbone: Backbone, sequence: KVSequence) -> None:
+        self.sequence = sequence
         self._backbone = backbone
-        self._length = 0
-        # Without a config every layer keeps all keys and values, also in models with sliding windows, where the
-        # masks then do the windowing. Only so is truncation exact: a sliding cache has forgotten what it would need.
-        self._cache = DynamicCache()
+        self._closing = finalize(self, sequence.truncate, 0)
 
     @property
     def length(self) -> int:
         """How many tokens the cache holds."""
-        return self._length
+        return self.sequence.length
 
     def extend(self, token_ids: NDArray[np.int64], is_wanted: Callable[[], bool] | None = None) -> StepFeatures:
-        """Append int64 (seq,) tokens in one forward pass; features to predict the token after the last.
+        """Append int64 (seq,) tokens, a prompt in pieces; features to predict the token after the last.
 
         Args:
             token_ids: int64 (seq,).
-            is_wanted: asked after each tapped layer; False gives the pass up.
+            is_wanted: asked after each tapped layer; False gives it up.
 
         Raises:
             InputError: no tokens, unknown ones, or more than the model's context holds.
-            StepAbandonedError: `is_wanted` said no; the cursor is as before.
+            CacheFullError: the pool has no room for them.
+            StepAbandonedError: `is_wanted` said no; the cursor is as before, or has read some pieces of a prompt.
         """
-        backbone = self._backbone
-        tokens = backbone.check_tokens(token_ids, self._length)
-        rows = _all_rows if len(tokens) == 1 else _last_row
-        with torch.inference_mode():
-            try:
-                logits, hidden, states = backbone._run(
-                    torch.tensor([tokens]), rows, is_wanted=is_wanted, past_key_values=self._cache, use_cache=True
-                )
-            except BaseException:
-                self._crop(self._length)  # an interrupted pass has filled some layers only
-                raise
-            self._length += len(tokens)
-            return StepFeatures(
-                logits=_to_numpy(logits)[0],
-                hidden=_to_numpy(hidden)[0],
-                taps=backbone._projector.project_one(states),
-            )
+        tokens = self._backbone.check_tokens(token_ids, self.length)
+        before = self.length, self.sequence.num_prompt
+        features: list[StepFeatures] = []
+        try:
+            for piece in list(pieces_of(self.sequence, tokens)):
+                work = RowWork(cursor=self, token_ids=np.array(piece, np.int64))
+                (features,) = self._backbone.extend([work], is_wanted)
+        except BaseException:
+            self.sequence.truncate(before[0])
+            self.sequence.num_prompt = before[1]
+            raise
+        return features[-1]
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from index `length` on, as if they had never been read.
@@ -301,24 +416,31 @@ class BackboneCursor:
         Raises:
             InputError: `length` is negative or more than the cache holds.
         """
-        if not 0 <= length <= self._length:
-            raise InputError(f"cannot truncate to {length} tokens, the cache holds {self._length}")
-        with torch.inference_mode():
-            self._crop(length)
-        self._length = length
+        if not 0 <= length <= self.length:
+            raise InputError(f"cannot truncate to {length} tokens, the cache holds {self.length}")
+        self.sequence.truncate(length)
 
-    def _crop(self, length: int) -> None:
-        for layer in self._cache.layers:
-            if (surplus := layer.get_seq_length() - length) > 0:
-                layer.crop(-surplus)
+    def fork(self) -> BackboneCursor:
+        """A second cursor at the same place; what one of them reads the other does not see."""
+        return BackboneCursor(self._backbone, self.sequence.fork())
+
+    def close(self) -> None:
+        """Give the blocks back."""
+        self._closing()
+
+
+class _SomeRows:
+    """Takes some rows out of a pass, as (rows, hidden) of (1, all, hidden)."""
+
+    def __init__(self, rows: list[int], num_all: int, device: torch.device) -> None:
+        self._index = None if rows == list(range(num_all)) else torch.tensor(rows, device=device)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return states[0] if self._index is None else states[0].index_select(0, self._index)
 
 
 def _all_rows(states: Tensor) -> Tensor:
     return states
-
-
-def _last_row(states: Tensor) -> Tensor:
-    return states[:, -1]
 
 
 def _to_numpy(values: Tensor) -> NDArray[np.float32]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cotune.generation.protocols import StepAbandonedError
@@ -80,9 +79,9 @@ class TapProjector:
         if self._is_identity:
             return
         factor = np.float32(projections.hidden_size**0.5 if self._normalise else 1.0)
-        self._weight = np.ascontiguousarray(projections.taps * factor)  # (taps, tap_dim, hidden)
+        weight = (projections.taps * factor).transpose(0, 2, 1)  # (taps, hidden, tap_dim)
         # A copy in PyTorch's own memory: NumPy's may be unaligned, where products differ in the last bit.
-        self._weight_transposed = torch.tensor(self._weight.transpose(0, 2, 1).copy(), device=device)
+        self._weight_transposed = torch.tensor(weight.copy(), device=device)
 
     def project(self, states: Tensor) -> Tensor:
         """Taps, float32 (positions, taps, tap_dim), of y (taps, positions, hidden)."""
@@ -94,17 +93,9 @@ class TapProjector:
             taps *= states.square().sum(dim=-1, keepdim=True).add_(self._eps).rsqrt_()
         return taps.transpose(0, 1)
 
-    def project_one(self, states: Tensor) -> NDArray[np.float32]:
-        """As `project`, for one position: float32 (taps, tap_dim) of y (taps, 1, hidden).
-
-        In NumPy where the states are in main memory: that wakes no threads, which for so little work cost more than
-        they save, and on a busy machine milliseconds.
-        """
-        if self._is_identity or states.device.type != "cpu":
-            one: NDArray[np.float32] = self.project(states)[0].cpu().numpy()
-            return one
-        y: NDArray[np.float32] = states.float().numpy()[:, 0]
-        taps: NDArray[np.float32] = np.matmul(self._weight, y[:, :, None])[:, :, 0]
-        if self._normalise:
-            taps /= np.sqrt(np.vecdot(y, y) + np.float32(self._eps))[:, None]
-        return taps
+    def products(self, like: Tensor) -> list[tuple[Callable[[Tensor], Tensor], int]]:
+        """Its matrix product as a function of rows (rows, hidden), with their width; see `row_invariance`."""
+        if self._is_identity:
+            return []
+        num_taps, hidden, _ = self._weight_transposed.shape
+        return [(lambda rows: torch.bmm(rows.float().expand(num_taps, -1, -1), self._weight_transposed), hidden)]

@@ -35,6 +35,8 @@ class ScheduleCode(IntEnum):
     BLOCKING = 1
     GATED = 2
     OPTIMISTIC = 3
+    DRAFTED = 4
+    AUTO = 5
 
 
 class AnswerCode(IntEnum):

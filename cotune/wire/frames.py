@@ -1,4 +1,4 @@
-"""The frames of protocol version 1: what a device and a cloud say to each other, and their bytes.
+"""The frames of protocol version 2: what a device and a cloud say to each other, and their bytes.
 
 Every frame starts with one 16-byte little-endian header, `<BBHIII`:
 
@@ -10,8 +10,9 @@ so); `epoch` counts the rollbacks of a session, modulo 2^16; `value` and the fla
 
 A device opens with `Hello`, the cloud answers `Welcome`. For a generation: `Open`, `Opened`, a stream of
 `Step` from the cloud with `Ack`, `Object`, `Correct` and `More` (answered by `Logits`) from the device, and
-`Close` or `End`. `Tokens` reports decided tokens. For training: `FeaturesRequest`, `Features`. For public
-files: `AssetRequest`, `Asset`. `Error` may come at any time.
+`Close` or `End`. `Tokens` reports decided tokens, `Taps` are of the prompt, `Draft` is what the device expects.
+For training: `FeaturesRequest`, `Features`. For public files: `AssetRequest`, `Asset`. `Error` may come at any
+time.
 
 Example:
     >>> decode(encode(Ack(session=7, epoch=1, pos=12)))
@@ -39,11 +40,13 @@ from cotune.wire.service_frames import (
 )
 from cotune.wire.session_frames import (
     MAX_BASIS_DIM,
+    MAX_DRAFT_TOKENS,
     MAX_VOCAB_SIZE,
     TICKET_BYTES,
     Ack,
     Close,
     Correct,
+    Draft,
     End,
     Logits,
     More,
@@ -51,15 +54,16 @@ from cotune.wire.session_frames import (
     Open,
     Opened,
     Step,
+    Taps,
     Tokens,
 )
 
 __all__ = [
-    "HEADER_BYTES", "LAYOUTS", "MAX_ASSET_CHUNK_BYTES", "MAX_BASIS_DIM", "MAX_FRAME_BYTES",
+    "HEADER_BYTES", "LAYOUTS", "MAX_ASSET_CHUNK_BYTES", "MAX_BASIS_DIM", "MAX_DRAFT_TOKENS", "MAX_FRAME_BYTES",
     "MAX_VOCAB_SIZE", "PROTOCOL_VERSION", "TICKET_BYTES", "Ack", "AnswerCode", "Asset", "AssetKind",
-    "AssetRequest", "Close", "Correct", "End", "EndReason", "Error", "ErrorCode", "Features",
+    "AssetRequest", "Close", "Correct", "Draft", "End", "EndReason", "Error", "ErrorCode", "Features",
     "FeaturesRequest", "Frame", "Hello", "Logits", "ModeCode", "More", "Object", "Open", "Opened",
-    "ScheduleCode", "Step", "Tokens", "Welcome", "decode", "encode", "kind_of",
+    "ScheduleCode", "Step", "Taps", "Tokens", "Welcome", "decode", "encode", "kind_of",
 ]  # fmt: skip
 
 
@@ -79,7 +83,7 @@ LAYOUTS: dict[int, Layout] = {
     2: Layout("welcome", Welcome, 64 * KIB),
     3: Layout("open", Open, 1280 * KIB, flags=1, uses_value=False),
     4: Layout("opened", Opened, TICKET_BYTES, uses_value=False),
-    5: Layout("step", Step, 1024 * KIB, flags=7),
+    5: Layout("step", Step, 1024 * KIB, flags=15),
     6: Layout("ack", Ack, 0, uses_value=False),
     7: Layout("object", Object, 0),
     8: Layout("more", More, 0),
@@ -93,6 +97,8 @@ LAYOUTS: dict[int, Layout] = {
     16: Layout("features", Features, MAX_FRAME_BYTES - HEADER_BYTES),
     17: Layout("asset request", AssetRequest, 0),
     18: Layout("asset", Asset, MAX_ASSET_CHUNK_BYTES),
+    19: Layout("draft", Draft, 4 * MAX_DRAFT_TOKENS),
+    20: Layout("taps", Taps, MAX_FRAME_BYTES - HEADER_BYTES),
 }
 _TYPES: dict[type[Frame], int] = {layout.frame: number for number, layout in LAYOUTS.items()}
 

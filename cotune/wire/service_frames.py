@@ -55,7 +55,10 @@ class Welcome(Frame):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Error(Frame):
-    """Either side: refused. Value: the code. Payload: one sentence in UTF-8, cut off at 1 KiB."""
+    """Either side: refused. Value: the code. Payload: one sentence in UTF-8, cut off at 1 KiB.
+
+    `pos` is the time in ms after which to try again; 0 where trying again does not help.
+    """
 
     code: ErrorCode
     message: str

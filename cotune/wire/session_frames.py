@@ -28,10 +28,12 @@ from cotune.wire.payload import (
 MAX_VOCAB_SIZE = 262_144
 MAX_BASIS_DIM = 4_096
 TICKET_BYTES = 16
+MAX_DRAFT_TOKENS = 256
 
-_OPEN = struct.Struct("<BBBBHHIQdddd16sIII")
+_OPEN = struct.Struct("<BBBBHHIQdddd16sIIIII")
 _SCALE = struct.Struct("<e")
 _COUNT = struct.Struct("<H")
+_U32 = struct.Struct("<I")
 _TOKEN = np.dtype([("token", "<u4"), ("flags", "u1")])
 
 
@@ -39,7 +41,7 @@ _TOKEN = np.dtype([("token", "<u4"), ("flags", "u1")])
 class Open(Frame):
     """Device: start a generation, or resume one. Flag bit 0: resume. Epoch: numbers the opens of a connection.
 
-    Payload: 80 bytes as `<BBBBHHIQdddd16sIII`, then prompt ids u32, generated ids u32, gate weights f32.
+    Payload: 88 bytes as `<BBBBHHIQdddd16sIIIII`, then prompt ids u32, generated ids u32, gate weights f32.
 
     Attributes:
         top_k: base logits in each step, 0 for none.
@@ -49,6 +51,8 @@ class Open(Frame):
         top_p: in (0, 1].
         gate_threshold: sigma = 1 where w.f + gate_bias > gate_threshold.
         ticket: 16 bytes that resume this session; zeros for a new one.
+        deadline_ms: go on with the base token where an answer is later than this; 0 waits for ever.
+        taps_from: send the taps of every position from this one on, consulted or not; 0 for consulted ones only.
         prompt_ids: int64 (num_prompt,), at least one.
         generated_ids: int64 (num_generated,), what the device holds, to resume without state on the cloud.
         gate_weights: float32 (hidden,) or (0,) for no gate.
@@ -68,6 +72,8 @@ class Open(Frame):
     gate_threshold: float = 0.0
     gate_bias: float = 0.0
     ticket: bytes = bytes(TICKET_BYTES)
+    deadline_ms: int = 0
+    taps_from: int = 0
     generated_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     gate_weights: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
@@ -99,7 +105,8 @@ class Open(Frame):
         limits = (self.top_k, self.window, self.max_new_tokens, self.seed)
         reals = (self.temperature, self.top_p, self.gate_threshold, self.gate_bias)
         counts = (len(self.prompt_ids), len(self.generated_ids), len(gate))
-        fields = (*codes, 0, *limits, *reals, _ticket(self.ticket, "open"), *counts)
+        extras = (self.deadline_ms, self.taps_from)
+        fields = (*codes, 0, *limits, *reals, _ticket(self.ticket, "open"), *extras, *counts)
         return pack_struct(_OPEN, fields, "open") + prompt + generated + gate.astype("<f4").tobytes()
 
     @classmethod
@@ -108,6 +115,7 @@ class Open(Frame):
         if reserved:
             raise FrameError(f"open frame: the reserved byte is {reserved}, expected 0")
         top_k, window, max_new_tokens, seed, temperature, top_p, threshold, bias, ticket, *counts = rest
+        deadline_ms, taps_from, *counts = counts
         num_prompt, num_generated, gate_dim = counts
         frame = cls(
             **header.place(),
@@ -124,6 +132,8 @@ class Open(Frame):
             gate_threshold=threshold,
             gate_bias=bias,
             ticket=ticket,
+            deadline_ms=deadline_ms,
+            taps_from=taps_from,
             prompt_ids=payload.u32(num_prompt),
             generated_ids=payload.u32(num_generated),
             gate_weights=payload.array("<f4", gate_dim).astype(np.float32),
@@ -150,13 +160,15 @@ class Opened(Frame):
 class Step(Frame):
     """Cloud: features to predict the token at `pos`. Value: the base token.
 
-    Flags: bit 0 consult, bit 1 provisional end, bit 2 a log normalizer is there. Payload: count of logits
-    u16, their ids of 3 bytes, ascending, float32 logits, if flagged a float64 log normalizer, the taps.
+    Flags: bit 0 consult, bit 1 provisional end, bit 2 a log normalizer is there, bit 3 an assumed token is there.
+    Payload: if flagged the assumed token u32, count of logits u16, their ids of 3 bytes, ascending, float32 logits,
+    if flagged a float64 log normalizer, the taps.
 
     Attributes:
         base_token: what the backbone alone would say.
         consult: sigma, as the cloud's gate sees it.
-        provisional_end: the base token ends the text, if the device agrees.
+        provisional_end: the token that the cloud goes on with ends the text, if the device agrees.
+        assumed_token: what the cloud goes on with, where that is a draft's token; None where it is the base token.
         ids, logits: int64 and float32 (top_k,), the largest base logits.
         log_normalizer: log sum exp of all base logits, where asked for.
         taps: the taps of this position as the codec of the session encodes them.
@@ -169,26 +181,36 @@ class Step(Frame):
     logits: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     log_normalizer: float | None = None
     taps: bytes = b""
+    assumed_token: int | None = None
+
+    @property
+    def running_token(self) -> int:
+        """The token that the cloud goes on with."""
+        return self.base_token if self.assumed_token is None else self.assumed_token
 
     def flag_bits(self) -> int:
-        return self.consult | self.provisional_end << 1 | (self.log_normalizer is not None) << 2
+        known = (self.log_normalizer is not None) << 2 | (self.assumed_token is not None) << 3
+        return self.consult | self.provisional_end << 1 | known
 
     def header_value(self) -> int:
         return self.base_token
 
     def payload(self) -> bytes:
         count = pack_struct(_COUNT, (len(self.ids),), "step")
-        parts = [count, pack_logit_ids(self.ids, "step"), pack_logits(self.logits, len(self.ids), "step")]
+        assumed = b"" if self.assumed_token is None else pack_struct(_U32, (self.assumed_token,), "step")
+        parts = [assumed, count, pack_logit_ids(self.ids, "step"), pack_logits(self.logits, len(self.ids), "step")]
         if self.log_normalizer is not None:
             parts.append(_pack_log_normalizer(self.log_normalizer, "step"))
         return b"".join((*parts, self.taps))
 
     @classmethod
     def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        assumed = payload.unpack(_U32)[0] if header.flags & 8 else None
         (count,) = payload.unpack(_COUNT)
         return cls(
             **header.place(),
             base_token=header.value,
+            assumed_token=assumed,
             consult=bool(header.flags & 1),
             provisional_end=bool(header.flags & 2),
             ids=payload.ascending_u24(count),
@@ -200,7 +222,7 @@ class Step(Frame):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ack(Frame):
-    """Device: every base token before `pos` is confirmed. Cumulative."""
+    """Device: every token before `pos` that the cloud went on with is confirmed. Cumulative."""
 
     @classmethod
     def parse(cls, header: Header, payload: PayloadReader) -> Self:
@@ -294,11 +316,13 @@ class Tokens(Frame):
         tokens: int64 (n,).
         consulted: bool (n,), flag bit 0: the side network was consulted.
         changed: bool (n,), flag bit 1: its answer differs from the base token.
+        late: bool (n,), flag bit 2: its answer did not come before the deadline, and this is the base token.
     """
 
     tokens: NDArray[np.int64]
     consulted: NDArray[np.bool_]
     changed: NDArray[np.bool_]
+    late: NDArray[np.bool_]
 
     def header_value(self) -> int:
         return len(self.tokens)
@@ -308,19 +332,80 @@ class Tokens(Frame):
         rows["token"] = np.frombuffer(pack_u32(self.tokens, "tokens"), dtype="<u4")
         consulted = vector(self.consulted, np.bool_, "consulted", "tokens")
         changed = vector(self.changed, np.bool_, "changed", "tokens")
-        if not len(rows) == len(consulted) == len(changed):
-            raise FrameError(f"tokens frame: {len(rows)} tokens, {len(consulted)} consulted, {len(changed)} changed")
-        rows["flags"] = consulted | changed.astype(np.uint8) << 1
+        late = vector(self.late, np.bool_, "late", "tokens")
+        if not len(rows) == len(consulted) == len(changed) == len(late):
+            raise FrameError(
+                f"tokens frame: {len(rows)} tokens, {len(consulted)} consulted, {len(changed)} changed and "
+                f"{len(late)} late, expected as many of each"
+            )
+        rows["flags"] = consulted | changed.astype(np.uint8) << 1 | late.astype(np.uint8) << 2
         return rows.tobytes()
 
     @classmethod
     def parse(cls, header: Header, payload: PayloadReader) -> Self:
         rows = np.frombuffer(payload.take(header.value * _TOKEN.itemsize), dtype=_TOKEN)
         flags = rows["flags"]
-        if (flags > 3).any():
+        if (flags > 7).any():
             raise FrameError("tokens frame: a token has unknown flags")
-        consulted, changed = (flags & 1).astype(np.bool_), (flags >> 1).astype(np.bool_)
-        return cls(**header.place(), tokens=rows["token"].astype(np.int64), consulted=consulted, changed=changed)
+        return cls(
+            **header.place(),
+            tokens=rows["token"].astype(np.int64),
+            consulted=(flags & 1).astype(np.bool_),
+            changed=(flags & 2).astype(np.bool_),
+            late=(flags & 4).astype(np.bool_),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft(Frame):
+    """Device: it expects these tokens from `pos` on, after the tokens that it holds. Value: how many.
+
+    A hint: the cloud may read them in one pass, and every token is confirmed or replaced as any other. Payload: a u32
+    for each.
+    """
+
+    tokens: NDArray[np.int64]
+
+    def header_value(self) -> int:
+        return len(self.tokens)
+
+    def payload(self) -> bytes:
+        if not 1 <= len(self.tokens) <= MAX_DRAFT_TOKENS:
+            raise FrameError(f"draft frame: {len(self.tokens)} tokens, expected 1 to {MAX_DRAFT_TOKENS}")
+        return pack_u32(self.tokens, "draft")
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        if not 1 <= header.value <= MAX_DRAFT_TOKENS:
+            raise FrameError(f"draft frame: {header.value} tokens, expected 1 to {MAX_DRAFT_TOKENS}")
+        return cls(**header.place(), tokens=payload.u32(header.value))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Taps(Frame):
+    """Cloud: taps of positions of the prompt, `pos` is the first. Value: how many. Payload: one after the other."""
+
+    num_positions: int
+    taps: bytes
+
+    def header_value(self) -> int:
+        return self.num_positions
+
+    def payload(self) -> bytes:
+        self._check()
+        return self.taps
+
+    def _check(self) -> None:
+        if self.num_positions < 1 or len(self.taps) % self.num_positions:
+            raise FrameError(
+                f"taps frame: {len(self.taps)} bytes for {self.num_positions} positions, expected as many for each"
+            )
+
+    @classmethod
+    def parse(cls, header: Header, payload: PayloadReader) -> Self:
+        frame = cls(**header.place(), num_positions=header.value, taps=payload.rest())
+        frame._check()
+        return frame
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -30,7 +30,7 @@ def test_one_position_equals_many(num_taps: int, hidden: int, positions: int, si
     exact = np.einsum("tph,tdh->ptd", normalised, projections.taps)
     np.testing.assert_allclose(together, exact, atol=2e-5)
     for i in range(positions):
-        one = projector.project_one(states[:, i : i + 1])
+        one = projector.project(states[:, i : i + 1])[0].numpy()
         assert one.dtype == np.float32
         np.testing.assert_allclose(one, exact[i], atol=2e-5)
 
@@ -41,17 +41,15 @@ def test_raw_states_are_not_normalised() -> None:
     states = 7 * torch.randn((2, 1, 8), generator=torch.Generator().manual_seed(0))
     projector = TapProjector(raw, torch.device("cpu"))
     expected = np.einsum("th,tdh->td", states[:, 0].numpy(), raw.taps)
-    np.testing.assert_allclose(projector.project_one(states), expected, atol=1e-4)
     np.testing.assert_allclose(projector.project(states)[0].numpy(), expected, atol=1e-4)
 
 
 def test_half_precision_states_are_projected_in_float32() -> None:
     projector = TapProjector(Projections.random(tap_layers=(0,), hidden_size=8), torch.device("cpu"))
     states = torch.full((1, 1, 8), 3.0e4, dtype=torch.float16)  # its square overflows float16
-    expected = projector.project_one(states.float())
+    expected = projector.project(states.float()).numpy()
     assert np.isfinite(expected).all()
-    np.testing.assert_array_equal(projector.project_one(states), expected)
-    np.testing.assert_allclose(projector.project(states)[0].numpy(), expected, atol=1e-5)
+    np.testing.assert_array_equal(projector.project(states).numpy(), expected)
 
 
 def test_the_recorder_watches_only_when_asked() -> None:
@@ -82,8 +80,7 @@ def test_the_recorder_watches_only_when_asked() -> None:
 
 def test_taps_of_a_broken_model_reach_the_codec_as_they_are() -> None:
     projector = TapProjector(Projections.random(tap_layers=(0,), hidden_size=8), torch.device("cpu"))
-    with np.errstate(invalid="ignore"):
-        assert np.isnan(projector.project_one(torch.full((1, 1, 8), torch.nan))).all()
+    assert torch.isnan(projector.project(torch.full((1, 1, 8), torch.nan))).all()
 
 
 @pytest.mark.gpu
@@ -91,6 +88,6 @@ def test_taps_of_a_broken_model_reach_the_codec_as_they_are() -> None:
 def test_the_gpu_agrees() -> None:
     projections = Projections.random(tap_layers=range(3), hidden_size=40)
     states = torch.randn((3, 1, 40), generator=torch.Generator().manual_seed(0))
-    on_cpu = TapProjector(projections, torch.device("cpu")).project_one(states)
-    on_gpu = TapProjector(projections, torch.device("cuda")).project_one(states.cuda())
+    on_cpu = TapProjector(projections, torch.device("cpu")).project(states)
+    on_gpu = TapProjector(projections, torch.device("cuda")).project(states.cuda()).cpu()
     np.testing.assert_allclose(on_gpu, on_cpu, atol=1e-4)

@@ -1,0 +1,100 @@
+"""What the engine asks of a sequence that it generates for: a device's session, or a plain completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cotune.cloud.stream import StepPlan
+from cotune.errors import CotuneError
+from cotune.generation.protocols import Cursor, StepFeatures
+
+
+class Steps(Protocol):
+    """The text of one row, as far as computing it goes; `cotune.cloud.stream.CloudStream` is one."""
+
+    num_prompt: int
+
+    @property
+    def num_ahead(self) -> int:
+        """How far it has run ahead of what is confirmed."""
+        ...
+
+    @property
+    def is_in_prompt(self) -> bool:
+        """Whether its prompt is not read yet."""
+        ...
+
+    def wants_step(self) -> bool:
+        """Whether the backbone should do `plan()` now."""
+        ...
+
+    def plan(self, prompt_chunk: int) -> StepPlan:
+        """The next thing for the backbone to do."""
+        ...
+
+    def is_current(self, plan: StepPlan) -> bool:
+        """Whether the outcome of `plan` is still of use."""
+        ...
+
+    def forget_cache(self) -> None:
+        """The cache is gone: everything has to be read again."""
+        ...
+
+
+class Row(Protocol):
+    """One sequence in the engine."""
+
+    @property
+    def steps(self) -> Steps: ...
+
+    @property
+    def place(self) -> Place:
+        """The engine's own notes about the row."""
+        ...
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether whoever reads its output cannot keep up, so that more of it must wait."""
+        ...
+
+    @property
+    def due_s(self) -> float | None:
+        """When `on_time` should be called, on the monotonic clock; None for never."""
+        ...
+
+    def on_step(
+        self, plan: StepPlan, features: Sequence[StepFeatures] | None, seconds: float, now_s: float, share: float
+    ) -> None:
+        """Take the outcome of a pass."""
+        ...
+
+    def on_time(self, now_s: float) -> None:
+        """The time that `due_s` said has come."""
+        ...
+
+    def on_idle(self, now_s: float) -> None:
+        """There is nothing to compute for it until somebody else acts."""
+        ...
+
+    def on_failure(self, error: CotuneError) -> None:
+        """It cannot go on."""
+        ...
+
+
+@dataclass
+class Place:
+    """Where a row's computation stands.
+
+    Attributes:
+        cursor: its keys and values; None before the first pass and after it was put out.
+        num_blocks: blocks of the cache that are set aside for it.
+        last_pass: number of the last pass that it was in.
+        wanting_since_s: since when it has had something to compute, on the monotonic clock.
+    """
+
+    cursor: Cursor | None = None
+    num_blocks: int = 0
+    last_pass: int = field(default=-1)
+    wanting_since_s: float | None = None
