@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from cotune.cloud.hosted import HostedModel
 from cotune.cloud.row import Row
 from cotune.cloud.stream import StepPlan
 from cotune.errors import CotuneError, InputError
+from cotune.generation.gate import Gate, consult_many
 from cotune.generation.protocols import RowWork, StepAbandonedError, StepFeatures
 from cotune.wire.features import SequenceFeatures
 
@@ -292,4 +293,19 @@ class Engine:
             outputs = self.model.backbone.extend(work, is_wanted) if is_wanted() else None
         except StepAbandonedError:
             outputs = None
+        if outputs is not None:
+            outputs = _ask_gates([job.row.steps.gate for job in jobs], outputs)
         return outputs, time.perf_counter() - started_s
+
+
+def _ask_gates(gates: Sequence[Gate | None], outputs: list[list[StepFeatures]]) -> list[list[StepFeatures]]:
+    """The features with what each row's own gate says to them, from one gathered product."""
+    asked = [(gate, features) for gate, row in zip(gates, outputs, strict=True) for features in row if gate is not None]
+    if not asked:
+        return outputs
+    hidden = np.stack([features.hidden for _, features in asked])
+    answers = iter(consult_many([gate for gate, _ in asked], hidden))
+    return [
+        row if gate is None else [replace(features, fires=next(answers)) for features in row]
+        for gate, row in zip(gates, outputs, strict=True)
+    ]

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from cotune.cloud.stream import StepPlan
 from cotune.errors import CotuneError
+from cotune.generation.gate import Gate
 from cotune.generation.protocols import Cursor, StepFeatures
 
 
@@ -15,6 +16,11 @@ class Steps(Protocol):
     """The text of one row, as far as computing it goes; `cotune.cloud.stream.CloudStream` is one."""
 
     num_prompt: int
+
+    @property
+    def gate(self) -> Gate | None:
+        """Which steps consult its device; None for all, or none."""
+        ...
 
     @property
     def num_ahead(self) -> int:

@@ -34,7 +34,7 @@ from cotune.generation.modes import Mode, mode_named
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import Correction, StepFeatures
 from cotune.generation.sampling import Sampling, choose, top_logits
-from cotune.wire.codec import pack_taps, quantise
+from cotune.wire.codec import pack_taps
 from cotune.wire.frames import (
     Ack,
     Close,
@@ -203,6 +203,11 @@ class CloudStream:
         return self.num_decoded - self.num_prompt
 
     @property
+    def gate(self) -> Gate | None:
+        """Whose answer each step needs."""
+        return self.config.gate
+
+    @property
     def is_in_prompt(self) -> bool:
         """Whether the prompt is not read yet."""
         return self.num_cached < self.num_prompt
@@ -286,7 +291,7 @@ class CloudStream:
         for one in features:
             if position < self.num_decoded:
                 if position >= self.num_taps_sent > 0:
-                    prompt_taps.append(pack_taps(*quantise(one.taps)))
+                    prompt_taps.append(pack_taps(*one.quantised_taps()))
                     self.num_taps_sent = position + 1
             elif self._goes_on_at(position):
                 frames += self._emit(one, now_s)
@@ -432,7 +437,9 @@ class CloudStream:
         config = self.config
         position = self.num_decoded
         base_token = choose(features.logits, config.sampling, position)
-        fires = config.gate.consults(features.hidden) if config.gate is not None else True
+        fires = features.fires
+        if fires is None:
+            fires = config.gate is None or config.gate.consults(features.hidden)
         consulted = fires or not config.combination.is_gated
         is_drafted = position < len(self.tokens)
         if is_drafted and not consulted and self.tokens[position] != base_token:
@@ -460,7 +467,7 @@ class CloudStream:
         self._apply_draft()
         if config.answer == "correction" and not consulted and not pushes:
             return self._confirm_corrected(now_s)
-        taps = pack_taps(*quantise(features.taps)) if consulted or pushes else b""
+        taps = pack_taps(*features.quantised_taps()) if consulted or pushes else b""
         sends_logits = consulted and config.answer == "token" and config.combination.adds_base
         top = top_logits(features.logits, config.top_k, config.sampling) if sends_logits else None
         step = Step(

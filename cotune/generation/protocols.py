@@ -12,6 +12,8 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cotune.wire.codec import quantise
+
 
 class StepAbandonedError(Exception):
     """A step was given up in the middle, because nobody wanted its outcome any more; the cursor is as before it."""
@@ -25,11 +27,22 @@ class StepFeatures:
         logits: float32 (vocab,), base logits z.
         hidden: float32 (hidden,), final hidden state f after the last norm, which z and the gate read.
         taps: float32 (taps, tap_dim), RMS-normalised projected states, not yet quantised.
+        codes, scales: the same, int8 (taps, tap_dim) and float16 (taps,), where a whole pass was quantised at once.
+        fires: what the sequence's gate says, where the gates of a whole pass were asked at once.
     """
 
     logits: NDArray[np.float32]
     hidden: NDArray[np.float32]
     taps: NDArray[np.float32]
+    codes: NDArray[np.int8] | None = None
+    scales: NDArray[np.float16] | None = None
+    fires: bool | None = None
+
+    def quantised_taps(self) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+        """int8 (taps, tap_dim) codes and float16 (taps,) scales, which is what the taps are everywhere."""
+        if self.codes is None or self.scales is None:
+            return quantise(self.taps)
+        return self.codes, self.scales
 
 
 class Cursor(Protocol):

@@ -14,7 +14,6 @@ from cotune.generation.protocols import Corrector, DecodingBackbone, StepFeature
 from cotune.generation.request import Decision, GenerationRequest
 from cotune.generation.sampling import choose
 from cotune.generation.stopping import Detokenize, Ending, find_ending
-from cotune.wire.codec import quantise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ def decide(features: StepFeatures, personal: Personal | None, request: Generatio
             raise InputError(f"mode {mode.name} needs a gate, and the plugin has none; tune it with a gate")
         if not personal.gate.consults(features.hidden):
             return Decision(token_id=base_token_id, base_token_id=base_token_id, consulted=False)
-    correction = personal.corrector.correct(*quantise(features.taps))
+    correction = personal.corrector.correct(*features.quantised_taps())
     logits = mode.combine(features.logits, personal.output_basis.delta(correction))
     return Decision(token_id=choose(logits, request.sampling, position), base_token_id=base_token_id, consulted=True)
 

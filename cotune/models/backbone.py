@@ -255,14 +255,24 @@ class Backbone:
             )
             taps = self._projector.project(states).cpu().numpy()
             base, final = _to_numpy(logits), _to_numpy(hidden)
+        codes, scales = quantise(taps[: len(wanted)])
         packed.finish()
         outputs: list[list[StepFeatures]] = []
         row = 0
         for item in work:
-            # Copies: a row that is kept must not keep its whole pass.
+            # Copies: logits that are kept must not keep those of the whole pass.
             own = range(row, row + item.num_outputs)
             outputs.append(
-                [StepFeatures(logits=base[i].copy(), hidden=final[i].copy(), taps=taps[i].copy()) for i in own]
+                [
+                    StepFeatures(
+                        logits=base[i].copy(),
+                        hidden=final[i].copy(),
+                        taps=taps[i],
+                        codes=codes[i],
+                        scales=scales[i],
+                    )
+                    for i in own
+                ]
             )
             row += item.num_outputs
         return outputs

@@ -7,12 +7,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 import pytest
-from toy import ToyBackbone, toy_model
+from toy import ToyBackbone, toy_gate, toy_model
 
 from cotune.cloud.engine import Engine, EngineConfig
 from cotune.cloud.row import Place
 from cotune.cloud.stream import StepPlan
 from cotune.errors import CotuneError, InputError
+from cotune.generation.gate import Gate
 from cotune.generation.protocols import RowWork, StepAbandonedError, StepFeatures
 
 
@@ -22,6 +23,7 @@ class Script:
     def __init__(self, num_prompt: int, num_steps: int, num_ahead: int = 0) -> None:
         self.num_prompt = num_prompt
         self.num_ahead = num_ahead
+        self.gate: Gate | None = None
         self.num_cached = 0
         self.num_steps = num_steps
         self.is_paused = False
@@ -56,6 +58,7 @@ class ScriptRow:
         self.is_blocked = False
         self.due_s: float | None = None
         self.shares: list[float] = []
+        self.fired: list[bool | None] = []
         self.calls: list[str] = []
         self.done = asyncio.Event()
 
@@ -63,6 +66,7 @@ class ScriptRow:
         self, plan: StepPlan, features: Sequence[StepFeatures] | None, seconds: float, now_s: float, share: float
     ) -> None:
         self.shares.append(share)
+        self.fired += [one.fires for one in features or ()]
         self.steps.num_cached = plan.truncate_to + len(plan.token_ids)
         if not self.steps.wants_step():
             self.done.set()
@@ -149,6 +153,20 @@ async def test_long_prompts_are_read_in_pieces_beside_others(make: Maker, backbo
     # At most one piece of 5 tokens in a pass, and never one alone while the talker had something to say.
     assert all(sum(n for n in one if n > 1) <= 5 for one in backbone.passes)
     assert all(1 in one for one in backbone.passes[1:9])
+
+
+async def test_gates_of_a_pass_are_asked_at_once(make: Maker) -> None:
+    engine = make()
+    plain, gated = ScriptRow("plain", Script(1, 6)), ScriptRow("gated", Script(1, 6))
+    gated.steps.gate = toy_gate()
+    engine.start(plain)
+    engine.start(gated)
+    await finish(plain, gated)
+    assert plain.fired == [None] * 7
+    cursor = ToyBackbone().cursor()
+    expected = [toy_gate().consults(cursor.extend(np.array([token])).hidden) for token in range(7)]
+    assert gated.fired == expected
+    assert len(set(expected)) == 2
 
 
 async def test_waiting_rows_cost_nothing(make: Maker, backbone: WatchedBackbone) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cotune.errors import InputError
-from cotune.generation.gate import Gate
+from cotune.generation.gate import Gate, consult_many
 
 
 def test_three_scores_by_hand() -> None:
@@ -55,3 +55,15 @@ def test_impossible_gates_are_refused(changes: dict[str, Any]) -> None:
 def test_another_hidden_size_is_refused() -> None:
     with pytest.raises(InputError, match=r"shape \(3,\), expected \(2,\)"):
         Gate(weight=np.zeros(2, np.float32)).score(np.zeros(3, np.float32))
+
+
+def test_many_gates_at_once_answer_as_each_alone() -> None:
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((40, 33)).astype(np.float32)
+    gates = [
+        None if i % 5 == 0 else Gate(weight=rng.standard_normal(33).astype(np.float32), bias=0.1 * i, threshold=1.0)
+        for i in range(40)
+    ]
+    expected = [gate is None or gate.consults(row) for gate, row in zip(gates, hidden, strict=True)]
+    assert consult_many(gates, hidden) == expected
+    assert True in expected and False in expected
