@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 _CANDIDATES = (1, 2, 4, 8, 16, 32)
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 130, 160)
@@ -83,13 +84,13 @@ def products(model: nn.Module) -> list[tuple[Callable[[Tensor], Tensor], int]]:
     """One of each kind and shape of the matrix products in a model."""
     found: dict[tuple[object, ...], tuple[Callable[[Tensor], Tensor], int]] = {}
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Linear):
+            width = module.in_features
+        elif isinstance(module, Conv1D):
+            width = module.weight.shape[0]
+        else:
             continue
-        # transformers' Conv1D, of GPT-2, has its weight the other way round.
-        width = module.in_features if isinstance(module, nn.Linear) else weight.shape[0]
-        has_bias = getattr(module, "bias", None) is not None
-        found.setdefault((type(module), tuple(weight.shape), has_bias), (module, int(width)))
+        found.setdefault((type(module), tuple(module.weight.shape), module.bias is None), (module, width))
     return list(found.values())
 
 
