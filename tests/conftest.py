@@ -4,5 +4,11 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # Before PyTorch is loaded; see `cotune.models.row_invariance`.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", default="6", help="how long tests/wire/test_fuzz.py goes on, seconds in all")
