@@ -24,8 +24,9 @@ import torch
 from loopback_breakdown import measure_parts
 from measurement import Spread, Target, describe_machine, finish, make_parser
 from persona import cloud_process, heldout_prompts, load_plugin
+from synthetic_plugin import random_plugin
 from timed_generation import TimedGeneration, Totals
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.service import CloudService
@@ -57,6 +58,21 @@ def decode_alone(model: PreTrainedModel, texts: Sequence[Text]) -> float:
                 ).logits
                 logits[0, -1].argmax().item()
                 num_tokens += 1
+    return 1e3 * (time.perf_counter() - started_s) / num_tokens
+
+
+def generate_alone(model: PreTrainedModel, texts: Sequence[Text]) -> float:
+    """Milliseconds per token of transformers' own greedy `generate`, as many tokens as each text has."""
+    num_tokens, started_s = 0, time.perf_counter()
+    with torch.inference_mode():
+        for prompt_ids, generated_ids in texts:
+            num = len(generated_ids)
+            ids = torch.tensor([prompt_ids])
+            config = GenerationConfig(
+                max_new_tokens=num, min_new_tokens=num, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            num_tokens += num
     return 1e3 * (time.perf_counter() - started_s) / num_tokens
 
 
@@ -142,10 +158,11 @@ async def compare(
     args: argparse.Namespace,
 ) -> tuple[list[dict[str, Any]], list[Text]]:
     """Alone and each kind of service in turns: alone, a service, alone, the next service, ..."""
-    kinds = [(schedule, answer) for schedule in SCHEDULES for answer in ANSWERS]
+    kinds = [(schedule, answer) for schedule in args.schedules for answer in ANSWERS]
     options = {kind: {"schedule": kind[0], "answer": kind[1], "max_new_tokens": args.max_new_tokens} for kind in kinds}
     texts: list[Text] = []
     alone_ms: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
+    generate_ms: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     made: dict[tuple[str, str], list[list[TimedGeneration]]] = {kind: [] for kind in kinds}
     for repeat in range(-1, args.repeats):  # the first turn warms up and finds the texts
         for kind in kinds:
@@ -155,15 +172,20 @@ async def compare(
             if token_ids != [generated for _, generated in texts]:
                 raise CotuneError(f"{kind[0]}, {kind[1]} form gave other tokens")
             alone = decode_alone(backbone.model, texts)
+            generated = generate_alone(backbone.model, texts)
             if repeat >= 0:
                 made[kind].append(service)
                 alone_ms[kind].append(alone)
+                generate_ms[kind].append(generated)
         print(f"turn {repeat + 1} of {args.repeats} done, same tokens", flush=True)
-    return [_summarise(kind, made[kind], alone_ms[kind]) for kind in kinds], texts
+    return [_summarise(kind, made[kind], alone_ms[kind], generate_ms[kind]) for kind in kinds], texts
 
 
 def _summarise(
-    kind: tuple[str, str], turns: Sequence[Sequence[TimedGeneration]], alone_ms: Sequence[float]
+    kind: tuple[str, str],
+    turns: Sequence[Sequence[TimedGeneration]],
+    alone_ms: Sequence[float],
+    generate_ms: Sequence[float],
 ) -> dict[str, Any]:
     totals = [Totals.of(texts) for texts in turns]
     service_ms = [1e3 / each.text_tokens_per_s for each in totals]
@@ -171,6 +193,8 @@ def _summarise(
     row["alone_ms"] = Spread.of(alone_ms)
     row["service_ms"] = Spread.of(service_ms)
     row["times_alone"] = Spread.of([a / b for a, b in zip(service_ms, alone_ms, strict=True)])
+    row["generate_ms"] = Spread.of(generate_ms)
+    row["times_generate"] = Spread.of([a / b for a, b in zip(service_ms, generate_ms, strict=True)])
     for name in (
         "step_ms",
         "passes_ms",
@@ -224,22 +248,33 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/benchmarks"), help="keeps the tuned plugin (default: %(default)s)"
     )
+    parser.add_argument(
+        "--random-plugin", type=float, help="instead of tuning: a random one, its delta so many times the base logits"
+    )
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=["blocking", "gated", "optimistic"])
     parser.add_argument("--prompts", type=int, default=6, help="texts (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="of each text (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="turns (default: %(default)s)")
     args = parser.parse_args()
     machine = describe_machine()
-    with cloud_process(args.model, args.threads, args.work / "cloud.log") as url:
-        plugin = load_plugin(args.plugin, url, args.work, args.seed)
     torch.set_num_threads(args.threads)
-    backbone = Backbone.from_pretrained(args.model)
-    folder = args.plugin or args.work / "persona" / "plugin"
+    if args.random_plugin is not None:
+        backbone = Backbone.from_pretrained(args.model)
+        folder = args.work / "random-plugin"
+        plugin = random_plugin(backbone, args.random_plugin, args.seed)
+        plugin.save(folder)
+    else:
+        with cloud_process(args.model, args.threads, args.work / "cloud.log") as url:
+            plugin = load_plugin(args.plugin, url, args.work, args.seed)
+        backbone = Backbone.from_pretrained(args.model)
+        folder = args.plugin or args.work / "persona" / "plugin"
     prompts = heldout_prompts(plugin, args.prompts, args.seed)
     results = run_coroutine(measure(backbone, plugin, folder, prompts, args))
     for row in results["kinds"]:
         print(
             f"{row['schedule']:10s} {row['answer']:10s}  alone {row['alone_ms']!s:24s} ms  service "
-            f"{row['service_ms']!s:24s} ms  times {row['times_alone']!s:24s}  q {row['changed_rate'].median:.2f}  "
+            f"{row['service_ms']!s:24s} ms  times {row['times_alone']!s:24s}  over generate "
+            f"{row['times_generate'].median:.2f}  q {row['changed_rate'].median:.2f}  "
             f"wasted {row['wasted_rate'].median:.2f}  passes {row['passes_ms'].median:.2f} ms  "
             f"other {row['other_ms'].median:.2f} ms  not proved {row['certificate_miss_rate'].median:.2f}"
         )
@@ -254,6 +289,7 @@ def main() -> None:
         )
         for row in results["kinds"]
     ]
+    args.model = args.model.rstrip("/").rsplit("/", 1)[-1]
     finish("loopback", args, machine, results, targets)
 
 

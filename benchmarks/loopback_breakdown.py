@@ -24,6 +24,7 @@ from cotune.cloud.stream import CloudStream, StreamConfig
 from cotune.device.side_network import SideNetwork
 from cotune.device.stream import DeviceStream
 from cotune.generation.output_basis import OutputBasis
+from cotune.generation.protocols import RowWork
 from cotune.generation.reference import Personal
 from cotune.generation.request import ANSWERS, GenerationRequest
 from cotune.generation.sampling import Sampling
@@ -166,10 +167,11 @@ def _generate_in_place(
         )
         device.open_frame()
         device.on_frame(Opened(session=1, pos=len(prompt), ticket=bytes(16)))
-        cursor = backbone.cursor()
+        cursor = backbone.cursor(len(prompt))
         while cloud.ended is None:
-            plan = cloud.plan()
-            features = cursor.extend(plan.token_ids)
+            plan = cloud.plan(backbone.prompt_chunk)
+            work = RowWork(cursor=cursor, token_ids=plan.token_ids, num_outputs=plan.num_outputs)
+            (features,) = backbone.extend([work])
             down = watch.time("cloud chooses, quantises taps", partial(cloud.on_step, plan, features, 0.0, 0.0))
             sizes = (sizes[0], len(encode(down[0])))
             while down:

@@ -75,11 +75,13 @@ def output_embedding(model: PreTrainedModel) -> nn.Linear:
 
 
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int]:
-    """Heads, key-value heads and head dimension of a layer."""
+    """Heads, key-value heads and head dimension of a layer, of this rank where several share the model."""
     config = model.config.get_text_config()
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    num_ranks = model.tp_size or 1
+    return heads // num_ranks, kv_heads // num_ranks, int(head_dim)
 
 
 def describe(model: PreTrainedModel, head: nn.Linear, tokenizer_json: bytes, *, name: str, digest: str) -> BackboneSpec:

@@ -8,10 +8,11 @@ gradient. A backbone serves one thread at a time: the hooks write to one place.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import finalize
 
 import numpy as np
@@ -25,6 +26,7 @@ from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import RowWork, StepFeatures
 from cotune.models.anatomy import BackboneSpec, attention_shape, decoder_layers, describe, output_embedding
 from cotune.models.kv_pool import BLOCK_SIZE, KVPool
+from cotune.models.lean_decoder import LeanDecoder
 from cotune.models.packed_linear import PackedLinears
 from cotune.models.packed_pass import (
     PROMPT_CHUNK,
@@ -63,6 +65,22 @@ class ForwardStates:
     states: Tensor
 
 
+class PassLeader(Protocol):
+    """Tells other processes, which hold the other parts of the model, what to compute; see `tensor_parallel`."""
+
+    def packed(
+        self, pieces: Sequence[Piece], input_ids: NDArray[np.int64], rows: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        """Within it all do this packed pass."""
+        ...
+
+    def batch(
+        self, input_ids: NDArray[np.int64], is_target: NDArray[np.bool_], attention_mask: NDArray[np.int64] | None
+    ) -> AbstractContextManager[None]:
+        """Within it all do this pass over whole sequences."""
+        ...
+
+
 class Backbone:
     """A frozen causal language model with taps. Fits `DecodingBackbone` and `FeatureSource`.
 
@@ -74,6 +92,7 @@ class Backbone:
         kv_pool: keys and values of all sequences that decode.
         rows_are_independent: whether sequences in one pass leave each other's features alone to the last bit; known
             after the first.
+        leader: tells other processes of each pass, where this one holds a part of the model only.
 
     Example:
         >>> backbone = Backbone.from_pretrained("starter")  # doctest: +SKIP
@@ -98,10 +117,17 @@ class Backbone:
         self.kv_pool = KVPool()
         *_, self._narrowest = attention_shape(model)
         self.rows_are_independent = True
+        self.leader: PassLeader | None = None
 
     @classmethod
     def from_pretrained(
-        cls, model: str, *, dtype: str = "float32", device: str = "cpu", projections: Path | None = None
+        cls,
+        model: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        projections: Path | None = None,
+        device_map: str | None = None,
     ) -> Backbone:
         """Load a model folder, a hub name, or `starter`, the built-in model.
 
@@ -111,6 +137,7 @@ class Backbone:
             device: a PyTorch device.
             projections: a file of `Projections.save`. Without it `projections.safetensors` in the model's folder
                 is used, and without that random ones of seed 0.
+            device_map: how accelerate spreads the layers over several devices, such as `auto`; None for one device.
 
         Raises:
             InputError: the model or the projections cannot be used; says why and what to do.
@@ -120,7 +147,9 @@ class Backbone:
             projections = folder / FILE_NAME
         digest = digest_folder(folder)
         return cls(
-            load_model(folder, dtype=dtype, device=device),
+            load_model(
+                folder, dtype=dtype, device=device, placement=None if device_map is None else {"device_map": device_map}
+            ),
             read_tokenizer(folder),
             None if projections is None else Projections.load(projections),
             name=model,
@@ -141,7 +170,14 @@ class Backbone:
     @cached_property
     def output_basis(self) -> OutputBasis:
         """The shared output basis, Q = W_lm B."""
-        weight: NDArray[np.float32] = self._head.weight.detach().float().cpu().numpy()
+        return self._basis_of(self._head.weight.detach())
+
+    def use_head(self, weight: Tensor) -> None:
+        """Take the output basis from this head (vocab, hidden), where the model holds a part of its own only."""
+        self.output_basis = self._basis_of(weight)
+
+    def _basis_of(self, head: Tensor) -> OutputBasis:
+        weight: NDArray[np.float32] = head.float().cpu().numpy()
         return self.projections.output_basis(weight)
 
     @cached_property
@@ -187,6 +223,10 @@ class Backbone:
         return PackedLinears(self.model)
 
     @cached_property
+    def _lean(self) -> LeanDecoder | None:
+        return LeanDecoder.of(self.model, self.tap_layers)
+
+    @cached_property
     def row_floor(self) -> int:
         """The fewest rows that a pass has, so that rows do not disturb each other; see `cotune.models.row_invariance`.
 
@@ -197,8 +237,12 @@ class Backbone:
         """
         check_attention(self.model)
         like = self._head.weight
-        with self._packed_linears.active():
-            measured = min_invariant_rows([*products(self.model), *self._projector.products(like)], like)
+        lean = self._lean
+        if lean is not None and lean.fits:
+            measured = min_invariant_rows([*lean.products, *self._projector.products(like)], like)
+        else:
+            with self._packed_linears.active():
+                measured = min_invariant_rows([*products(self.model), *self._projector.products(like)], like)
         heads = attention_shape(self.model)
         self.rows_are_independent = measured is not None and attention_is_invariant(*heads, like)
         return measured or 1
@@ -244,15 +288,10 @@ class Backbone:
         # The head and the projections see the wanted rows alone, and have a floor of their own.
         num_wanted = padded_rows(len(wanted), floor=floor, narrowest=self._narrowest)
         rows = wanted + [0] * (num_wanted - len(wanted))
-        with torch.inference_mode(), packed_attention(self.model), self._packed_linears.active():
-            logits, hidden, states = self._run(
-                torch.from_numpy(input_ids)[None],
-                _SomeRows(rows, packed.num_rows, self.model.device),
-                is_wanted=is_wanted,
-                position_ids=torch.from_numpy(packed.positions)[None].to(self.model.device),
-                use_cache=False,
-                packed=packed,
-            )
+        leader = self.leader
+        with torch.inference_mode(), nullcontext() if leader is None else leader.packed(pieces, input_ids, rows):
+            # A pass of many ranks is not given up in the middle, where the others could not tell.
+            logits, hidden, states = self.run_packed(packed, input_ids, rows, is_wanted if leader is None else None)
             taps = self._projector.project(states).cpu().numpy()
             base, final = _to_numpy(logits), _to_numpy(hidden)
         codes, scales = quantise(taps[: len(wanted)])
@@ -276,6 +315,39 @@ class Backbone:
             )
             row += item.num_outputs
         return outputs
+
+    def run_packed(
+        self,
+        packed: PackedPass,
+        input_ids: NDArray[np.int64],
+        rows: list[int],
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward pass of `extend`, on this rank alone: logits (rows, vocab), f (rows, hidden), y of each tap.
+
+        Args:
+            packed: whose tokens they are.
+            input_ids: int64 (tokens,), padded.
+            rows: the wanted ones.
+            is_wanted: asked after each tapped layer; False gives the pass up.
+        """
+        device = self.model.device
+        ids, positions = torch.from_numpy(input_ids).to(device), torch.from_numpy(packed.positions).to(device)
+        pick = _SomeRows(rows, packed.num_rows, device)
+        lean = self._lean
+        with torch.inference_mode():
+            if lean is not None and lean.fits:
+                logits, hidden, states = lean.run(ids, positions, packed, pick, is_wanted)
+                return logits, hidden, torch.stack(states)
+            with packed_attention(self.model), self._packed_linears.active():
+                return self._run(
+                    ids[None],
+                    lambda all_states: pick(all_states[0]),
+                    is_wanted=is_wanted,
+                    position_ids=positions[None],
+                    use_cache=False,
+                    packed=packed,
+                )
 
     def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
         """Teacher-force one sequence; features to predict its positions first_target .. seq-1.
@@ -311,9 +383,8 @@ class Backbone:
             batch[row, : len(input_ids) - 1] = input_ids[:-1]
             is_target[row, first_target - 1 : len(input_ids) - 1] = True
         targets = np.concatenate([input_ids[first:] for input_ids, first in sequences]).astype(np.int64)
-        mask = torch.from_numpy(is_target).to(self.model.device)
-        with torch.inference_mode():
-            logits, hidden, states = self._run(torch.from_numpy(batch), lambda x: x[mask])
+        with torch.inference_mode(), self._leading(batch, is_target):
+            logits, hidden, states = self.run_batch(torch.from_numpy(batch), is_target)
             together = _to_sequence_features(logits, hidden, self._projector.project(states), targets, top_k)
         ends = np.cumsum([len(input_ids) - first for input_ids, first in sequences])
         return [_slice(together, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -326,7 +397,8 @@ class Backbone:
             attention_mask: int64 (batch, seq), 0 where a row is padded; on the right.
         """
         batch, seq = input_ids.shape
-        with torch.no_grad():
+        everything = np.ones((batch, seq), np.bool_)
+        with torch.no_grad(), self._leading(input_ids.cpu().numpy(), everything, attention_mask):
             logits, hidden, states = self._run(input_ids, _all_rows, attention_mask=attention_mask)
             return ForwardStates(
                 logits=logits.float().view(batch, seq, -1),
@@ -338,9 +410,25 @@ class Backbone:
     def read_states(self, input_ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Raw states float32 (seq, taps, hidden) and final hidden states float32 (seq, hidden) of one sequence."""
         tokens = self.check_tokens(input_ids)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._leading(input_ids[None], np.ones((1, len(tokens)), np.bool_)):
             _, hidden, states = self._run(torch.tensor([tokens]), _all_rows)
             return _to_numpy(states.transpose(0, 1)), _to_numpy(hidden)
+
+    def run_batch(
+        self, input_ids: Tensor, is_target: NDArray[np.bool_], attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A pass over whole sequences (batch, seq), on this rank alone; as `run_packed`, at the targets."""
+        mask = torch.from_numpy(is_target).to(self.model.device)
+        with torch.inference_mode():
+            return self._run(input_ids, lambda x: x[mask.to(x.device)], attention_mask=attention_mask)
+
+    def _leading(
+        self, input_ids: NDArray[np.int64], is_target: NDArray[np.bool_], attention_mask: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        if self.leader is None:
+            return nullcontext()
+        mask = None if attention_mask is None else attention_mask.cpu().numpy().astype(np.int64)
+        return self.leader.batch(input_ids, is_target, mask)
 
     def check_tokens(self, token_ids: NDArray[np.int64], length: int = 0) -> list[int]:
         """The tokens as a list, if they can follow `length` others.
@@ -375,8 +463,10 @@ class Backbone:
             logits = self.model(input_ids=input_ids.to(self.model.device), **options).logits
         finally:
             hidden, states = recorder.stop()
-        stacked = torch.stack(states)
-        return logits.flatten(0, -2), hidden.flatten(0, -2), stacked.flatten(1, -2)
+        # Where layers are on several devices, all comes together on the first.
+        device = self.model.device
+        stacked = torch.stack([state.to(device) for state in states])
+        return logits.flatten(0, -2).to(device), hidden.flatten(0, -2).to(device), stacked.flatten(1, -2)
 
 
 class BackboneCursor:
@@ -440,13 +530,13 @@ class BackboneCursor:
 
 
 class _SomeRows:
-    """Takes some rows out of a pass, as (rows, hidden) of (1, all, hidden)."""
+    """Takes some rows out of a pass, as (rows, hidden) of (all, hidden)."""
 
     def __init__(self, rows: list[int], num_all: int, device: torch.device) -> None:
         self._index = None if rows == list(range(num_all)) else torch.tensor(rows, device=device)
 
     def __call__(self, states: Tensor) -> Tensor:
-        return states[0] if self._index is None else states[0].index_select(0, self._index)
+        return states if self._index is None else states.index_select(0, self._index.to(states.device))
 
 
 def _all_rows(states: Tensor) -> Tensor:

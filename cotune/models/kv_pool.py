@@ -44,6 +44,11 @@ class KVPool:
         self._values: dict[int, Tensor] = {}
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks that there are by now."""
+        return len(self._owners)
+
+    @property
     def num_used(self) -> int:
         """Blocks with an owner."""
         return len(self._owners) - len(self._free)
@@ -79,6 +84,10 @@ class KVPool:
         for block in taken:
             self._owners[block] = 1
         return taken
+
+    def grow_to(self, num_blocks: int) -> None:
+        """Have at least so many blocks. The new ones are owned from outside: another pool hands them out."""
+        self._owners += [1] * (num_blocks - len(self._owners))
 
     def share(self, blocks: list[int]) -> None:
         """One more owner for each of `blocks`."""
@@ -138,4 +147,6 @@ def num_blocks_for(num_tokens: int) -> int:
 
 def _gather(tensor: Tensor, table: Tensor) -> Tensor:
     rows, blocks = table.shape
-    return torch.index_select(tensor, 0, table.flatten()).view(rows, blocks * BLOCK_SIZE, *tensor.shape[2:])
+    return torch.index_select(tensor, 0, table.flatten().to(tensor.device)).view(
+        rows, blocks * BLOCK_SIZE, *tensor.shape[2:]
+    )

@@ -7,9 +7,8 @@ is two to three times as fast, and its results stop depending on the number of r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,18 @@ MIN_ELEMENTS = 2**16
 
 # The weight's order is chosen for this many rows; any number may come.
 _ROWS = 16
+
+
+class PackedProduct:
+    """x W^T + b with a packed copy of W, for x float32 (rows, in)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        self._bias = None if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return product
 
 
 class PackedLinears:
@@ -36,39 +47,34 @@ class PackedLinears:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
-        if not _is_available():
-            return
-        for module in model.modules():
-            # Adapters of peft are subclasses' neighbours, not subclasses: only plain layers are packed.
-            if type(module) is not nn.Linear or module.weight.numel() < MIN_ELEMENTS:
-                continue
-            if module.weight.device.type != "cpu" or module.weight.dtype != torch.float32:
-                continue
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _ROWS)
-            bias = None if module.bias is None else module.bias.detach()
-            self._forwards.append((module, partial(_product, packed, bias)))
+        # Adapters of peft are neighbours of plain layers, not subclasses: only plain layers are packed.
+        self._products = [
+            (module, PackedProduct(module.weight, module.bias))
+            for module in model.modules()
+            if type(module) is nn.Linear and is_packable(module.weight)
+        ]
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within it the layers compute with the packed weights."""
-        for module, forward in self._forwards:
-            module.__dict__["forward"] = forward
+        for module, product in self._products:
+            module.__dict__["forward"] = product
         try:
             yield
         finally:
-            for module, _ in self._forwards:
+            for module, _ in self._products:
                 del module.__dict__["forward"]
 
 
-def _product(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return result
-
-
-def _is_available() -> bool:
+def is_packable(weight: Tensor) -> bool:
+    """Whether packing this weight is possible and worth it."""
     # The operations that PyTorch's compiler uses for frozen models. Where a version lacks them, plain products serve.
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
     operations = torch.ops.mkldnn
-    return hasattr(operations, "_reorder_linear_weight") and hasattr(operations, "_linear_pointwise")
+    return (
+        weight.numel() >= MIN_ELEMENTS
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(operations, "_reorder_linear_weight")
+        and hasattr(operations, "_linear_pointwise")
+    )

@@ -185,22 +185,21 @@ class PackedPass:
         if rows:
             self._singles = _Singles(rows, owners, positions[rows], self.device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
-        """(1, rows, heads, head_dim) from a query (1, heads, rows, head_dim) and the new keys and values."""
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, form: AttentionForm) -> Tensor:
+        """(rows, heads, head_dim) from queries of that shape and new keys and values (rows, kv_heads, head_dim)."""
         num_new = len(self._slots)
-        self.pool.write(layer, self._slots, key[0, :, :num_new].transpose(0, 1), value[0, :, :num_new].transpose(0, 1))
-        queries = query[0].transpose(0, 1)  # (rows, heads, head_dim)
-        output = query.new_zeros((*queries.shape[:2], value.shape[-1]))
+        self.pool.write(layer, self._slots, keys[:num_new], values[:num_new])
+        output = queries.new_zeros((*queries.shape[:2], values.shape[-1]))
         if self._singles is not None:
             rows = self._singles.rows
-            keys, values = self._singles.read(self.pool, layer)
-            attended = form.attend(queries[rows][:, :, None], keys, values, self._singles.mask(form.window))
+            read = self._singles.read(self.pool, layer)
+            attended = form.attend(queries[rows, :, None], *read, self._singles.mask(form.window))
             output[rows] = attended[:, :, 0]
         for chunk in self._chunks:
-            keys, values = chunk.read(self.pool, layer)
-            attended = form.attend(queries[chunk.rows].transpose(0, 1)[None], keys, values, chunk.mask(form.window))
+            read = chunk.read(self.pool, layer)
+            attended = form.attend(queries[chunk.rows].transpose(0, 1)[None], *read, chunk.mask(form.window))
             output[chunk.rows] = attended[0].transpose(0, 1)
-        return output[None]
+        return output
 
     def finish(self) -> None:
         """The pass is done: its tokens are in the sequences."""
@@ -308,7 +307,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return packed.attend(layer, query, key, value, AttentionForm(scaling, sliding_window, softcap)), None
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    return packed.attend(layer, queries, keys, values, AttentionForm(scaling, sliding_window, softcap))[None], None
 
 
 # transformers' own way to add an attention function; masks for it are not made, because it is not in their mapping.

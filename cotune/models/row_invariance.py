@@ -62,7 +62,8 @@ def min_invariant_rows(functions: Iterable[tuple[Callable[[Tensor], Tensor], int
         1
     """
     generator = torch.Generator().manual_seed(0)
-    smallest = _CANDIDATES[0]
+    smallest: int | None = _CANDIDATES[0]
+    # All are measured, come what may: the ranks of a shared model must do the same.
     for function, width in functions:
         inputs = torch.randn(_COUNTS[-1], width, generator=generator).to(like)
         with torch.inference_mode():
@@ -70,9 +71,7 @@ def min_invariant_rows(functions: Iterable[tuple[Callable[[Tensor], Tensor], int
             differing = [n for n in _COUNTS[:-1] if not _is_prefix(function(inputs[:n]), full, n)]
         largest = max(differing, default=0)
         fitting = [n for n in _CANDIDATES if n > largest]
-        if not fitting:
-            return None
-        smallest = max(smallest, fitting[0])
+        smallest = max(smallest, fitting[0]) if fitting and smallest is not None else None
     return smallest
 
 

@@ -82,8 +82,14 @@ def read_tokenizer(folder: Path) -> bytes:
     return (folder / _TOKENIZER_FILE).read_bytes()
 
 
-def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
+def load_model(folder: Path, *, dtype: str, device: str, placement: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Load a causal LM from safetensors, without remote code and without chatter.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights in memory.
+        device: where to; unused if `placement` says where.
+        placement: options of transformers' `from_pretrained` that place it on several devices.
 
     Raises:
         InputError: an unknown dtype, an unsupported architecture, or weights that do not fit the config.
@@ -99,6 +105,7 @@ def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **(placement or {}),
             )
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -109,8 +116,22 @@ def load_model(folder: Path, *, dtype: str, device: str) -> PreTrainedModel:
             f"the weights in {folder} do not fit its config.json: {len(missing)} tensors are missing or of another "
             f"shape, such as {missing[0]}; copy the model again"
         )
+    if placement is not None:
+        _check_placed(model)
+        return model
     _align(model)
     return _to_device(model, device)
+
+
+def _check_placed(model: PreTrainedModel) -> None:
+    """Refuse a model that did not fit: transformers would fetch the rest anew for each token."""
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if away or (len(places) > 1 and places & {"cpu", "disk"}):
+        raise InputError(
+            "the model does not fit the GPUs of this machine, expected room for all its layers; take a smaller dtype, "
+            "more GPUs, or --tensor-parallel over several machines"
+        )
 
 
 def _align(model: PreTrainedModel) -> None:
