@@ -24,6 +24,7 @@ import numpy as np
 
 # Before PyTorch is loaded, as the `cotune` command does.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def say(**values: Any) -> None:
