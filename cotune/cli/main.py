@@ -58,10 +58,6 @@ def _options(
 
 def main() -> None:
     """Entry point of the command line."""
-    # Libraries read these when they are loaded, which is later. Products that do not depend on threads or memory, see
-    # `cotune.models.row_invariance`; and no threads for NumPy's small ones, which would wait for each other.
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         app()
     except CotuneError as error:
