@@ -1,4 +1,4 @@
-
+"""The command line."""
 
 import os
 
