@@ -8,9 +8,10 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from toy import STOP, TAP_DIM, TAPS, ToyBackbone, toy_basis
+from toy import STOP, TAP_DIM, TAPS, VOCAB, ToyBackbone, toy_basis
 
 from cotune.cloud.stream import CloudStream, StepPlan, StreamConfig
+from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
 from cotune.device.stream import DeviceStream
 from cotune.generation.gate import Gate
 from cotune.generation.protocols import RowWork, StepFeatures
@@ -22,7 +23,10 @@ from cotune.wire.frames import Frame, Open, Opened, decode, encode
 
 @dataclass(frozen=True, kw_only=True)
 class Weather:
-    """How bad the network is. Times in seconds."""
+    """How bad the network is. Times in seconds.
+
+    `token_s`: what each token after the first adds to a pass. `device_s`: what the device takes for each frame.
+    """
 
     step_s: float = 0.02
     delay_s: float = 0.025
@@ -30,6 +34,8 @@ class Weather:
     duplicate: float = 0.0
     cut: float = 0.0
     forgets: float = 0.0
+    token_s: float = 0.0
+    device_s: float = 0.0
 
 
 class VirtualRun:
@@ -47,6 +53,9 @@ class VirtualRun:
         weather: Weather,
         seed: int = 0,
         detokenize: object = None,
+        drafter: Drafter | None = None,
+        deadline_ms: int = 0,
+        stop_token_ids: tuple[int, ...] = (STOP,),
     ) -> None:
         self.device = DeviceStream(
             request,
@@ -57,19 +66,25 @@ class VirtualRun:
             top_k=top_k,
             window=window,
             detokenize=detokenize,  # type: ignore[arg-type]
+            drafter=drafter,
+            deadline_ms=deadline_ms,
         )
         self.weather = weather
+        self.stop_token_ids = stop_token_ids
         self.rng = random.Random(seed)
         self.now_s = 0.0
         self.cloud: CloudStream | None = None
         self.cursor = ToyBackbone().cursor()
         self.is_stepping = False
+        self.plans: list[StepPlan] = []
         self.num_cuts = 0
         self._events: list[tuple[float, int, str, object]] = []
         self._order = itertools.count()
         self._arrival = {"to_cloud": 0.0, "to_device": 0.0}
         self._line = 0
         self._cloud_line = 0
+        self._device_free_s = 0.0
+        self._due_s: float | None = None
 
     def run(self, max_events: int = 200_000) -> VirtualRun:
         self._send("to_cloud", self.device.open_frame())
@@ -126,7 +141,7 @@ class VirtualRun:
         if frame.resume and self.cloud is not None:
             replies = self.cloud.resume(generated, frame.taps_from, self.now_s)
         else:
-            self.cloud = CloudStream(7, frame.prompt_ids, generated, _stream_config(frame), toy_basis())
+            self.cloud = CloudStream(7, frame.prompt_ids, generated, self._stream_config(frame), toy_basis())
             self.cursor = ToyBackbone().cursor()
             replies = self.cloud.end_if_finished(self.now_s)
         opened = Opened(session=7, epoch=self.cloud.epoch, pos=self.cloud.num_confirmed, ticket=bytes(16))
@@ -142,24 +157,45 @@ class VirtualRun:
             work = RowWork(cursor=self.cursor, token_ids=plan.token_ids, num_outputs=plan.num_outputs)
             (features,) = ToyBackbone().extend([work])
             self.is_stepping = True
-            self._at(self.now_s + self.weather.step_s, "stepped", (self.cloud, plan, features))
+            self.plans.append(plan)
+            step_s = self.weather.step_s + self.weather.token_s * (len(plan.token_ids) - 1)
+            self._at(self.now_s + step_s, "stepped", (self.cloud, plan, features, step_s))
         else:
             self.cloud.note_stall(self.now_s)
+        if self.cloud.due_s is not None and self.cloud.due_s != self._due_s:
+            self._due_s = self.cloud.due_s
+            self._at(max(self.now_s, self._due_s), "due", None)
 
-    def _stepped(self, outcome: tuple[CloudStream, StepPlan, list[StepFeatures]]) -> None:
-        cloud, plan, features = outcome
+    def _due(self, _: object) -> None:
+        self._due_s = None
+        if self.cloud is not None:
+            self._send("to_device", *self.cloud.on_time(self.now_s))
+        self._go_on()
+
+    def _stepped(self, outcome: tuple[CloudStream, StepPlan, list[StepFeatures], float]) -> None:
+        cloud, plan, features, step_s = outcome
         self.is_stepping = False
         if cloud is self.cloud:
-            self._send("to_device", *cloud.on_step(plan, features, self.weather.step_s, self.now_s))
+            self._send("to_device", *cloud.on_step(plan, features, step_s, self.now_s))
         self._go_on()
 
     def _to_device(self, letter: tuple[int, bytes]) -> None:
+        if self.weather.device_s == 0.0:
+            self._handled(letter)
+            return
+        self._device_free_s = max(self._device_free_s, self.now_s) + self.weather.device_s
+        self._at(self._device_free_s, "handled", letter)
+
+    def _handled(self, letter: tuple[int, bytes]) -> None:
         line, data = letter
         if line == self._line:
             self._send("to_cloud", *self.device.on_frame(decode(data)))
 
+    def _stream_config(self, frame: Open) -> StreamConfig:
+        return _stream_config(frame, self.stop_token_ids)
 
-def _stream_config(frame: Open) -> StreamConfig:
+
+def _stream_config(frame: Open, stop_token_ids: tuple[int, ...]) -> StreamConfig:
     gate = None
     if len(frame.gate_weights):
         gate = Gate(weight=frame.gate_weights, bias=frame.gate_bias, threshold=frame.gate_threshold)
@@ -171,7 +207,7 @@ def _stream_config(frame: Open) -> StreamConfig:
         window=frame.window,
         max_new_tokens=frame.max_new_tokens,
         sampling=Sampling(temperature=frame.temperature, top_p=frame.top_p, seed=frame.seed),
-        stop_token_ids=(STOP,),
+        stop_token_ids=stop_token_ids,
         gate=gate,
         deadline_s=frame.deadline_ms / 1e3 if frame.deadline_ms else None,
         taps_from=frame.taps_from,
@@ -180,3 +216,44 @@ def _stream_config(frame: Open) -> StreamConfig:
 
 def toy_prompt(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, 97, 5)
+
+
+class KnowingDrafter:
+    """Knows the text, and says each token of it with a certain chance, else another one.
+
+    With chance 1 it is perfect, with 0 it is always wrong.
+    """
+
+    def __init__(self, text: list[int], chance: float = 1.0, seed: int = 0) -> None:
+        self._text = text
+        self._chance = chance
+        self._rng = random.Random(seed)
+
+    def draft(self, history: list[int], k: int) -> list[int]:
+        guesses = self._text[len(history) : len(history) + k]
+        return [token if self._rng.random() < self._chance else (token + 1) % VOCAB for token in guesses]
+
+
+class HostileDrafter:
+    """Says anything: too much, too little, tokens that do not exist, ends in the middle, another text each time."""
+
+    def __init__(self, text: list[int], seed: int = 0) -> None:
+        self._text = text
+        self._rng = random.Random(seed)
+
+    def draft(self, history: list[int], k: int) -> list[int]:
+        right = self._text[len(history) : len(history) + self._rng.randrange(k + 1)]
+        wrong = self._rng.choices([0, STOP, 5, VOCAB - 1, VOCAB, -1, 2**40], k=self._rng.randrange(4))
+        return self._rng.choice([right, wrong, right + wrong, wrong + right, [], (right + wrong) * 50])
+
+
+def drafter_named(name: str, text: list[int], seed: int = 0) -> Drafter | None:
+    """A drafter for a text that is known beforehand; `text` with its prompt."""
+    return {
+        "own": lambda: None,
+        "perfect": lambda: KnowingDrafter(text),
+        "half": lambda: KnowingDrafter(text, 0.5, seed),
+        "wrong": lambda: KnowingDrafter(text, 0.0),
+        "hostile": lambda: HostileDrafter(text, seed),
+        "lookup": lambda: LookupDrafter(TextIndex([text[:9], text[5:], text[3:12]]), shortest=1),
+    }[name]()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from cotune.cli.output import print_json, stderr
+from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    from cotune.models.anatomy import BackboneSpec
+    from cotune.wire.description import CloudDescription
 
 
 def cloud(
@@ -27,6 +33,19 @@ def cloud(
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="Bearer tokens that are let in, one a line.")] = None,
     max_sessions: Annotated[int, typer.Option(help="Generations at once.")] = 64,
+    device_map: Annotated[
+        str | None, typer.Option(help="`auto` spreads the layers over all GPUs of this machine, in one process.")
+    ] = None,
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="Share each layer among the processes that torchrun started.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(help="`local`, this process; or `ray`, replicas on a Ray cluster (needs the extra `ray`).")
+    ] = "local",
+    replicas: Annotated[int, typer.Option(help="How many replicas Ray runs.")] = 2,
+    ray_address: Annotated[
+        str, typer.Option(help="A running Ray cluster, such as `auto`; `local` starts one on this machine.")
+    ] = "local",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when ready.")] = False,
 ) -> None:
     """Host MODEL for devices, until interrupted.
@@ -38,6 +57,10 @@ def cloud(
         cotune cloud starter
 
         cotune cloud ./my-llama --port 7070 --dtype bfloat16 --device cuda
+
+        torchrun --nproc-per-node 2 -m cotune cloud ./my-llama --tensor-parallel --device cuda
+
+        cotune cloud ./my-llama --engine ray --replicas 4 --ray-address auto --device cuda
 
         cotune cloud ./my-llama --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file tokens.txt
     """
@@ -57,25 +80,71 @@ def cloud(
         service=ServiceConfig(max_sessions=max_sessions),
     )
 
+    if engine not in ("local", "ray"):
+        raise InputError(f"--engine is {engine!r}, expected local or ray")
+    if engine == "ray":
+        if tensor_parallel:
+            raise InputError("--tensor-parallel and --engine ray do not go together; drop one of them")
+        from cotune.cloud.ray_cluster import ClusterConfig, check_ray, host_on_ray
+
+        check_ray()
+        cluster = ClusterConfig(
+            replicas=replicas, address=ray_address, gpus=1.0 if torch_device.startswith("cuda") else 0.0
+        )
+        from cotune.cli.backbone_placement import load_replica
+        from cotune.models.weights import find_model_folder
+
+        find_model_folder(model)  # a wrong name is refused here, not in a replica
+        load = partial(
+            load_replica,
+            model,
+            dtype=dtype,
+            device=torch_device,
+            projections=projections,
+            device_map=device_map,
+            threads=threads,
+        )
+        run_coroutine(host_on_ray(load, config, cluster, on_ready=lambda url: _announce_replicas(url, model, as_json)))
+        return
+
     import torch
 
-    from cotune.models.backbone import Backbone
+    from cotune.cli.backbone_placement import open_backbone
 
     if threads > 0:
         torch.set_num_threads(threads)
-    backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device, projections=projections)
-    hosted = HostedModel.of(backbone)
+    with open_backbone(
+        model,
+        dtype=dtype,
+        device=torch_device,
+        projections=projections,
+        device_map=device_map,
+        tensor_parallel=tensor_parallel,
+    ) as backbone:
+        if backbone is None:
+            return  # a rank that followed another to its end
+        hosted = HostedModel.of(backbone)
 
-    def ready(url: str) -> None:
-        if as_json:
-            print_json({"url": url, "model": model, "backbone_digest": hosted.description.backbone_digest})
-            return
-        spec = backbone.spec
-        stderr.print(
-            f"[bold]{escape(model)}[/]: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters, "
-            f"{hosted.description.num_taps} taps of width {hosted.description.tap_dim}"
-        )
-        stderr.print(f"listening on [bold]{url}[/]; stop with Ctrl-C")
-        stderr.print(f"[dim]next: cotune device tune DATA --cloud {url} --out my-plugin")
+        def ready(url: str) -> None:
+            _announce(url, model, backbone.spec, hosted.description, as_json)
 
-    run_coroutine(run_host(hosted, config, on_ready=ready))
+        run_coroutine(run_host(hosted, config, on_ready=ready))
+
+
+def _announce_replicas(url: str, model: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"url": url, "model": model})
+        return
+    stderr.print(f"[bold]{escape(model)}[/] in replicas, listening on [bold]{url}[/]; stop with Ctrl-C")
+
+
+def _announce(url: str, model: str, spec: BackboneSpec, description: CloudDescription, as_json: bool) -> None:
+    if as_json:
+        print_json({"url": url, "model": model, "backbone_digest": description.backbone_digest})
+        return
+    stderr.print(
+        f"[bold]{escape(model)}[/]: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters, "
+        f"{description.num_taps} taps of width {description.tap_dim}"
+    )
+    stderr.print(f"listening on [bold]{url}[/]; stop with Ctrl-C")
+    stderr.print(f"[dim]next: cotune device tune DATA --cloud {url} --out my-plugin")

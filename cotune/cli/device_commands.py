@@ -11,16 +11,21 @@ from rich.markup import escape
 
 from cotune.cli.connection import CloudOption, RttOption, TlsCaOption, TokenFileOption, connector, emulated
 from cotune.cli.output import print_json, progress, stderr, stdout
+from cotune.cli.serve_command import serve
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
     from cotune.generation.request import Decision
     from cotune.tuning.personal import PersonalConfig, PersonalResult
 
-device = typer.Typer(name="device", no_args_is_help=True, help="What a device does: tune its plugin, and generate.")
+device = typer.Typer(
+    name="device", no_args_is_help=True, help="What a device does: tune its plugin, generate, and serve."
+)
+device.command()(serve)
 
 # As in the report: what the device changed, what it confirmed, what it was not asked about.
 _STYLES = {(True, True): "bold dark_orange", (True, False): "dodger_blue1", (False, False): "default"}
+_LATE_STYLE = "red underline"
 
 
 @device.command()
@@ -32,7 +37,12 @@ def generate(
         str | None,
         typer.Option(help="integration or spa; ladder or separation for serial plugins. Default: consult always."),
     ] = None,
-    schedule: Annotated[str, typer.Option(help="blocking, gated or optimistic.")] = "optimistic",
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="blocking, gated, optimistic, drafted or auto. Default: optimistic; blocking with beams, which wait."
+        ),
+    ] = None,
     answer: Annotated[str, typer.Option(help="correction (cloud decides) or token (device decides).")] = "correction",
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -41,6 +51,17 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
     top_k: Annotated[int, typer.Option(help="Base logits that each step brings in the token form.")] = 32,
     window: Annotated[int, typer.Option(help="How many tokens the cloud may run ahead.")] = 64,
+    draft_from: Annotated[
+        Path | None,
+        typer.Option(help="Your texts, for schedules drafted and auto; drafts show pieces of them to the cloud."),
+    ] = None,
+    deadline_ms: Annotated[
+        int, typer.Option(help="Go on with the cloud's own token where the device is later; 0 waits. Such are marked.")
+    ] = 0,
+    num_beams: Annotated[int, typer.Option(help="Search among so many texts for the likeliest, 2 to 8; 1 for no.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="With beams: above 0 favours long texts, below short ones.")
+    ] = 1.0,
     raw: Annotated[bool, typer.Option("--raw", help="Send PROMPT as it is, not in the form of the training texts.")] = (
         False
     ),
@@ -53,7 +74,7 @@ def generate(
 ) -> None:
     """Generate a personal text for PROMPT, together with the cloud.
 
-    Orange tokens are there because of the device, blue ones it confirmed.
+    Orange tokens are there because of the device, blue ones it confirmed; red ones it was too late for.
 
     Examples:
 
@@ -61,11 +82,14 @@ def generate(
 
         cotune device generate my-plugin "Write to my sister." --cloud ws://127.0.0.1:7070 --mode spa --schedule gated
 
+        cotune device generate my-plugin "A toast for Ada." --cloud ws://127.0.0.1:7070 --num-beams 4
+
         cotune device generate my-plugin - --cloud wss://llm.example:443 --token-file token.txt --json < prompt.txt
     """
     import sys
 
-    from cotune.cli.generation_output import measure
+    from cotune.cli.generation_output import measure, measure_beams
+    from cotune.data.records import read_examples
     from cotune.device.client import ClientConfig
     from cotune.device.runtime import Device, GenerationOptions
     from cotune.generation.sampling import Sampling
@@ -74,6 +98,7 @@ def generate(
     from cotune.wire.event_loop import run_coroutine
 
     loaded = Plugin.load(plugin)
+    schedule = schedule or ("optimistic" if num_beams == 1 else "blocking")
     options = GenerationOptions(
         mode=mode or ("integration" if loaded.family == "parallel" else "ladder"),
         schedule=schedule,
@@ -83,25 +108,44 @@ def generate(
         stop_strings=tuple(stop or ()),
         top_k=top_k,
         window=window,
+        deadline_ms=deadline_ms,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
     )
+    if draft_from is not None and schedule not in ("drafted", "auto"):
+        raise InputError(f"--draft-from needs --schedule drafted or auto, got {schedule}")
     text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
     if not text:
         raise InputError("PROMPT is empty, expected at least one character")
 
     def show(piece: str, decision: Decision) -> None:
-        stdout.print(piece, style=_STYLES[decision.consulted, decision.changed], end="", markup=False, soft_wrap=True)
+        style = _LATE_STYLE if decision.late else _STYLES[decision.consulted, decision.changed]
+        stdout.print(piece, style=style, end="", markup=False, soft_wrap=True)
 
     with EgressLedger(ledger) as book:
         make = connector(cloud, token_file=token_file, tls_ca=tls_ca, ledger=book, profile=emulated(rtt_ms), seed=seed)
         runtime = Device(loaded, make, ClientConfig(timeout_s=timeout_s))
+        if draft_from is not None:
+            runtime.draft_from(example.prompt + example.target for example in read_examples(draft_from))
         full = text if raw else runtime.format_prompt(text)
         result = run_coroutine(runtime.generate(full, options, None if as_json else show))
         totals = book.totals()
     metrics = measure(result)
+    beams = measure_beams(result, runtime.text.decode)
     if as_json:
-        print_json({**metrics.to_dict(), "ending": result.ending.reason, "egress": totals})
+        extra = {} if beams is None else {"beams": beams}
+        print_json({**metrics.to_dict(), "ending": result.ending.reason, "egress": totals, **extra})
         return
     stdout.print()
+    if metrics.late:
+        stderr.print(f"[red]{len(metrics.late)} tokens are the cloud's own, because the device was late")
+    if metrics.drafted:
+        stderr.print(f"[dim]{metrics.drafted} tokens drafted, {metrics.drafts_kept} kept")
+    if beams is not None:
+        stderr.print(
+            f"[dim]{num_beams} beams, {beams['num_steps']} steps; M per step {beams['M_per_step']:.2f}, "
+            f"{beams['predicted_M_per_step']:.2f} if gates were independent at {beams['consult_rate_per_beam']:.0%}"
+        )
     stderr.print(
         f"[dim]{metrics.num_tokens} tokens, {metrics.tokens_per_s:.1f}/s; device consulted on "
         f"{metrics.consult_rate:.0%}, changed {metrics.disagree_rate:.0%}; {metrics.M:.2f} round trips, "

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.cloud.hosted import HostedModel
-from cotune.cloud.row import Row
-from cotune.cloud.stream import StepPlan
+from cotune.cloud.row import Plan, Row
 from cotune.errors import CotuneError, InputError
 from cotune.generation.gate import Gate, consult_many
 from cotune.generation.protocols import RowWork, StepAbandonedError, StepFeatures
@@ -40,7 +39,7 @@ class EngineConfig:
     """Limits of the batch.
 
     Attributes:
-        max_batch_rows: rows in one pass.
+        max_batch_rows: sequences in one pass; a row with beams brings several.
         max_prompt_tokens: tokens of prompts in one pass; at least one piece of one prompt is always read.
         max_blocks: blocks of keys and values for all rows; None for no bound.
     """
@@ -81,7 +80,7 @@ class EngineCounters:
 @dataclass(frozen=True)
 class _Job:
     row: Row
-    plan: StepPlan
+    plan: Plan
 
 
 class Engine:
@@ -105,9 +104,17 @@ class Engine:
 
     # Room for keys and values.
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that a row of so many tokens needs."""
-        return -(-num_tokens // self.model.backbone.block_size)
+    def blocks_for(self, num_tokens: int, *, num_beams: int = 1, num_shared: int = 0) -> int:
+        """Blocks that a row of so many tokens needs.
+
+        Args:
+            num_tokens: of each of its beams.
+            num_beams: how many beams it may have.
+            num_shared: tokens at the start that all beams share: the prompt.
+        """
+        block_size = self.model.backbone.block_size
+        shared = num_shared // block_size if num_beams > 1 else 0
+        return shared + num_beams * (-(-num_tokens // block_size) - shared)
 
     @property
     def num_free_blocks(self) -> int | None:
@@ -118,9 +125,9 @@ class Engine:
     def num_reserved_blocks(self) -> int:
         return self._num_reserved
 
-    def reserve(self, row: Row, num_tokens: int) -> bool:
-        """Set blocks aside for a row of at most `num_tokens` tokens; whether there was room."""
-        wanted = self.blocks_for(num_tokens) - row.place.num_blocks
+    def reserve(self, row: Row, num_tokens: int, *, num_beams: int = 1, num_shared: int = 0) -> bool:
+        """Set blocks aside for a row, as `blocks_for` counts them; whether there was room."""
+        wanted = self.blocks_for(num_tokens, num_beams=num_beams, num_shared=num_shared) - row.place.num_blocks
         free = self.num_free_blocks
         if free is not None and wanted > free:
             return False
@@ -217,17 +224,20 @@ class Engine:
         # First who is least ahead of the device, among these who has waited longest.
         wanting.sort(key=lambda row: (row.steps.num_ahead, row.place.last_pass))
         jobs: list[_Job] = []
-        prompt_tokens = 0
+        num_rows = prompt_tokens = 0
         for row in wanting:
-            if len(jobs) == self.config.max_batch_rows:
+            if num_rows >= self.config.max_batch_rows:
                 break
             if row.steps.is_in_prompt and prompt_tokens >= self.config.max_prompt_tokens:
                 continue
             plan = row.steps.plan(self.model.backbone.prompt_chunk)
+            if jobs and num_rows + plan.num_rows > self.config.max_batch_rows:
+                continue
             if row.steps.is_in_prompt:
                 if prompt_tokens and prompt_tokens + len(plan.token_ids) > self.config.max_prompt_tokens:
                     continue
                 prompt_tokens += len(plan.token_ids)
+            num_rows += plan.num_rows
             jobs.append(_Job(row, plan))
         self.counters.num_prompt_tokens += prompt_tokens
         return jobs
@@ -242,8 +252,9 @@ class Engine:
                 counters.queue_s += now_s - place.wanting_since_s
                 place.wanting_since_s = None
         counters.num_passes += 1
-        counters.num_row_steps += len(jobs)
-        counters.last_batch_rows = len(jobs)
+        num_rows = sum(job.plan.num_rows for job in jobs)
+        counters.num_row_steps += num_rows
+        counters.last_batch_rows = num_rows
         try:
             outputs, seconds = await self.run(lambda: self._pass(jobs))
         except Exception as error:
@@ -256,7 +267,7 @@ class Engine:
             # A row that was stopped meanwhile has no use for it, and its cache may be gone.
             if id(job.row) in self._rows and job.row.place.cursor is not None:
                 features = None if outputs is None else outputs[i]
-                job.row.on_step(job.plan, features, seconds, now_s, 1.0 / len(jobs))
+                job.row.on_step(job.plan, features, seconds, now_s, job.plan.num_rows / num_rows)
 
     async def _on_failure(self, jobs: list[_Job], error: Exception) -> None:
         """One bad row spoils a pass, which then has changed nothing: try one by one, so that only the bad one ends."""
@@ -275,27 +286,36 @@ class Engine:
     def _pass(self, jobs: Sequence[_Job]) -> tuple[list[list[StepFeatures]] | None, float]:
         """In the engine's thread."""
         started_s = time.perf_counter()
-        work: list[RowWork] = []
-        for job in jobs:
-            cursor = job.row.place.cursor
-            if cursor is None:
-                cursor = job.row.place.cursor = self.model.backbone.cursor(job.row.steps.num_prompt)
-            # What a dropped step left behind goes too: the plan is the truth, not the cache.
-            if cursor.length > job.plan.truncate_to:
-                cursor.truncate(job.plan.truncate_to)
-            plan = job.plan
-            work.append(RowWork(cursor=cursor, token_ids=plan.token_ids, num_outputs=plan.num_outputs))
+        backbone = self.model.backbone
 
         def is_wanted() -> bool:
             return any(job.row.steps.is_current(job.plan) for job in jobs)
 
+        outputs: list[list[StepFeatures]] | None = None
         try:
-            outputs = self.model.backbone.extend(work, is_wanted) if is_wanted() else None
+            work: list[RowWork] = []
+            ends: list[int] = []
+            for job in jobs:
+                places = job.row.place.cursor
+                if places is None:
+                    places = job.row.place.cursor = job.plan.begin(backbone, job.row.steps.num_prompt)
+                work += job.plan.prepare(places)
+                ends.append(len(work))
+            if is_wanted():
+                outputs = backbone.extend(work, is_wanted)
+                if len(outputs) > len(jobs):
+                    outputs = _by_job(outputs, ends)
         except StepAbandonedError:
             outputs = None
         if outputs is not None:
             outputs = _ask_gates([job.row.steps.gate for job in jobs], outputs)
         return outputs, time.perf_counter() - started_s
+
+
+def _by_job(outputs: list[list[StepFeatures]], ends: list[int]) -> list[list[StepFeatures]]:
+    """The features of all sequences of each job in one list."""
+    starts = [0, *ends[:-1]]
+    return [[one for row in outputs[start:end] for one in row] for start, end in zip(starts, ends, strict=True)]
 
 
 def _ask_gates(gates: Sequence[Gate | None], outputs: list[list[StepFeatures]]) -> list[list[StepFeatures]]:

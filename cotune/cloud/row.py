@@ -4,12 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from cotune.cloud.stream import StepPlan
+import numpy as np
+from numpy.typing import NDArray
+
 from cotune.errors import CotuneError
 from cotune.generation.gate import Gate
-from cotune.generation.protocols import Cursor, StepFeatures
+from cotune.generation.protocols import DecodingBackbone, RowWork, StepFeatures
+
+
+class Places(Protocol):
+    """What a row has in the cache: one cursor, or one for each of its beams."""
+
+    def close(self) -> None:
+        """Give back the memory."""
+        ...
+
+
+class Plan(Protocol):
+    """What a row wants of a pass: `cotune.cloud.stream.StepPlan`, or `cotune.cloud.beam_stream.BeamPlan`."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many sequences it brings into the pass."""
+        ...
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """All tokens that it reads."""
+        ...
+
+    def begin(self, backbone: DecodingBackbone, num_prompt: int) -> Places:
+        """Places in the cache for a row that has none yet. In the engine's thread."""
+        ...
+
+    def prepare(self, places: Any, /) -> list[RowWork]:
+        """Make those places ready for the pass, and say what each reads. In the engine's thread.
+
+        Raises:
+            StepAbandonedError: they are not those that the plan was made for.
+        """
+        ...
 
 
 class Steps(Protocol):
@@ -36,12 +72,12 @@ class Steps(Protocol):
         """Whether the backbone should do `plan()` now."""
         ...
 
-    def plan(self, prompt_chunk: int) -> StepPlan:
+    def plan(self, prompt_chunk: int) -> Plan:
         """The next thing for the backbone to do."""
         ...
 
-    def is_current(self, plan: StepPlan) -> bool:
-        """Whether the outcome of `plan` is still of use."""
+    def is_current(self, plan: Any) -> bool:
+        """Whether the outcome of `plan`, one of its own, is still of use."""
         ...
 
     def forget_cache(self) -> None:
@@ -71,9 +107,9 @@ class Row(Protocol):
         ...
 
     def on_step(
-        self, plan: StepPlan, features: Sequence[StepFeatures] | None, seconds: float, now_s: float, share: float
+        self, plan: Any, features: Sequence[StepFeatures] | None, seconds: float, now_s: float, share: float
     ) -> None:
-        """Take the outcome of a pass."""
+        """Take the outcome of a pass: the features of all its sequences, one after the other."""
         ...
 
     def on_time(self, now_s: float) -> None:
@@ -100,7 +136,7 @@ class Place:
         wanting_since_s: since when it has had something to compute, on the monotonic clock.
     """
 
-    cursor: Cursor | None = None
+    cursor: Places | None = None
     num_blocks: int = 0
     last_pass: int = field(default=-1)
     wanting_since_s: float | None = None

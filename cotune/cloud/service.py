@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from cotune.cloud.beam_stream import BeamStream
 from cotune.cloud.engine import Engine, EngineConfig
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.session import Session
@@ -27,11 +28,13 @@ from cotune.errors import (
     RefusedError,
     WireTimeoutError,
 )
+from cotune.generation.beams import BeamOptions, check_beams
 from cotune.generation.gate import Gate
 from cotune.generation.sampling import Sampling
 from cotune.wire.feature_frames import pack_features
 from cotune.wire.frames import (
     MAX_ASSET_CHUNK_BYTES,
+    MAX_BEAM_TOKENS,
     PROTOCOL_VERSION,
     AnswerCode,
     Asset,
@@ -184,7 +187,7 @@ class CloudService:
         known = self.sessions.get(frame.session)
         if frame.resume and known is not None and known.admits(frame.ticket):
             known.detach()
-            if known.stream.is_for(frame.prompt_ids):
+            if known.stream.is_for(frame.prompt_ids) and isinstance(known.stream, BeamStream) is (frame.num_beams > 1):
                 self._reserve(known, frame)
                 return known, known.stream.resume(generated, frame.taps_from, time.monotonic())
         if self.is_draining:
@@ -195,11 +198,10 @@ class CloudService:
         number = secrets.randbits(32)
         while number in self.sessions:
             number = secrets.randbits(32)
-        stream = CloudStream(number, frame.prompt_ids, generated, self._stream_config(frame), self.model.output_basis)
-        session = Session(stream, self.engine, owner=owner)
+        session = Session(self._stream_for(number, frame), self.engine, owner=owner)
         self._reserve(session, frame)
         self.sessions[number] = session
-        return session, stream.end_if_finished(time.monotonic())
+        return session, session.stream.end_if_finished(time.monotonic())
 
     def keep_for_a_while(self, session: Session) -> None:
         """The session's connection is gone, or its text complete: drop it unless its device comes back."""
@@ -219,21 +221,24 @@ class CloudService:
 
     def _reserve(self, session: Session, frame: Open) -> None:
         num_tokens = len(frame.prompt_ids) + frame.max_new_tokens
+        num_beams, num_shared = max(1, frame.num_beams), len(frame.prompt_ids)
         engine = self.engine
         most = engine.config.max_blocks
-        if most is not None and engine.blocks_for(num_tokens) > most:
+        num_blocks = engine.blocks_for(num_tokens, num_beams=num_beams, num_shared=num_shared)
+        if most is not None and num_blocks > most:
+            beams = f" in {num_beams} beams" if num_beams > 1 else ""
             raise RefusedError(
                 ErrorCode.TOO_LARGE,
-                f"{num_tokens} tokens need {engine.blocks_for(num_tokens)} blocks of the cloud's cache, expected at "
+                f"{num_tokens} tokens{beams} need {num_blocks} blocks of the cloud's cache, expected at "
                 f"most {most}; shorten the prompt or ask for fewer new tokens",
             )
         # Those whose devices are away make room, the longest away first; they are computed again when they come back.
         away = sorted((s for s in self.sessions.values() if not s.is_attached and s is not session), key=_heard_s)
-        while not engine.reserve(session, num_tokens):
+        while not engine.reserve(session, num_tokens, num_beams=num_beams, num_shared=num_shared):
             if not away:
                 raise self._busy(
                     f"the cloud's cache has {engine.num_free_blocks} free blocks and this session needs "
-                    f"{engine.blocks_for(num_tokens)}; try again in a few seconds"
+                    f"{num_blocks}; try again in a few seconds"
                 )
             engine.put_out(away.pop(0))
 
@@ -310,6 +315,8 @@ class CloudService:
                 f"a deadline of {frame.deadline_ms} ms came with answer {frame.answer.name.lower()}, where the device "
                 "decides and the cloud cannot go on alone; use answer correction",
             )
+        if frame.num_beams > 1:
+            self._check_beams(frame)
         if len(frame.gate_weights) not in (0, description.hidden_size):
             raise RefusedError(
                 ErrorCode.MISMATCH,
@@ -323,6 +330,33 @@ class CloudService:
                 f"mode {frame.mode.name.lower()} with schedule {frame.schedule.name.lower()} needs a gate, "
                 "and none came; tune the plugin with a gate",
             )
+
+    def _check_beams(self, frame: Open) -> None:
+        try:
+            check_beams(
+                mode=frame.mode.name.lower(),
+                schedule=frame.schedule.name.lower(),
+                answer=frame.answer.name.lower(),
+                sampling=Sampling(temperature=frame.temperature, top_p=frame.top_p, seed=frame.seed),
+            )
+        except InputError as error:
+            raise RefusedError(ErrorCode.BAD_REQUEST, str(error)) from error
+        for name, value, most in (
+            ("deadline_ms", frame.deadline_ms, 0),
+            ("taps_from", frame.taps_from, 0),
+            ("max_new_tokens", frame.max_new_tokens, MAX_BEAM_TOKENS),
+        ):
+            if value > most:
+                raise RefusedError(
+                    ErrorCode.BAD_REQUEST, f"{name} is {value} with beams, expected at most {most}; leave out the beams"
+                )
+
+    def _stream_for(self, number: int, frame: Open) -> CloudStream | BeamStream:
+        config, basis = self._stream_config(frame), self.model.output_basis
+        if frame.num_beams > 1:
+            options = BeamOptions(num_beams=frame.num_beams, length_penalty=frame.length_penalty)
+            return BeamStream(number, frame.prompt_ids, config, options, basis)
+        return CloudStream(number, frame.prompt_ids, frame.generated_ids.tolist(), config, basis)
 
     def _stream_config(self, frame: Open) -> StreamConfig:
         gate = None

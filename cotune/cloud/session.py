@@ -7,10 +7,12 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from cotune.cloud.beam_stream import BeamStream
 from cotune.cloud.engine import Engine
 from cotune.cloud.row import Place
-from cotune.cloud.stream import CloudStream, StepPlan
+from cotune.cloud.stream import CloudStream
 from cotune.errors import CotuneError
 from cotune.generation.protocols import StepFeatures
 from cotune.wire.frames import TICKET_BYTES, EndReason, Frame, encode
@@ -26,7 +28,7 @@ class Session:
         owner: whose it is, for limits; a digest of the device's token, say.
     """
 
-    def __init__(self, stream: CloudStream, engine: Engine, *, owner: str = "") -> None:
+    def __init__(self, stream: CloudStream | BeamStream, engine: Engine, *, owner: str = "") -> None:
         self.stream = stream
         self.ticket = secrets.token_bytes(TICKET_BYTES)
         self.owner = owner
@@ -93,7 +95,7 @@ class Session:
     # What the engine asks and tells.
 
     @property
-    def steps(self) -> CloudStream:
+    def steps(self) -> CloudStream | BeamStream:
         return self.stream
 
     @property
@@ -109,7 +111,7 @@ class Session:
         return self.stream.due_s
 
     def on_step(
-        self, plan: StepPlan, features: Sequence[StepFeatures] | None, seconds: float, now_s: float, share: float
+        self, plan: Any, features: Sequence[StepFeatures] | None, seconds: float, now_s: float, share: float
     ) -> None:
         self.send(self.stream.on_step(plan, features, seconds, now_s, share=share))
         self._end_if_over()

@@ -14,25 +14,27 @@ still under way to dropped positions are recognised and ignored.
     gated        where the gate fires; elsewhere it runs ahead with its own token
     optimistic   never, up to the window; it rolls back when the device disagrees
     drafted      where no draft of the device says how the text goes on; a draft is read in one pass
-    auto         as drafted, but runs ahead as optimistic where measured q, R and c make that the faster way
+    auto         as optimistic, and reads drafts too; it waits where running ahead would not pay, from measured q, R, c
 
-A token that the cloud goes on with before it is confirmed is *assumed*: its own (the base token) or a draft's.
+A token that the cloud goes on with before it is confirmed is *assumed*: its own (the base token) or a draft's. Where
+they differ the schedule drafted takes the draft's, and auto the one that has been right more often.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.generation.controller import prefers_drafts
+from cotune.generation.controller import Outlook
 from cotune.generation.gate import Gate
 from cotune.generation.modes import Mode, mode_named
 from cotune.generation.output_basis import OutputBasis
-from cotune.generation.protocols import Correction, StepFeatures
+from cotune.generation.protocols import Correction, Cursor, DecodingBackbone, RowWork, StepFeatures
 from cotune.generation.sampling import Sampling, choose, top_logits
 from cotune.wire.codec import pack_taps
 from cotune.wire.frames import (
@@ -95,7 +97,19 @@ class StreamConfig:
 
 @dataclass
 class StreamCounters:
-    """What a stream cost so far; times in seconds."""
+    """What a stream cost so far; times in seconds.
+
+    Attributes:
+        num_steps: passes that computed new positions.
+        num_wasted_steps: positions that were computed and dropped.
+        num_consulted: positions sent to the device with a question.
+        num_rollbacks: positions whose token the device changed after the cloud had assumed another.
+        num_more_trips: requests for more logits.
+        num_delayed: round trips that held up the text.
+        num_late: positions that went on with the base token because the device was late.
+        num_drafted, num_drafts_kept: drafted tokens that were read, and those of them that became the text.
+        cloud_s, stall_s: computing, and waiting for the device.
+    """
 
     num_steps: int = 0
     num_wasted_steps: int = 0
@@ -116,11 +130,11 @@ class _Pending:
 
     base_token: int
     assumed_token: int
-    is_drafted: bool
+    drafted_token: int | None
     consulted: bool
-    waits: bool
     sent_s: float
     logits: NDArray[np.float32]
+    waits: bool = False
     correction: Correction | None = None
     delayed: bool = False
     is_late: bool = False
@@ -128,22 +142,40 @@ class _Pending:
 
 @dataclass
 class _Average:
-    """An exponential moving average that starts at its first value."""
+    """A mean of the first values, and a moving one once there are many."""
 
-    value: float | None = None
+    value: float
+    num_values: int = 0
 
     def add(self, value: float) -> None:
-        self.value = value if self.value is None else self.value + _SMOOTHING * (value - self.value)
+        self.num_values += 1
+        self.value += max(_SMOOTHING, 1.0 / self.num_values) * (value - self.value)
+
+
+def _share(first_guess: float) -> _Average:
+    """A share that is guessed before there are values; the guess counts as two of these."""
+    return _Average(first_guess, 2)
 
 
 @dataclass(kw_only=True)
 class _Measured:
-    """Running estimates: round trip with device time, one cloud step, shares of tokens changed and of drafts kept."""
+    """Running estimates of times in seconds and of shares.
 
-    round_trip_s: _Average = field(default_factory=_Average)
-    step_s: _Average = field(default_factory=_Average)
-    disagree: _Average = field(default_factory=_Average)
-    draft_kept: _Average = field(default_factory=_Average)
+    Attributes:
+        round_trip_s, step_s: a question to the device and its answer; a pass. 0 for not known yet.
+        disagree: tokens that the device changed.
+        draft_kept: drafted tokens that were right, where all before them were.
+        agreed_kept, drafted_alone, base_alone: where draft and base token were the same, how often they were right;
+            where they differed, how often the draft's was and how often the base token.
+    """
+
+    round_trip_s: _Average = field(default_factory=lambda: _Average(0.0))
+    step_s: _Average = field(default_factory=lambda: _Average(0.0))
+    disagree: _Average = field(default_factory=lambda: _share(0.3))
+    draft_kept: _Average = field(default_factory=lambda: _share(0.0))
+    agreed_kept: _Average = field(default_factory=lambda: _share(0.9))
+    drafted_alone: _Average = field(default_factory=lambda: _share(0.4))
+    base_alone: _Average = field(default_factory=lambda: _share(0.3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +189,20 @@ class StepPlan:
     truncate_to: int
     token_ids: NDArray[np.int64]
     num_outputs: int
+
+    num_rows: ClassVar[int] = 1
+    """How many sequences it brings into the pass."""
+
+    def begin(self, backbone: DecodingBackbone, num_prompt: int) -> Cursor:
+        """A place in the cache for a stream that has none yet."""
+        return backbone.cursor(num_prompt)
+
+    def prepare(self, cursor: Cursor) -> list[RowWork]:
+        """Make the stream's place in the cache ready for the pass, and say what it reads."""
+        # What a dropped step left behind goes too: the plan is the truth, not the cache.
+        if cursor.length > self.truncate_to:
+            cursor.truncate(self.truncate_to)
+        return [RowWork(cursor=cursor, token_ids=self.token_ids, num_outputs=self.num_outputs)]
 
 
 class CloudStream:
@@ -223,12 +269,11 @@ class CloudStream:
             return False
         if not self._pending:
             return True
-        if self.num_ahead >= self._window():
+        if self._may_have_ended():
             return False
-        last = self._pending[self.num_decoded - 1]
-        if last.assumed_token in self.config.stop_token_ids:
-            return False
-        return len(self.tokens) > self.num_decoded or not last.waits
+        if len(self.tokens) > self.num_decoded:
+            return self.num_ahead < self.config.window
+        return self.num_ahead < self._window() and not self._pending[self.num_decoded - 1].waits
 
     def plan(self, prompt_chunk: int, max_tokens: int = MAX_PASS_TOKENS) -> StepPlan:
         """The next thing for the backbone to do.
@@ -241,8 +286,7 @@ class CloudStream:
         if first < self.num_prompt:
             last = min(self.num_prompt, (first // prompt_chunk + 1) * prompt_chunk)
         else:
-            room = self.num_confirmed + self._window() if self._pending else len(self.tokens)
-            last = max(first + 1, min(len(self.tokens), first + max_tokens, room))
+            last = max(first + 1, min(first + max_tokens, self._num_worth_reading()))
         # Token i gives the features of position i + 1.
         wanted_from = self.num_taps_sent or self.num_decoded
         return StepPlan(
@@ -283,8 +327,10 @@ class CloudStream:
             return []
         self.num_cached = plan.truncate_to + len(plan.token_ids)
         self.counters.num_steps += self.num_cached >= self.num_decoded
-        if len(plan.token_ids) == 1:
-            self._measured.step_s.add(seconds)
+        step_s = self._measured.step_s
+        if len(plan.token_ids) == 1 or (step_s.num_values == 0 and plan.truncate_to >= self.num_prompt):
+            # A pass over a few tokens takes hardly longer, and is better than no measurement.
+            step_s.add(seconds)
         frames: list[Frame] = []
         prompt_taps: list[bytes] = []
         position = self.num_cached - plan.num_outputs + 1
@@ -295,6 +341,8 @@ class CloudStream:
                     self.num_taps_sent = position + 1
             elif self._goes_on_at(position):
                 frames += self._emit(one, now_s)
+            else:
+                self.counters.num_wasted_steps += 1
             position += 1
         if prompt_taps:
             start = self.num_taps_sent - len(prompt_taps)
@@ -331,10 +379,11 @@ class CloudStream:
     @property
     def due_s(self) -> float | None:
         """When the device's next answer will be too late, on the driver's clock; None for never."""
+        deadline_s = self.config.deadline_s if self.config.answer == "correction" else None
         pending = self._pending.get(self.num_confirmed)
-        if self.config.deadline_s is None or pending is None or not pending.consulted or self.ended is not None:
+        if deadline_s is None or pending is None or not pending.consulted or self.ended is not None:
             return None
-        return pending.sent_s + self.config.deadline_s
+        return pending.sent_s + deadline_s
 
     def on_time(self, now_s: float) -> list[Frame]:
         """Confirm the base token where the device is late; returns the frames to send."""
@@ -429,7 +478,7 @@ class CloudStream:
         Half a round trip more costs only steps that a rollback may waste; a window that is too small costs a stall.
         """
         round_trip_s, step_s = self._measured.round_trip_s.value, self._measured.step_s.value
-        if round_trip_s is None or not step_s:
+        if not round_trip_s or not step_s:
             return self.config.window
         return min(self.config.window, math.ceil(1.5 * round_trip_s / step_s) + 4)
 
@@ -441,25 +490,24 @@ class CloudStream:
         if fires is None:
             fires = config.gate is None or config.gate.consults(features.hidden)
         consulted = fires or not config.combination.is_gated
-        is_drafted = position < len(self.tokens)
-        if is_drafted and not consulted and self.tokens[position] != base_token:
-            # Nobody is asked here, so the base token it is.
-            is_drafted = False
-            self.counters.num_drafted += 1
+        drafted = self.tokens[position] if position < len(self.tokens) else None
+        self.counters.num_drafted += drafted is not None
+        if drafted is not None and drafted != base_token and not (consulted and self._prefers_draft()):
+            # The base token it is, where nobody is asked for certain.
             self._cut(position)
-        if not is_drafted:
+        if position == len(self.tokens):
             self.tokens.append(base_token)
         self.num_decoded = position + 1
         assumed = self.tokens[position]
-        self._pending[position] = _Pending(
+        pending = self._pending[position] = _Pending(
             base_token=base_token,
             assumed_token=assumed,
-            is_drafted=is_drafted,
+            drafted_token=drafted,
             consulted=consulted,
-            waits=consulted and self._should_wait(fires),
             sent_s=now_s,
             logits=features.logits,
         )
+        pending.waits = consulted and self._should_wait(fires)
         self.counters.num_consulted += consulted
         pushes = self.num_taps_sent > 0
         if pushes:
@@ -489,29 +537,68 @@ class CloudStream:
 
     def _should_wait(self, fires: bool) -> bool:
         schedule = self.config.schedule
-        if schedule == "blocking":
-            return True
         if schedule == "gated":
             return fires
-        if schedule == "drafted":
+        if schedule in ("blocking", "drafted"):
             return True
-        # Running ahead costs q of a step where the answer comes sooner than the step ends; waiting costs a round
-        # trip. On a near network waiting is the cheaper of the two, and where drafts hold better than base tokens.
-        measured = self._measured
-        round_trip_s, step_s, disagree = (
-            measured.round_trip_s.value,
-            measured.step_s.value,
-            measured.disagree.value,
-        )
-        if round_trip_s is None or step_s is None or disagree is None:
+        outlook = self._outlook()
+        if outlook is None:
             return False
-        if schedule == "auto" and self._draft is not None and measured.draft_kept.value is not None:
-            return prefers_drafts(disagree=disagree, draft_kept=measured.draft_kept.value)
-        return round_trip_s < disagree * step_s
+        if schedule == "auto":
+            return outlook.running_ahead_s(self._chance_so_far()) < 0.0
+        return replace(outlook, draft_kept=0.0).running_ahead_s(1.0 - outlook.disagree) < 0.0
+
+    def _outlook(self) -> Outlook | None:
+        """What was measured; None as long as it is too little."""
+        measured = self._measured
+        if not measured.round_trip_s.value or not measured.step_s.value:
+            return None
+        return Outlook(
+            step_s=measured.step_s.value,
+            round_trip_s=measured.round_trip_s.value,
+            disagree=measured.disagree.value,
+            draft_kept=measured.draft_kept.value,
+        )
+
+    def _chance_so_far(self) -> float:
+        """How likely everything that was assumed is right."""
+        return math.prod(map(self._chance, self._pending.values()))
+
+    def _chance(self, pending: _Pending) -> float:
+        """How likely the assumed token is right, where all before it are."""
+        measured = self._measured
+        if not pending.consulted:
+            return 1.0
+        if pending.drafted_token is None:
+            return 1.0 - measured.disagree.value
+        if pending.drafted_token == pending.base_token:
+            return measured.agreed_kept.value
+        is_draft = pending.assumed_token == pending.drafted_token
+        return measured.drafted_alone.value if is_draft else measured.base_alone.value
+
+    def _prefers_draft(self) -> bool:
+        """Whether to go on with the draft's token at the next position, where it is not the base token."""
+        measured, outlook = self._measured, self._outlook()
+        if self.config.schedule == "drafted" or outlook is None:
+            return True
+        return outlook.prefers_draft(
+            self._chance_so_far(),
+            drafted=measured.drafted_alone.value,
+            base=measured.base_alone.value,
+            num_free=self.num_cached - self.num_decoded,
+        )
+
+    def _num_worth_reading(self) -> int:
+        """How many of the tokens it pays to read: what comes after them is wanted, and within the window."""
+        config = self.config
+        # Token i gives the features of position i + 1.
+        most = min(self.num_confirmed + config.window, self.num_prompt + config.max_new_tokens) - 1
+        is_end_drafted = len(self.tokens) > self.num_decoded and self.tokens[-1] in config.stop_token_ids
+        return min(len(self.tokens) - is_end_drafted, most)
 
     def _answer(self, frame: Frame, now_s: float) -> list[Frame]:
         if isinstance(frame, Close):
-            self._confirm_up_to(min(frame.pos, len(self.tokens)))
+            self._confirm_up_to(min(frame.pos, self.num_decoded))
             return self.end(frame.reason, now_s)
         # An acknowledgement covers every position before its own.
         position = frame.pos - 1 if isinstance(frame, Ack) else frame.pos
@@ -587,17 +674,26 @@ class CloudStream:
         """Remember what the device expects, and go on with it where it fits what is there."""
         if self.config.schedule in DRAFTED_SCHEDULES and int(frame.tokens.max()) < self._basis.vocab_size:
             self._draft = frame
-            self._apply_draft()
+            last = self._pending.get(self.num_decoded - 1)
+            # In the correction form the device only guesses this token, and its answer is right behind the draft.
+            if last is None or not last.waits or self.config.answer == "token":
+                self._apply_draft()
         return []
 
     def _apply_draft(self) -> None:
         """Assume the draft's tokens after the last decoded position, if the draft agrees up to there."""
         draft = self._draft
-        if draft is None or len(self.tokens) > self.num_decoded or self.ended is not None or self._may_have_ended():
+        if draft is None:
             return
-        known = self.tokens[draft.pos :] if draft.pos <= len(self.tokens) else None
-        drafted = draft.tokens.tolist()
-        if known is None or drafted[: len(known)] != known:
+        if draft.pos + len(draft.tokens) <= self.num_confirmed:
+            self._draft = None
+            return
+        if len(self.tokens) > self.num_decoded or self.ended is not None or self._may_have_ended():
+            return
+        if draft.pos > len(self.tokens):
+            return
+        known, drafted = self.tokens[draft.pos :], draft.tokens.tolist()
+        if drafted[: len(known)] != known:
             return
         room = self.num_prompt + self.config.max_new_tokens - len(self.tokens)
         for token in drafted[len(known) :][: max(0, room)]:
@@ -612,8 +708,8 @@ class CloudStream:
         return is_next and not is_over and not self._may_have_ended()
 
     def _may_have_ended(self) -> bool:
-        """Whether the last token, confirmed or not, ends the text. A prompt may end with such a token."""
-        return len(self.tokens) > self.num_prompt and self.tokens[-1] in self.config.stop_token_ids
+        """Whether the last decoded token, confirmed or not, ends the text. A prompt may end with such a token."""
+        return self.num_decoded > self.num_prompt and self.tokens[self.num_decoded - 1] in self.config.stop_token_ids
 
     def _replace(self, position: int, token: int) -> None:
         """Another token than the assumed one: drop what was built on that."""
@@ -623,7 +719,8 @@ class CloudStream:
             del self._pending[p]
         self.counters.num_wasted_steps += len(dropped)
         self.counters.num_rollbacks += 1
-        if not pending.delayed:
+        # In a stall this is the trip that is being waited for, and it is counted.
+        if not pending.delayed and self._stalled_since_s is None:
             pending.delayed = True
             self.counters.num_delayed += 1
         self._cut(position)
@@ -643,13 +740,17 @@ class CloudStream:
         while self.num_confirmed < position:
             pending = self._pending.pop(self.num_confirmed)
             token = self.tokens[self.num_confirmed]
+            drafted, base = pending.drafted_token, pending.base_token
+            self.counters.num_drafts_kept += token == drafted
             if pending.consulted and not pending.is_late:
-                measured.disagree.add(float(token != pending.base_token))
-            if pending.is_drafted:
-                kept = token == pending.assumed_token
-                self.counters.num_drafted += 1
-                self.counters.num_drafts_kept += kept
-                measured.draft_kept.add(float(kept))
+                measured.disagree.add(token != base)
+                if drafted is not None:
+                    measured.draft_kept.add(token == drafted)
+                if drafted == base:
+                    measured.agreed_kept.add(token == base)
+                elif drafted is not None:
+                    measured.drafted_alone.add(token == drafted)
+                    measured.base_alone.add(token == base)
             self.num_confirmed += 1
         self._apply_draft()
 

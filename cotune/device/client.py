@@ -16,6 +16,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cotune.device.beam_stream import BeamDeviceStream
 from cotune.device.stream import DeviceStream
 from cotune.errors import ConnectionLostError, FrameError, InputError, RefusedError
 from cotune.generation.request import Decision
@@ -151,7 +152,9 @@ class CloudClient:
         )
         return unpack_features(chunks, shape, first_target=first_target, num_targets=num_targets)
 
-    async def generate(self, stream: DeviceStream, on_decision: Callable[[Decision], None] | None = None) -> None:
+    async def generate(
+        self, stream: DeviceStream | BeamDeviceStream, on_decision: Callable[[Decision], None] | None = None
+    ) -> None:
         """Run `stream` to its end, over new connections where one breaks.
 
         Args:
@@ -166,7 +169,7 @@ class CloudClient:
         failures = 0
         busy_until_s = time.monotonic() + self.config.busy_patience_s
         while not stream.is_done:
-            before = len(stream.decisions)
+            before = stream.num_decided
             try:
                 await self._run(stream, on_decision)
             except RefusedError as error:
@@ -177,20 +180,23 @@ class CloudClient:
                 await self.close()
                 await asyncio.sleep(wait_s)
             except ConnectionLostError:
-                failures = 1 if len(stream.decisions) > before else failures + 1
+                failures = 1 if stream.num_decided > before else failures + 1
                 await self.close()
                 if failures >= self.config.max_attempts:
                     raise
                 self.num_reconnects += 1
                 await asyncio.sleep(self._backoff_s(failures))
 
-    async def _run(self, stream: DeviceStream, on_decision: Callable[[Decision], None] | None) -> None:
+    async def _run(
+        self, stream: DeviceStream | BeamDeviceStream, on_decision: Callable[[Decision], None] | None
+    ) -> None:
         self._num_opened += 1
         await self._send(replace(stream.open_frame(), epoch=self._num_opened & 0xFFFF))
         deadline_s = time.monotonic() + self.config.timeout_s
         while not stream.is_done:
             frame = await self._receive(max(0.001, deadline_s - time.monotonic()))
             known, corrected = len(stream.decisions), stream.num_corrections
+            decided = stream.num_decided
             replies = stream.on_frame(frame)
             try:
                 for reply in replies:
@@ -201,7 +207,7 @@ class CloudClient:
                     for decision in stream.decisions[known:]:
                         on_decision(decision)
             # Only progress buys more time: a cloud that repeats itself for ever is as silent as one that is gone.
-            if len(stream.decisions) > known or stream.num_corrections > corrected:
+            if stream.num_decided > decided or stream.num_corrections > corrected:
                 deadline_s = time.monotonic() + self.config.timeout_s
 
     def _backoff_s(self, failures: int) -> float:

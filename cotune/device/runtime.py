@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from cotune.device.beam_stream import BeamDeviceStream
 from cotune.device.client import ClientConfig, CloudClient, Connector
+from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
 from cotune.device.side_network import SideNetwork, gate_of
 from cotune.device.stream import DeviceStream
 from cotune.device.text import TextCodec
 from cotune.errors import InputError
+from cotune.generation.beams import BeamCounters, BeamOptions, FinishedBeam, check_beams
 from cotune.generation.gate import Gate
 from cotune.generation.modes import mode_named
 from cotune.generation.output_basis import OutputBasis
@@ -44,6 +47,11 @@ class GenerationOptions:
         stop_strings: the text ends before the first of these.
         top_k: base logits that each step brings in the token form.
         window: how many tokens the cloud may run ahead.
+        deadline_ms: where the device's answer is later than this the cloud goes on with its own token, and marks it;
+            0 waits for ever. In the correction form only, where the cloud decides.
+        num_beams: search among so many texts for the likeliest, 2 to 8; 1 for no beam search. With schedule blocking or
+            gated, where a step waits if any of its beams consults the device.
+        length_penalty: of the beam search; above 0 favours long texts.
     """
 
     mode: str = "integration"
@@ -54,6 +62,9 @@ class GenerationOptions:
     stop_strings: tuple[str, ...] = ()
     top_k: int = 32
     window: int = 64
+    deadline_ms: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         mode_named(self.mode)
@@ -64,6 +75,30 @@ class GenerationOptions:
         for name, most in (("top_k", 2**16 - 1), ("window", 2**16 - 1), ("max_new_tokens", 2**32 - 1)):
             if not 1 <= getattr(self, name) <= most:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 to {most}")
+        if not 0 <= self.deadline_ms <= 2**32 - 1:
+            raise InputError(f"deadline_ms is {self.deadline_ms}, expected 0 (wait for ever) to {2**32 - 1}")
+        if self.deadline_ms and self.answer != "correction":
+            raise InputError(
+                f"deadline_ms is {self.deadline_ms} with answer {self.answer}, where only the device can decide; "
+                "expected 0, or answer correction"
+            )
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        if self.beams is None:
+            return
+        check_beams(mode=self.mode, schedule=self.schedule, answer=self.answer, sampling=self.sampling)
+        if self.deadline_ms:
+            raise InputError(
+                f"deadline_ms is {self.deadline_ms} with beams, expected 0: beams wait for their device; leave it out"
+            )
+
+    @property
+    def beams(self) -> BeamOptions | None:
+        """How wide to search; None for no beam search."""
+        if self.num_beams == 1:
+            return None
+        return BeamOptions(num_beams=self.num_beams, length_penalty=self.length_penalty)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +118,9 @@ class DeviceGeneration:
         num_certificate_misses: positions whose top-k logits did not prove the token.
         num_reconnects: how often the connection broke and was made anew.
         cloud: what the cloud counted: num_steps, num_wasted_steps, num_rollbacks, num_more_trips, num_delayed,
-            cloud_ms, stall_ms.
+            num_late, num_drafted, num_drafts_kept, cloud_ms, stall_ms.
+        beams: all finished texts of a beam search, the best first.
+        beam_counters: how often the device was asked in it; None without beams.
     """
 
     options: GenerationOptions
@@ -99,6 +136,8 @@ class DeviceGeneration:
     num_certificate_misses: int
     num_reconnects: int
     cloud: dict[str, float]
+    beams: tuple[FinishedBeam, ...] = ()
+    beam_counters: BeamCounters | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -122,6 +161,8 @@ class Device:
             gate=gate_of(plugin),
         )
         self.text = TextCodec(plugin.tokenizer_json)
+        self.make_stream: Callable[..., DeviceStream] = DeviceStream
+        self.make_drafter: Callable[[], Drafter] = LookupDrafter
         self._connector = connector
         self._config = config or ClientConfig()
 
@@ -130,6 +171,14 @@ class Device:
         other = copy.copy(self)
         other.personal = replace(self.personal, gate=gate)
         return other
+
+    def draft_from(self, texts: Iterable[str]) -> None:
+        """Draft from these texts, in the schedules `drafted` and `auto`.
+
+        They stay on this device, but the pieces of them that are drafted go to the cloud.
+        """
+        index = TextIndex([self.text.encode_text(text) for text in texts])
+        self.make_drafter = lambda: LookupDrafter(index)
 
     def format_prompt(self, prompt: str) -> str:
         """Put a request into the form that the plugin's training prompts had."""
@@ -183,16 +232,7 @@ class Device:
         self.check(options)
         description = client.description
         self.check_cloud(description)
-        stream = DeviceStream(
-            self.request_for(prompt, options, description.stop_token_ids),
-            self.personal,
-            tap_shape=(description.num_taps, description.tap_dim),
-            schedule=options.schedule,
-            answer=options.answer,
-            top_k=options.top_k,
-            window=options.window,
-            detokenize=self.text.decode,
-        )
+        stream = self._stream_for(self.request_for(prompt, options, description.stop_token_ids), options, description)
         show = None if on_text is None else _Shower(self.text, on_text)
         bytes_before = client.bytes_received, client.bytes_sent
         reconnects_before = client.num_reconnects
@@ -215,6 +255,34 @@ class Device:
             num_certificate_misses=stream.num_certificate_misses,
             num_reconnects=client.num_reconnects - reconnects_before,
             cloud={name: float(str(value)) for name, value in stream.cloud_counters.items()},
+            beams=stream.beams if isinstance(stream, BeamDeviceStream) else (),
+            beam_counters=stream.counters if isinstance(stream, BeamDeviceStream) else None,
+        )
+
+    def _stream_for(
+        self, request: GenerationRequest, options: GenerationOptions, description: CloudDescription
+    ) -> DeviceStream | BeamDeviceStream:
+        tap_shape = description.num_taps, description.tap_dim
+        if options.beams is not None:
+            return BeamDeviceStream(
+                request,
+                self.personal,
+                options.beams,
+                tap_shape=tap_shape,
+                schedule=options.schedule,
+                detokenize=self.text.decode,
+            )
+        return self.make_stream(
+            request,
+            self.personal,
+            tap_shape=tap_shape,
+            schedule=options.schedule,
+            answer=options.answer,
+            top_k=options.top_k,
+            window=options.window,
+            deadline_ms=options.deadline_ms,
+            drafter=self.make_drafter(),
+            detokenize=self.text.decode,
         )
 
     @property

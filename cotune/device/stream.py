@@ -14,6 +14,8 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from cotune.device.drafter import Drafter, LookupDrafter
+from cotune.device.drafting import Drafting
 from cotune.errors import ConnectionLostError, FrameError, WireError
 from cotune.generation.reference import Personal
 from cotune.generation.request import Decision, GenerationRequest
@@ -25,6 +27,7 @@ from cotune.wire.frames import (
     AnswerCode,
     Close,
     Correct,
+    Draft,
     End,
     EndReason,
     Frame,
@@ -41,6 +44,7 @@ from cotune.wire.frames import (
 
 # The second request for logits asks for this many times the first, the third for all.
 MORE_FACTOR = 4
+DRAFTED_SCHEDULES = ("drafted", "auto")
 
 
 class DeviceStream:
@@ -55,6 +59,7 @@ class DeviceStream:
         top_k: base logits that each step brings in the token form.
         window: how far the cloud may run ahead.
         deadline_ms: the cloud may go on with its own token where an answer is later than this; 0 for never.
+        drafter: continues the text in the schedules `drafted` and `auto`; None looks it up in the text itself.
         detokenize: from token ids to text; needed for stop strings.
     """
 
@@ -69,6 +74,7 @@ class DeviceStream:
         top_k: int = 32,
         window: int = 32,
         deadline_ms: int = 0,
+        drafter: Drafter | None = None,
         detokenize: Detokenize | None = None,
     ) -> None:
         self.request = request
@@ -83,6 +89,7 @@ class DeviceStream:
         self.device_s = 0.0
         self.num_corrections = 0
         self.num_certificate_misses = 0
+        self.num_drafts = 0
         self.session = 0
         self._personal = personal
         self._tap_shape = tap_shape
@@ -92,7 +99,11 @@ class DeviceStream:
         self._epoch = 0
         self._waiting: deque[Step] = deque()
         self._undecided: tuple[Step, NDArray[np.float32], int] | None = None
-        self._base_tokens: dict[int, int] = {}
+        self._steps: dict[int, tuple[int, int]] = {}
+        self._text: list[int] = request.prompt_ids.tolist()
+        self._drafting: Drafting | None = None
+        if schedule in DRAFTED_SCHEDULES:
+            self._drafting = Drafting(drafter or LookupDrafter(), personal.output_basis.vocab_size)
 
     @property
     def is_done(self) -> bool:
@@ -102,6 +113,11 @@ class DeviceStream:
     @property
     def token_ids(self) -> list[int]:
         return [decision.token_id for decision in self.decisions]
+
+    @property
+    def num_decided(self) -> int:
+        """How many tokens are decided."""
+        return len(self.decisions)
 
     @property
     def next_position(self) -> int:
@@ -179,9 +195,34 @@ class DeviceStream:
         self.session, self._ticket, self._epoch = frame.session, frame.ticket, frame.epoch
         self._waiting.clear()
         self._undecided = None
+        self._steps.clear()
         if self.ending is not None and self.ending.reason == "stop_string":
             return [self._close()]
-        return []
+        if self._drafting is None or self.ending is not None:
+            return []
+        self._drafting.forget()
+        return self._draft()
+
+    def _draft(self, frontier: int | None = None, *, is_replaced: bool = False) -> list[Frame]:
+        """Say how the text goes on, if there is something new to say.
+
+        Args:
+            frontier: the last position that the cloud computed; None for the last decided one.
+            is_replaced: the last decided token is not what the cloud went on with.
+        """
+        if self._drafting is None or self.ending is not None:
+            return []
+        positions = range(len(self._text), (frontier or 0) + 1)
+        if any(position not in self._steps for position in positions):
+            return []
+        expected = self._drafting.next(
+            self._text, [self._steps[position][1] for position in positions], is_replaced=is_replaced
+        )
+        if expected is None:
+            return []
+        self.num_drafts += 1
+        tokens = np.array(expected.tokens, np.int64)
+        return [Draft(epoch=self._epoch, session=self.session, pos=expected.pos, tokens=tokens)]
 
     def _finish(self, frame: End) -> None:
         if self.ending is None and frame.reason is EndReason.SHUTDOWN:
@@ -200,31 +241,37 @@ class DeviceStream:
         if ahead >= 0x8000:
             return []
         self._epoch = step.epoch
-        self._base_tokens[step.pos] = step.base_token
+        self._steps[step.pos] = step.base_token, step.running_token
         if not step.consult:
             return []
         correction = self._personal.corrector.correct(*unpack_taps(step.taps, *self._tap_shape))
         self.num_corrections += 1
+        # The draft first: it is there when the correction lets the cloud go on.
         return [
+            *self._draft(step.pos),
             Correct(
                 epoch=step.epoch,
                 session=self.session,
                 pos=step.pos,
                 codes=correction.codes,
                 scale=correction.scale,
-            )
+            ),
         ]
 
     def _take_tokens(self, frame: Tokens) -> list[Frame]:
         replies: list[Frame] = []
+        is_replaced = False
         columns = (frame.tokens, frame.consulted, frame.changed, frame.late)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         for position, (token, consulted, changed, late) in enumerate(rows, start=frame.pos):
             if position != self.next_position or self.ending is not None:
                 continue
-            base_token = self._base_tokens.pop(position, token) if changed else token
+            base_token, running = self._steps.pop(position, (token, token))
+            is_replaced |= running != token
+            base_token = base_token if changed else token
             replies += self._append(Decision(token_id=token, base_token_id=base_token, consulted=consulted, late=late))
-        return replies
+        # What the cloud went on with is gone, and what was drafted after it.
+        return [*replies, *self._draft(is_replaced=True)] if is_replaced else replies
 
     # The token form.
 
@@ -274,16 +321,22 @@ class DeviceStream:
             return [More(epoch=step.epoch, session=self.session, pos=step.pos, num_wanted=wanted)]
         place = {"epoch": step.epoch, "session": self.session}
         decision = Decision(token_id=token, base_token_id=step.base_token, consulted=True)
+        answer: Frame = Ack(**place, pos=step.pos + 1)
         if token != step.running_token:
             self._epoch = (self._epoch + 1) & 0xFFFF
             self._waiting.clear()
-            return [Object(**place, pos=step.pos, token=token), *self._append(decision)]
-        return [Ack(**place, pos=step.pos + 1), *self._append(decision)]
+            answer = Object(**place, pos=step.pos, token=token)
+        closing = self._append(decision)
+        # The draft first: it is there when the answer lets the cloud go on.
+        return [*self._draft(is_replaced=isinstance(answer, Object)), answer, *closing]
 
     # Both.
 
     def _append(self, decision: Decision) -> list[Frame]:
         self.decisions.append(decision)
+        self._text.append(decision.token_id)
+        if self._drafting is not None:
+            self._drafting.note(self._text)
         self.ending = find_ending(self.token_ids, self.request, self._detokenize)
         if self.ending is not None and self.ending.reason == "stop_string":
             return [self._close()]

@@ -37,6 +37,10 @@ class TextCodec:
             raise InputError("the prompt is empty, expected at least one character")
         return np.array(ids, np.int64)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without tokens at its start."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Their text, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

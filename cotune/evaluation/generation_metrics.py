@@ -8,7 +8,7 @@ decision (sigma = 1). M counts blocking round trips, the only ones that anybody 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, get_type_hints
 
@@ -41,7 +41,7 @@ class GenerationMetrics:
     mode: str
     """What the output is: integration, separation, ladder or spa; base where there is no plugin."""
     schedule: str
-    """Who waits for whom: blocking, gated or optimistic; local where all runs in one process."""
+    """Who waits for whom: blocking, gated, optimistic, drafted or auto; local where all runs in one process."""
     answer: str
     """The form of the device's answer: token or correction; none where nothing is asked."""
     seed: int
@@ -80,6 +80,12 @@ class GenerationMetrics:
     """Tokens per second of wall time."""
     certificate_misses: Count
     """How often the top-k logits did not prove the token and more were asked for."""
+    late: tuple[int, ...] = ()
+    """Which tokens, counted from 0, the cloud decided alone because the device was late."""
+    drafted: Count = 0
+    """Tokens that the device drafted and the cloud read."""
+    drafts_kept: Count = 0
+    """Those of them that became the text."""
 
     def __post_init__(self) -> None:
         for name, hint in _hints().items():
@@ -87,6 +93,10 @@ class GenerationMetrics:
         for name in ("token_ids", "tokens", "sources", "consulted"):
             if (length := len(getattr(self, name))) != self.num_tokens:
                 raise InputError(f"{name} has {length} entries, expected num_tokens = {self.num_tokens}")
+        if any(not 0 <= position < self.num_tokens for position in self.late):
+            raise InputError(f"late is {list(self.late)}, expected positions of {self.num_tokens} tokens")
+        if self.drafts_kept > self.drafted:
+            raise InputError(f"drafts_kept is {self.drafts_kept}, expected at most drafted = {self.drafted}")
         for position, (source, asked) in enumerate(zip(self.sources, self.consulted, strict=True)):
             if source == "device" and not asked:
                 raise InputError(
@@ -116,6 +126,9 @@ class GenerationMetrics:
         stall_s: float,
         wall_s: float,
         certificate_misses: int,
+        late: Sequence[int] = (),
+        drafted: int = 0,
+        drafts_kept: int = 0,
     ) -> GenerationMetrics:
         """From the totals of one generation; the one place that turns them into rates.
 
@@ -150,6 +163,9 @@ class GenerationMetrics:
             stall_ms_per_token=1000.0 * stall_s * per_token,
             tokens_per_s=num_tokens / wall_s if num_tokens else 0.0,
             certificate_misses=certificate_misses,
+            late=tuple(late),
+            drafted=drafted,
+            drafts_kept=drafts_kept,
         )
 
     @classmethod
@@ -160,7 +176,8 @@ class GenerationMetrics:
             InputError: a key missing or unknown, or a value that does not fit.
         """
         names = {field.name for field in fields(cls)}
-        check_keys(record, names, frozenset(names), "generation")
+        required = frozenset(field.name for field in fields(cls) if field.default is MISSING)
+        check_keys(record, names, required, "generation")
         values: dict[str, Any] = {
             name: tuple(item) if isinstance(item, list) else item for name, item in record.items()
         }
@@ -195,6 +212,12 @@ class AggregateMetrics:
     tokens_per_s: Quantity
     """All tokens over the sum of the wall times."""
     certificate_misses: Count
+    """Sum over the generations."""
+    num_late: Count
+    """Sum over the generations."""
+    drafted: Count
+    """Sum over the generations."""
+    drafts_kept: Count
     """Sum over the generations."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,6 +260,9 @@ def aggregate_generations(generations: Sequence[GenerationMetrics]) -> Aggregate
         tokens_per_s=_joint_rate(generations),
         wasted_cloud_steps=sum(one.wasted_cloud_steps for one in generations),
         certificate_misses=sum(one.certificate_misses for one in generations),
+        num_late=sum(len(one.late) for one in generations),
+        drafted=sum(one.drafted for one in generations),
+        drafts_kept=sum(one.drafts_kept for one in generations),
         **rates,
     )
 

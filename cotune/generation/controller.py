@@ -6,6 +6,9 @@ share of drafted tokens that hold, M the share of tokens that are waited for. Ti
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 
 def blocking_cost_s(*, step_s: float, round_trip_s: float, trips: float = 1.0) -> float:
     """c + M R, equations 3 to 5 of SPA (arXiv 2403.07088): every trip is waited for."""
@@ -28,8 +31,8 @@ def drafted_cost_s(*, step_s: float, round_trip_s: float, draft_kept: float, dra
     return (step_s + round_trip_s) / expected
 
 
-def best_draft_tokens(*, draft_kept: float, most: int, token_cost: float = 0.05) -> int:
-    """How many tokens to draft: as long as the next one is likelier to hold than it costs of a step.
+def best_draft_tokens(*, draft_kept: float, most: int, token_cost: float = 0.1) -> int:
+    """How many tokens to draft: as long as the next one is likelier to hold than it costs of a step; maybe none.
 
     Args:
         draft_kept: a.
@@ -38,15 +41,76 @@ def best_draft_tokens(*, draft_kept: float, most: int, token_cost: float = 0.05)
 
     Example:
         >>> best_draft_tokens(draft_kept=0.5, most=8), best_draft_tokens(draft_kept=0.9, most=8)
-        (4, 8)
+        (3, 8)
     """
-    chance, k = draft_kept, 1
+    chance, k = 1.0, 0
     while k < most and chance * draft_kept > token_cost:
         chance *= draft_kept
         k += 1
     return k
 
 
-def prefers_drafts(*, disagree: float, draft_kept: float) -> bool:
-    """Whether waiting for a draft beats running ahead with base tokens: drafts hold more often than these do."""
-    return draft_kept > 1.0 - disagree
+def expected_run(share: float, most: int) -> float:
+    """How many tokens in a row are right, of `most`, where each is with chance `share`: share + share^2 + ..."""
+    return sum(share**i for i in range(1, most + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What to go on with while the device is asked, from measured c, R, q and a.
+
+    Attributes:
+        step_s, round_trip_s, disagree: c, R and q.
+        draft_kept: a; 0 without drafts.
+    """
+
+    step_s: float
+    round_trip_s: float
+    disagree: float
+    draft_kept: float = 0.0
+
+    @property
+    def token_s(self) -> float:
+        """What a token costs by the best way without choices, which is what another one is worth."""
+        times = {"step_s": self.step_s, "round_trip_s": self.round_trip_s}
+        k = best_draft_tokens(draft_kept=self.draft_kept, most=32)
+        drafted_s = drafted_cost_s(**times, draft_kept=self.draft_kept, draft_tokens=k)
+        return min(optimistic_cost_s(**times, disagree=self.disagree), drafted_s)
+
+    def running_ahead_s(self, chance: float) -> float:
+        """What running ahead with base tokens gains over waiting, seconds; below 0 it loses.
+
+        In a round trip n = ceil(R / c) steps can be begun. The last of them is not over when the answer comes, and
+        holds up the pass that this allows: by c - R on a near network, else by half a step on average. The steps gain
+        a token each, up to the first that is wrong, if everything before them is right.
+
+        Args:
+            chance: that all tokens which have been assumed so far are right.
+
+        Example:
+            >>> near = Outlook(step_s=0.02, round_trip_s=0.001, disagree=0.2)
+            >>> far = Outlook(step_s=0.02, round_trip_s=0.05, disagree=0.2)
+            >>> [round(outlook.running_ahead_s(1.0), 4) for outlook in (near, far)]
+            [0.0012, 0.0632]
+        """
+        num_steps = math.ceil(self.round_trip_s / self.step_s)
+        gained = chance * (1.0 + expected_run(1.0 - self.disagree, num_steps - 1))
+        return gained * self.token_s - max(self.step_s - self.round_trip_s, self.step_s / 2.0)
+
+    def prefers_draft(self, chance: float, *, drafted: float, base: float, num_free: int) -> bool:
+        """Whether to go on with a drafted token that is not the base token.
+
+        Its successors have been read in the same pass and cost nothing more; those of the base token have to be
+        computed while the device is asked.
+
+        Args:
+            chance: that all tokens assumed before are right.
+            drafted, base: chances of the two.
+            num_free: positions that have been computed after this one, from this draft.
+        """
+        draft_holds, free_s = chance * drafted, 0.0
+        if num_free:
+            free_s = draft_holds * (1.0 + expected_run(self.draft_kept, num_free - 1)) * self.token_s
+            draft_holds *= self.draft_kept ** (num_free - 1) * (1.0 - self.disagree)
+        after_draft_s = free_s + max(0.0, self.running_ahead_s(draft_holds))
+        return after_draft_s >= self.running_ahead_s(chance * base)

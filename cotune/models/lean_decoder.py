@@ -66,7 +66,8 @@ class LeanDecoder:
     @classmethod
     def of(cls, model: PreTrainedModel, tap_layers: tuple[int, ...]) -> LeanDecoder | None:
         """The lean pass of `model`, or None where it is not of a kind that this file knows."""
-        if type(model).__name__ not in ARCHITECTURES:
+        # Where several processes share the model, its layers exchange their parts in hooks.
+        if type(model).__name__ not in ARCHITECTURES or (model.tp_size or 1) > 1:
             return None
         config = model.config
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

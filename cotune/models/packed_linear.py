@@ -51,7 +51,8 @@ class PackedLinears:
         self._products = [
             (module, PackedProduct(module.weight, module.bias))
             for module in model.modules()
-            if type(module) is nn.Linear and is_packable(module.weight)
+            # Where somebody else has changed what a layer does, such as accelerate, it stays so.
+            if type(module) is nn.Linear and "forward" not in module.__dict__ and is_packable(module.weight)
         ]
 
     @contextmanager

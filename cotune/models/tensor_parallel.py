@@ -142,7 +142,7 @@ class Leader:
         self._ended = threading.Event()
         self._copies: list[int] = []
         self._backbone = backbone
-        backbone.kv_pool = _CopiesKept(self._copies)
+        backbone.kv_pool = _CopiesKept(self._copies, backbone.kv_pool.max_blocks)
         backbone.leader = self
         self._beat = threading.Thread(target=self._keep_waiting, name="cotune-ranks", daemon=True)
         self._beat.start()
@@ -273,8 +273,8 @@ def _follow_batch(
 class _CopiesKept(KVPool):
     """A pool that keeps what it copied, for the pools of the other ranks."""
 
-    def __init__(self, copies: list[int]) -> None:
-        super().__init__()
+    def __init__(self, copies: list[int], max_blocks: int | None) -> None:
+        super().__init__(max_blocks)
         self._copies = copies
 
     def copy(self, source: int, target: int) -> None:

@@ -10,7 +10,8 @@ so); `epoch` counts the rollbacks of a session, modulo 2^16; `value` and the fla
 
 A device opens with `Hello`, the cloud answers `Welcome`. For a generation: `Open`, `Opened`, a stream of
 `Step` from the cloud with `Ack`, `Object`, `Correct` and `More` (answered by `Logits`) from the device, and
-`Close` or `End`. `Tokens` reports decided tokens, `Taps` are of the prompt, `Draft` is what the device expects.
+`Close` or `End`. `Tokens` reports decided tokens, `Taps` are of the prompt, `Draft` is what the device expects. A beam
+search has `BeamStep`, `BeamCorrect` and `BeamTokens` in their place.
 For training: `FeaturesRequest`, `Features`. For public files: `AssetRequest`, `Asset`. `Error` may come at any
 time.
 
@@ -24,6 +25,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from cotune.errors import FrameError
+from cotune.wire.beam_frames import (
+    BEAM_CORRECT_BYTES,
+    BEAM_TOKENS_BYTES,
+    MAX_BASIS_DIM,
+    MAX_BEAM_TOKENS,
+    MAX_BEAMS,
+    BeamCorrect,
+    BeamStep,
+    BeamTokens,
+)
 from cotune.wire.codes import AnswerCode, AssetKind, EndReason, ErrorCode, ModeCode, ScheduleCode
 from cotune.wire.frame import HEADER, HEADER_BYTES, KIB, MAX_FRAME_BYTES, PROTOCOL_VERSION, Frame, Header
 from cotune.wire.payload import FLOAT64, PayloadReader, pack_struct
@@ -39,7 +50,6 @@ from cotune.wire.service_frames import (
     Welcome,
 )
 from cotune.wire.session_frames import (
-    MAX_BASIS_DIM,
     MAX_DRAFT_TOKENS,
     MAX_VOCAB_SIZE,
     TICKET_BYTES,
@@ -59,11 +69,11 @@ from cotune.wire.session_frames import (
 )
 
 __all__ = [
-    "HEADER_BYTES", "LAYOUTS", "MAX_ASSET_CHUNK_BYTES", "MAX_BASIS_DIM", "MAX_DRAFT_TOKENS", "MAX_FRAME_BYTES",
-    "MAX_VOCAB_SIZE", "PROTOCOL_VERSION", "TICKET_BYTES", "Ack", "AnswerCode", "Asset", "AssetKind",
-    "AssetRequest", "Close", "Correct", "Draft", "End", "EndReason", "Error", "ErrorCode", "Features",
-    "FeaturesRequest", "Frame", "Hello", "Logits", "ModeCode", "More", "Object", "Open", "Opened",
-    "ScheduleCode", "Step", "Taps", "Tokens", "Welcome", "decode", "encode", "kind_of",
+    "HEADER_BYTES", "LAYOUTS", "MAX_ASSET_CHUNK_BYTES", "MAX_BASIS_DIM", "MAX_BEAMS", "MAX_BEAM_TOKENS",
+    "MAX_DRAFT_TOKENS", "MAX_FRAME_BYTES", "MAX_VOCAB_SIZE", "PROTOCOL_VERSION", "TICKET_BYTES", "Ack", "AnswerCode",
+    "Asset", "AssetKind", "AssetRequest", "BeamCorrect", "BeamStep", "BeamTokens", "Close", "Correct", "Draft", "End",
+    "EndReason", "Error", "ErrorCode", "Features", "FeaturesRequest", "Frame", "Hello", "Logits", "ModeCode", "More",
+    "Object", "Open", "Opened", "ScheduleCode", "Step", "Taps", "Tokens", "Welcome", "decode", "encode", "kind_of",
 ]  # fmt: skip
 
 
@@ -99,6 +109,9 @@ LAYOUTS: dict[int, Layout] = {
     18: Layout("asset", Asset, MAX_ASSET_CHUNK_BYTES),
     19: Layout("draft", Draft, 4 * MAX_DRAFT_TOKENS),
     20: Layout("taps", Taps, MAX_FRAME_BYTES - HEADER_BYTES),
+    21: Layout("beam step", BeamStep, 1024 * KIB),
+    22: Layout("beam correct", BeamCorrect, BEAM_CORRECT_BYTES),
+    23: Layout("beam tokens", BeamTokens, BEAM_TOKENS_BYTES),
 }
 _TYPES: dict[type[Frame], int] = {layout.frame: number for number, layout in LAYOUTS.items()}
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import FrameError
+from cotune.wire.beam_frames import MAX_BASIS_DIM, MAX_BEAMS
 from cotune.wire.codes import AnswerCode, EndReason, ModeCode, ScheduleCode
 from cotune.wire.frame import Frame, Header
 from cotune.wire.payload import (
@@ -26,11 +27,10 @@ from cotune.wire.payload import (
 )
 
 MAX_VOCAB_SIZE = 262_144
-MAX_BASIS_DIM = 4_096
 TICKET_BYTES = 16
 MAX_DRAFT_TOKENS = 256
 
-_OPEN = struct.Struct("<BBBBHHIQdddd16sIIIII")
+_OPEN = struct.Struct("<BBBBHHIQdddd16sIIIIId")
 _SCALE = struct.Struct("<e")
 _COUNT = struct.Struct("<H")
 _U32 = struct.Struct("<I")
@@ -41,7 +41,7 @@ _TOKEN = np.dtype([("token", "<u4"), ("flags", "u1")])
 class Open(Frame):
     """Device: start a generation, or resume one. Flag bit 0: resume. Epoch: numbers the opens of a connection.
 
-    Payload: 88 bytes as `<BBBBHHIQdddd16sIIIII`, then prompt ids u32, generated ids u32, gate weights f32.
+    Payload: 96 bytes as `<BBBBHHIQdddd16sIIIIId`, then prompt ids u32, generated ids u32, gate weights f32.
 
     Attributes:
         top_k: base logits in each step, 0 for none.
@@ -53,6 +53,8 @@ class Open(Frame):
         ticket: 16 bytes that resume this session; zeros for a new one.
         deadline_ms: go on with the base token where an answer is later than this; 0 waits for ever.
         taps_from: send the taps of every position from this one on, consulted or not; 0 for consulted ones only.
+        num_beams: how many texts to search among, 2 to 8; 0 or 1 for no beam search.
+        length_penalty: of the beam search, -10 to 10.
         prompt_ids: int64 (num_prompt,), at least one.
         generated_ids: int64 (num_generated,), what the device holds, to resume without state on the cloud.
         gate_weights: float32 (hidden,) or (0,) for no gate.
@@ -74,6 +76,8 @@ class Open(Frame):
     ticket: bytes = bytes(TICKET_BYTES)
     deadline_ms: int = 0
     taps_from: int = 0
+    num_beams: int = 0
+    length_penalty: float = 1.0
     generated_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     gate_weights: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
@@ -93,6 +97,10 @@ class Open(Frame):
             raise FrameError(f"open frame: max_new_tokens is {self.max_new_tokens}, expected at least 1")
         if len(self.prompt_ids) < 1:
             raise FrameError("open frame: prompt_ids is empty, expected at least one token")
+        if not 0 <= self.num_beams <= MAX_BEAMS:
+            raise FrameError(f"open frame: num_beams is {self.num_beams}, expected 0 to {MAX_BEAMS}")
+        if not -10 <= self.length_penalty <= 10:
+            raise FrameError(f"open frame: length_penalty is {self.length_penalty}, expected -10 to 10")
         if not np.isfinite(self.gate_weights).all():
             raise FrameError("open frame: a gate weight is nan or infinite")
 
@@ -106,16 +114,15 @@ class Open(Frame):
         reals = (self.temperature, self.top_p, self.gate_threshold, self.gate_bias)
         counts = (len(self.prompt_ids), len(self.generated_ids), len(gate))
         extras = (self.deadline_ms, self.taps_from)
-        fields = (*codes, 0, *limits, *reals, _ticket(self.ticket, "open"), *extras, *counts)
+        ticket = _ticket(self.ticket, "open")
+        fields = (*codes, self.num_beams, *limits, *reals, ticket, *extras, *counts, self.length_penalty)
         return pack_struct(_OPEN, fields, "open") + prompt + generated + gate.astype("<f4").tobytes()
 
     @classmethod
     def parse(cls, header: Header, payload: PayloadReader) -> Self:
-        mode, schedule, answer, reserved, *rest = payload.unpack(_OPEN)
-        if reserved:
-            raise FrameError(f"open frame: the reserved byte is {reserved}, expected 0")
+        mode, schedule, answer, num_beams, *rest = payload.unpack(_OPEN)
         top_k, window, max_new_tokens, seed, temperature, top_p, threshold, bias, ticket, *counts = rest
-        deadline_ms, taps_from, *counts = counts
+        deadline_ms, taps_from, *counts, length_penalty = counts
         num_prompt, num_generated, gate_dim = counts
         frame = cls(
             **header.place(),
@@ -134,6 +141,8 @@ class Open(Frame):
             ticket=ticket,
             deadline_ms=deadline_ms,
             taps_from=taps_from,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
             prompt_ids=payload.u32(num_prompt),
             generated_ids=payload.u32(num_generated),
             gate_weights=payload.array("<f4", gate_dim).astype(np.float32),

@@ -163,6 +163,36 @@ def test_every_schedule_answer_and_mode_from_the_command_line(scene: Scene, run:
 
 @needs_starter
 @pytest.mark.integration
+def test_device_generate_drafts_from_texts_and_says_what_that_sent(run: Any, scene: Scene, tmp_path: Path) -> None:
+    arguments = ("device", "generate", scene.plugin, "Hi", "--cloud", scene.url, "--max-new-tokens", 12)
+    plain = json.loads(run(*arguments, "--json").out)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": plain["text"] + " and so on, and so on"}) + "\n")
+    drafting = ("--schedule", "drafted", "--draft-from", texts)
+    drafted = json.loads(run(*arguments, *drafting, "--json").out)
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert drafted["drafted"] >= drafted["drafts_kept"] > 0
+    assert drafted["egress"]["draft"]["count"] > 0
+    assert "draft" not in plain["egress"] and plain["late"] == [] and plain["drafted"] == 0
+    assert "tokens drafted" in run(*arguments, *drafting).err
+    run(*arguments, "--draft-from", texts).check_refusal(
+        "--draft-from needs --schedule drafted or auto, got optimistic"
+    )
+    run(*arguments, "--schedule", "auto", "--draft-from", tmp_path / "none").check_refusal("none")
+
+
+@needs_starter
+@pytest.mark.integration
+def test_device_generate_marks_late_tokens(run: Any, scene: Scene) -> None:
+    arguments = ("device", "generate", scene.plugin, "Hi", "--cloud", scene.url, "--max-new-tokens", 6)
+    late = json.loads(run(*arguments, "--deadline-ms", 1, "--rtt-ms", 200, "--json").out)
+    assert late["late"] == list(range(late["num_tokens"]))
+    assert "because the device was late" in run(*arguments, "--deadline-ms", 1, "--rtt-ms", 200).err
+    run(*arguments, "--deadline-ms", 5, "--answer", "token").check_refusal("deadline_ms is 5 with answer token")
+
+
+@needs_starter
+@pytest.mark.integration
 def test_device_generate_prints_the_text_alone_on_standard_output(
     scene: Scene, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -68,6 +69,39 @@ async def test_one_call_gives_the_text_and_what_it_cost(schedule: str, answer: s
     assert made.cloud["num_steps"] >= len(made.token_ids)
     if schedule == "blocking":
         assert made.cloud["num_wasted_steps"] == 0 and made.cloud["num_delayed"] == len(made.token_ids)
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("schedule", ["drafted", "auto"])
+async def test_a_device_that_knows_the_text_drafts_it(schedule: str, answer: str) -> None:
+    """Its own texts hold what it is going to write, so that most of it is read a few tokens at a time."""
+    options = GenerationOptions(schedule=schedule, answer=answer, max_new_tokens=40)
+    async with toy_device() as device:
+        plain = await device.generate(PROMPT, GenerationOptions(answer=answer, max_new_tokens=40))
+        device.draft_from([f"{PROMPT} {plain.text}", "w1 w2 w3"])
+        drafted = await device.generate(PROMPT, options)
+        again = await device.generate(PROMPT, options)
+    assert drafted.decisions == again.decisions == plain.decisions
+    assert drafted.cloud["num_drafts_kept"] > len(plain.decisions) / 2
+    assert drafted.cloud["num_steps"] < plain.cloud["num_steps"] / 2
+    assert plain.cloud["num_drafted"] == 0
+
+
+async def test_a_deadline_reaches_the_cloud_and_late_tokens_are_marked() -> None:
+    async with toy_device() as device:
+        corrector = device.personal.corrector
+
+        class Slow:
+            def correct(self, *taps: Any) -> Any:
+                time.sleep(0.03)
+                return corrector.correct(*taps)
+
+        device.personal = replace(device.personal, corrector=Slow())
+        # In one process nobody computes while the device does: the answer is late for those that follow it.
+        made = await device.generate(PROMPT, GenerationOptions(max_new_tokens=8, deadline_ms=1))
+    assert any(decision.late for decision in made.decisions)
+    assert made.cloud["num_late"] == sum(decision.late for decision in made.decisions)
+    assert all(not decision.changed for decision in made.decisions if decision.late)
 
 
 async def test_a_stop_string_cuts_the_text() -> None:
@@ -168,11 +202,13 @@ async def test_a_plugin_with_another_output_basis_is_refused() -> None:
     ("changes", "words"),
     [
         ({"mode": "mine"}, "mode is 'mine', expected one of integration"),
-        ({"schedule": "drafted"}, "schedule is 'drafted', expected one of blocking, gated, optimistic"),
+        ({"schedule": "guessed"}, "schedule is 'guessed', expected one of blocking, gated, optimistic, drafted, auto"),
         ({"answer": "logits"}, "answer is 'logits', expected one of token, correction"),
         ({"top_k": 0}, "top_k is 0, expected 1 to 65535"),
         ({"window": 2**16}, "window is 65536, expected 1 to 65535"),
         ({"max_new_tokens": 2**32}, "max_new_tokens"),
+        ({"deadline_ms": -1}, "deadline_ms is -1, expected 0"),
+        ({"deadline_ms": 5, "answer": "token"}, "deadline_ms is 5 with answer token, where only the device can decide"),
     ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -59,7 +59,7 @@ def test_rates_by_hand() -> None:
 def test_keys_of_the_issue_and_round_trip_through_json() -> None:
     metrics = counted()
     record = metrics.to_dict()
-    assert ISSUE_KEYS | {"consulted", "answer", "tokens", "seed"} == set(record)
+    assert ISSUE_KEYS | {"consulted", "answer", "tokens", "seed", "late", "drafted", "drafts_kept"} == set(record)
     assert GenerationMetrics.from_dict(json.loads(json.dumps(record))) == metrics
 
 
@@ -80,6 +80,8 @@ def test_nothing_generated() -> None:
         ({"text": 7}, r"text is 7 \(int\), expected a string"),
         ({"tokens_per_s": float("inf")}, "tokens_per_s is inf"),
         ({"num_tokens": 4.0}, "num_tokens is 4.0"),
+        ({"late": (1, 4)}, r"late is \[1, 4\], expected positions of 4 tokens"),
+        ({"drafts_kept": 1}, "drafts_kept is 1, expected at most drafted = 0"),
     ],
 )
 def test_says_what_is_wrong(changes: dict[str, Any], message: str) -> None:
@@ -96,9 +98,17 @@ def test_dict_with_missing_or_unknown_keys() -> None:
     record = counted().to_dict()
     with pytest.raises(InputError, match="unknown keys 'speed'"):
         GenerationMetrics.from_dict(record | {"speed": 1})
+    for name in ("late", "drafted", "drafts_kept"):  # records of earlier versions have none
+        del record[name]
+    assert GenerationMetrics.from_dict(record) == counted()
     del record["M"]
     with pytest.raises(InputError, match="generation lacks 'M'"):
         GenerationMetrics.from_dict(record)
+
+
+def test_late_and_drafted_tokens_add_up() -> None:
+    both = aggregate_generations([counted(late=[2], drafted=9, drafts_kept=4), counted(drafted=1, drafts_kept=1)])
+    assert (both.num_late, both.drafted, both.drafts_kept) == (1, 10, 5)
 
 
 def test_aggregate_by_hand() -> None:

@@ -21,7 +21,7 @@ def test_what_is_left_out_is_greedy_integration() -> None:
 
 
 def test_every_word_of_the_command_line_is_known() -> None:
-    assert SCHEDULES == ("blocking", "gated", "optimistic")
+    assert SCHEDULES == ("blocking", "gated", "optimistic", "drafted", "auto")
     assert ANSWERS == ("token", "correction")
     for mode in ("integration", "separation", "ladder", "spa"):
         assert GenerationRequest(prompt_ids=np.array([1]), mode=mode).combination.name == mode

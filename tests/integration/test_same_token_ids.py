@@ -20,6 +20,7 @@ from tiny_models import device_for, random_plugin
 
 from cotune.cloud.hosted import HostedModel
 from cotune.device.client import ClientConfig, CloudClient
+from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
 from cotune.device.stream import DeviceStream
 from cotune.generation.modes import MODES
 from cotune.generation.reference import Generation, Personal, generate
@@ -60,6 +61,17 @@ class Case:
         )
         return cls(request, personal, generate(backbone, personal, request))
 
+    def drafter(self, kind: str) -> Drafter | None:
+        """By look-up in texts that have pieces of the right text: all, every other one, wrong ones."""
+        text = [*self.request.prompt_ids.tolist(), *self.expected.token_ids]
+        texts = {
+            "own": [],
+            "knows": [text],
+            "pieces": [text[:8], text[5:12], text[11:]],
+            "confused": [[*text[:i], text[i - 1], text[0]] for i in range(2, len(text), 3)],
+        }
+        return LookupDrafter(TextIndex(texts[kind]), shortest=1)
+
     def stream(self, backbone: Backbone, **options: Any) -> DeviceStream:
         shape = backbone.description.num_taps, backbone.description.tap_dim
         return DeviceStream(self.request, self.personal, tap_shape=shape, **options)
@@ -94,9 +106,11 @@ async def test_every_schedule_answer_and_mode(backbone: Backbone, sampling: str)
         for mode, case in cases.items():
             for schedule in SCHEDULES:
                 for answer in ANSWERS:
-                    stream = case.stream(backbone, schedule=schedule, answer=answer)
+                    stream = case.stream(backbone, schedule=schedule, answer=answer, drafter=case.drafter("pieces"))
                     await client.generate(stream)
                     case.check(stream, was_cut=False)
+                    num_kept = stream.cloud_counters and stream.cloud_counters["num_drafts_kept"]
+                    assert schedule != "drafted" or num_kept
             assert any(decision.consulted for decision in case.expected.decisions), mode
 
 
@@ -110,6 +124,7 @@ async def test_every_schedule_answer_and_mode(backbone: Backbone, sampling: str)
     seed=st.integers(0, 10_000),
     top_k=st.sampled_from([1, 8, 64]),
     window=st.sampled_from([1, 4, 64]),
+    drafter=st.sampled_from(["own", "knows", "pieces", "confused"]),
     profile=st.builds(
         lambda delay_ms, is_jumpy, duplicates, cut: NetworkProfile(
             delay_ms=delay_ms,
@@ -134,6 +149,7 @@ def test_any_network_gives_the_same_token_ids(
     seed: int,
     top_k: int,
     window: int,
+    drafter: str,
     profile: NetworkProfile,
     restart_after: int | None,
 ) -> None:
@@ -141,7 +157,9 @@ def test_any_network_gives_the_same_token_ids(
     case = Case.make(backbone, mode, ratio=ratio, seed=seed, sampling=SAMPLINGS[sampling])
     if profile.disconnect_every_frames == 14:
         window = 1  # with more on its way, no token would ever get through
-    stream = case.stream(backbone, schedule=schedule, answer=answer, top_k=top_k, window=window)
+    stream = case.stream(
+        backbone, schedule=schedule, answer=answer, top_k=top_k, window=window, drafter=case.drafter(drafter)
+    )
     made: list[Connection] = []
 
     async def run() -> None:
@@ -195,7 +213,10 @@ async def test_several_sessions_at_once_do_not_meet(backbone: Backbone) -> None:
         Case.make(backbone, modes[seed % 4], ratio=ratio, seed=seed, sampling=list(SAMPLINGS.values())[seed % 3])
         for seed in range(8)
     ]
-    streams = [case.stream(backbone, schedule=SCHEDULES[i % 3], answer=ANSWERS[i // 4]) for i, case in enumerate(cases)]
+    streams = [
+        case.stream(backbone, schedule=SCHEDULES[i % 5], answer=ANSWERS[i // 4], drafter=case.drafter("pieces"))
+        for i, case in enumerate(cases)
+    ]
     async with restartable(HostedModel.of(backbone)) as cloud:
 
         async def one(number: int) -> bool:

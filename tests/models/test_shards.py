@@ -21,7 +21,7 @@ def test_ranks_must_divide_the_heads() -> None:
 
 
 def test_a_model_without_a_plan_is_refused() -> None:
-    with pytest.raises(InputError, match="gpt2 has no tensor parallel plan .* --device-map auto"):
+    with pytest.raises(InputError, match=r"gpt2 has no tensor parallel plan .* --device-map auto"):
         check_ranks(GPT2Config(), 2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,14 @@ from cotune.wire.websocket import connect
 
 WORKER = str(Path(__file__).parent.parent / "batched_texts.py")
 CLOUD = ["-m", "cotune", "cloud", "starter", "--tensor-parallel", "--json", "--port", "0"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.integration

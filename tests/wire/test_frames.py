@@ -15,6 +15,7 @@ from cotune.errors import FrameError
 from cotune.wire.frames import (
     HEADER_BYTES,
     LAYOUTS,
+    MAX_DRAFT_TOKENS,
     MAX_FRAME_BYTES,
     MAX_VOCAB_SIZE,
     Ack,
@@ -22,8 +23,12 @@ from cotune.wire.frames import (
     Asset,
     AssetKind,
     AssetRequest,
+    BeamCorrect,
+    BeamStep,
+    BeamTokens,
     Close,
     Correct,
+    Draft,
     End,
     EndReason,
     Error,
@@ -40,6 +45,7 @@ from cotune.wire.frames import (
     Opened,
     ScheduleCode,
     Step,
+    Taps,
     Tokens,
     Welcome,
     decode,
@@ -92,6 +98,10 @@ def opens(draw: st.DrawFn) -> Open:
         gate_threshold=draw(FINITE),
         gate_bias=draw(FINITE),
         ticket=draw(st.binary(min_size=16, max_size=16)),
+        deadline_ms=draw(U32),
+        taps_from=draw(U32),
+        num_beams=draw(st.integers(0, 8)),
+        length_penalty=draw(st.floats(-10, 10)),
         prompt_ids=draw(ids(min_size=1)),
         generated_ids=draw(ids()),
         gate_weights=draw(floats(draw(st.integers(0, 9)), st.floats(-9, 9, width=32))),
@@ -110,6 +120,7 @@ def steps(draw: st.DrawFn) -> Step:
         logits=draw(floats(len(top))),
         log_normalizer=draw(st.none() | FINITE),
         taps=draw(st.binary(max_size=40)),
+        assumed_token=draw(st.none() | U32),
     )
 
 
@@ -123,7 +134,55 @@ def logits_frames(draw: st.DrawFn) -> Logits:
 def tokens_frames(draw: st.DrawFn) -> Tokens:
     tokens = draw(ids())
     n = len(tokens)
-    return Tokens(**draw(place()), tokens=tokens, consulted=draw(flags(n)), changed=draw(flags(n)))
+    return Tokens(**draw(place()), tokens=tokens, consulted=draw(flags(n)), changed=draw(flags(n)), late=draw(flags(n)))
+
+
+@st.composite
+def taps_frames(draw: st.DrawFn) -> Taps:
+    num_positions, size = draw(st.integers(1, 9)), draw(st.integers(0, 9))
+    taps = draw(st.binary(min_size=num_positions * size, max_size=num_positions * size))
+    return Taps(**draw(place()), num_positions=num_positions, taps=taps)
+
+
+BEAM_ID = st.integers(0, 7)
+
+
+@st.composite
+def beam_steps(draw: st.DrawFn) -> BeamStep:
+    rows = draw(st.lists(st.tuples(BEAM_ID, U32, st.booleans()), min_size=1, max_size=8))
+    parents, tokens, consult = zip(*rows, strict=True)
+    size = draw(st.integers(1, 9))
+    taps = tuple(draw(st.binary(min_size=size, max_size=size)) for _ in range(sum(consult)))
+    return BeamStep(**draw(place()), parents=parents, tokens=tokens, consult=consult, taps=taps)
+
+
+@st.composite
+def beam_corrections(draw: st.DrawFn) -> BeamCorrect:
+    beams = sorted(draw(st.sets(BEAM_ID, min_size=1)))
+    n = len(beams)
+    return BeamCorrect(
+        **draw(place()),
+        beams=tuple(beams),
+        parents=tuple(draw(st.lists(BEAM_ID, min_size=n, max_size=n))),
+        codes=draw(arrays(np.int8, (n, draw(st.integers(1, 9))), elements=st.integers(-127, 127))),
+        scales=draw(arrays(np.float16, n, elements=st.floats(0, 65504, width=16))),
+    )
+
+
+@st.composite
+def beam_tokens(draw: st.DrawFn) -> BeamTokens:
+    tokens, num_texts = draw(ids(min_size=1)), draw(st.integers(1, 8))
+    n = len(tokens)
+    return BeamTokens(
+        **draw(place()),
+        rank=draw(st.integers(0, num_texts - 1)),
+        num_texts=num_texts,
+        score=draw(FINITE),
+        log_prob=draw(FINITE),
+        tokens=tokens,
+        base_tokens=draw(arrays(np.int64, n, elements=st.integers(0, 2**32 - 1))),
+        consulted=draw(flags(n)),
+    )
 
 
 @st.composite
@@ -173,6 +232,11 @@ STRATEGIES: dict[type[Frame], st.SearchStrategy[Frame]] = {
     Features: built(Features, num_targets=U32, packed=st.binary(max_size=40)),
     AssetRequest: built(AssetRequest, kind=st.sampled_from(AssetKind)),
     Asset: assets(),
+    Draft: built(Draft, tokens=ids(min_size=1)),
+    Taps: taps_frames(),
+    BeamStep: beam_steps(),
+    BeamCorrect: beam_corrections(),
+    BeamTokens: beam_tokens(),
 }
 ANY_FRAME = st.one_of(*STRATEGIES.values())
 
@@ -207,6 +271,43 @@ def test_step_layout_by_hand() -> None:
     assert encode(Step(base_token=0, consult=False))[1] == 0
 
 
+def test_step_with_an_assumed_token_by_hand() -> None:
+    step = Step(base_token=9, assumed_token=258)
+    assert encode(step) == bytes([5, 0b1001]) + bytes(10) + bytes([9, 0, 0, 0]) + bytes([2, 1, 0, 0]) + bytes(2)
+    assert step.running_token == 258
+    assert Step(base_token=9).running_token == 9
+    assert Step(base_token=9, assumed_token=0).running_token == 0
+
+
+def test_draft_layout_by_hand() -> None:
+    frame = Draft(pos=5, tokens=np.array([1, 256]))
+    by_hand = bytes([19]) + bytes(7) + bytes([5, 0, 0, 0]) + bytes([2, 0, 0, 0])
+    assert encode(frame) == by_hand + bytes([1, 0, 0, 0]) + bytes([0, 1, 0, 0])
+
+
+def test_taps_layout_by_hand() -> None:
+    frame = Taps(pos=3, num_positions=2, taps=b"abcd")
+    assert encode(frame) == bytes([20]) + bytes(7) + bytes([3, 0, 0, 0]) + bytes([2, 0, 0, 0]) + b"abcd"
+
+
+def test_a_busy_cloud_says_when_to_come_back() -> None:
+    data = encode(Error(code=ErrorCode.BUSY, message="full", pos=1500))
+    assert data == bytes([14]) + bytes(7) + bytes([0xDC, 5, 0, 0]) + bytes([4, 0, 0, 0]) + b"full"
+    again = decode(data)
+    assert isinstance(again, Error)
+    assert again.pos == 1500
+
+
+def test_drafts_are_bounded_before_they_are_read() -> None:
+    longest = Draft(tokens=np.arange(MAX_DRAFT_TOKENS))
+    assert decode(encode(longest)) == longest
+    for count in (0, MAX_DRAFT_TOKENS + 1):
+        with pytest.raises(FrameError, match=f"{count} tokens, expected 1 to {MAX_DRAFT_TOKENS}"):
+            encode(Draft(tokens=np.zeros(count, np.int64)))
+        with pytest.raises(FrameError, match=f"{count} tokens, expected 1 to {MAX_DRAFT_TOKENS}"):
+            decode(struct.pack("<BBHIII", 19, 0, 0, 0, 0, count))
+
+
 def test_step_of_33_taps_and_32_logits_fits_one_packet() -> None:
     step = Step(base_token=1, ids=np.arange(32), logits=np.zeros(32, np.float32), taps=bytes(33 * (32 + 2)))
     assert len(encode(step)) == 16 + 2 + 32 * 7 + 1122 == 1364
@@ -218,8 +319,14 @@ def test_correct_layout_by_hand() -> None:
 
 
 def test_tokens_layout_by_hand() -> None:
-    frame = Tokens(tokens=np.array([1, 256]), consulted=np.array([True, True]), changed=np.array([False, True]))
-    assert encode(frame)[12:] == bytes([2, 0, 0, 0]) + bytes([1, 0, 0, 0, 1]) + bytes([0, 1, 0, 0, 3])
+    frame = Tokens(
+        tokens=np.array([1, 256, 2]),
+        consulted=np.array([True, True, True]),
+        changed=np.array([False, True, False]),
+        late=np.array([False, False, True]),
+    )
+    rows = bytes([1, 0, 0, 0, 1]) + bytes([0, 1, 0, 0, 3]) + bytes([2, 0, 0, 0, 5])
+    assert encode(frame)[12:] == bytes([3, 0, 0, 0]) + rows
 
 
 def test_open_layout_by_hand() -> None:
@@ -237,12 +344,15 @@ def test_open_layout_by_hand() -> None:
         gate_threshold=2.0,
         gate_bias=-1.0,
         ticket=b"0123456789abcdef",
+        deadline_ms=250,
+        taps_from=3,
         prompt_ids=np.array([3]),
         generated_ids=np.array([4]),
         gate_weights=np.array([1.0], dtype=np.float32),
     )
     by_hand = bytes([4, 3, 2, 0, 32, 0, 4, 0, 100, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0])
-    by_hand += struct.pack("<4d", 0.5, 1.0, 2.0, -1.0) + b"0123456789abcdef" + bytes([1, 0, 0, 0] * 3)
+    by_hand += struct.pack("<4d", 0.5, 1.0, 2.0, -1.0) + b"0123456789abcdef"
+    by_hand += bytes([250, 0, 0, 0, 3, 0, 0, 0]) + bytes([1, 0, 0, 0] * 3) + struct.pack("<d", 1.0)
     by_hand += bytes([3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0x80, 0x3F])
     assert encode(frame) == bytes([3, 1]) + bytes(14) + by_hand
 
@@ -292,19 +402,22 @@ def test_mutated_frames_never_raise_anything_else(frame: Frame, data: st.DataObj
     assert_decodes_or_refuses(bytes(mutated))
 
 
+# The payload of these may end anywhere.
+OPEN_ENDED = (Step, Error, Features, FeaturesRequest, Asset, Correct, Taps, BeamStep, BeamCorrect)
+
+
 @given(ANY_FRAME, st.data())
 @settings(deadline=None)
 def test_truncated_frames_are_refused_where_a_length_is_known(frame: Frame, data: st.DataObject) -> None:
     whole = encode(frame)
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
     assert_decodes_or_refuses(cut)
-    open_ended = (Step, Error, Features, FeaturesRequest, Asset, Correct)  # the payload may end anywhere
-    if len(cut) < HEADER_BYTES or not isinstance(frame, open_ended):
+    if len(cut) < HEADER_BYTES or not isinstance(frame, OPEN_ENDED):
         with pytest.raises(FrameError):
             decode(cut)
 
 
-FIXED_LENGTH = [f for f in STRATEGIES if f not in (Step, Error, Features, FeaturesRequest, Asset, Correct)]
+FIXED_LENGTH = [kind for kind in STRATEGIES if kind not in OPEN_ENDED]
 
 
 @pytest.mark.parametrize("kind", FIXED_LENGTH, ids=lambda kind: kind.__name__)

@@ -13,6 +13,7 @@ from cotune.errors import FrameError
 from cotune.wire.frames import (
     AnswerCode,
     Correct,
+    Draft,
     End,
     EndReason,
     Logits,
@@ -21,6 +22,7 @@ from cotune.wire.frames import (
     Opened,
     ScheduleCode,
     Step,
+    Taps,
     Tokens,
     decode,
     encode,
@@ -65,6 +67,8 @@ def patched(data: bytes, offset: int, layout: str, value: object) -> bytes:
         ({"generated_ids": np.array([[1]])}, "ids must be integers"),
         ({"gate_weights": np.array([np.nan], dtype=np.float32)}, "gate weight is nan"),
         ({"gate_weights": np.array([1.0])}, "gate_weights must be float32"),
+        ({"deadline_ms": -1}, "out of range"),
+        ({"taps_from": 2**32}, "out of range"),
         ({"ticket": b"short"}, "a ticket of 5 bytes, expected 16"),
         ({"mode": 9}, "9 is no ModeCode; known are 1 integration, 2 separation, 3 ladder, 4 spa"),
         ({"prompt_ids": np.zeros(400_000, dtype=np.int64)}, "expected at most"),
@@ -81,7 +85,7 @@ def test_open_refuses_to_be_sent(changes: dict[str, Any], message: str) -> None:
         (0, "B", 9, "no ModeCode"),
         (1, "B", 0, "no ScheduleCode"),
         (2, "B", 7, "no AnswerCode"),
-        (3, "B", 1, "reserved byte is 1"),
+        (3, "B", 9, "num_beams is 9"),
         (6, "H", 0, "window is 0"),
         (8, "I", 0, "max_new_tokens is 0"),
         (20, "d", float("nan"), "temperature is nan"),
@@ -89,10 +93,12 @@ def test_open_refuses_to_be_sent(changes: dict[str, Any], message: str) -> None:
         (28, "d", 0.0, "top_p is 0.0"),
         (36, "d", float("inf"), "gate_threshold is inf"),
         (44, "d", float("nan"), "gate_bias is nan"),
-        (68, "I", 2**32 - 1, "truncated"),
-        (72, "I", 2**31, "truncated"),
-        (76, "I", 2**30, "truncated"),
-        (84, "f", float("nan"), "gate weight is nan"),
+        (76, "I", 2**32 - 1, "truncated"),
+        (80, "I", 2**31, "truncated"),
+        (84, "I", 2**30, "truncated"),
+        (88, "d", float("nan"), "length_penalty is nan"),
+        (88, "d", -11.0, "length_penalty is -11"),
+        (100, "f", float("nan"), "gate weight is nan"),
     ],
 )
 def test_open_refuses_what_comes(offset: int, layout: str, value: object, message: str) -> None:
@@ -101,7 +107,7 @@ def test_open_refuses_what_comes(offset: int, layout: str, value: object, messag
 
 
 def test_open_without_a_prompt_is_refused() -> None:
-    data = patched(encode(replace(OPEN, gate_weights=np.empty(0, np.float32))), 68, "I", 0)
+    data = patched(encode(replace(OPEN, gate_weights=np.empty(0, np.float32))), 76, "I", 0)
     with pytest.raises(FrameError, match="prompt_ids is empty"):
         decode(data[:-4])
 
@@ -179,11 +185,40 @@ def test_logits_refuse_more_than_a_vocabulary() -> None:
 
 
 def test_tokens_refuse_unequal_lengths_and_unknown_flags() -> None:
-    good = Tokens(tokens=np.array([7]), consulted=np.array([True]), changed=np.array([False]))
-    with pytest.raises(FrameError, match="1 tokens, 2 consulted"):
-        encode(replace(good, consulted=np.array([True, False])))
+    no = np.array([False])
+    good = Tokens(tokens=np.array([7]), consulted=np.array([True]), changed=no, late=no)
+    for name in ("consulted", "changed", "late"):
+        with pytest.raises(FrameError, match=f"1 tokens, .*2 {name}.*, expected as many of each"):
+            encode(replace(good, **{name: np.array([True, False])}))
+    with pytest.raises(FrameError, match="late must be bool"):
+        encode(replace(good, late=np.array([0])))
     with pytest.raises(FrameError, match="unknown flags"):
-        decode(patched(encode(good), 4, "B", 4))
+        decode(patched(encode(good), 4, "B", 8))
+    with pytest.raises(FrameError, match="truncated"):
+        decode(struct.pack("<BBHIII", 11, 0, 0, 0, 0, 2**32 - 1) + bytes(10))
+
+
+def test_an_assumed_token_is_a_whole_token() -> None:
+    for token in (-1, 2**32):
+        with pytest.raises(FrameError, match="out of range"):
+            encode(Step(base_token=0, assumed_token=token))
+    with pytest.raises(FrameError, match="truncated"):
+        decode(struct.pack("<BBHIII", 5, 8, 0, 0, 0, 0) + bytes(3))
+
+
+def test_taps_are_as_long_at_every_position() -> None:
+    with pytest.raises(FrameError, match="5 bytes for 2 positions"):
+        encode(Taps(num_positions=2, taps=b"abcde"))
+    for value in (0, 2, 2**32 - 1):
+        with pytest.raises(FrameError, match=f"5 bytes for {value} positions"):
+            decode(struct.pack("<BBHIII", 20, 0, 0, 0, 0, value) + b"abcde")
+
+
+def test_drafts_hold_token_ids() -> None:
+    with pytest.raises(FrameError, match="ids must be 0 to"):
+        encode(Draft(tokens=np.array([-1])))
+    with pytest.raises(FrameError, match="truncated"):
+        decode(struct.pack("<BBHIII", 19, 0, 0, 0, 0, 3) + bytes(8))
 
 
 def test_opened_needs_a_whole_ticket() -> None:

@@ -1,0 +1,59 @@
+"""What a request wants of the device: the fields of OpenAI, those of the `cotune` object, and the defaults."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+from typing import TypeVar
+
+from cotune.device.runtime import GenerationOptions
+from cotune.generation.modes import MODES
+from cotune.generation.request import ANSWERS, SCHEDULES
+from cotune.openai_api.fields import Fields
+from cotune.openai_api.requests import EXTENSION, MAX_TEMPERATURE, CompletionRequest
+
+T = TypeVar("T")
+
+MAX_TOP_K = 4096
+MAX_WINDOW = 1024
+
+
+def options_for(request: CompletionRequest, defaults: GenerationOptions) -> GenerationOptions:
+    """How to make the text of `request`.
+
+    A field in the `cotune` object goes before the one of OpenAI, and this before the default. A sampled text
+    without a seed gets one that nobody chose, as with OpenAI.
+
+    Raises:
+        ApiError: a field of the `cotune` object is unknown, of another type, or out of range.
+        InputError: a combination that is not possible.
+    """
+    fields = Fields(dict(request.extension), EXTENSION)
+    own = {
+        "mode": fields.choice("mode", MODES),
+        "schedule": fields.choice("schedule", SCHEDULES),
+        "answer": fields.choice("answer", ANSWERS),
+        "top_k": fields.integer("top_k", 1, MAX_TOP_K),
+        "window": fields.integer("window", 1, MAX_WINDOW),
+        "max_new_tokens": _first(fields.integer("max_tokens", 1, 2**31 - 1), request.max_tokens),
+    }
+    temperature = _first(fields.number("temperature", 0, MAX_TEMPERATURE), request.temperature)
+    top_p = _first(fields.number("top_p", 0.001, 1), request.top_p)
+    seed = _first(fields.integer("seed", 0, 2**64 - 1), request.seed)
+    fields.finish()
+    known = defaults.sampling
+    sampling = replace(
+        known,
+        temperature=known.temperature if temperature is None else temperature,
+        top_p=known.top_p if top_p is None else top_p,
+        seed=known.seed if seed is None else seed,
+    )
+    if seed is None and not sampling.is_greedy:
+        # Below 2^53, so that JavaScript can send it again.
+        sampling = replace(sampling, seed=secrets.randbelow(2**53))
+    chosen = {name: value for name, value in own.items() if value is not None}
+    return replace(defaults, sampling=sampling, stop_strings=request.stop, **chosen)  # type: ignore[arg-type]
+
+
+def _first(wanted: T | None, otherwise: T | None) -> T | None:
+    return otherwise if wanted is None else wanted
