@@ -23,7 +23,7 @@ from persona import heldout_prompts, load_plugin
 from rich.console import Console
 from rich.table import Table
 
-from cotune.device.text import TextCodec
+from cotune.generation.text import TextCodec
 from cotune.errors import CotuneError
 from cotune.plugin import Plugin
 

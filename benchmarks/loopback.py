@@ -30,7 +30,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.service import CloudService
-from cotune.device.text import TextCodec
+from cotune.generation.text import TextCodec
 from cotune.errors import CotuneError
 from cotune.generation.request import ANSWERS, SCHEDULES
 from cotune.models.backbone import Backbone

@@ -16,7 +16,7 @@ from cotune.cli.demo.plan import DemoFolder, DemoPlan
 from cotune.cli.demo.processes import started
 from cotune.data import DEMO_PERSONA, Exchange, format_request, persona_split
 from cotune.device.client import CloudClient
-from cotune.device.text import TextCodec
+from cotune.generation.text import TextCodec
 from cotune.errors import InputError
 from cotune.plugin import Plugin
 from cotune.wire.description import CloudDescription

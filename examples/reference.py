@@ -6,7 +6,7 @@ An untrained side network changes nothing in the modes that add to the base mode
 import torch
 
 from cotune.device.side_network import SideNetwork
-from cotune.device.text import TextCodec
+from cotune.generation.text import TextCodec
 from cotune.generation.gate import Gate
 from cotune.generation.reference import Personal, generate
 from cotune.generation.request import GenerationRequest

@@ -17,15 +17,15 @@ DESKTOP, PHONE = {"width": 1280, "height": 1080}, {"width": 390, "height": 844}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-def write(page: Page, url: str, prompts: list[str], *, seed: str, answer: str) -> None:
+def write(page: Page, url: str, prompts: list[str], settings: dict[str, str]) -> None:
     """Ask each prompt and wait for its answer."""
     page.goto(url)
     page.locator("html[data-ready]").wait_for()
     is_phone = page.locator("#details-toggle").is_visible()
     if is_phone:
         page.locator("#details-toggle").click()
-    page.locator(f'[data-setting="answer"] input[value="{answer}"]').check()
-    page.locator("#seed").fill(seed)
+    for name, value in settings.items():
+        page.locator(f'[data-setting="{name}"] input[value="{value}"]').check()
     page.locator("#earlier").uncheck()
     if is_phone:
         page.locator("#details-close").click()
@@ -37,7 +37,9 @@ def write(page: Page, url: str, prompts: list[str], *, seed: str, answer: str) -
     page.wait_for_timeout(300)
 
 
-def shoot(browser: Browser, url: str, prompts: list[str], path: Path, *, phone: bool, dark: bool, answer: str) -> None:
+def shoot(
+    browser: Browser, url: str, prompts: list[str], path: Path, *, phone: bool, dark: bool, settings: dict[str, str]
+) -> None:
     """One picture, with what a changed token says of itself."""
     context = browser.new_context(
         viewport=PHONE if phone else DESKTOP,  # type: ignore[arg-type]
@@ -46,7 +48,7 @@ def shoot(browser: Browser, url: str, prompts: list[str], path: Path, *, phone: 
         color_scheme="dark" if dark else "light",
     )
     page = context.new_page()
-    write(page, url, prompts, seed="1", answer=answer)
+    write(page, url, prompts, settings)
     changed = page.locator(".assistant").last.locator(".token.changed", has_text=re.compile(r"\w{3}"))
     if changed.count():
         token = changed.nth(changed.count() // 2)
@@ -60,8 +62,11 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--out", type=Path, default=IMAGES)
-    parser.add_argument("--answer", default="token", choices=("token", "correction"))
+    parser.add_argument("--mode", default="spa")
+    parser.add_argument("--schedule", default="gated")
+    parser.add_argument("--answer", default="token")
     arguments = parser.parse_args()
+    settings = {name: getattr(arguments, name) for name in ("mode", "schedule", "answer")}
     browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
@@ -78,7 +83,7 @@ def main() -> None:
                 arguments.out / f"{name}.png",
                 phone=phone,
                 dark=dark,
-                answer=arguments.answer,
+                settings=settings,
             )
         browser.close()
 

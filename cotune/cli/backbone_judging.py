@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from cotune.cli.output import Advance
 from cotune.data.templates import Example
-from cotune.device.text import TextCodec
 from cotune.evaluation.judgement import Judgement, judge
 from cotune.generation.reference import generate
 from cotune.generation.request import GenerationRequest
+from cotune.generation.text import TextCodec
 from cotune.models.backbone import Backbone
 from cotune.tuning.lora import target_nats
 from cotune.tuning.personal import encode_examples

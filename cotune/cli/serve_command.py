@@ -42,6 +42,13 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a text, where a client does not say.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy; where a client does not say.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
+    deadline_ms: Annotated[
+        int, typer.Option(help="Let the cloud go on alone where this device is later than this, ms; 0 waits for ever.")
+    ] = 0,
+    draft_from: Annotated[
+        str | None,
+        typer.Option(help="Your texts, for schedules drafted and auto; drafts show pieces of them to the cloud."),
+    ] = None,
     max_concurrent: Annotated[int, typer.Option(help="Texts made at once; one more is told to come back.")] = 8,
     ledger: Annotated[Path | None, typer.Option(help="Append what leaves the device to this JSON-lines file.")] = None,
     rtt_ms: RttOption = 0.0,
@@ -89,6 +96,7 @@ def serve(
         answer=answer,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature=temperature, top_p=top_p),
+        deadline_ms=deadline_ms,
     )
     model_id = name or plugin.resolve().name
 
@@ -111,6 +119,10 @@ def serve(
         source = PersonalSource(
             loaded, make, model_id=model_id, defaults=defaults, config=ClientConfig(timeout_s=timeout_s)
         )
+        if draft_from is not None:
+            from cotune.data.records import read_examples
+
+            source.device.draft_from(example.prompt + example.target for example in read_examples(draft_from))
         run_coroutine(run_server(source, book.totals, config, on_ready=ready))
     if not as_json:
         stderr.print("stopped")

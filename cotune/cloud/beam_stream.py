@@ -344,7 +344,6 @@ class BeamStream:
     def forget_cache(self) -> None:
         """The cache is gone: everything has to be read again."""
         self.num_cached = 0
-        self._is_at_root = True
 
     # Inside.
 

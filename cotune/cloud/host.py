@@ -1,18 +1,21 @@
-"""Puts a cloud service behind a WebSocket and runs it until it is told to stop."""
+"""Puts a cloud service behind its front and runs it until it is told to stop."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cotune.cloud.front import FrontConfig, front
 from cotune.cloud.hosted import HostedModel
+from cotune.cloud.plain_source import plain_chat_format
 from cotune.cloud.service import CloudService, ServiceConfig
 from cotune.errors import InputError
-from cotune.wire.websocket import is_loopback, serve
+from cotune.openai_api.bearer import BearerTokens
+from cotune.openai_api.source import ChatFormat
+from cotune.wire.asgi_server import ServerConfig, run_server
+from cotune.wire.websocket import is_loopback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,9 @@ class HostConfig:
         port: 0 takes any free one.
         tls_cert, tls_key: PEM files.
         token_file: one bearer token a line; empty lines and lines that start with # are skipped.
+        drain_s: for how long running texts may go on after the end was asked for, seconds; the rest go back to their
+            devices, which go on elsewhere.
+        chat_format: makes a prompt of a conversation for the OpenAI interface; None is a plain form.
         service: limits of the service.
     """
 
@@ -32,32 +38,20 @@ class HostConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     token_file: Path | None = None
+    drain_s: float = 30.0
+    chat_format: ChatFormat | None = None
     service: ServiceConfig = field(default_factory=ServiceConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise InputError(f"port is {self.port}, expected 0 to 65535")
+        if self.drain_s < 0:
+            raise InputError(f"drain_s is {self.drain_s}, expected 0 or more")
         if not is_loopback(self.host) and (self.tls_cert is None or self.tls_key is None or self.token_file is None):
             raise InputError(
                 f"host is {self.host!r}, which others can reach; give --tls-cert, --tls-key and --token-file, "
                 "or listen on 127.0.0.1"
             )
-
-
-def read_tokens(path: Path) -> list[str]:
-    """The bearer tokens in a file.
-
-    Raises:
-        InputError: the file cannot be read, or holds none.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"token file {path} cannot be read ({error}); expected one token a line") from error
-    tokens = [line for line in lines if line and not line.startswith("#")]
-    if not tokens:
-        raise InputError(f"token file {path} holds no token, expected one a line")
-    return tokens
 
 
 async def host(
@@ -67,7 +61,7 @@ async def host(
     on_ready: Callable[[str], None],
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Serve `model` until SIGINT, SIGTERM or `stop`.
+    """Serve `model` until SIGINT, SIGTERM or `stop`; a second signal ends it without waiting for anybody.
 
     Args:
         model: what to serve.
@@ -75,28 +69,33 @@ async def host(
         on_ready: called once with the URL that devices connect to.
         stop: ends the service when set; by default only signals do.
     """
-    stop = stop or asyncio.Event()
-    tokens = None if config.token_file is None else read_tokens(config.token_file)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Only the main thread of a process may handle signals; elsewhere `stop` is the way.
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(number, stop.set)
+    tokens = None if config.token_file is None else BearerTokens.read(config.token_file)
+    server = ServerConfig(
+        host=config.host,
+        port=config.port,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+        # Also those of the OpenAI interface, and of whoever asks for metrics.
+        max_connections=4 * config.service.max_sessions + 64,
+        with_websockets=True,
+        grace_s=1.0,
+    )
     service = CloudService(model, config.service)
-    try:
-        server = await serve(
-            service.handle,
-            config.host,
-            config.port,
-            tls_cert=config.tls_cert,
-            tls_key=config.tls_key,
+    application = front(
+        service,
+        FrontConfig(
             tokens=tokens,
             max_connections=2 * config.service.max_sessions,
+            chat_format=config.chat_format or plain_chat_format,
+        ),
+    )
+    try:
+        await run_server(
+            application,
+            server,
+            on_ready=lambda port: on_ready(server.url("ws", port)),
+            stop=stop,
+            before_end=lambda: service.drain(config.drain_s),
         )
-        try:
-            on_ready(server.url)
-            await stop.wait()
-        finally:
-            await server.close()
     finally:
         service.close()

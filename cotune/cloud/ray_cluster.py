@@ -16,15 +16,15 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from cotune.cloud.host import HostConfig, read_tokens
+from cotune.cloud.front import FrontConfig, front
+from cotune.cloud.host import HostConfig
 from cotune.cloud.hosted import HostedModel
+from cotune.cloud.plain_source import plain_chat_format
 from cotune.cloud.service import CloudService
-from cotune.cloud.session_app import session_app
 from cotune.errors import InputError
 from cotune.openai_api.bearer import BearerTokens
 
@@ -94,7 +94,7 @@ async def host_on_ray(
     """
     check_ray()
     stop = stop or asyncio.Event()
-    tokens = None if config.token_file is None else _read_tokens(config.token_file)
+    tokens = None if config.token_file is None else BearerTokens.read(config.token_file)
     loop = asyncio.get_running_loop()
     started = await asyncio.to_thread(_start, load, config, cluster, tokens)
     # After Ray's own, which would end this process without draining.
@@ -108,14 +108,8 @@ async def host_on_ray(
         await asyncio.to_thread(started.close, cluster.drain_timeout_s)
 
 
-def _read_tokens(path: Path) -> list[str]:
-    tokens = read_tokens(path)
-    BearerTokens(tokens)  # refused here, not in a replica
-    return tokens
-
-
 def _start(
-    load: Callable[[], HostedModel], config: HostConfig, cluster: ClusterConfig, tokens: list[str] | None
+    load: Callable[[], HostedModel], config: HostConfig, cluster: ClusterConfig, tokens: BearerTokens | None
 ) -> _Started:
     import ray
     from ray import serve
@@ -217,13 +211,18 @@ class _Drain:
 
 
 def _builder(
-    load: Callable[[], HostedModel], config: HostConfig, tokens: list[str] | None, drain: Any
+    load: Callable[[], HostedModel], config: HostConfig, tokens: BearerTokens | None, drain: Any
 ) -> Callable[[], ASGIApp]:
     """What makes the application in a replica; Ray sends this function there."""
 
     def build() -> ASGIApp:
         service = CloudService(load(), config.service)
-        return _ReplicaApp(service, session_app(service, None if tokens is None else BearerTokens(tokens)), drain)
+        front_config = FrontConfig(
+            tokens=tokens,
+            max_connections=2 * config.service.max_sessions,
+            chat_format=config.chat_format or plain_chat_format,
+        )
+        return _ReplicaApp(service, front(service, front_config), drain)
 
     return build
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from cotune.cloud.beam_stream import BeamStream
 from cotune.cloud.engine import Engine, EngineConfig
 from cotune.cloud.hosted import HostedModel
+from cotune.cloud.limits import RateLimit
 from cotune.cloud.session import Session
-from cotune.cloud.stream import CloudStream, StreamConfig
+from cotune.cloud.stream import CloudStream, StreamConfig, StreamCounters
 from cotune.errors import (
     ConnectionLostError,
     CotuneError,
@@ -74,6 +75,8 @@ class ServiceConfig:
         idle_timeout_s: how long a device may stay silent, seconds.
         slow_reader_timeout_s: a device that takes no message for so long is hung up on, seconds.
         max_outbox_bytes: no more is computed for a device that has so many bytes still to read.
+        max_sessions_per_token: generations at once of one holder of a token; None for no limit.
+        requests_per_minute: sessions opened, texts asked for and sequences read, for each holder of a token.
         max_window: how far any session may run ahead, tokens.
         max_feature_logits: base logits in one sequence's training features, over all its positions.
         engine: limits of the batch.
@@ -84,6 +87,8 @@ class ServiceConfig:
     idle_timeout_s: float = 300.0
     slow_reader_timeout_s: float = 30.0
     max_outbox_bytes: int = 1024 * 1024
+    max_sessions_per_token: int | None = None
+    requests_per_minute: int | None = None
     max_window: int = 128
     max_feature_logits: int = 64 * 1024 * 1024
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -100,6 +105,37 @@ class ServiceConfig:
         ):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        for name in ("max_sessions_per_token", "requests_per_minute"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}, expected at least 1")
+
+
+@dataclass
+class Totals:
+    """What all sessions and connections so far came to.
+
+    Attributes:
+        wasted_steps, rollbacks, stall_s: as the streams count them.
+        bytes_down, bytes_up: of frames, to devices and from them.
+        refusals: how often a request was refused, by reason.
+    """
+
+    wasted_steps: int = 0
+    rollbacks: int = 0
+    stall_s: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    refusals: dict[str, int] = field(default_factory=dict)
+
+    def add_stream(self, counters: StreamCounters) -> None:
+        self.wasted_steps += counters.num_wasted_steps
+        self.rollbacks += counters.num_rollbacks
+        self.stall_s += counters.stall_s
+
+    def add_connection(self, connection: Connection) -> None:
+        self.bytes_down += connection.bytes_sent
+        self.bytes_up += connection.bytes_received
 
 
 class CloudService:
@@ -122,10 +158,47 @@ class CloudService:
         self.sessions: dict[int, Session] = {}
         self.is_draining = False
         self._rounds: asyncio.TimerHandle | None = None
+        per_minute = self.config.requests_per_minute
+        self._rate = None if per_minute is None else RateLimit(per_minute)
+        self._connections: set[Connection] = set()
+        self._past = Totals()
         self._assets = {
             AssetKind.TOKENIZER: model.tokenizer_json,
             AssetKind.OUTPUT_BASIS: model.output_basis.to_bytes(),
         }
+
+    @property
+    def num_connections(self) -> int:
+        """Connections of devices."""
+        return len(self._connections)
+
+    def totals(self) -> Totals:
+        """What all sessions and connections came to, those that still go on included."""
+        totals = replace(self._past, refusals=dict(self._past.refusals))
+        for session in self.sessions.values():
+            totals.add_stream(session.stream.counters)
+        for connection in self._connections:
+            totals.add_connection(connection)
+        return totals
+
+    def check_rate(self, owner: str) -> None:
+        """Count one request of `owner`.
+
+        Raises:
+            RefusedError: too many in a short time; says when to come back.
+        """
+        wait_s = 0.0 if self._rate is None else self._rate.wait_s(owner)
+        if wait_s > 0:
+            raise RefusedError(
+                ErrorCode.BUSY,
+                f"more than {self.config.requests_per_minute} requests a minute came with this token; try again in "
+                f"{wait_s:.1f} s",
+                retry_after_s=wait_s,
+            )
+
+    def note_refusal(self, reason: str) -> None:
+        """Count a refusal, here or in front of this service."""
+        self._past.refusals[reason] = self._past.refusals.get(reason, 0) + 1
 
     def close(self) -> None:
         """End all sessions and stop computing."""
@@ -156,6 +229,7 @@ class CloudService:
             owner: whose it is, for limits.
         """
         self._keep_rounds()
+        self._connections.add(connection)
         visit = _Visit(self, connection, owner)
         try:
             await visit.serve()
@@ -175,6 +249,8 @@ class CloudService:
             await visit.outbox.flush()
             await visit.outbox.close()
             await connection.close()
+            self._connections.discard(connection)
+            self._past.add_connection(connection)
 
     def open_session(self, frame: Open, owner: str = "") -> tuple[Session, list[Frame]]:
         """A new session, or the one that the frame's ticket belongs to; and what is to be sent after Opened.
@@ -195,6 +271,11 @@ class CloudService:
         num_running = sum(session.stream.ended is None for session in self.sessions.values())
         if num_running >= self.config.max_sessions:
             raise self._busy(f"the cloud serves {num_running} sessions and takes no more; try again in a few seconds")
+        most = self.config.max_sessions_per_token
+        of_owner = sum(session.owner == owner and session.stream.ended is None for session in self.sessions.values())
+        if most is not None and of_owner >= most:
+            raise self._busy(f"{of_owner} sessions run with this token, expected at most {most}; wait until one ends")
+        self.check_rate(owner)
         number = secrets.randbits(32)
         while number in self.sessions:
             number = secrets.randbits(32)
@@ -218,6 +299,7 @@ class CloudService:
                 session.expiry.cancel()
             session.detach()
             self.engine.put_out(session)
+            self._past.add_stream(session.stream.counters)
 
     def _reserve(self, session: Session, frame: Open) -> None:
         num_tokens = len(frame.prompt_ids) + frame.max_new_tokens
@@ -408,6 +490,7 @@ class _Visit:
 
     def refuse(self, code: ErrorCode, reason: str, *, session: int = 0, retry_after_s: float | None = None) -> None:
         """Say why, as far as the connection still carries it."""
+        self.service.note_refusal(code.name.lower())
         retry_after_ms = 0 if retry_after_s is None else max(1, round(1e3 * retry_after_s))
         self.outbox.put(encode(Error(session=session, pos=retry_after_ms, code=code, message=reason)))
 
@@ -450,6 +533,7 @@ class _Visit:
         self.service.keep_for_a_while(session)
 
     async def _features(self, frame: FeaturesRequest) -> None:
+        self.service.check_rate(self.owner)
         self.service.check_features_request(frame)
         features = await self.service.engine.features(frame.input_ids, frame.pos, frame.top_k)
         if not frame.want_hidden:

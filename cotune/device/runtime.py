@@ -18,7 +18,6 @@ from cotune.device.client import ClientConfig, CloudClient, Connector
 from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
 from cotune.device.side_network import SideNetwork, gate_of
 from cotune.device.stream import DeviceStream
-from cotune.device.text import TextCodec
 from cotune.errors import InputError
 from cotune.generation.beams import BeamCounters, BeamOptions, FinishedBeam, check_beams
 from cotune.generation.gate import Gate
@@ -28,6 +27,7 @@ from cotune.generation.reference import Personal
 from cotune.generation.request import ANSWERS, SCHEDULES, Decision, GenerationRequest
 from cotune.generation.sampling import Sampling
 from cotune.generation.stopping import Ending
+from cotune.generation.text import TextCodec
 from cotune.plugin import Plugin
 from cotune.wire.description import CloudDescription
 

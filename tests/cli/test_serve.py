@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from clouds import in_a_thread
+from serving import endless_model
 from toy import toy_model
 from toy_plugin import toy_plugin
 
@@ -62,6 +62,31 @@ def test_it_serves_until_a_signal_ends_it_cleanly(plugin: Path, cloud: str, tmp_
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert kinds[:3] == ["hello", "hello", "open"]
     assert {json.loads(line)["way"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()} == {"serve"}
+
+
+@pytest.mark.integration
+def test_a_second_signal_ends_it_at_once_and_without_noise(plugin: Path) -> None:
+    with in_a_thread(endless_model()) as url:
+        options = ("--port", 0, "--json", "--rtt-ms", 60, "--schedule", "blocking", "--max-new-tokens", 400)
+        process = start(plugin, "--cloud", url, *options)
+        try:
+            assert process.stdout is not None
+            told = json.loads(process.stdout.readline())
+            body = {"model": "my-plugin", "prompt": "w5", "stream": True}
+            request = urllib.request.Request(
+                f"{told['base_url']}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=10) as response:
+                assert response.readline().startswith(b"data: {")
+                process.terminate()
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.7)
+                process.terminate()
+                out, err = process.communicate(timeout=4)
+            assert (process.returncode, out, err) == (0, "", "")
+        finally:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.integration

@@ -14,7 +14,7 @@ import trustme
 from toy import STOP, TAP_DIM, TAPS, ToyBackbone, toy_model, toy_personal
 from virtual_network import toy_prompt
 
-from cotune.cloud.host import HostConfig, host, read_tokens
+from cotune.cloud.host import HostConfig, host
 from cotune.cloud.service import ServiceConfig
 from cotune.device.client import ClientConfig, CloudClient
 from cotune.device.stream import DeviceStream
@@ -34,7 +34,7 @@ async def hosted(**options: Any) -> AsyncIterator[str]:
     """The URL of a cloud that listens on a free port."""
     stop = asyncio.Event()
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    config = HostConfig(**{"port": 0, **options})
+    config = HostConfig(**{"port": 0, "drain_s": 0.05, **options})
     task = asyncio.create_task(host(toy_model(), config, on_ready=ready.set_result, stop=stop))
     done, _ = await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
     if task in done:
@@ -158,27 +158,6 @@ def test_unsafe_or_impossible_places_are_refused(options: dict[str, Any], words:
 @pytest.mark.parametrize("place", ["127.0.0.1", "localhost", "::1", "127.9.9.9"])
 def test_loopback_needs_nothing(place: str) -> None:
     assert HostConfig(host=place).host == place
-
-
-def test_tokens_are_read_line_by_line(token_file: Path) -> None:
-    assert read_tokens(token_file) == [TOKEN, "another-token"]
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"", "holds no token, expected one a line"),
-        (b"# nobody\n\n   \n", "holds no token"),
-        (b"\xff\xfe\n", "cannot be read"),
-        (None, "cannot be read"),
-    ],
-)
-def test_token_files_without_tokens_are_refused(data: bytes | None, words: str, tmp_path: Path) -> None:
-    path = tmp_path / "tokens.txt"
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(InputError, match=rf"tokens\.txt {words}"):
-        read_tokens(path)
 
 
 @pytest.mark.parametrize("missing", ["token_file", "tls_cert"])

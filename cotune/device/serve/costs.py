@@ -66,5 +66,8 @@ def metrics(made: DeviceGeneration) -> dict[str, object]:
         "tokens_per_s": num_tokens / made.wall_s if made.wall_s > 0 else 0.0,
         "wasted_cloud_steps": int(cloud["num_wasted_steps"]),
         "certificate_misses": made.num_certificate_misses,
+        "late": sum(decision.late for decision in decisions),
+        "drafted": int(cloud["num_drafted"]),
+        "drafts_kept": int(cloud["num_drafts_kept"]),
         "num_reconnects": made.num_reconnects,
     }

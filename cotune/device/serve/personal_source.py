@@ -32,6 +32,7 @@ from cotune.wire.transport import Connection
 
 # To tell the cloud that a text is not wanted any more, seconds. Without it the cloud finds out by itself, later.
 _FAREWELL_TIMEOUT_S = 1.0
+_CLOSE_TIMEOUT_S = 3.0
 
 
 class PersonalSource:
@@ -61,6 +62,14 @@ class PersonalSource:
         self.card = ModelCard(id=model_id, created=int(time.time()), owned_by="cotune device")
         self._connector = connector
         self._config = config or ClientConfig()
+        self._running: set[asyncio.Task[Finish]] = set()
+
+    async def close(self) -> None:
+        """End all texts that are being made, and say so to the cloud."""
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(self._running, timeout=_CLOSE_TIMEOUT_S)
 
     async def check_cloud(self) -> CloudDescription:
         """Make sure that the cloud is there, and hosts the plugin's model.
@@ -83,6 +92,8 @@ class PersonalSource:
         generation = _Generation(self.device, _Line(self._connector), self._config, options, request)
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         task = asyncio.create_task(generation.run(pieces.put_nowait))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
         task.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import os
-import signal
-import socket
-import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cotune.device.serve.application import Totals, make_application
 from cotune.device.serve.guards import allowed_hosts
@@ -21,6 +15,7 @@ from cotune.device.serve.personal_source import PersonalSource
 from cotune.errors import InputError
 from cotune.openai_api.bearer import BearerTokens
 from cotune.openai_api.routes import ApiLimits
+from cotune.wire.asgi_server import ServerConfig, run_server
 from cotune.wire.websocket import is_loopback
 
 _MAX_CONNECTIONS = 256
@@ -65,15 +60,6 @@ class ServeConfig:
         if not self.grace_s > 0:
             raise InputError(f"grace_s is {self.grace_s}, expected a number above 0")
 
-    @property
-    def is_secure(self) -> bool:
-        return self.tls_cert is not None
-
-    def url(self, port: int) -> str:
-        """The address for a browser."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.is_secure else 'http'}://{host}:{port}"
-
 
 async def serve(
     source: PersonalSource,
@@ -98,97 +84,29 @@ async def serve(
         WireError: the cloud is not there.
     """
     tokens = None if config.token_file is None else BearerTokens.read(config.token_file)
-    _check_certificate(config)
-    with _listening_socket(config) as listener:
-        await source.check_cloud()
-        port = int(listener.getsockname()[1])
+    server = ServerConfig(
+        host=config.host,
+        port=config.port,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+        max_connections=_MAX_CONNECTIONS,
+        grace_s=config.grace_s,
+    )
+    # The names that mean us hold the port, which is known when we listen.
+    doors: list[ASGIApp] = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await doors[0](scope, receive, send)
+
+    def ready(port: int) -> None:
         # A wildcard address is no name; the names of such a service come with --allow-host.
         own_name = () if config.host in ("0.0.0.0", "::") else (config.host,)
-        hosts = allowed_hosts(port, secure=config.is_secure, extra=(*own_name, *config.allow_hosts))
-        application = make_application(source, totals, hosts=hosts, tokens=tokens, limits=config.limits)
-        server = _Server(
-            uvicorn.Config(
-                application,
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                ssl_certfile=config.tls_cert,
-                ssl_keyfile=config.tls_key,
-                limit_concurrency=_MAX_CONNECTIONS,
-                timeout_keep_alive=15,
-                timeout_graceful_shutdown=max(1, round(config.grace_s)),
-            ),
-            lambda: on_ready(config.url(port)),
-        )
-        await _run(server, listener, stop or asyncio.Event())
+        hosts = allowed_hosts(port, secure=server.is_secure, extra=(*own_name, *config.allow_hosts))
+        doors.append(make_application(source, totals, hosts=hosts, tokens=tokens, limits=config.limits))
+        on_ready(server.url("http", port))
 
-
-class _Server(uvicorn.Server):
-    """uvicorn's, which leaves signals to us: it would raise them again when all is over."""
-
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_ready()
-
-
-async def _run(server: _Server, listener: socket.socket, stop: asyncio.Event) -> None:
-    def end() -> None:
-        # The second time: without grace.
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    async def wait_for_stop() -> None:
-        await stop.wait()
-        server.should_exit = True
-
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
-        # Only the main thread of a process may handle signals; elsewhere `stop` is the way.
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(number, end)
-    waiter = asyncio.create_task(wait_for_stop())
     try:
-        await server.serve([listener])
+        await run_server(application, server, on_ready=ready, stop=stop, before_ready=source.check_cloud)
     finally:
-        waiter.cancel()
-        for number in numbers:
-            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                loop.remove_signal_handler(number)
-
-
-def _listening_socket(config: ServeConfig) -> socket.socket:
-    host = "127.0.0.1" if config.host == "localhost" else config.host
-    try:
-        family = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, config.port), family=family, backlog=128)
-    except OSError as error:
-        reason = "no such address" if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0).lower()
-        advice = "choose another --port" if error.errno == errno.EADDRINUSE else "choose another --host or --port"
-        raise InputError(f"cannot listen on {config.host}, port {config.port}: {reason}; {advice}") from None
-    listener.setblocking(False)
-    return listener
-
-
-def _check_certificate(config: ServeConfig) -> None:
-    if config.tls_cert is None or config.tls_key is None:
-        return
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password="")
-    except OSError as error:  # ssl.SSLError is one
-        raise InputError(
-            f"--tls-cert {config.tls_cert} and --tls-key {config.tls_key} cannot be used ({error.strerror}); "
-            "expected a certificate and its unencrypted key in PEM"
-        ) from None
+        # Before the loop ends, which would take the network away from under the farewells.
+        await source.close()

@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 MAX_TOP_K = 4096
 MAX_WINDOW = 1024
+MAX_DEADLINE_MS = 60_000
 
 
 def options_for(request: CompletionRequest, defaults: GenerationOptions) -> GenerationOptions:
@@ -35,6 +36,7 @@ def options_for(request: CompletionRequest, defaults: GenerationOptions) -> Gene
         "answer": fields.choice("answer", ANSWERS),
         "top_k": fields.integer("top_k", 1, MAX_TOP_K),
         "window": fields.integer("window", 1, MAX_WINDOW),
+        "deadline_ms": fields.integer("deadline_ms", 0, MAX_DEADLINE_MS),
         "max_new_tokens": _first(fields.integer("max_tokens", 1, 2**31 - 1), request.max_tokens),
     }
     temperature = _first(fields.number("temperature", 0, MAX_TEMPERATURE), request.temperature)
@@ -51,6 +53,9 @@ def options_for(request: CompletionRequest, defaults: GenerationOptions) -> Gene
     if seed is None and not sampling.is_greedy:
         # Below 2^53, so that JavaScript can send it again.
         sampling = replace(sampling, seed=secrets.randbelow(2**53))
+    if own["answer"] == "token" and own["deadline_ms"] is None:
+        # A deadline that is only the default does not forbid the form in which nobody can go on alone.
+        own["deadline_ms"] = 0
     chosen = {name: value for name, value in own.items() if value is not None}
     return replace(defaults, sampling=sampling, stop_strings=request.stop, **chosen)  # type: ignore[arg-type]
 

@@ -50,6 +50,13 @@ def test_the_fields_of_openai_go_before_the_defaults_and_ours_before_both() -> N
     )
 
 
+def test_a_default_deadline_does_not_forbid_the_token_form() -> None:
+    request = CompletionRequest(form="chat", model="m", extension={"answer": "token"})
+    defaults = GenerationOptions(deadline_ms=50)
+    assert options_for(request, defaults).deadline_ms == 0
+    assert options_for(CompletionRequest(form="chat", model="m"), defaults).deadline_ms == 50
+
+
 def test_a_sampled_text_without_a_seed_gets_a_fresh_one_that_is_told() -> None:
     seeds = {options(temperature=1.0).sampling.seed for _ in range(5)}
     assert len(seeds) == 5 and max(seeds) < 2**53
@@ -66,6 +73,7 @@ def test_a_sampled_text_without_a_seed_gets_a_fresh_one_that_is_told() -> None:
         ({"window": 1025}, "cotune.window"),
         ({"max_tokens": "9"}, "cotune.max_tokens"),
         ({"temperature": 3}, "cotune.temperature is 3, expected a number from 0 to 2"),
+        ({"deadline_ms": 50, "answer": "token"}, "deadline_ms is 50 with answer token"),
         ({"seed": 2**64}, "cotune.seed"),
         ({"sede": 1}, "'cotune.sede' is not known here"),
     ],

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from cotune.device.text import TextCodec
+from cotune.generation.text import TextCodec
 from cotune.errors import InputError
 
 EMOJI = ["😀", "👩‍👩‍👧", "🇩🇪", "é", "ß", "語", "\ufffd", "a", " ", "\n"]
