@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +15,9 @@ from cotune.cli.output import print_json, stderr
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
-    from cotune.models.anatomy import BackboneSpec
-    from cotune.wire.description import CloudDescription
+    from cotune.cloud.host import HostConfig
+    from cotune.models.backbone import Backbone
+    from cotune.openai_api.requests import Message
 
 
 def cloud(
@@ -33,6 +36,23 @@ def cloud(
     tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="Bearer tokens that are let in, one a line.")] = None,
     max_sessions: Annotated[int, typer.Option(help="Generations at once.")] = 64,
+    max_sessions_per_token: Annotated[
+        int | None, typer.Option(help="Generations at once for each bearer token; no limit by default.")
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Requests a minute for each bearer token; no limit by default.")
+    ] = None,
+    max_batch_rows: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 64,
+    kv_tokens: Annotated[
+        int, typer.Option(help="Tokens whose keys and values fit at once; 0 takes what free memory allows.")
+    ] = 0,
+    idle_timeout_s: Annotated[float, typer.Option(help="How long a device may be silent, seconds.")] = 300.0,
+    session_ttl_s: Annotated[
+        float, typer.Option(help="How long a session waits for a device whose connection broke, seconds.")
+    ] = 60.0,
+    drain_s: Annotated[
+        float, typer.Option(help="At the end: how long running texts may go on before their devices resume elsewhere.")
+    ] = 30.0,
     device_map: Annotated[
         str | None, typer.Option(help="`auto` spreads the layers over all GPUs of this machine, in one process.")
     ] = None,
@@ -64,6 +84,7 @@ def cloud(
 
         cotune cloud ./my-llama --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --token-file tokens.txt
     """
+    from cotune.cloud.engine import EngineConfig
     from cotune.cloud.host import HostConfig
     from cotune.cloud.host import host as run_host
     from cotune.cloud.hosted import HostedModel
@@ -77,7 +98,17 @@ def cloud(
         tls_cert=tls_cert,
         tls_key=tls_key,
         token_file=token_file,
-        service=ServiceConfig(max_sessions=max_sessions),
+        drain_s=drain_s,
+        service=ServiceConfig(
+            max_sessions=max_sessions,
+            max_sessions_per_token=max_sessions_per_token,
+            requests_per_minute=requests_per_minute,
+            idle_timeout_s=idle_timeout_s,
+            session_ttl_s=session_ttl_s,
+            engine=EngineConfig(
+                max_batch_rows=max_batch_rows, max_blocks=_blocks(kv_tokens) if kv_tokens != 0 else None
+            ),
+        ),
     )
 
     if engine not in ("local", "ray"):
@@ -124,11 +155,39 @@ def cloud(
         if backbone is None:
             return  # a rank that followed another to its end
         hosted = HostedModel.of(backbone)
+        config = _sized(config, backbone, model)
 
         def ready(url: str) -> None:
-            _announce(url, model, backbone.spec, hosted.description, as_json)
+            _announce(url, model, backbone, config, as_json)
 
         run_coroutine(run_host(hosted, config, on_ready=ready))
+
+
+def _blocks(kv_tokens: int) -> int:
+    if kv_tokens < 0:
+        raise InputError(f"--kv-tokens is {kv_tokens}, expected 0 or more")
+    return max(1, kv_tokens // 64)
+
+
+def _sized(config: HostConfig, backbone: Backbone, model: str) -> HostConfig:
+    """The config with what only the loaded model tells: room for keys and values, and how it is talked to."""
+    from cotune.models.chat_format import chat_format_of
+    from cotune.models.kv_memory import blocks_that_fit
+    from cotune.models.weights import find_model_folder
+
+    service, engine = config.service, config.service.engine
+    if engine.max_blocks is None:
+        most_tokens = service.max_sessions * backbone.spec.max_context
+        engine = replace(engine, max_blocks=blocks_that_fit(backbone.model, most_tokens=most_tokens))
+    backbone.kv_pool.max_blocks = engine.max_blocks
+    render = chat_format_of(find_model_folder(model))
+
+    def from_template(messages: Sequence[Message]) -> str:
+        assert render is not None
+        return render([(message.role, message.content) for message in messages])
+
+    chat = None if render is None else from_template
+    return replace(config, chat_format=chat, service=replace(service, engine=engine))
 
 
 def _announce_replicas(url: str, model: str, as_json: bool) -> None:
@@ -138,13 +197,30 @@ def _announce_replicas(url: str, model: str, as_json: bool) -> None:
     stderr.print(f"[bold]{escape(model)}[/] in replicas, listening on [bold]{url}[/]; stop with Ctrl-C")
 
 
-def _announce(url: str, model: str, spec: BackboneSpec, description: CloudDescription, as_json: bool) -> None:
+def _announce(url: str, model: str, backbone: Backbone, config: HostConfig, as_json: bool) -> None:
+    spec, description = backbone.spec, backbone.description
+    max_blocks = config.service.engine.max_blocks or 0
+    _ = backbone.row_floor  # measured now, not by the first device
     if as_json:
-        print_json({"url": url, "model": model, "backbone_digest": description.backbone_digest})
+        print_json(
+            {
+                "url": url,
+                "model": model,
+                "backbone_digest": description.backbone_digest,
+                "kv_tokens": max_blocks * backbone.block_size,
+                "rows_are_independent": backbone.rows_are_independent,
+            }
+        )
         return
     stderr.print(
         f"[bold]{escape(model)}[/]: {spec.architecture}, {spec.num_parameters / 1e6:.1f} M parameters, "
         f"{description.num_taps} taps of width {description.tap_dim}"
     )
+    stderr.print(
+        f"room for {max_blocks * backbone.block_size:,} tokens in the cache; sessions in one batch "
+        + ("do not disturb each other" if backbone.rows_are_independent else "[yellow]agree up to rounding only[/]")
+    )
     stderr.print(f"listening on [bold]{url}[/]; stop with Ctrl-C")
+    http = url.replace("ws", "http", 1)
     stderr.print(f"[dim]next: cotune device tune DATA --cloud {url} --out my-plugin")
+    stderr.print(f"[dim]the plain model for any OpenAI client: {http}/v1; metrics: {http}/metrics")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from cotune.generation.text import TextCodec
 from cotune.errors import InputError
+from cotune.generation.text import TextCodec
 
 EMOJI = ["😀", "👩‍👩‍👧", "🇩🇪", "é", "ß", "語", "\ufffd", "a", " ", "\n"]
 
