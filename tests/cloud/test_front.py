@@ -88,6 +88,9 @@ def expected_text(backbone: Backbone, prompt: str, num: int, sampling: Sampling 
     return text.decode(generate(backbone, None, request).token_ids)
 
 
+# Everything that the test itself asks of the backbone comes before a cloud uses it: it belongs to one thread at a time.
+
+
 def stream_for(backbone: Backbone, seed: int, num: int = 16) -> tuple[DeviceStream, list[int]]:
     personal = device_for(random_plugin(backbone, 1.0, seed)).personal
     prompt = np.random.default_rng(seed).integers(2, backbone.spec.vocab_size, 7)
@@ -96,9 +99,9 @@ def stream_for(backbone: Backbone, seed: int, num: int = 16) -> tuple[DeviceStre
     return DeviceStream(request, personal, tap_shape=shape), generate(backbone, personal, request).token_ids
 
 
-async def check_control(backbone: Backbone, url: str, seed: int = 3, **options: Any) -> None:
+async def check_control(made: tuple[DeviceStream, list[int]], url: str, **options: Any) -> None:
     """A device that behaves gets its own text."""
-    stream, expected = stream_for(backbone, seed)
+    stream, expected = made
     async with CloudClient(lambda: connect(url, **options)) as device:
         await device.generate(stream)
     assert stream.token_ids == expected
@@ -124,13 +127,16 @@ async def metric(url: str, name: str) -> float:
 
 
 async def test_the_official_client_gets_the_plain_backbone(backbone: Backbone) -> None:
+    greedy = expected_text(backbone, PROMPT, 12)
+    drawn = expected_text(backbone, PROMPT, 12, Sampling(temperature=0.7, top_p=0.9, seed=11))
+    answer = expected_text(backbone, "User: Hello\nAssistant:", 5)
     async with hosted(backbone) as url:
         openai_client = client(url)
         names = [model.id async for model in openai_client.models.list()]
         assert names == [backbone.description.model]
         asked = {"model": names[0], "prompt": PROMPT, "max_tokens": 12}
         whole = await openai_client.completions.create(**asked, temperature=0)
-        assert whole.choices[0].text == expected_text(backbone, PROMPT, 12)
+        assert whole.choices[0].text == greedy
         assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", 12)
         pieces = [
             chunk.choices[0].text
@@ -139,13 +145,11 @@ async def test_the_official_client_gets_the_plain_backbone(backbone: Backbone) -
         ]
         assert "".join(pieces) == whole.choices[0].text
         sampled = await openai_client.completions.create(**asked, temperature=0.7, top_p=0.9, seed=11)
-        assert sampled.choices[0].text == expected_text(
-            backbone, PROMPT, 12, Sampling(temperature=0.7, top_p=0.9, seed=11)
-        )
+        assert sampled.choices[0].text == drawn
         chat = await openai_client.chat.completions.create(
             model=names[0], messages=[{"role": "user", "content": "Hello"}], max_tokens=5, temperature=0, logprobs=True
         )
-        assert chat.choices[0].message.content == expected_text(backbone, "User: Hello\nAssistant:", 5)
+        assert chat.choices[0].message.content == answer
         assert all(token.logprob <= 0 for token in chat.choices[0].logprobs.content)
         stop = whole.choices[0].text[3:6]
         cut = await openai_client.completions.create(**asked, temperature=0, stop=stop)
@@ -159,6 +163,8 @@ async def test_the_official_client_gets_the_plain_backbone(backbone: Backbone) -
 
 async def test_plain_texts_and_devices_share_the_batch(backbone: Backbone) -> None:
     prompts = [f"Wake me up at {i}" for i in range(4)]
+    texts = [expected_text(backbone, prompt, 20) for prompt in prompts]
+    made = [stream_for(backbone, seed) for seed in range(4)]
     async with hosted(backbone) as url:
         openai_client = client(url)
 
@@ -168,9 +174,9 @@ async def test_plain_texts_and_devices_share_the_batch(backbone: Backbone) -> No
             )
             return made.choices[0].text
 
-        devices = [check_control(backbone, url, seed) for seed in range(4)]
+        devices = [check_control(one, url) for one in made]
         *_, a, b, c, d = await asyncio.gather(*devices, *(plain(prompt) for prompt in prompts))
-        assert [a, b, c, d] == [expected_text(backbone, prompt, 20) for prompt in prompts]
+        assert [a, b, c, d] == texts
         assert await metric(url, "cotune_row_steps_total") > await metric(url, "cotune_passes_total")
         assert await metric(url, "cotune_bytes_total") > 0
 
@@ -178,6 +184,7 @@ async def test_plain_texts_and_devices_share_the_batch(backbone: Backbone) -> No
 async def test_health_metrics_and_who_may_see_them(backbone: Backbone, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
     tokens.write_text(TOKEN + "\n", encoding="utf-8")
+    made = stream_for(backbone, 3)
     async with hosted(backbone, token_file=tokens) as url:
         assert await get(url, "/healthz") == (200, "ok\n")
         status, body = await get(url, "/metrics")
@@ -190,7 +197,7 @@ async def test_health_metrics_and_who_may_see_them(backbone: Backbone, tmp_path:
         with pytest.raises(openai.AuthenticationError):
             await client(url, "wrong").models.list()
         assert [model.id async for model in client(url, TOKEN).models.list()]
-        await check_control(backbone, url, token=TOKEN)
+        await check_control(made, url, token=TOKEN)
         for name in ("Origin", "Sec-Fetch-Site"):
             status, _ = await get(url, "/v1/models", TOKEN, **{name: "https://evil.example"})
             assert status == 403
@@ -201,29 +208,30 @@ async def test_limits_of_a_token(backbone: Backbone, tmp_path: Path) -> None:
     tokens.write_text("ann\nbob\n", encoding="utf-8")
     service = ServiceConfig(max_sessions_per_token=1, requests_per_minute=4)
     impatient = ClientConfig(busy_patience_s=0.0)
+    held, _ = stream_for(backbone, 1, num=100)
+    bobs, more = [stream_for(backbone, seed) for seed in (3, 4)], [stream_for(backbone, s, num=2)[0] for s in range(7)]
     async with hosted(backbone, token_file=tokens, service=service) as url:
-        held, _ = stream_for(backbone, 1, num=100)
         async with CloudClient(lambda: connect(url, token="ann"), impatient) as first:
             task = asyncio.create_task(first.generate(held, lambda _: under_way.set()))
             under_way = asyncio.Event()
             await asyncio.wait_for(under_way.wait(), 10)
             async with CloudClient(lambda: connect(url, token="ann"), impatient) as second:
                 with suppress(RefusedError):
-                    await second.generate(stream_for(backbone, 2)[0])
+                    await second.generate(more.pop())
                     assert task.done()
-            await check_control(backbone, url, token="bob")
+            await check_control(bobs.pop(), url, token="bob")
             await task
         await asyncio.sleep(0)
         refused = 0
-        for seed in range(6):
+        for one in more:
             try:
                 async with CloudClient(lambda: connect(url, token="ann"), impatient) as device:
-                    await device.generate(stream_for(backbone, seed, num=2)[0])
+                    await device.generate(one)
             except RefusedError as error:
                 assert error.retry_after_s is not None and "more than 4 requests a minute" in error.reason
                 refused += 1
         assert refused >= 3
-        await check_control(backbone, url, token="bob")
+        await check_control(bobs.pop(), url, token="bob")
         with pytest.raises(openai.RateLimitError):
             for _ in range(5):
                 await client(url, "ann").completions.create(model=backbone.description.model, prompt="x", max_tokens=1)
@@ -231,6 +239,7 @@ async def test_limits_of_a_token(backbone: Backbone, tmp_path: Path) -> None:
 
 async def test_wrong_ways_in_leave_the_others_alone(backbone: Backbone, tmp_path: Path) -> None:
     """Plain text to a TLS port and back, garbage, a frame of 2 GB, endless headers: refused, others unharmed."""
+    first, second = stream_for(backbone, 3), stream_for(backbone, 4)
     authority = trustme.CA()
     issued = authority.issue_cert("127.0.0.1")
     paths = {name: tmp_path / f"{name}.pem" for name in ("ca", "cert", "key")}
@@ -238,7 +247,7 @@ async def test_wrong_ways_in_leave_the_others_alone(backbone: Backbone, tmp_path
     issued.private_key_pem.write_to_path(paths["key"])
     issued.cert_chain_pems[0].write_to_path(paths["cert"])
     async with hosted(backbone, tls_cert=paths["cert"], tls_key=paths["key"]) as url:
-        control = asyncio.create_task(check_control(backbone, url, tls_ca=paths["ca"]))
+        control = asyncio.create_task(check_control(first, url, tls_ca=paths["ca"]))
         with pytest.raises(WireError):
             await connect(url.replace("wss", "ws"), timeout_s=5)
         with pytest.raises(WireError, match="is not trusted"):
@@ -257,7 +266,7 @@ async def test_wrong_ways_in_leave_the_others_alone(backbone: Backbone, tmp_path
                 assert b" 200 " not in answer[:20]
             writer.close()
         assert await announce_2_gb(port) in (b"", b"\x88")
-        await check_control(backbone, url)
+        await check_control(second, url)
         assert await metric(url, "cotune_sessions") == 0
 
 
@@ -278,6 +287,7 @@ async def announce_2_gb(port: int) -> bytes:
 
 
 async def test_slow_readers_and_slow_writers_are_hung_up_on(backbone: Backbone) -> None:
+    made = stream_for(backbone, 3)
     service = ServiceConfig(slow_reader_timeout_s=0.5, idle_timeout_s=1.0, max_outbox_bytes=20_000)
     async with hosted(backbone, service=service) as url:
         # It asks for features, much, and reads nothing of it.
@@ -289,7 +299,7 @@ async def test_slow_readers_and_slow_writers_are_hung_up_on(backbone: Backbone) 
                 await asyncio.wait_for(
                     connection.send(encode(FeaturesRequest(input_ids=ids, pos=1, top_k=400, want_hidden=True))), 0.5
                 )
-        control = asyncio.create_task(check_control(backbone, url))
+        control = asyncio.create_task(check_control(made, url))
         # It sends a request's head, one byte now and then.
         _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
         await control
@@ -308,11 +318,12 @@ async def test_slow_readers_and_slow_writers_are_hung_up_on(backbone: Backbone) 
 
 async def test_thousands_who_come_and_go(backbone: Backbone, request: pytest.FixtureRequest) -> None:
     num = int(request.config.getoption("--connects"))
+    first, second = stream_for(backbone, 3), stream_for(backbone, 4)
     async with hosted(backbone) as url:
         port = int(url.rpartition(":")[2])
-        await check_control(backbone, url)
+        await check_control(first, url)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        control = asyncio.create_task(check_control(backbone, url))
+        control = asyncio.create_task(check_control(second, url))
         for i in range(num):
             with socket.socket() as one:
                 one.setblocking(False)
@@ -329,13 +340,14 @@ async def test_thousands_who_come_and_go(backbone: Backbone, request: pytest.Fix
 
 
 async def test_a_prompt_longer_than_the_context_and_a_foreign_ticket(backbone: Backbone) -> None:
+    too_long = stream_for(backbone, 1, num=16)[0]
+    too_long.request = replace(too_long.request, max_new_tokens=200)
+    stream, expected = stream_for(backbone, 2)
     async with hosted(backbone, service=ServiceConfig(engine=EngineConfig(max_blocks=4))) as url:
-        stream, _ = stream_for(backbone, 1, num=200)
         async with CloudClient(lambda: connect(url)) as device:
             with pytest.raises(RefusedError, match="expected at most 128 together, the context"):
-                await device.generate(stream)
+                await device.generate(too_long)
         # A ticket that no session has: a new session, from what the device holds.
-        stream, expected = stream_for(backbone, 2)
         frame = stream.open_frame()
         assert isinstance(decode(encode(replace(frame, resume=True, ticket=b"x" * 16, session=77))), Open)
         stream.session, stream._ticket = 77, b"x" * 16
