@@ -23,8 +23,8 @@ from persona import heldout_prompts, load_plugin
 from rich.console import Console
 from rich.table import Table
 
-from cotune.generation.text import TextCodec
 from cotune.errors import CotuneError
+from cotune.generation.text import TextCodec
 from cotune.plugin import Plugin
 
 LEAST_SHARE = 0.85

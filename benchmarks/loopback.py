@@ -30,9 +30,9 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.service import CloudService
-from cotune.generation.text import TextCodec
 from cotune.errors import CotuneError
 from cotune.generation.request import ANSWERS, SCHEDULES
+from cotune.generation.text import TextCodec
 from cotune.models.backbone import Backbone
 from cotune.plugin import Plugin
 from cotune.wire.event_loop import run_coroutine

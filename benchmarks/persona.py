@@ -16,8 +16,8 @@ from cotune.cli.demo.plan import DemoFolder, DemoPlan
 from cotune.cli.demo.processes import started
 from cotune.data import DEMO_PERSONA, Exchange, format_request, persona_split
 from cotune.device.client import CloudClient
-from cotune.generation.text import TextCodec
 from cotune.errors import InputError
+from cotune.generation.text import TextCodec
 from cotune.plugin import Plugin
 from cotune.wire.description import CloudDescription
 from cotune.wire.event_loop import run_coroutine

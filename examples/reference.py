@@ -6,10 +6,10 @@ An untrained side network changes nothing in the modes that add to the base mode
 import torch
 
 from cotune.device.side_network import SideNetwork
-from cotune.generation.text import TextCodec
 from cotune.generation.gate import Gate
 from cotune.generation.reference import Personal, generate
 from cotune.generation.request import GenerationRequest
+from cotune.generation.text import TextCodec
 from cotune.models.backbone import Backbone
 from cotune.models.tap_ladder import TapLadder, TapLadderConfig
 from cotune.tuning.plugin_folder import build_plugin
