@@ -28,8 +28,8 @@ from synthetic_plugin import random_plugin
 from timed_generation import TimedGeneration, Totals
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from cotune.cloud.host import HostConfig, host
 from cotune.cloud.hosted import HostedModel
-from cotune.cloud.service import CloudService
 from cotune.errors import CotuneError
 from cotune.generation.request import ANSWERS, SCHEDULES
 from cotune.generation.text import TextCodec
@@ -37,7 +37,7 @@ from cotune.models.backbone import Backbone
 from cotune.plugin import Plugin
 from cotune.wire.event_loop import run_coroutine
 from cotune.wire.transport import Connection
-from cotune.wire.websocket import WebSocketServer, serve
+from cotune.wire.websocket import serve
 
 MOST_SLOWER = 1.15
 _LINE_LIMIT = 64 * 1024 * 1024
@@ -123,15 +123,16 @@ class DeviceChild:
 
 
 @asynccontextmanager
-async def serving(backbone: Backbone) -> AsyncIterator[WebSocketServer]:
-    """The cloud service in this process."""
-    service = CloudService(HostedModel.of(backbone))
-    server = await serve(service.handle)
+async def serving(backbone: Backbone) -> AsyncIterator[str]:
+    """The URL of the cloud service in this process."""
+    stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
+    config = HostConfig(port=0, drain_s=0.0)
+    task = asyncio.create_task(host(HostedModel.of(backbone), config, on_ready=ready.set_result, stop=stop))
     try:
-        yield server
+        yield await ready
     finally:
-        await server.close()
-        service.close()
+        stop.set()
+        await task
 
 
 @asynccontextmanager
@@ -217,12 +218,12 @@ async def measure(
     """The comparison, and where the time goes."""
     text = TextCodec(plugin.tokenizer_json)
     prompt_ids = [text.encode_prompt(prompt).tolist() for prompt in prompts]
-    async with serving(backbone) as server, DeviceChild.started(plugin_folder, server.url) as child:
+    async with serving(backbone) as url, DeviceChild.started(plugin_folder, url) as child:
         rows, texts = await compare(backbone, child, prompts, prompt_ids, args)
         parts = await measure_parts(backbone, plugin, texts, runs=args.repeats)
         for answer, (num_up, num_down) in parts.pop("message_bytes").items():
-            async with echoing(num_down) as url:
-                found = await child.ask(do="echo", url=url, num=1000, num_bytes=num_up)
+            async with echoing(num_down) as echo_url:
+                found = await child.ask(do="echo", url=echo_url, num=1000, num_bytes=num_up)
             turns = np.array_split(found["round_trips_ms"][100:], 9)
             parts[f"WebSocket round trip, {answer} form, nothing else running"] = Spread.of(
                 [float(np.median(turn)) for turn in turns]

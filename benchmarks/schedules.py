@@ -20,7 +20,7 @@ from timed_generation import TimedGeneration, Totals, generate_timed
 from cotune.device.client import CloudClient
 from cotune.device.runtime import Device, GenerationOptions
 from cotune.errors import CotuneError
-from cotune.generation.request import ANSWERS, SCHEDULES
+from cotune.generation.request import ANSWERS, PLAIN_SCHEDULES
 from cotune.plugin import Plugin
 from cotune.wire.emulator import EmulatedConnection, NetworkProfile
 from cotune.wire.event_loop import run_coroutine
@@ -54,7 +54,7 @@ async def run_settings(
 
             device = Device(plugin, make)
             async with CloudClient(make) as client:
-                for schedule in SCHEDULES:
+                for schedule in PLAIN_SCHEDULES:
                     for answer in ANSWERS:
                         options = GenerationOptions(
                             schedule=schedule, answer=answer, max_new_tokens=args.max_new_tokens
@@ -151,7 +151,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, len(ANSWERS), figsize=(10, 4), sharey=True, layout="constrained")
     for panel, answer in zip(panels, ANSWERS, strict=True):
-        for schedule, colour in zip(SCHEDULES, ("tab:red", "tab:blue", "tab:green"), strict=True):
+        for schedule, colour in zip(PLAIN_SCHEDULES, ("tab:red", "tab:blue", "tab:green"), strict=True):
             chosen = sorted(
                 (row for row in rows if row["schedule"] == schedule and row["answer"] == answer),
                 key=lambda row: row["rtt_ms"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from cotune.generation.gate import Gate
 from cotune.generation.reference import generate
 from cotune.generation.request import ANSWERS, SCHEDULES, Decision
 from cotune.generation.sampling import Sampling
+from cotune.wire.emulator import EmulatedConnection, NetworkProfile
 from cotune.wire.inprocess import connection_pair
 from cotune.wire.transport import Connection
 
@@ -88,16 +88,14 @@ async def test_a_device_that_knows_the_text_drafts_it(schedule: str, answer: str
 
 
 async def test_a_deadline_reaches_the_cloud_and_late_tokens_are_marked() -> None:
+    # Every answer takes 40 ms to get there.
     async with toy_device() as device:
-        corrector = device.personal.corrector
+        near = device._connector
 
-        class Slow:
-            def correct(self, *taps: Any) -> Any:
-                time.sleep(0.03)
-                return corrector.correct(*taps)
+        async def far() -> Connection:
+            return EmulatedConnection(await near(), NetworkProfile.of_rtt(40))
 
-        device.personal = replace(device.personal, corrector=Slow())
-        # In one process nobody computes while the device does: the answer is late for those that follow it.
+        device._connector = far
         made = await device.generate(PROMPT, GenerationOptions(max_new_tokens=8, deadline_ms=1))
     assert any(decision.late for decision in made.decisions)
     assert made.cloud["num_late"] == sum(decision.late for decision in made.decisions)

@@ -23,7 +23,7 @@ from cotune.device.client import CloudClient
 from cotune.device.runtime import Device, DeviceGeneration, GenerationOptions
 from cotune.evaluation.generation_metrics import GenerationMetrics, aggregate_generations
 from cotune.evaluation.judgement import judge
-from cotune.generation.request import ANSWERS, SCHEDULES
+from cotune.generation.request import ANSWERS, PLAIN_SCHEDULES
 from cotune.ledger import EgressLedger
 from cotune.plugin import Plugin
 from cotune.wire.event_loop import run_coroutine
@@ -107,13 +107,13 @@ async def _speed(
 ) -> list[dict[str, Any]]:
     plugin = Plugin.load(folder.plugin)
     rows: list[dict[str, Any]] = []
-    total = len(plan.rtt_ms) * len(ANSWERS) * len(SCHEDULES)
+    total = len(plan.rtt_ms) * len(ANSWERS) * len(PLAIN_SCHEDULES)
     for rtt_ms in plan.rtt_ms:
         make = connector(url, ledger=ledger, way="spa", profile=emulated(rtt_ms), seed=plan.seed)
         device = Device(plugin, make)
         async with CloudClient(make) as client:
             for answer in ANSWERS:
-                for schedule in SCHEDULES:
+                for schedule in PLAIN_SCHEDULES:
                     options = GenerationOptions(schedule=schedule, answer=answer, max_new_tokens=plan.max_new_tokens)
                     made = await generate_all(client, device, prompts, options, lambda done, total, note="": None)
                     rows.append(_speed_row(rtt_ms, made))
