@@ -175,9 +175,13 @@ async def run_device(
             answer=rng.choice(ANSWERS),
             window=options.window,
         )
-        async with CloudClient(connector, STUBBORN) as client:
+        # Not as `async with`, which wants the cloud to be there at the start.
+        client = CloudClient(connector, STUBBORN)
+        try:
             await client.generate(stream)
-            tally.num_reconnects += client.num_reconnects
+        finally:
+            await client.close()
+        tally.num_reconnects += client.num_reconnects
         tally.num_texts += 1
         tally.num_tokens += len(stream.token_ids)
         pairs = zip(stream.token_ids, case.expected.token_ids, strict=False)

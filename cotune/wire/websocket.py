@@ -355,7 +355,8 @@ def _translate(error: Exception, where: str, timeout_s: float) -> WireError:
         return WireError(f"the certificate of {where} is not trusted: {error.verify_message}; give its CA as tls_ca")
     if isinstance(error, ssl.SSLError):
         return WireError(f"no TLS with {where}: {_reason(error)}; is it a ws:// address?")
-    if isinstance(error, ConnectionResetError):
+    # Also a cloud that died in the middle of the greeting: another may stand there in a moment.
+    if isinstance(error, ConnectionResetError | EOFError) or isinstance(error.__cause__, EOFError):
         other = "ws" if where.startswith("wss:") else "wss"
         return ConnectionLostError(f"{where} hangs up at once; is it a {other}:// address, or no cotune cloud?")
     if isinstance(error, OSError):
