@@ -21,7 +21,7 @@ from peak_memory import run_with_peak
 from synthetic_cloud import synthetic_cloud
 from synthetic_model import SyntheticBackbone, SyntheticShape, synthetic_features, synthetic_plugin
 
-from cotune.device.side_network import SideNetwork
+from cotune.device.side_network import open_side_network
 from cotune.device.stream import DeviceStream
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import StepFeatures
@@ -129,7 +129,8 @@ class StreamedDevice:
 def part_calls(personal: Personal, features: list[StepFeatures], top_k: int) -> dict[str, Timed]:
     """The arithmetic in a step, piece by piece."""
     quantised = [quantise(one.taps) for one in features]
-    corrections = [personal.corrector.correct(*taps) for taps in quantised]
+    side = personal.corrector.open()
+    corrections = [side.correct(NUM_PROMPT + i, *taps) for i, taps in enumerate(quantised)]
     deltas = [personal.output_basis.delta(correction) for correction in corrections]
     count = {"now": 0}
 
@@ -141,7 +142,7 @@ def part_calls(personal: Personal, features: list[StepFeatures], top_k: int) -> 
         return time_call(one)
 
     calls = {
-        "side network": each(lambda i: personal.corrector.correct(*quantised[i])),
+        "side network": each(lambda i: side.correct(NUM_PROMPT + i, *quantised[i])),
         "output basis": each(lambda i: personal.output_basis.delta(corrections[i])),
     }
     for name, sampling in SAMPLINGS.items():
@@ -154,9 +155,7 @@ def part_calls(personal: Personal, features: list[StepFeatures], top_k: int) -> 
 
 def measure_steps(shape: SyntheticShape, args: argparse.Namespace, plugin: Plugin) -> dict[str, Any]:
     """Times of the parts and of whole steps; milliseconds."""
-    personal = Personal(
-        corrector=SideNetwork.from_plugin(plugin), output_basis=OutputBasis.from_bytes(plugin.output_basis)
-    )
+    personal = Personal(corrector=open_side_network(plugin), output_basis=OutputBasis.from_bytes(plugin.output_basis))
     features = [synthetic_features(shape, [i]) for i in range(64)]
     devices = {
         f"whole step, {answer} form, {name}": StreamedDevice(

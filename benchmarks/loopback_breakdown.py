@@ -21,7 +21,7 @@ from measurement import Spread
 from transformers import DynamicCache, PreTrainedModel
 
 from cotune.cloud.stream import CloudStream, StreamConfig
-from cotune.device.side_network import SideNetwork
+from cotune.device.side_network import open_side_network
 from cotune.device.stream import DeviceStream
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import RowWork
@@ -52,9 +52,7 @@ class Stopwatch:
 
 async def measure_parts(backbone: Backbone, plugin: Plugin, texts: Sequence[Text], *, runs: int) -> dict[str, Any]:
     """Milliseconds per kept token of each part, and under `message_bytes` the sizes (up, down) by answer form."""
-    personal = Personal(
-        corrector=SideNetwork.from_plugin(plugin), output_basis=OutputBasis.from_bytes(plugin.output_basis)
-    )
+    personal = Personal(corrector=open_side_network(plugin), output_basis=OutputBasis.from_bytes(plugin.output_basis))
     plain = _without_hooks(backbone.model)
     found: dict[str, list[float]] = defaultdict(list)
     sizes: dict[str, tuple[int, int]] = {}

@@ -5,7 +5,7 @@ An untrained side network changes nothing in the modes that add to the base mode
 
 import torch
 
-from cotune.device.side_network import SideNetwork
+from cotune.device.side_network import open_side_network
 from cotune.generation.gate import Gate
 from cotune.generation.reference import Personal, generate
 from cotune.generation.request import GenerationRequest
@@ -28,7 +28,7 @@ plugin = build_plugin(
     output_basis=backbone.output_basis,
 )
 gate = Gate(weight=torch.randn(about.hidden_size, generator=torch.Generator().manual_seed(1)).numpy())
-personal = Personal(corrector=SideNetwork.from_plugin(plugin), output_basis=backbone.output_basis, gate=gate)
+personal = Personal(corrector=open_side_network(plugin), output_basis=backbone.output_basis, gate=gate)
 
 text = TextCodec(backbone.tokenizer_json)
 prompt = "User: Write a short note to Anna about lunch on Friday.\nAssistant:"

@@ -190,6 +190,8 @@ PUBLIC = {
         "write_report",
     ],
     "cotune.models": [
+        "AttentionLadder",
+        "AttentionLadderConfig",
         "Backbone",
         "BackboneCursor",
         "BackboneSpec",

@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cotune.data.assistant_text import generate_exchanges
 from cotune.device.runtime import Device
 from cotune.generation.gate import Gate
+from cotune.models.attention_ladder import AttentionLadder, AttentionLadderConfig
 from cotune.models.backbone import Backbone
+from cotune.models.side_network import SideNetwork
 from cotune.models.tap_ladder import TapLadder, TapLadderConfig
 from cotune.plugin import Plugin
 from cotune.tuning.plugin_folder import build_plugin
@@ -80,7 +82,23 @@ def untrained_ladder(backbone: Backbone, seed: int = 0) -> TapLadder:
     return TapLadder(shape, torch.Generator().manual_seed(seed)).eval()
 
 
-def plugin_of(backbone: Backbone, network: TapLadder, gate: Gate | None, family: str = "parallel") -> Plugin:
+def untrained_attention(backbone: Backbone, seed: int = 0) -> AttentionLadder:
+    """One with a memory, of a window that is shorter than many prompts and texts."""
+    description = backbone.description
+    shape = AttentionLadderConfig(
+        num_taps=description.num_taps,
+        tap_dim=description.tap_dim,
+        basis_dim=description.basis_dim,
+        side_width=16,
+        ff_width=12,
+        head_dim=8,
+        context=9,
+        prompt_window=5,
+    )
+    return AttentionLadder(shape, torch.Generator().manual_seed(seed)).eval()
+
+
+def plugin_of(backbone: Backbone, network: SideNetwork, gate: Gate | None, family: str = "parallel") -> Plugin:
     """Bind a side network to a backbone."""
     description = backbone.description
     return build_plugin(
@@ -100,9 +118,11 @@ def untrained_plugin(backbone: Backbone, family: str = "parallel") -> Plugin:
     return plugin_of(backbone, untrained_ladder(backbone), gate_for(backbone), family)
 
 
-def random_plugin(backbone: Backbone, ratio: float, seed: int = 0, family: str = "parallel") -> Plugin:
+def random_plugin(
+    backbone: Backbone, ratio: float, seed: int = 0, family: str = "parallel", *, remembers: bool = False
+) -> Plugin:
     """A random side network whose delta is `ratio` times as large as the base logits, as standard deviations go."""
-    network = untrained_ladder(backbone, seed)
+    network = untrained_attention(backbone, seed) if remembers else untrained_ladder(backbone, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     ids = probe_ids(backbone)
     features = backbone.features(ids, 1, top_k=backbone.spec.vocab_size)

@@ -14,6 +14,7 @@ from cotune.generation.gate import Gate
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import Correction, RowWork, StepFeatures
 from cotune.generation.reference import Personal
+from cotune.generation.side_state import StatelessCorrector
 from cotune.wire.codec import dequantise, quantise
 from cotune.wire.description import CloudDescription
 from cotune.wire.features import SequenceFeatures
@@ -91,7 +92,7 @@ class ToyBackbone:
 
 
 @dataclass
-class ToyCorrector:
+class ToyCorrector(StatelessCorrector):
     """A random linear map from taps to a correction."""
 
     strength: float = 1.0
@@ -105,6 +106,38 @@ class ToyCorrector:
         return Correction(codes=codes, scale=np.float16(scale))
 
 
+class ToyMemory:
+    """Remembers every position, and refuses to be left one out: its correction depends on all that it has read."""
+
+    reads_every_position = True
+
+    def __init__(self, corrector: ToyCorrector, prompt_window: int = 3) -> None:
+        self.corrector, self.prompt_window = corrector, prompt_window
+
+    def open(self) -> ToyMemoryState:
+        return ToyMemoryState(self.corrector)
+
+
+class ToyMemoryState:
+    def __init__(self, corrector: ToyCorrector) -> None:
+        self._corrector = corrector
+        self.read_positions: list[tuple[int, NDArray[np.float32]]] = []
+
+    @property
+    def next_position(self) -> int | None:
+        return self.read_positions[-1][0] + 1 if self.read_positions else None
+
+    def read(self, position: int, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> None:
+        assert self.next_position is None or position <= self.next_position
+        self.read_positions = [one for one in self.read_positions if one[0] < position]
+        self.read_positions.append((position, dequantise(tap_codes, tap_scales)))
+
+    def correct(self, position: int, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> Correction:
+        self.read(position, tap_codes, tap_scales)
+        mixed = sum((taps * np.float32(1 + read % 7) for read, taps in self.read_positions), np.zeros(1, np.float32))
+        return self._corrector.correct(*quantise(mixed / np.float32(4 * len(self.read_positions) ** 0.5)))
+
+
 def toy_basis(seed: int = 1) -> OutputBasis:
     rng = np.random.default_rng(seed)
     return OutputBasis.from_matrix(rng.standard_normal((VOCAB, BASIS)).astype(np.float32))
@@ -115,8 +148,11 @@ def toy_gate(threshold: float = 0.0) -> Gate:
     return Gate(weight=weight, bias=0.1, threshold=threshold)
 
 
-def toy_personal(strength: float = 1.0, seed: int = 0) -> Personal:
-    return Personal(corrector=ToyCorrector(strength, seed), output_basis=toy_basis(), gate=toy_gate())
+def toy_personal(strength: float = 1.0, seed: int = 0, *, remembers: bool = False) -> Personal:
+    corrector = ToyCorrector(strength, seed)
+    return Personal(
+        corrector=ToyMemory(corrector) if remembers else corrector, output_basis=toy_basis(), gate=toy_gate()
+    )
 
 
 def toy_model(max_context: int = 512) -> HostedModel:

@@ -165,10 +165,17 @@ def tune(
     family: Annotated[
         str, typer.Option(help="parallel (modes integration and spa) or serial (ladder and separation).")
     ] = "parallel",
+    side: Annotated[
+        str, typer.Option(help="ladder (a function of each token) or attention (remembers earlier ones).")
+    ] = "ladder",
     epochs: Annotated[int, typer.Option(help="Times that each text is seen; features are computed only once.")] = 15,
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-2,
     side_width: Annotated[int, typer.Option(help="Width of the side network.")] = 64,
     inner_width: Annotated[int, typer.Option(help="Width inside each of its rungs.")] = 64,
+    prompt_window: Annotated[
+        int, typer.Option(help="attention: so many of a prompt's last positions are sent to the device.")
+    ] = 128,
+    tap_step: Annotated[int, typer.Option(help="attention: use every so many taps; each is a block.")] = 1,
     gate: Annotated[bool, typer.Option(help="Train a gate, which mode spa and schedule gated need.")] = True,
     price_nats: Annotated[float, typer.Option(help="Gate: what a round trip has to bring, nats.")] = 0.05,
     max_consult_rate: Annotated[float, typer.Option(help="Gate: largest share of tokens that ask the device.")] = 0.25,
@@ -195,6 +202,8 @@ def tune(
         cotune device tune my-texts.jsonl --cloud ws://127.0.0.1:7070 --out my-plugin
 
         cotune device tune chats.csv --template request --cloud ws://127.0.0.1:7070 --out my-plugin --resume
+
+        cotune device tune letters.jsonl --side attention --cloud ws://127.0.0.1:7070 --out my-plugin
     """
     if importlib.util.find_spec("torch") is None:
         raise InputError("tuning needs PyTorch, which is not installed; run: pip install 'cotune[train]'")
@@ -216,7 +225,7 @@ def tune(
     from cotune.tuning.gate import GateConfig
     from cotune.tuning.loop import LoopConfig
     from cotune.tuning.personal import PersonalConfig, PublicParts, tune_plugin
-    from cotune.tuning.side import SideConfig
+    from cotune.tuning.side import AttentionShape, SideConfig
     from cotune.wire.frames import AssetKind, Hello, encode
 
     config = PersonalConfig(
@@ -225,6 +234,7 @@ def tune(
             family=family,
             side_width=side_width,
             inner_width=inner_width,
+            attention=AttentionShape.for_side(side, prompt_window=prompt_window, tap_step=tap_step),
             seed=seed,
         ),
         gate=GateConfig(price_nats=price_nats, seed=seed) if gate else None,

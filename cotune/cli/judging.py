@@ -14,6 +14,7 @@ from cotune.device.client import CloudClient
 from cotune.device.likelihood import base_nats, token_nats
 from cotune.device.runtime import Device, DeviceGeneration, GenerationOptions
 from cotune.generation.gate import Gate
+from cotune.generation.side_state import first_position
 
 BASE = "base"
 
@@ -47,11 +48,14 @@ async def judge_likelihood(
         advance: told about progress.
     """
     nats: dict[str, list[NDArray[np.float64]]] = {mode: [] for mode in (BASE, *devices)}
+    window = max((device.personal.corrector.prompt_window for device in devices.values()), default=0)
     for number, example in enumerate(examples, start=1):
-        features = await client.features(example.input_ids, example.first_target, client.description.vocab_size)
-        nats[BASE].append(base_nats(features))
+        first = first_position(example.first_target, window)
+        num_lead = example.first_target - first
+        features = await client.features(example.input_ids, first, client.description.vocab_size)
+        nats[BASE].append(base_nats(features, num_lead=num_lead))
         for mode, device in devices.items():
-            nats[mode].append(token_nats(features, device.personal, mode))
+            nats[mode].append(token_nats(features, device.personal, mode, start=first, num_lead=num_lead))
         advance(number, len(examples), "likelihood")
     return {mode: np.concatenate(parts) for mode, parts in nats.items()}
 

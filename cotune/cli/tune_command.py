@@ -31,6 +31,9 @@ def tune(
     learning_rate: Annotated[float | None, typer.Option(help="Largest one; 1e-3 for lora, 1e-2 for side.")] = None,
     rank: Annotated[int, typer.Option(help="lora: width of the bottleneck.")] = 8,
     family: Annotated[str, typer.Option(help="side: parallel or serial.")] = "parallel",
+    side: Annotated[
+        str, typer.Option(help="side: ladder (a function of each token) or attention (remembers earlier ones).")
+    ] = "ladder",
     heldout_share: Annotated[float, typer.Option(help="Part of the texts that judges instead of training.")] = 0.2,
     max_length: Annotated[int | None, typer.Option(help="Tokens of one text; the model's context if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -73,6 +76,7 @@ def tune(
         "learning_rate": learning_rate,
         "rank": rank,
         "family": family,
+        "side": side,
         "heldout_share": heldout_share,
         "max_length": max_length,
         "seed": seed,
@@ -160,11 +164,16 @@ def _tune_side(
     from cotune.tuning.feature_cache import FeatureCache
     from cotune.tuning.loop import LoopConfig
     from cotune.tuning.personal import PersonalConfig, PublicParts, tune_plugin
-    from cotune.tuning.side import SideConfig
+    from cotune.tuning.side import AttentionShape, SideConfig
 
     loop = LoopConfig(epochs=settings["epochs"] or 15, learning_rate=settings["learning_rate"] or 1e-2)
     config = PersonalConfig(
-        side=SideConfig(loop=loop, family=settings["family"], seed=settings["seed"]),
+        side=SideConfig(
+            loop=loop,
+            family=settings["family"],
+            attention=AttentionShape.for_side(settings["side"]),
+            seed=settings["seed"],
+        ),
         heldout_share=settings["heldout_share"],
         max_length=settings["max_length"],
         prompt_format=common_prompt_format(examples),

@@ -37,6 +37,7 @@ from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import Correction, Cursor, DecodingBackbone, RowWork, StepFeatures
 from cotune.generation.sampling import Sampling, choose, top_logits
 from cotune.wire.codec import pack_taps
+from cotune.wire.frame import HEADER_BYTES, MAX_FRAME_BYTES
 from cotune.wire.frames import (
     Ack,
     Close,
@@ -332,30 +333,20 @@ class CloudStream:
             # A pass over a few tokens takes hardly longer, and is better than no measurement.
             step_s.add(seconds)
         frames: list[Frame] = []
-        prompt_taps: list[bytes] = []
+        earlier: list[tuple[int, bytes]] = []
         position = self.num_cached - plan.num_outputs + 1
         for one in features:
             if position < self.num_decoded:
                 if position >= self.num_taps_sent > 0:
-                    prompt_taps.append(pack_taps(*one.quantised_taps()))
+                    earlier.append((position, pack_taps(*one.quantised_taps())))
                     self.num_taps_sent = position + 1
             elif self._goes_on_at(position):
                 frames += self._emit(one, now_s)
             else:
                 self.counters.num_wasted_steps += 1
             position += 1
-        if prompt_taps:
-            start = self.num_taps_sent - len(prompt_taps)
-            # A frame of its own, before those of the positions after the prompt.
-            taps = Taps(
-                epoch=self.epoch,
-                session=self.session,
-                pos=start,
-                num_positions=len(prompt_taps),
-                taps=b"".join(prompt_taps),
-            )
-            frames.insert(0, taps)
-        return frames
+        # Frames of their own, before those of the positions that are still to be decided.
+        return [*self._pushed(earlier), *frames]
 
     def on_frame(self, frame: Frame, now_s: float) -> list[Frame]:
         """Take one frame from the device; returns the frames to send. Stale and repeated ones change nothing."""
@@ -534,6 +525,22 @@ class CloudStream:
         if config.answer == "correction" and not consulted:
             return [step, *self._confirm_corrected(now_s)]
         return [step, *self.end_if_finished(now_s)]
+
+    def _pushed(self, earlier: Sequence[tuple[int, bytes]]) -> list[Frame]:
+        """Consecutive positions and their taps, in as few frames as their size allows."""
+        if not earlier:
+            return []
+        num_each = max(1, (MAX_FRAME_BYTES - HEADER_BYTES) // len(earlier[0][1]))
+        return [
+            Taps(
+                epoch=self.epoch,
+                session=self.session,
+                pos=part[0][0],
+                num_positions=len(part),
+                taps=b"".join(taps for _, taps in part),
+            )
+            for part in (earlier[i : i + num_each] for i in range(0, len(earlier), num_each))
+        ]
 
     def _should_wait(self, fires: bool) -> bool:
         schedule = self.config.schedule

@@ -13,7 +13,7 @@ import numpy as np
 
 from cotune.errors import ConnectionLostError, FrameError, InputError, WireError
 from cotune.generation.beam_reference import cut_at_ending
-from cotune.generation.beams import BeamCounters, BeamOptions, FinishedBeam, check_beams
+from cotune.generation.beams import BeamCounters, BeamOptions, FinishedBeam, check_beams, check_memory
 from cotune.generation.reference import Personal
 from cotune.generation.request import Decision, GenerationRequest
 from cotune.generation.stopping import Detokenize, Ending
@@ -67,6 +67,7 @@ class BeamDeviceStream:
         detokenize: Detokenize | None = None,
     ) -> None:
         check_beams(mode=request.mode, schedule=schedule, answer="correction", sampling=request.sampling)
+        check_memory(personal.corrector)
         if request.max_new_tokens > MAX_BEAM_TOKENS:
             raise InputError(
                 f"max_new_tokens is {request.max_new_tokens} with beams, expected at most {MAX_BEAM_TOKENS}"
@@ -230,8 +231,8 @@ class BeamDeviceStream:
         beams = tuple(i for i, consults in enumerate(step.consult) if consults)
         if not beams:
             return []
-        corrector = self._personal.corrector
-        corrections = [corrector.correct(*unpack_taps(taps, *self._tap_shape)) for taps in step.taps]
+        side = self._personal.corrector.open()
+        corrections = [side.correct(step.pos, *unpack_taps(taps, *self._tap_shape)) for taps in step.taps]
         self.num_corrections += len(beams)
         return [
             BeamCorrect(

@@ -8,19 +8,24 @@ from numpy.typing import NDArray
 from cotune.errors import InputError
 from cotune.generation.modes import mode_named
 from cotune.generation.reference import Personal
+from cotune.generation.side_state import first_position
 from cotune.wire.features import SequenceFeatures
 
 
-def token_nats(features: SequenceFeatures, personal: Personal, mode: str) -> NDArray[np.float64]:
+def token_nats(
+    features: SequenceFeatures, personal: Personal, mode: str, *, start: int = 1, num_lead: int = 0
+) -> NDArray[np.float64]:
     """-log p(target) of each target position, teacher-forced, through the very code that generates.
 
     Args:
         features: with the base logits of the whole vocabulary (`top_k` of at least its size).
         personal: the side network, the basis, and the gate for a gated mode.
         mode: what the output is.
+        start: place of the first of these positions in the whole text.
+        num_lead: so many of the first are no targets; a side network that remembers reads as many as it generates with.
 
     Returns:
-        float64 (targets,), nats.
+        float64 (targets,), nats; `num_lead` fewer than there are positions.
 
     Raises:
         InputError: base logits are missing, or a gated mode has no gate.
@@ -34,20 +39,28 @@ def token_nats(features: SequenceFeatures, personal: Personal, mode: str) -> NDA
         )
     if combination.is_gated and personal.gate is None:
         raise InputError(f"mode {mode} needs a gate, and the plugin has none; tune it again with a gate")
-    nats = np.empty(len(features))
-    for t in range(len(features)):
+    side = personal.corrector.open()
+    skipped = first_position(start + num_lead, personal.corrector.prompt_window) - start
+    nats = np.empty(len(features) - num_lead)
+    for t in range(max(0, skipped), len(features)):
+        taps = features.tap_codes[t], features.tap_scales[t]
         delta = None
-        if not combination.is_gated or (
-            personal.gate is not None and personal.gate.consults(features.hidden[t].astype(np.float32))
+        if t >= num_lead and (
+            not combination.is_gated
+            or (personal.gate is not None and personal.gate.consults(features.hidden[t].astype(np.float32)))
         ):
-            correction = personal.corrector.correct(features.tap_codes[t], features.tap_scales[t])
-            delta = personal.output_basis.delta(correction)
+            delta = personal.output_basis.delta(side.correct(start + t, *taps))
+        else:
+            side.read(start + t, *taps)
+        if t < num_lead:
+            continue
         logits = combination.combine(features.top_logits[t], delta).astype(np.float64)
         largest = logits.max()
-        nats[t] = largest + np.log(np.exp(logits - largest).sum()) - logits[features.target_ids[t]]
+        nats[t - num_lead] = largest + np.log(np.exp(logits - largest).sum()) - logits[features.target_ids[t]]
     return nats
 
 
-def base_nats(features: SequenceFeatures) -> NDArray[np.float64]:
-    """-log p(target) of each target position under the base model alone, nats."""
-    return features.log_normalizer.astype(np.float64) - features.target_logits.astype(np.float64)
+def base_nats(features: SequenceFeatures, *, num_lead: int = 0) -> NDArray[np.float64]:
+    """-log p(target) of each target position under the base model alone, nats; the first `num_lead` are none."""
+    nats: NDArray[np.float64] = features.log_normalizer.astype(np.float64) - features.target_logits.astype(np.float64)
+    return nats[num_lead:]

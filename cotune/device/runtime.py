@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from cotune.device.attention_network import MAX_ROLLBACK
 from cotune.device.beam_stream import BeamDeviceStream
 from cotune.device.client import ClientConfig, CloudClient, Connector
 from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
-from cotune.device.side_network import SideNetwork, gate_of
+from cotune.device.side_network import gate_of, open_side_network
 from cotune.device.stream import DeviceStream
 from cotune.errors import InputError
-from cotune.generation.beams import BeamCounters, BeamOptions, FinishedBeam, check_beams
+from cotune.generation.beams import BeamCounters, BeamOptions, FinishedBeam, check_beams, check_memory
 from cotune.generation.gate import Gate
 from cotune.generation.modes import mode_named
 from cotune.generation.output_basis import OutputBasis
@@ -156,7 +157,7 @@ class Device:
     def __init__(self, plugin: Plugin, connector: Connector, config: ClientConfig | None = None) -> None:
         self.plugin = plugin
         self.personal = Personal(
-            corrector=SideNetwork.from_plugin(plugin),
+            corrector=open_side_network(plugin),
             output_basis=OutputBasis.from_bytes(plugin.output_basis),
             gate=gate_of(plugin),
         )
@@ -303,12 +304,24 @@ class Device:
             basis=self.personal.output_basis.digest,
         )
 
+    def _check_memory(self, options: GenerationOptions) -> None:
+        corrector = self.personal.corrector
+        if options.beams is not None:
+            check_memory(corrector)
+        if corrector.reads_every_position and options.window > MAX_ROLLBACK:
+            raise InputError(
+                f"window is {options.window}, expected at most {MAX_ROLLBACK} with a side network that remembers "
+                "earlier positions"
+            )
+
     def check(self, options: GenerationOptions) -> None:
         """Refuse what this plugin cannot do, before anything is sent.
 
         Raises:
-            InputError: the mode belongs to another family, or needs a gate that is not there.
+            InputError: the mode belongs to another family, needs a gate that is not there, or more memory than the side
+                network has.
         """
+        self._check_memory(options)
         mode = mode_named(options.mode)
         if mode.family != self.plugin.family:
             fitting = "ladder or separation" if self.plugin.family == "serial" else "integration or spa"

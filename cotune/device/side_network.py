@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cotune.device.attention_network import AttentionNetwork
+from cotune.device.plugin_tensors import Tensors, check_taps, check_tensors, read_dimension
 from cotune.errors import InputError
 from cotune.generation.gate import Gate
 from cotune.generation.protocols import Correction
+from cotune.generation.side_state import StatelessCorrector
 from cotune.plugin import Plugin
 from cotune.wire.codec import dequantise, quantise
 
 _RMS_EPS = np.float32(1e-6)
-
-Tensors = dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class _Shape:
     inner_width: int
 
 
-class SideNetwork:
-    """A side network ready to run. Fits `Corrector`.
+class SideNetwork(StatelessCorrector):
+    """A ladder without a memory, ready to run. Fits `Corrector`.
 
     It keeps working memory between calls: use one object in one thread.
 
@@ -49,14 +50,15 @@ class SideNetwork:
     def __init__(self, kind: str, config: dict[str, Any], tensors: Tensors) -> None:
         if kind not in _KINDS:
             raise InputError(
-                f"the plugin's kind is {kind!r}, expected one of {', '.join(_KINDS)}; update cotune or tune again"
+                f"the plugin's kind is {kind!r}, expected one of {', '.join((*_KINDS, AttentionNetwork.kind))}; "
+                "update cotune or tune again"
             )
         read_shape, self._side_state, has_norm = _KINDS[kind]
         try:
             shape = read_shape(config)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"the plugin's config does not fit {kind} ({error!r}); tune again") from error
-        _check_shapes(tensors, _expected_shapes(shape, has_norm))
+        check_tensors(tensors, _expected_shapes(shape, has_norm))
         self.num_taps, self.tap_dim, self.basis_dim = shape.num_taps, shape.tap_dim, shape.basis_dim
         side, inner = shape.side_width, shape.inner_width
         rungs = shape.num_taps - 1
@@ -81,10 +83,10 @@ class SideNetwork:
 
     @classmethod
     def from_plugin(cls, plugin: Plugin) -> SideNetwork:
-        """The plugin's side network.
+        """The plugin's ladder; see `open_side_network` for those of any kind.
 
         Raises:
-            InputError: an unknown kind, or tensors that do not fit the config.
+            InputError: another kind, or tensors that do not fit the config.
         """
         return cls(plugin.kind, plugin.config, plugin.tensors)
 
@@ -100,11 +102,7 @@ class SideNetwork:
         Raises:
             InputError: the taps have another shape than the plugin was tuned for.
         """
-        if tap_codes.shape != (self.num_taps, self.tap_dim) or tap_scales.shape != (self.num_taps,):
-            raise InputError(
-                f"the taps have shapes {tap_codes.shape} and {tap_scales.shape}, "
-                f"expected ({self.num_taps}, {self.tap_dim}) and ({self.num_taps},) for this plugin"
-            )
+        check_taps(tap_codes, tap_scales, self.num_taps, self.tap_dim)
         codes, scale = quantise(self.correct_exactly(dequantise(tap_codes, tap_scales)))
         return Correction(codes=codes, scale=np.float16(scale))
 
@@ -132,6 +130,17 @@ class SideNetwork:
         return correction
 
 
+def open_side_network(plugin: Plugin) -> SideNetwork | AttentionNetwork:
+    """The plugin's side network, of whatever kind.
+
+    Raises:
+        InputError: an unknown kind, or tensors that do not fit the config.
+    """
+    if plugin.kind == AttentionNetwork.kind:
+        return AttentionNetwork(plugin.config, plugin.tensors)
+    return SideNetwork(plugin.kind, plugin.config, plugin.tensors)
+
+
 def gate_of(plugin: Plugin) -> Gate | None:
     """The plugin's gate, where it has one."""
     if plugin.gate is None:
@@ -151,25 +160,18 @@ def _relu(h: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.flo
 
 def _tap_ladder_shape(config: dict[str, Any]) -> _Shape:
     names = ("num_taps", "tap_dim", "basis_dim", "side_width", "inner_width")
-    return _Shape(**{name: _dimension(config, name) for name in names})
+    return _Shape(**{name: read_dimension(config, name) for name in names})
 
 
 def _spa_ladder_shape(config: dict[str, Any]) -> _Shape:
-    hidden = _dimension(config, "hidden_size")
+    hidden = read_dimension(config, "hidden_size")
     return _Shape(
-        num_taps=_dimension(config, "num_taps"),
+        num_taps=read_dimension(config, "num_taps"),
         tap_dim=hidden,
         basis_dim=hidden,
-        side_width=_dimension(config, "side_width"),
+        side_width=read_dimension(config, "side_width"),
         inner_width=hidden,
     )
-
-
-def _dimension(config: dict[str, Any], name: str) -> int:
-    value = config[name]
-    if type(value) is not int or not 1 <= value <= 2**20:
-        raise ValueError(f"{name} is {value!r}")
-    return value
 
 
 # kind: how to read its shape, its side state from h, and whether that has a learned scale.
@@ -200,14 +202,3 @@ def _expected_shapes(shape: _Shape, has_norm: bool) -> dict[str, tuple[int, ...]
         "head_bias": (shape.basis_dim,),
         **norm,
     }
-
-
-def _check_shapes(tensors: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
-    if tensors.keys() != expected.keys():
-        raise InputError(f"the plugin has tensors {sorted(tensors)}, expected {sorted(expected)}; tune again")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape or tensors[name].dtype != np.float32:
-            raise InputError(
-                f"plugin tensor {name} is {tensors[name].dtype} {tensors[name].shape}, "
-                f"expected float32 {shape}; tune again"
-            )

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from cotune.device.drafter import Drafter, LookupDrafter
 from cotune.device.drafting import Drafting
+from cotune.device.pushed_taps import PushedTaps
 from cotune.errors import ConnectionLostError, FrameError, WireError
 from cotune.generation.reference import Personal
 from cotune.generation.request import Decision, GenerationRequest
 from cotune.generation.sampling import PartialLogits, choose_certified
 from cotune.generation.stopping import Detokenize, Ending, find_ending
-from cotune.wire.codec import unpack_taps
 from cotune.wire.frames import (
     Ack,
     AnswerCode,
@@ -39,6 +39,7 @@ from cotune.wire.frames import (
     Opened,
     ScheduleCode,
     Step,
+    Taps,
     Tokens,
 )
 
@@ -92,7 +93,7 @@ class DeviceStream:
         self.num_drafts = 0
         self.session = 0
         self._personal = personal
-        self._tap_shape = tap_shape
+        self._taps = PushedTaps(personal.corrector, tap_shape, len(request.prompt_ids))
         self._detokenize = detokenize
         self._ticket: bytes | None = None
         self._is_opening = False
@@ -145,6 +146,7 @@ class DeviceStream:
             top_k=self.top_k,
             window=self.window,
             deadline_ms=self.deadline_ms,
+            taps_from=self._taps.open(self.next_position),
             seed=self.request.sampling.seed,
             temperature=self.request.sampling.temperature,
             top_p=self.request.sampling.top_p,
@@ -181,6 +183,8 @@ class DeviceStream:
             return self._correct(frame) if self.answer == "correction" else self._take_step(frame)
         if isinstance(frame, Logits):
             return self._take_logits(frame)
+        if isinstance(frame, Taps) and frame.epoch == self._epoch:
+            self._taps.read(frame.pos, frame.taps)
         return []
 
     def _opened(self, frame: Opened) -> list[Frame]:
@@ -237,14 +241,14 @@ class DeviceStream:
     # The correction form.
 
     def _correct(self, step: Step) -> list[Frame]:
-        ahead = (step.epoch - self._epoch) & 0xFFFF
-        if ahead >= 0x8000:
+        if self._is_stale(step) or (step.epoch == self._epoch and self._taps.is_repeated(step.pos)):
             return []
         self._epoch = step.epoch
         self._steps[step.pos] = step.base_token, step.running_token
         if not step.consult:
+            self._taps.read(step.pos, step.taps)
             return []
-        correction = self._personal.corrector.correct(*unpack_taps(step.taps, *self._tap_shape))
+        correction = self._taps.correct(step.pos, step.taps)
         self.num_corrections += 1
         # The draft first: it is there when the correction lets the cloud go on.
         return [
@@ -258,7 +262,12 @@ class DeviceStream:
             ),
         ]
 
+    def _is_stale(self, frame: Frame) -> bool:
+        return (frame.epoch - self._epoch) & 0xFFFF >= 0x8000
+
     def _take_tokens(self, frame: Tokens) -> list[Frame]:
+        if not self._is_stale(frame):
+            self._epoch = frame.epoch
         replies: list[Frame] = []
         is_replaced = False
         columns = (frame.tokens, frame.consulted, frame.changed, frame.late)
@@ -267,7 +276,9 @@ class DeviceStream:
             if position != self.next_position or self.ending is not None:
                 continue
             base_token, running = self._steps.pop(position, (token, token))
-            is_replaced |= running != token
+            if running != token:
+                is_replaced = True
+                self._taps.forget_after(position)
             base_token = base_token if changed else token
             replies += self._append(Decision(token_id=token, base_token_id=base_token, consulted=consulted, late=late))
         # What the cloud went on with is gone, and what was drafted after it.
@@ -285,9 +296,10 @@ class DeviceStream:
         if step.pos != self.next_position:
             return []
         if not step.consult:
+            self._taps.read(step.pos, step.taps)
             base = step.base_token
             return self._append(Decision(token_id=base, base_token_id=base, consulted=False))
-        correction = self._personal.corrector.correct(*unpack_taps(step.taps, *self._tap_shape))
+        correction = self._taps.correct(step.pos, step.taps)
         self.num_corrections += 1
         delta = self._personal.output_basis.delta(correction)
         partial = PartialLogits(ids=step.ids, logits=step.logits, log_normalizer=step.log_normalizer)

@@ -9,7 +9,15 @@ import numpy as np
 
 from cotune.errors import InputError
 from cotune.generation.beam_cursors import BeamCursors
-from cotune.generation.beams import BeamCounters, BeamOptions, BeamSearch, FinishedBeam, Proposal, check_beams
+from cotune.generation.beams import (
+    BeamCounters,
+    BeamOptions,
+    BeamSearch,
+    FinishedBeam,
+    Proposal,
+    check_beams,
+    check_memory,
+)
 from cotune.generation.protocols import DecodingBackbone, RowWork, StepFeatures
 from cotune.generation.reference import Personal
 from cotune.generation.request import Decision, GenerationRequest
@@ -51,8 +59,8 @@ def cut_at_ending(
     return list(decisions), None
 
 
-def propose(features: StepFeatures, personal: Personal | None, request: GenerationRequest) -> Proposal:
-    """What comes next in one beam, asking the device where the mode and its gate say so.
+def propose(features: StepFeatures, personal: Personal | None, request: GenerationRequest, position: int) -> Proposal:
+    """What comes at `position` in one beam, asking the device where the mode and its gate say so.
 
     Raises:
         InputError: a gated mode without a gate.
@@ -66,7 +74,9 @@ def propose(features: StepFeatures, personal: Personal | None, request: Generati
             raise InputError(f"mode {mode.name} needs a gate, and the plugin has none; tune it with a gate")
         if not personal.gate.consults(features.hidden):
             return Proposal(logits=features.logits, base_token_id=base_token_id, consulted=False)
-    delta = personal.output_basis.delta(personal.corrector.correct(*features.quantised_taps()))
+    # Beams are refused for networks with a memory, so an empty one is all there is.
+    correction = personal.corrector.open().correct(position, *features.quantised_taps())
+    delta = personal.output_basis.delta(correction)
     return Proposal(logits=mode.combine(features.logits, delta), base_token_id=base_token_id, consulted=True)
 
 
@@ -90,6 +100,8 @@ def search(
         InputError: a request that beams cannot serve.
     """
     check_beams(mode=request.mode, schedule="blocking", answer="correction", sampling=request.sampling)
+    if personal is not None:
+        check_memory(personal.corrector)
     if request.stop_strings and detokenize is None:
         raise InputError("stop_strings needs detokenize, a function from token ids to text")
     beams = BeamSearch(options, max_new_tokens=request.max_new_tokens, stop_token_ids=request.stop_token_ids)
@@ -97,7 +109,7 @@ def search(
     try:
         features = [cursors.cursors[0].extend(request.prompt_ids)]
         while True:
-            beams.advance([propose(one, personal, request) for one in features])
+            beams.advance([propose(one, personal, request, cursors.cursors[0].length) for one in features])
             if beams.is_over:
                 break
             cursors.branch([beam.parent for beam in beams.running])

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.generation.modes import mode_named
+from cotune.generation.protocols import Corrector
 from cotune.generation.request import Decision
 from cotune.generation.sampling import Sampling
 
@@ -87,6 +88,19 @@ def check_beams(*, mode: str, schedule: str, answer: str, sampling: Sampling) ->
         raise InputError(
             f"temperature is {sampling.temperature} with beams, expected 0: beam search draws no tokens; "
             "use temperature 0, or no beams"
+        )
+
+
+def check_memory(corrector: Corrector) -> None:
+    """Refuse a side network with a memory: beams that split would need copies of it.
+
+    Raises:
+        InputError: it has one.
+    """
+    if corrector.reads_every_position:
+        raise InputError(
+            "the side network remembers earlier positions, expected one without a memory for beams; "
+            "use one beam, or a plugin tuned with --side ladder"
         )
 
 

@@ -96,6 +96,11 @@ class RowWork:
 class DecodingBackbone(Protocol):
     """A frozen model that reads tokens and offers features."""
 
+    @property
+    def prompt_chunk(self) -> int:
+        """Prompts are read in pieces that end at multiples of this many tokens."""
+        ...
+
     def cursor(self, num_prompt: int | None = None) -> Cursor:
         """An empty sequence. `num_prompt`: how many tokens are its prompt; None for those of the first `extend`."""
         ...
@@ -122,9 +127,45 @@ class Correction:
     scale: np.float16
 
 
-class Corrector(Protocol):
-    """A side network: stateless, from the taps of one position to a correction of its logits."""
+class SideState(Protocol):
+    """What a side network remembers of one sequence. Position t predicts token t, so there is none before 1."""
 
-    def correct(self, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> Correction:
-        """Correction for one position from int8 (taps, tap_dim) codes and float16 (taps,) scales."""
+    @property
+    def next_position(self) -> int | None:
+        """The position that comes next without a gap; None where any may come."""
+        ...
+
+    def read(self, position: int, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> None:
+        """Remember a position without its correction; everything at or after it is forgotten first.
+
+        Args:
+            position: at most `next_position`.
+            tap_codes: int8 (taps, tap_dim).
+            tap_scales: float16 (taps,).
+
+        Raises:
+            InputError: a position was left out, or the taps have another shape than the network reads.
+        """
+        ...
+
+    def correct(self, position: int, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> Correction:
+        """As `read`, and the correction of that position: the same bits however the earlier ones came to be known."""
+        ...
+
+
+class Corrector(Protocol):
+    """A side network: from the taps of one position, and what it remembers, to a correction of its logits."""
+
+    @property
+    def reads_every_position(self) -> bool:
+        """Whether it has a memory, and needs each position once and in order, consulted or not."""
+        ...
+
+    @property
+    def prompt_window(self) -> int:
+        """How many positions it reads up to the first generated one, that one included; 0 without a memory."""
+        ...
+
+    def open(self) -> SideState:
+        """An empty memory, for one sequence."""
         ...

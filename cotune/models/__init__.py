@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.models.anatomy import BackboneSpec
+from cotune.models.attention_ladder import AttentionLadder, AttentionLadderConfig
 from cotune.models.backbone import Backbone, BackboneCursor, ForwardStates
 from cotune.models.projections import Projections
 from cotune.models.side_network import SideNetwork, fake_quantise
@@ -19,6 +20,7 @@ from cotune.models.tap_ladder import TapLadder, TapLadderConfig
 SIDE_NETWORKS: dict[str, type[SideNetwork]] = {
     TapLadder.kind: TapLadder,
     SpaLadder.kind: SpaLadder,
+    AttentionLadder.kind: AttentionLadder,
 }
 
 
@@ -35,6 +37,8 @@ def load_side_network(kind: str, config: Mapping[str, Any], tensors: Mapping[str
 
 __all__ = [
     "SIDE_NETWORKS",
+    "AttentionLadder",
+    "AttentionLadderConfig",
     "Backbone",
     "BackboneCursor",
     "BackboneSpec",

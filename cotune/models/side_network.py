@@ -1,6 +1,7 @@
 """Side networks: small personal networks that read a frozen backbone's taps and correct its logits.
 
-All share the ladder of SPA (arXiv 2403.07088 and its public code), stateless per token, and end in a linear head:
+They are ladders after SPA (arXiv 2403.07088 and its public code), stateless per token, or after Ladder Side-Tuning
+(arXiv 2206.06522), with attention over earlier positions. All end in a linear head:
 
     s = side_state(t)          taps (taps, tap_dim) to the side state (side,)
     c = R s + r                the correction, (basis_dim,), in the shared output basis B
@@ -116,6 +117,8 @@ class SideNetwork(nn.Module, ABC):
     """A personal network from taps to a correction. Final classes list themselves in `SIDE_NETWORKS`."""
 
     kind: ClassVar[str]
+    reads_every_position: ClassVar[bool] = False
+    """Whether a correction depends on earlier positions too."""
     head_weight: nn.Parameter  # R, (basis_dim, side)
     head_bias: nn.Parameter  # r, (basis_dim,)
 
@@ -133,13 +136,25 @@ class SideNetwork(nn.Module, ABC):
     def config(self) -> Any:
         """The frozen configuration dataclass."""
 
-    @abstractmethod
-    def side_state(self, taps: Tensor) -> Tensor:
-        """s, float32 (..., side), from float32 (..., taps, tap_dim)."""
+    @property
+    def prompt_window(self) -> int:
+        """How many positions it reads up to the first generated one, that one included; 0 without a memory."""
+        return 0
 
-    def forward(self, taps: Tensor) -> Tensor:
-        """c = R s + r, float32 (..., basis_dim), not yet quantised, from float32 (..., taps, tap_dim)."""
-        return F.linear(self.side_state(taps), self.head_weight, self.head_bias)
+    @abstractmethod
+    def side_state(self, taps: Tensor, positions: Tensor | None = None) -> Tensor:
+        """s, float32 (..., side), from float32 (..., taps, tap_dim), and int64 (...,) positions where they matter."""
+
+    def forward(self, taps: Tensor, positions: Tensor | None = None) -> Tensor:
+        """c = R s + r, float32 (..., basis_dim), not yet quantised, from float32 (..., taps, tap_dim).
+
+        A network that reads every position takes (..., seq, taps, tap_dim), whole sequences.
+
+        Args:
+            taps: as above.
+            positions: int64 (..., seq), absolute; None for 1 .. seq.
+        """
+        return F.linear(self.side_state(taps, positions), self.head_weight, self.head_bias)
 
     @property
     def num_parameters(self) -> int:

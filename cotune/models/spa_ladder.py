@@ -90,5 +90,5 @@ class SpaLadder(SideNetwork):
     def config(self) -> SpaLadderConfig:
         return self._config
 
-    def side_state(self, taps: Tensor) -> Tensor:
+    def side_state(self, taps: Tensor, positions: Tensor | None = None) -> Tensor:
         return F.relu(self.ladder(taps))

@@ -105,5 +105,5 @@ class TapLadder(SideNetwork):
     def config(self) -> TapLadderConfig:
         return self._config
 
-    def side_state(self, taps: Tensor) -> Tensor:
+    def side_state(self, taps: Tensor, positions: Tensor | None = None) -> Tensor:
         return F.rms_norm(self.ladder(taps), self.norm_weight.shape, self.norm_weight, eps=1e-6)

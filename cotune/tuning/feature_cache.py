@@ -22,6 +22,7 @@ from safetensors.numpy import load, save
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
+from cotune.generation.side_state import first_position
 from cotune.tuning.feature_set import FeatureSet
 from cotune.wire.features import FeatureSource, SequenceFeatures
 
@@ -76,10 +77,17 @@ class FeatureCache:
         """Bytes of all files, of this run and of others."""
         return self._size_bytes
 
-    def key(self, example: EncodedExample, top_k: int) -> str:
-        """Name of the features of one example: SHA-256, hex, of all that they depend on."""
+    def key(self, example: EncodedExample, top_k: int, prompt_window: int = 0) -> str:
+        """Name of the features of one example: SHA-256, hex, of all that they depend on.
+
+        Args:
+            example: its token ids, and where its targets begin.
+            top_k: base logits kept for each position.
+            prompt_window: how many positions up to the first target are asked for, as in `collect_features`.
+        """
+        first = first_position(example.first_target, prompt_window)
         state = hashlib.sha256(self._origin.encode())
-        state.update(f"{top_k} {example.first_target} {len(example.input_ids)}\n".encode())
+        state.update(f"{top_k} {first} {len(example.input_ids)}\n".encode())
         state.update(np.ascontiguousarray(example.input_ids, "<i8").data)
         return state.hexdigest()
 
@@ -184,6 +192,8 @@ def collect_features(
     examples: Sequence[EncodedExample],
     top_k: int,
     progress: Callable[[CollectProgress], None] | None = None,
+    *,
+    prompt_window: int = 0,
 ) -> FeatureSet:
     """Features of all examples, from the cache where they are there, else from the source and into the cache.
 
@@ -195,30 +205,36 @@ def collect_features(
         examples: token ids and where the targets begin.
         top_k: how many base logits to keep for each position.
         progress: called after each sequence.
+        prompt_window: of the side network, see `cotune.generation.side_state.first_position`; taps of so many
+            positions up to the first target come too.
 
     Returns:
-        The target positions of all examples, in order.
+        The target positions of all examples, in order, and the taps of those before that are asked for.
 
     Raises:
         InputError: there are no examples, or their features do not fit into the bounded cache.
     """
     if not examples:
         raise InputError("there are no examples to collect features for, expected at least one")
-    keys = [cache.key(example, top_k) for example in examples]
+    keys = [cache.key(example, top_k, prompt_window) for example in examples]
     needed = frozenset(keys)
-    lengths = [len(example.input_ids) - example.first_target for example in examples]
+    first_targets = [example.first_target for example in examples]
+    firsts = [first_position(first_target, prompt_window) for first_target in first_targets]
+    asked = [len(example.input_ids) - first for example, first in zip(examples, firsts, strict=True)]
+    leads = [first_target - first for first_target, first in zip(first_targets, firsts, strict=True)]
+    lengths = [num - lead for num, lead in zip(asked, leads, strict=True)]
     whole: FeatureSet | None = None
     num_fetched = 0
     for index, (key, example) in enumerate(zip(keys, examples, strict=True)):
         features = cache.get(key)
         if features is None:
-            features = source.features(np.asarray(example.input_ids, np.int64), example.first_target, top_k)
+            features = source.features(np.asarray(example.input_ids, np.int64), firsts[index], top_k)
             if num_fetched == 0:
-                cache.check_bound(_needed_bytes(cache, keys, lengths, features))
+                cache.check_bound(_needed_bytes(cache, keys, asked, features))
             cache.put(key, features, needed=needed)
             num_fetched += 1
         if whole is None:
-            whole = FeatureSet.for_lengths(lengths, features)
+            whole = FeatureSet.for_lengths(lengths, features, leads=leads, first_targets=first_targets)
         whole.put(index, features)
         if progress is not None:
             progress(CollectProgress(num_done=index + 1, num_fetched=num_fetched, num_sequences=len(examples)))

@@ -27,6 +27,10 @@ class FeatureSet:
         top_logits: float32 (positions, top_k).
         hidden: float16 (positions, hidden), final hidden state, read by the gate.
         offsets: int64 (sequences + 1,), sequence s holds positions offsets[s] .. offsets[s + 1] - 1.
+        first_targets: int64 (sequences,), the place of each sequence's first target position in its whole text.
+        lead_codes, lead_scales: taps of the positions just before these, for side networks that remember; they are
+            read and never judged.
+        lead_offsets: int64 (sequences + 1,), as `offsets`, in them.
     """
 
     target_ids: NDArray[np.int64]
@@ -38,6 +42,10 @@ class FeatureSet:
     top_logits: NDArray[np.float32]
     hidden: NDArray[np.float16]
     offsets: NDArray[np.int64]
+    first_targets: NDArray[np.int64]
+    lead_codes: NDArray[np.int8]
+    lead_scales: NDArray[np.float16]
+    lead_offsets: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -47,9 +55,25 @@ class FeatureSet:
         return len(self.offsets) - 1
 
     @classmethod
-    def for_lengths(cls, lengths: Sequence[int], like: SequenceFeatures) -> FeatureSet:
-        """Room for sequences of `lengths` target positions each, shaped like `like`, to be filled by `put`."""
+    def for_lengths(
+        cls,
+        lengths: Sequence[int],
+        like: SequenceFeatures,
+        *,
+        leads: Sequence[int] | None = None,
+        first_targets: Sequence[int] | None = None,
+    ) -> FeatureSet:
+        """Room for sequences shaped like `like`, to be filled by `put`.
+
+        Args:
+            lengths: target positions of each.
+            like: a sample.
+            leads: positions before these; None for none.
+            first_targets: the place of each first target in its whole text; None where it does not matter.
+        """
         total = sum(lengths)
+        num_leads = [0] * len(lengths) if leads is None else leads
+        places = [1] * len(lengths) if first_targets is None else first_targets
         return cls(
             target_ids=np.zeros(total, np.int64),
             tap_codes=np.zeros((total, *like.tap_codes.shape[1:]), np.int8),
@@ -59,7 +83,11 @@ class FeatureSet:
             top_ids=np.zeros((total, *like.top_ids.shape[1:]), np.int32),
             top_logits=np.zeros((total, *like.top_logits.shape[1:]), np.float32),
             hidden=np.zeros((total, *like.hidden.shape[1:]), np.float16),
-            offsets=np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64),
+            offsets=_offsets(lengths),
+            first_targets=np.asarray(places, np.int64),
+            lead_codes=np.zeros((sum(num_leads), *like.tap_codes.shape[1:]), np.int8),
+            lead_scales=np.zeros((sum(num_leads), *like.tap_scales.shape[1:]), np.float16),
+            lead_offsets=_offsets(num_leads),
         )
 
     @classmethod
@@ -77,14 +105,17 @@ class FeatureSet:
         return whole
 
     def put(self, index: int, features: SequenceFeatures) -> None:
-        """Fill in sequence number `index`.
+        """Fill in sequence number `index`, first the positions before its targets, if it has room for any.
 
         Raises:
             InputError: its shape is not that of this set.
         """
-        place = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
-        for name in _ARRAYS:
-            room, values = getattr(self, name)[place], getattr(features, name)
+        place, lead = _part(self.offsets, index), _part(self.lead_offsets, index)
+        num_lead = lead.stop - lead.start
+        rooms = [(name, getattr(self, name)[place], getattr(features, name)[num_lead:]) for name in _ARRAYS]
+        rooms.append(("tap_codes", self.lead_codes[lead], features.tap_codes[:num_lead]))
+        rooms.append(("tap_scales", self.lead_scales[lead], features.tap_scales[:num_lead]))
+        for name, room, values in rooms:
             if room.shape != values.shape:
                 raise InputError(
                     f"{name} of sequence {index} has shape {values.shape}, expected {room.shape} as in the others; "
@@ -94,18 +125,21 @@ class FeatureSet:
 
     def select(self, sequences: Sequence[int]) -> FeatureSet:
         """The sequences with these indices, in this order, as a new set."""
-        positions = [np.arange(self.offsets[s], self.offsets[s + 1]) for s in sequences]
-        chosen = np.concatenate(positions) if positions else np.zeros(0, np.int64)
-        lengths = [len(p) for p in positions]
+        chosen, lengths = _chosen(self.offsets, sequences)
+        leads, num_leads = _chosen(self.lead_offsets, sequences)
         return FeatureSet(
             **{name: getattr(self, name)[chosen] for name in _ARRAYS},
-            offsets=np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64),
+            offsets=_offsets(lengths),
+            first_targets=self.first_targets[np.asarray(sequences, np.int64)],
+            lead_codes=self.lead_codes[leads],
+            lead_scales=self.lead_scales[leads],
+            lead_offsets=_offsets(num_leads),
         )
 
     def digest(self) -> str:
         """SHA-256, hex, of everything that training reads; tells whether a checkpoint belongs to this data."""
         state = hashlib.sha256()
-        for name in (*_ARRAYS, "offsets"):
+        for name in (*_ARRAYS, "offsets", "first_targets", "lead_codes", "lead_scales", "lead_offsets"):
             array = np.ascontiguousarray(getattr(self, name))
             state.update(f"{name} {array.dtype} {array.shape}".encode())
             state.update(array.data)
@@ -123,3 +157,17 @@ _ARRAYS = (
     "top_logits",
     "hidden",
 )
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
+
+
+def _part(offsets: NDArray[np.int64], index: int) -> slice:
+    return slice(int(offsets[index]), int(offsets[index + 1]))
+
+
+def _chosen(offsets: NDArray[np.int64], sequences: Sequence[int]) -> tuple[NDArray[np.int64], list[int]]:
+    """The positions of these sequences, one after the other, and how many each has."""
+    parts = [np.arange(offsets[s], offsets[s + 1]) for s in sequences]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64), [len(part) for part in parts]

@@ -195,7 +195,7 @@ def tune_plugin(
         def told(p: CollectProgress) -> None:
             tell(f"features, {what}", p.num_done, p.num_sequences, f"{p.num_fetched} asked of the cloud")
 
-        return collect_features(cache, source, part, config.top_k, told)
+        return collect_features(cache, source, part, config.top_k, told, prompt_window=config.side.prompt_window)
 
     features = collect("training", for_side)
     gate_features = collect("gate", for_gate) if for_gate else None

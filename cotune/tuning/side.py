@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.func import functional_call
 
 from cotune.errors import InputError
 from cotune.generation.output_basis import OutputBasis
+from cotune.models.attention_ladder import AttentionLadder, AttentionLadderConfig
 from cotune.models.seeded import seeded
 from cotune.models.side_network import SideNetwork, fake_quantise
 from cotune.models.tap_ladder import TapLadder, TapLadderConfig
@@ -26,9 +28,44 @@ from cotune.tuning.feature_set import FeatureSet
 from cotune.tuning.gradient import GradientState
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
 from cotune.tuning.positions import PositionBatches
-from cotune.tuning.tuner import Metrics, Params
+from cotune.tuning.sequences import SequenceBatch, SequenceData
+from cotune.tuning.tuner import Batches, Metrics, Params
 
 FAMILIES = ("parallel", "serial")
+SIDES = ("ladder", "attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What a side network with attention needs beside its widths."""
+
+    head_dim: int = 32
+    """Width of an attention head."""
+    num_kv_heads: int = 1
+    """Heads of keys and values."""
+    context: int = 512
+    """A position sees so many, itself included."""
+    prompt_window: int = 128
+    """Positions read up to the first generated one, that one included."""
+    tap_step: int = 1
+    """Every so many taps are used, counted from the last; each but the first costs a block."""
+
+    def __post_init__(self) -> None:
+        if self.tap_step < 1:
+            raise InputError(f"tap_step is {self.tap_step}, expected at least 1")
+
+    @classmethod
+    def for_side(cls, side: str, **shape: int) -> Self | None:
+        """The shape for a word of `SIDES`; None for the ladder, which has no memory.
+
+        Example:
+            >>> AttentionShape.for_side("ladder", tap_step=2)
+            >>> AttentionShape.for_side("attention", tap_step=2).tap_step
+            2
+        """
+        if side not in SIDES:
+            raise InputError(f"side is {side!r}, expected one of {', '.join(SIDES)}")
+        return cls(**shape) if side == "attention" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +80,9 @@ class SideConfig:
     side_width: int = 64
     """Width of the side state."""
     inner_width: int = 64
-    """Width inside a rung of the ladder."""
+    """Width inside a rung of the ladder, or inside a block's feed-forward layer."""
+    attention: AttentionShape | None = None
+    """A network that remembers earlier positions; None for a ladder without a memory."""
     dropout: float = 0.0
     """Probability inside a rung, in training only."""
     num_batch_positions: int = 256
@@ -65,10 +104,15 @@ class SideConfig:
         if not self.max_grad_norm > 0:
             raise InputError(f"max_grad_norm is {self.max_grad_norm}, expected a positive number")
 
+    @property
+    def prompt_window(self) -> int:
+        """How many positions up to the first target the network reads; 0 without a memory."""
+        return 0 if self.attention is None else self.attention.prompt_window
+
 
 @dataclass(frozen=True)
 class SideBatch:
-    """Some positions.
+    """Some positions, for a network without a memory.
 
     Attributes:
         taps: float32 (positions, taps, tap_dim), dequantised.
@@ -77,6 +121,15 @@ class SideBatch:
 
     taps: Tensor
     base: KnownBase
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the network takes."""
+        return (self.taps,)
+
+    def at_targets(self, corrections: Tensor) -> Tensor:
+        """c of the target positions, (positions, basis_dim), from what the network gave."""
+        return corrections
 
 
 class SideData:
@@ -104,6 +157,30 @@ class SideData:
         return PositionBatches(len(self._codes), num_batch_positions, seed=seed, take=self.take)
 
 
+def side_batches(
+    features: FeatureSet,
+    network: SideNetwork,
+    vocab_size: int,
+    family: str,
+    num_batch_positions: int,
+    *,
+    seed: int | None,
+) -> Batches[SideBatch | SequenceBatch]:
+    """Batches of the kind that this network takes: positions, or whole sequences where it has a memory.
+
+    Args:
+        features: of all texts.
+        network: that is trained or judged.
+        vocab_size: of the backbone.
+        family: decides which loss the batches are for.
+        num_batch_positions: target positions in one batch, about.
+        seed: of the order; None keeps it.
+    """
+    if network.reads_every_position:
+        return SequenceData(features, vocab_size, family).batches(num_batch_positions, seed=seed)
+    return SideData(features, vocab_size, family).batches(num_batch_positions, seed=seed)
+
+
 class SideTuner:
     """Gradient descent on -log p(target) with sigma = 1.
 
@@ -119,20 +196,20 @@ class SideTuner:
     def init(self, params: Params) -> GradientState:
         return GradientState.start(params, weight_decay=self._config.weight_decay)
 
-    def step(self, state: GradientState, batch: SideBatch) -> tuple[GradientState, Metrics]:
+    def step(self, state: GradientState, batch: SideBatch | SequenceBatch) -> tuple[GradientState, Metrics]:
         self._network.train()
         with seeded(self._config.seed, state.num_steps):
             loss = self._nats(state.params, batch).mean()
         return state, state.descend(loss, max_grad_norm=self._config.max_grad_norm)
 
     @torch.no_grad()
-    def evaluate(self, state: GradientState, batch: SideBatch) -> tuple[float, int]:
+    def evaluate(self, state: GradientState, batch: SideBatch | SequenceBatch) -> tuple[float, int]:
         self._network.eval()
         nats = self._nats(state.params, batch)
         return float(nats.double().sum()), len(nats)
 
-    def _nats(self, params: dict[str, Tensor], batch: SideBatch) -> Tensor:
-        correction = functional_call(self._network, params, (batch.taps,))
+    def _nats(self, params: dict[str, Tensor], batch: SideBatch | SequenceBatch) -> Tensor:
+        correction = batch.at_targets(functional_call(self._network, params, batch.inputs))
         return corrected_nats(fake_quantise(correction), self._basis, batch.base)
 
 
@@ -166,9 +243,9 @@ def tune_side(
     Args:
         features: of the training texts.
         output_basis: the shared basis in which corrections are spoken.
-        config: how to train; the shape in it is that of a fresh `TapLadder`.
+        config: how to train; the shape in it is that of a fresh network.
         heldout: features to judge each epoch by; the best epoch wins.
-        network: a network to start from instead of a fresh ladder; it is trained in place.
+        network: a network to start from instead of a fresh one; it is trained in place.
         run_dir: for metrics and checkpoints.
         resume: go on from the checkpoint in `run_dir`, if there is one.
         progress: called after each step.
@@ -178,19 +255,20 @@ def tune_side(
         NonFiniteLossError: a loss is nan or inf.
     """
     if network is None:
-        network = fresh_ladder(features, output_basis, config)
+        network = fresh_network(features, output_basis, config)
     tuner = SideTuner(network, torch.from_numpy(output_basis.matrix()), config)
     state = tuner.init(dict(network.named_parameters()))
-    size = config.num_batch_positions
-    judges = None
-    if heldout is not None:
-        judges = SideData(heldout, output_basis.vocab_size, config.family).batches(size, seed=None)
+
+    def batches(part: FeatureSet, seed: int | None) -> Batches[SideBatch | SequenceBatch]:
+        size = config.num_batch_positions
+        return side_batches(part, network, output_basis.vocab_size, config.family, size, seed=seed)
+
     result = run_loop(
         tuner,
         state,
-        SideData(features, output_basis.vocab_size, config.family).batches(size, seed=config.seed),
+        batches(features, config.seed),
         config.loop,
-        heldout=judges,
+        heldout=None if heldout is None else batches(heldout, None),
         run_dir=run_dir,
         fingerprint=_fingerprint(features, heldout, output_basis, network, config) if run_dir else "",
         resume=resume,
@@ -198,6 +276,28 @@ def tune_side(
     )
     network.load_state_dict(result.state.params)
     return SideResult(network=network.eval(), config=config, curve=result.curve, best_epoch=result.best_epoch)
+
+
+def fresh_network(features: FeatureSet, output_basis: OutputBasis, config: SideConfig) -> SideNetwork:
+    """An untrained network for these features, with or without a memory; it changes no logit."""
+    if config.attention is None:
+        return fresh_ladder(features, output_basis, config)
+    _, num_taps, tap_dim = features.tap_codes.shape
+    attention = config.attention
+    shape = AttentionLadderConfig(
+        num_taps=num_taps,
+        tap_dim=tap_dim,
+        basis_dim=output_basis.dim,
+        side_width=config.side_width,
+        ff_width=config.inner_width,
+        head_dim=attention.head_dim,
+        num_kv_heads=attention.num_kv_heads,
+        context=attention.context,
+        prompt_window=attention.prompt_window,
+        tap_indices=tuple(range(num_taps - 1, -1, -attention.tap_step))[::-1],
+        dropout=config.dropout,
+    )
+    return AttentionLadder(shape, torch.Generator().manual_seed(config.seed))
 
 
 def fresh_ladder(features: FeatureSet, output_basis: OutputBasis, config: SideConfig) -> TapLadder:

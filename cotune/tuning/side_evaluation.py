@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cotune.generation.output_basis import OutputBasis
 from cotune.models.side_network import SideNetwork, fake_quantise
-from cotune.tuning.corrected_loss import corrected_nats
+from cotune.tuning.corrected_loss import KnownBase, corrected_nats
 from cotune.tuning.feature_set import FeatureSet
-from cotune.tuning.side import SideBatch, SideData
+from cotune.tuning.side import side_batches
 
 NUM_BATCH_POSITIONS = 256
 
@@ -83,13 +83,13 @@ def evaluate_side(features: FeatureSet, network: SideNetwork, output_basis: Outp
     """
     network.eval()
     basis = torch.from_numpy(output_basis.matrix())
-    batches = SideData(features, output_basis.vocab_size, family).batches(NUM_BATCH_POSITIONS, seed=None)
+    batches = side_batches(features, network, output_basis.vocab_size, family, NUM_BATCH_POSITIONS, seed=None)
     choose = _choose_parallel if family == "parallel" else _choose_serial
     nats, choices, certificates = [], [], []
     for batch in batches.epoch(0):
-        correction = fake_quantise(network(batch.taps))
+        correction = fake_quantise(batch.at_targets(network(*batch.inputs)))
         nats.append(corrected_nats(correction, basis, batch.base))
-        choice, is_certified = choose(correction @ basis.T, batch)
+        choice, is_certified = choose(correction @ basis.T, batch.base)
         choices.append(choice)
         certificates.append(is_certified)
     return SideEvaluation(
@@ -112,9 +112,9 @@ def _base_argmax(features: FeatureSet) -> NDArray[np.int64]:
     return np.take_along_axis(features.top_ids, best[:, None], axis=1)[:, 0].astype(np.int64)
 
 
-def _choose_parallel(delta: Tensor, batch: SideBatch) -> tuple[Tensor, Tensor]:
+def _choose_parallel(delta: Tensor, base: KnownBase) -> tuple[Tensor, Tensor]:
     """Best of the top k, and whether no other token can be better: theirs is at most the top's least z."""
-    top_ids, top_logits = batch.base.token_ids[:, :-1], batch.base.logits[:, :-1]
+    top_ids, top_logits = base.token_ids[:, :-1], base.logits[:, :-1]
     combined = top_logits + delta.gather(1, top_ids)
     best, place = combined.max(dim=1)
     others = delta.scatter(1, top_ids, -torch.inf).amax(dim=1)
@@ -122,5 +122,5 @@ def _choose_parallel(delta: Tensor, batch: SideBatch) -> tuple[Tensor, Tensor]:
     return top_ids.gather(1, place[:, None])[:, 0], is_certified
 
 
-def _choose_serial(delta: Tensor, batch: SideBatch) -> tuple[Tensor, Tensor]:
+def _choose_serial(delta: Tensor, base: KnownBase) -> tuple[Tensor, Tensor]:
     return delta.argmax(dim=1), torch.ones(len(delta), dtype=torch.bool)

@@ -10,8 +10,8 @@ so); `epoch` counts the rollbacks of a session, modulo 2^16; `value` and the fla
 
 A device opens with `Hello`, the cloud answers `Welcome`. For a generation: `Open`, `Opened`, a stream of
 `Step` from the cloud with `Ack`, `Object`, `Correct` and `More` (answered by `Logits`) from the device, and
-`Close` or `End`. `Tokens` reports decided tokens, `Taps` are of the prompt, `Draft` is what the device expects. A beam
-search has `BeamStep`, `BeamCorrect` and `BeamTokens` in their place.
+`Close` or `End`. `Tokens` reports decided tokens, `Taps` are of positions that are decided already, `Draft` is what
+the device expects. A beam search has `BeamStep`, `BeamCorrect` and `BeamTokens` in their place.
 For training: `FeaturesRequest`, `Features`. For public files: `AssetRequest`, `Asset`. `Error` may come at any
 time.
 

@@ -392,7 +392,10 @@ class Draft(Frame):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Taps(Frame):
-    """Cloud: taps of positions of the prompt, `pos` is the first. Value: how many. Payload: one after the other."""
+    """Cloud: taps of positions whose tokens are decided, those of the prompt too; `pos` is the first of them.
+
+    Value: how many positions. Payload: their taps, one after the other.
+    """
 
     num_positions: int
     taps: bytes

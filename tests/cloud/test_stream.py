@@ -33,6 +33,7 @@ def _request(mode: str, seed: int, **changes: object) -> GenerationRequest:
     ),
     strength=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
     seed=st.integers(0, 10_000),
+    remembers=st.booleans(),
     top_k=st.sampled_from([1, 4, 24]),
     window=st.sampled_from([1, 2, 32]),
     drafter=st.sampled_from(["own", "perfect", "half", "wrong", "hostile", "lookup"]),
@@ -53,12 +54,13 @@ def test_token_ids_equal_the_reference(
     sampling: Sampling,
     strength: float,
     seed: int,
+    remembers: bool,
     top_k: int,
     window: int,
     drafter: str,
     weather: Weather,
 ) -> None:
-    personal, request = toy_personal(strength), _request(mode, seed, sampling=sampling)
+    personal, request = toy_personal(strength, remembers=remembers), _request(mode, seed, sampling=sampling)
     expected = generate(ToyBackbone(), personal, request)
     run = VirtualRun(
         personal,
@@ -214,7 +216,7 @@ def _check_late(personal: Personal, request: GenerationRequest, decisions: list[
     """Each token is the reference's after those before it, or the base token where it is marked as late."""
     cursor, tokens = ToyBackbone().cursor(), request.prompt_ids
     for decision in decisions:
-        expected = decide(cursor.extend(tokens), personal, request, cursor.length)
+        expected = decide(cursor.extend(tokens), personal, request, cursor.length, personal.corrector.open())
         assert decision.consulted == expected.consulted
         if decision.late:
             assert decision.consulted

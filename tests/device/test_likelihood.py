@@ -24,7 +24,7 @@ def test_each_mode_by_its_formula(features: SequenceFeatures) -> None:
     asked = [personal.gate.consults(h.astype(np.float32)) for h in features.hidden]
     assert 0 < sum(asked) < len(asked)
     for t, target in enumerate(features.target_ids):
-        correction = personal.corrector.correct(features.tap_codes[t], features.tap_scales[t])
+        correction = personal.corrector.open().correct(1, features.tap_codes[t], features.tap_scales[t])
         z, delta = features.top_logits[t], personal.output_basis.delta(correction)
         expected = {
             "integration": z + delta,

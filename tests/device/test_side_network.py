@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.device.side_network import SideNetwork, gate_of
+from cotune.device.side_network import SideNetwork, gate_of, open_side_network
 from cotune.errors import InputError
 from cotune.models import SIDE_NETWORKS
 from cotune.models import SideNetwork as TorchSideNetwork
@@ -111,6 +111,20 @@ def test_an_untrained_plugin_corrects_nothing() -> None:
     assert not correction.codes.any() and correction.scale == 0
 
 
+def test_opening_finds_the_kind_and_any_position_may_come_at_any_time() -> None:
+    plugin = plugin_of(trained("tap_ladder", TAP))
+    network = open_side_network(plugin)
+    assert isinstance(network, SideNetwork) and not network.reads_every_position and network.prompt_window == 0
+    taps = quantise(np.ones((3, 4), np.float32))
+    side = network.open()
+    for position in (9, 2, 400):
+        side.read(position - 1, *quantise(-np.ones((3, 4), np.float32)))
+        np.testing.assert_array_equal(side.correct(position, *taps).codes, network.correct(*taps).codes)
+        assert side.next_position is None
+    with pytest.raises(InputError, match="expected one of tap_ladder, spa_ladder, attention_ladder"):
+        open_side_network(plugin_of(trained("tap_ladder", TAP), kind="other"))
+
+
 def test_its_size_is_what_it_holds() -> None:
     device = SideNetwork.from_plugin(plugin_of(trained("spa_ladder", SPA)))
     assert (device.num_taps, device.tap_dim, device.basis_dim) == (3, 9, 9)
@@ -120,7 +134,7 @@ def test_its_size_is_what_it_holds() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "other"}, "expected one of tap_ladder, spa_ladder"),
+        ({"kind": "other"}, "expected one of tap_ladder, spa_ladder, attention_ladder"),
         ({"config": {}}, "does not fit tap_ladder"),
         ({"config": {**TAP, "side_width": True}}, "does not fit tap_ladder"),
         ({"config": {**TAP, "side_width": 10**9}}, "does not fit tap_ladder"),

@@ -27,6 +27,7 @@ from cotune.generation.protocols import Correction, RowWork, StepFeatures
 from cotune.generation.reference import Personal
 from cotune.generation.request import Decision, GenerationRequest
 from cotune.generation.sampling import Sampling
+from cotune.generation.side_state import StatelessCorrector
 from cotune.generation.stopping import Ending
 
 NEXT = {9: (0.1, 0.5, 0.4), 1: (0.2, 0.4, 0.4), 2: (0.9, 0.05, 0.05), 0: (1 / 3, 1 / 3, 1 / 3)}
@@ -74,7 +75,7 @@ class PencilBackbone:
         return [[item.cursor.extend(item.token_ids)] for item in work]
 
 
-class Pusher:
+class Pusher(StatelessCorrector):
     """Pushes token 0 by a fixed number of logits."""
 
     def __init__(self, push: float) -> None:

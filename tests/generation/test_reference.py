@@ -20,6 +20,7 @@ from cotune.generation.protocols import Correction, StepFeatures
 from cotune.generation.reference import Generation, Personal, decide, generate, stream
 from cotune.generation.request import Decision, GenerationRequest
 from cotune.generation.sampling import Sampling, choose
+from cotune.generation.side_state import StatelessCorrector
 from cotune.generation.stopping import Ending
 
 VOCAB = 4
@@ -53,11 +54,11 @@ class PencilBackbone:
     def __init__(self) -> None:
         self.log: list[list[int]] = []
 
-    def cursor(self) -> PencilCursor:
+    def cursor(self, num_prompt: int | None = None) -> PencilCursor:
         return PencilCursor(self.log)
 
 
-class PencilCorrector:
+class PencilCorrector(StatelessCorrector):
     """c = 4 t: a tap of 0.5 becomes a correction of 2."""
 
     def correct(self, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> Correction:
@@ -196,7 +197,7 @@ def test_taps_and_corrections_pass_the_wire_codec() -> None:
         taps=np.array([[0.3, -0.1]], np.float32),
     )
     watching = Personal(corrector=Watching(), output_basis=personal().output_basis)
-    decide(features, watching, GenerationRequest(prompt_ids=np.array([0])), 1)
+    decide(features, watching, GenerationRequest(prompt_ids=np.array([0])), 1, watching.corrector.open())
     [(codes, scales)] = seen
     assert codes.dtype == np.int8 and scales.dtype == np.float16
     assert scales.tolist() == [np.float16(np.float32(0.3) / np.float32(127))]

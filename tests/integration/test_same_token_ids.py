@@ -52,8 +52,11 @@ class Case:
     expected: Generation
 
     @classmethod
-    def make(cls, backbone: Backbone, mode: str, *, ratio: float, seed: int, **changes: Any) -> Case:
-        personal = device_for(random_plugin(backbone, ratio, seed, MODES[mode].family)).personal
+    def make(
+        cls, backbone: Backbone, mode: str, *, ratio: float, seed: int, remembers: bool = False, **changes: Any
+    ) -> Case:
+        plugin = random_plugin(backbone, ratio, seed, MODES[mode].family, remembers=remembers)
+        personal = device_for(plugin).personal
         request = GenerationRequest(
             prompt_ids=np.random.default_rng(seed).integers(2, backbone.spec.vocab_size, 3 + seed % 9),
             mode=mode,
@@ -94,12 +97,13 @@ def emulated(
     return connector
 
 
+@pytest.mark.parametrize("remembers", [False, True], ids=["ladder", "attention"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-async def test_every_schedule_answer_and_mode(backbone: Backbone, sampling: str) -> None:
+async def test_every_schedule_answer_and_mode(backbone: Backbone, sampling: str, remembers: bool) -> None:
     """One after the other on one connection, over a network without faults."""
     ratio = RATIOS.get(backbone.spec.name, (1.2,))[1]
     cases = {
-        mode: Case.make(backbone, mode, ratio=ratio, seed=seed, sampling=SAMPLINGS[sampling])
+        mode: Case.make(backbone, mode, ratio=ratio, seed=seed, remembers=remembers, sampling=SAMPLINGS[sampling])
         for seed, mode in enumerate(MODES)
     }
     async with restartable(HostedModel.of(backbone)) as cloud, CloudClient(cloud.connect) as client:
@@ -122,6 +126,7 @@ async def test_every_schedule_answer_and_mode(backbone: Backbone, sampling: str)
     sampling=st.sampled_from(sorted(SAMPLINGS)),
     strength=st.integers(0, 2),
     seed=st.integers(0, 10_000),
+    remembers=st.booleans(),
     top_k=st.sampled_from([1, 8, 64]),
     window=st.sampled_from([1, 4, 64]),
     drafter=st.sampled_from(["own", "knows", "pieces", "confused"]),
@@ -147,6 +152,7 @@ def test_any_network_gives_the_same_token_ids(
     sampling: str,
     strength: int,
     seed: int,
+    remembers: bool,
     top_k: int,
     window: int,
     drafter: str,
@@ -154,7 +160,7 @@ def test_any_network_gives_the_same_token_ids(
     restart_after: int | None,
 ) -> None:
     ratio = RATIOS[backbone.spec.name][strength]
-    case = Case.make(backbone, mode, ratio=ratio, seed=seed, sampling=SAMPLINGS[sampling])
+    case = Case.make(backbone, mode, ratio=ratio, seed=seed, remembers=remembers, sampling=SAMPLINGS[sampling])
     if profile.disconnect_every_frames == 14:
         window = 1  # with more on its way, no token would ever get through
     stream = case.stream(

@@ -60,7 +60,7 @@ def test_its_logits_are_those_of_the_base_model_to_the_last_bit(backbone: Backbo
     tokens = probe_ids(backbone, 6)
     for _ in range(8):
         features = cursor.extend(tokens)
-        correction = personal.corrector.correct(*quantise(features.taps))
+        correction = personal.corrector.open().correct(1, *quantise(features.taps))
         logits = mode_named(mode).combine(features.logits, personal.output_basis.delta(correction))
         assert np.array_equal(logits, features.logits)
         tokens = np.array([int(logits.argmax())])
@@ -115,7 +115,9 @@ def test_the_device_adds_what_the_head_says_up_to_int8(backbone: Backbone) -> No
     with torch.no_grad():
         corrections = network(taps).numpy()
     for t, correction in enumerate(corrections):
-        delta = personal.output_basis.delta(personal.corrector.correct(features.tap_codes[t], features.tap_scales[t]))
+        delta = personal.output_basis.delta(
+            personal.corrector.open().correct(1, features.tap_codes[t], features.tap_scales[t])
+        )
         # Half a step of the correction's int8 in every direction of the basis, and a little for float16 and float32.
         step = np.abs(correction).max() / 127
         bound = (0.51 * step + 1e-3 * np.abs(correction).max()) * np.abs(q).sum(axis=1) + 1e-5

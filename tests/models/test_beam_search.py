@@ -83,7 +83,7 @@ def test_long_prompts_and_texts_share_blocks_and_give_them_back() -> None:
             logits = features.logits
             if decision.consulted:
                 assert personal.gate is not None and personal.gate.consults(features.hidden)
-                correction = personal.corrector.correct(*features.quantised_taps())
+                correction = personal.corrector.open().correct(1, *features.quantised_taps())
                 logits = logits + personal.output_basis.delta(correction)
             wide = logits.astype(np.float64)
             log_prob += wide[decision.token_id] - np.logaddexp.reduce(wide)

@@ -21,6 +21,14 @@ from cotune.wire.codec import dequantise, quantise
 CONFIGS: dict[str, dict[str, Any]] = {
     "tap_ladder": {"num_taps": 4, "tap_dim": 5, "basis_dim": 6, "side_width": 3, "inner_width": 7},
     "spa_ladder": {"num_taps": 4, "hidden_size": 9, "side_width": 3},
+    "attention_ladder": {
+        "num_taps": 4,
+        "tap_dim": 5,
+        "basis_dim": 6,
+        "side_width": 4,
+        "ff_width": 7,
+        "head_dim": 2,
+    },
 }
 
 
@@ -68,12 +76,14 @@ def test_every_parameter_takes_part(network: SideNetwork) -> None:
         assert parameter.grad is not None and (parameter.grad != 0).any(), name
 
 
-def test_positions_are_independent(network: SideNetwork) -> None:
+def test_sequences_are_independent_and_positions_too_without_a_memory(network: SideNetwork) -> None:
     shake(network)
     taps = random_taps(network, 2, 3)
     together = network(taps)
     assert together.shape == (2, 3, network.config.basis_dim)
-    torch.testing.assert_close(together[1, 2], network(taps[1, 2]))
+    torch.testing.assert_close(together[1], network(taps[1]))
+    assert torch.allclose(together[1, 2], network(taps[1, 2])) != network.reads_every_position
+    assert (network.prompt_window > 0) == network.reads_every_position
 
 
 def test_the_head_is_linear_in_the_side_state(network: SideNetwork) -> None:
@@ -126,7 +136,7 @@ def test_bad_configs_and_arrays_are_input_errors(network: SideNetwork) -> None:
         cls.from_arrays(config, {**arrays, "head_bias": np.zeros(2, np.float32)})
     with pytest.raises(InputError, match="expected"):
         cls.from_arrays(config, {**arrays, "extra": np.zeros(2, np.float32)})
-    with pytest.raises(InputError, match="expected one of tap_ladder, spa_ladder"):
+    with pytest.raises(InputError, match="expected one of tap_ladder, spa_ladder, attention_ladder"):
         load_side_network("nonsense", config, arrays)
 
 

@@ -19,7 +19,7 @@ from cotune.device.serve.costs import RunningCosts, metrics
 from cotune.device.serve.prompt import chat_prompt
 from cotune.device.serve.watched_stream import WatchedStream
 from cotune.device.serve.wishes import options_for
-from cotune.device.side_network import SideNetwork
+from cotune.device.side_network import open_side_network
 from cotune.errors import CotuneError
 from cotune.generation.request import Decision, GenerationRequest
 from cotune.openai_api.api_error import ApiError
@@ -129,7 +129,7 @@ class _Generation:
     ) -> None:
         # A side network keeps working memory: each text that is being made has its own.
         self._device = copy.copy(device)
-        self._device.personal = replace(device.personal, corrector=SideNetwork.from_plugin(device.plugin))
+        self._device.personal = replace(device.personal, corrector=open_side_network(device.plugin))
         self._device.make_stream = self._make_stream
         self._line = line
         self._config = config
