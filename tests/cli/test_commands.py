@@ -241,6 +241,35 @@ def test_ledger_shows_what_left(scene: Scene, run: Any) -> None:
 
 @needs_starter
 @pytest.mark.integration
+def test_a_side_network_with_a_memory_is_tuned_and_used(scene: Scene, run: Any) -> None:
+    out = scene.folder / "remembers"
+    tuned = run(
+        *("device", "tune", scene.texts, "--cloud", scene.url, "--out", out, "--side", "attention"),
+        *("--prompt-window", 6, "--tap-step", 2, "--epochs", 1, "--heldout-share", 0.4, "--json"),
+    )
+    assert tuned.status == 0, tuned.err
+    plugin = Plugin.load(out)
+    assert plugin.kind == "attention_ladder" and plugin.config["prompt_window"] == 6
+    assert plugin.config["tap_indices"] == [0, 2, 4, 6]
+    told = json.loads(tuned.out)
+    assert told["egress"]["features request"]["count"] == 12
+    made = {}
+    for schedule in ("blocking", "optimistic"):
+        common = ("device", "generate", out, "Where do I live?", "--cloud", scene.url, "--max-new-tokens", 10, "--json")
+        outcome = run(*common, "--schedule", schedule)
+        assert outcome.status == 0, outcome.err
+        made[schedule] = json.loads(outcome.out)
+    assert made["blocking"]["token_ids"] == made["optimistic"]["token_ids"]
+    # The prompt's last positions and every token's taps came: seven taps of 32 and a scale each.
+    assert made["blocking"]["bytes_down_per_token"] * 10 > (6 + 10) * 7 * 34
+    beams = run("device", "generate", out, "x", "--cloud", scene.url, "--num-beams", 2, "--schedule", "blocking")
+    assert beams.status != 0 and "the side network remembers earlier positions" in beams.err.replace("\n", " ")
+    judged = run("evaluate", out, scene.texts, "--cloud", scene.url, "--limit", 2, "--max-new-tokens", 4, "--json")
+    assert judged.status == 0, judged.err
+
+
+@needs_starter
+@pytest.mark.integration
 @pytest.mark.parametrize("method", ["lora", "side"])
 def test_tune_on_one_machine(scene: Scene, run: Any, method: str) -> None:
     """The folder's name is a trap for the library that prints: it must come out as it is."""

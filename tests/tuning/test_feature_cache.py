@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import ToyBackbone
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
@@ -66,6 +67,30 @@ def test_the_name_tells_apart_all_that_features_depend_on(tmp_path: Path) -> Non
         open_cache(tmp_path).key(EncodedExample(np.array([1, 2, 3, 0]), 1), 4),
     }
     assert len(names) == 7
+
+
+def test_a_network_that_remembers_gets_the_taps_before_the_targets(tmp_path: Path) -> None:
+    """The source is asked from the prompt's last positions on; only the targets are judged."""
+    asked: list[int] = []
+
+    class Source:
+        def features(self, input_ids: np.ndarray, first_target: int, top_k: int) -> Any:
+            asked.append(first_target)
+            return ToyBackbone().features(input_ids, first_target, top_k)
+
+    texts = [EncodedExample(np.arange(3, 15), 8), EncodedExample(np.arange(20, 26), 2)]
+    whole = collect_features(open_cache(tmp_path), Source(), texts, 4, prompt_window=3)
+    assert asked == [6, 1]  # 3 positions up to the first target, that one included; a text begins at 1
+    assert whole.offsets.tolist() == [0, 4, 8] and whole.lead_offsets.tolist() == [0, 2, 3]
+    assert whole.first_targets.tolist() == [8, 2]
+    plain = ToyBackbone().features(np.arange(3, 15), 6, 4)
+    np.testing.assert_array_equal(whole.lead_codes[:2], plain.tap_codes[:2])
+    np.testing.assert_array_equal(whole.tap_codes[:4], plain.tap_codes[2:])
+    np.testing.assert_array_equal(whole.target_ids[:4], np.arange(11, 15))
+    again = collect_features(open_cache(tmp_path), Source(), texts, 4, prompt_window=3)
+    assert again.digest() == whole.digest() and len(asked) == 2
+    without = collect_features(open_cache(tmp_path), Source(), texts, 4)
+    assert asked[2:] == [8, 2] and without.digest() != whole.digest()
 
 
 @pytest.mark.parametrize(
