@@ -22,9 +22,11 @@ from measurement import Spread, Target, describe_machine, finish, make_parser
 from persona import heldout_prompts, load_plugin
 from rich.console import Console
 from rich.table import Table
+from synthetic_plugin import random_plugin
 
 from cotune.errors import CotuneError
 from cotune.generation.text import TextCodec
+from cotune.models.backbone import Backbone
 from cotune.plugin import Plugin
 
 LEAST_SHARE = 0.85
@@ -79,8 +81,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
     """One row for each number of devices, and the cloud's memory."""
     with role("cloud", args.model, str(args.threads)) as cloud:
         url = str(cloud.hear()["url"])
-        plugin = load_plugin(args.plugin, url, args.work, args.seed)
-        folder = args.plugin or args.work / "persona" / "plugin"
+        plugin, folder = _plugin(args, url)
         prompts = _prompts(plugin, max(args.devices), args.seed)
         text = TextCodec(plugin.tokenizer_json)
         prompt_ids = [text.encode_prompt(prompt).tolist() for prompt in prompts]
@@ -93,6 +94,15 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
                 rows.append(_measure(num, args, devices, plain, prompts[:num], prompt_ids[:num], known))
                 _show(rows[-1:])
             return rows, cloud.ask()
+
+
+def _plugin(args: argparse.Namespace, url: str) -> tuple[Plugin, Path]:
+    if args.random_plugin is None:
+        return load_plugin(args.plugin, url, args.work, args.seed), args.plugin or args.work / "persona" / "plugin"
+    folder = args.work / "random-plugin"
+    plugin = random_plugin(Backbone.from_pretrained(args.model), args.random_plugin, args.seed)
+    plugin.save(folder)
+    return plugin, folder
 
 
 def _measure(
@@ -164,10 +174,15 @@ def main() -> None:
     parser = make_parser(
         "load",
         __doc__ or "",
-        "  python benchmarks/load.py\n  python benchmarks/load.py --devices 16 --repeats 5 --max-new-tokens 128\n",
+        "  python benchmarks/load.py\n"
+        "  python benchmarks/random_model.py runs/benchmarks/qwen2-97m\n"
+        "  python benchmarks/load.py --model runs/benchmarks/qwen2-97m --random-plugin 0.1 --devices 16\n",
     )
     parser.add_argument("--model", default="starter", help="model folder, or starter (default: %(default)s)")
     parser.add_argument("--plugin", type=Path, default=None, help="plugin for it; one is tuned on the demo's persona")
+    parser.add_argument(
+        "--random-plugin", type=float, help="instead of tuning: a random one, its delta so many times the base logits"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="keeps the plugin")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rtt-ms", type=float, default=50.0)
