@@ -45,8 +45,23 @@ def padded_rows(num_rows: int, *, floor: int, narrowest: int) -> int:
     """
     padded = max(floor, num_rows + -(-_TAIL // narrowest))
     if torch.get_num_threads() == 1:
-        return padded
-    return -(-padded // _THREAD_ROWS) * _THREAD_ROWS
+        return few_sizes(padded)
+    return few_sizes(-(-padded // _THREAD_ROWS) * _THREAD_ROWS)
+
+
+def few_sizes(num_rows: int) -> int:
+    """The next of a few numbers: oneDNN makes code for every shape that it meets, and keeps it.
+
+    With all numbers up to 256 that comes to hundreds of megabytes, and to milliseconds at each first meeting.
+
+    Example:
+        >>> [few_sizes(n) for n in (3, 5, 13, 17, 100, 130)]
+        [3, 8, 16, 24, 104, 144]
+    """
+    if num_rows <= 4:
+        return num_rows
+    step = 4 if num_rows <= 16 else max(8, 2 ** ((num_rows - 1).bit_length() - 4))
+    return -(-num_rows // step) * step
 
 
 def min_invariant_rows(functions: Iterable[tuple[Callable[[Tensor], Tensor], int]], like: Tensor) -> int | None:

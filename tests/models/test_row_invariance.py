@@ -6,13 +6,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cotune.models.row_invariance import min_invariant_rows, products
+from cotune.models.row_invariance import few_sizes, min_invariant_rows, products
 
 LIKE = torch.zeros(1)
 
 
 def rowwise(rows: Tensor) -> Tensor:
     return rows * 2
+
+
+def test_passes_have_few_sizes_and_little_padding() -> None:
+    sizes = [few_sizes(n) for n in range(1, 513)]
+    assert all(n <= size <= max(n + 7, 1.15 * n) for n, size in enumerate(sizes, start=1))
+    assert sizes == sorted(sizes) and all(few_sizes(size) == size for size in sizes)
+    assert len(set(sizes)) < 45
 
 
 def test_products_that_never_differ_need_one_row() -> None:
