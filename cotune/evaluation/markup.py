@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NewType
 
 Html = NewType("Html", str)
+NO_HTML = Html("")
 
 _KEPT_CONTROLS = "\n\t"
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from cotune.errors import InputError
-from cotune.evaluation.markup import Html, bullets, escape, fold, join, paragraph
+from cotune.evaluation.markup import NO_HTML, Html, bullets, escape, fold, join, paragraph
 from cotune.evaluation.report_cards import key_cards
 from cotune.evaluation.report_schema import check_report_metrics
 from cotune.evaluation.report_sections import SECTIONS
@@ -40,13 +41,7 @@ def write_report(folder: Path | str, metrics: Mapping[str, Any]) -> Path:
     """
     page = render_report(metrics)
     target = Path(folder) / REPORT_NAME
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, page)
-    except OSError as error:
-        raise InputError(
-            f"{target} cannot be written ({error.strerror}), expected a folder with room and leave to write"
-        ) from error
+    write_page(target, page)
     return target
 
 
@@ -59,29 +54,68 @@ def render_report(metrics: Mapping[str, Any]) -> str:
     report, generation = check_report_metrics(metrics)
     as_json = _to_json(metrics)
     notes = report.get("notes") or {}
-    links: list[Html] = []
-    sections: list[Html] = []
+    sections: list[Section] = []
     for name, (short, heading, build) in SECTIONS.items():
         content = build(report, generation)
-        if content is None:
-            continue
-        links.append(Html(f'<li><a href="#{name}">{short}</a></li>'))
-        remarks = bullets(notes.get(name, []), css_class="remarks")
-        sections.append(
-            Html(
-                f'<section id="{name}" aria-labelledby="{name}-heading"><h2 id="{name}-heading">'
-                f'<span class="index">{len(sections) + 1}</span>{heading}</h2>{content}{remarks}</section>'
-            )
+        if content is not None:
+            remarks = bullets(notes.get(name, []), css_class="remarks")
+            sections.append(Section(name=name, short=short, heading=heading, content=Html(content + remarks)))
+    return render_page(
+        report["title"], report["summary"][0], sections, cards=key_cards(report, generation), as_json=as_json
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One part of a page: `name` for links to it, `short` in the navigation, `heading` above its content."""
+
+    name: str
+    short: str
+    heading: str
+    content: Html
+
+
+def render_page(title: str, lead: str, sections: Sequence[Section], *, cards: Html = NO_HTML, as_json: str) -> str:
+    """A whole page in the report's form: one file that needs nothing else.
+
+    Args:
+        title, lead: plain text.
+        sections: in order.
+        cards: the numbers at the top.
+        as_json: all numbers, for those who want to compute with them.
+    """
+    links = [Html(f'<li><a href="#{section.name}">{escape(section.short)}</a></li>') for section in sections]
+    parts = [
+        Html(
+            f'<section id="{section.name}" aria-labelledby="{section.name}-heading"><h2 id="{section.name}-heading">'
+            f'<span class="index">{index}</span>{escape(section.heading)}</h2>{section.content}</section>'
         )
+        for index, section in enumerate(sections, start=1)
+    ]
     template = Template(files("cotune.evaluation").joinpath(REPORT_NAME).read_text(encoding="utf-8"))
     return template.substitute(
-        title=escape(report["title"]),
-        lead=paragraph(report["summary"][0], "lead"),
+        title=escape(title),
+        lead=paragraph(lead, "lead"),
         navigation=join(links),
-        cards=key_cards(report, generation),
-        sections=join(sections, "\n"),
+        cards=cards,
+        sections=join(parts, "\n"),
         data=fold("All numbers of this report as JSON", Html(f'<pre class="code">{escape(as_json)}</pre>')),
     )
+
+
+def write_page(target: Path, page: str) -> None:
+    """Write a page; the old one stays whole until the new one is.
+
+    Raises:
+        InputError: its folder cannot be written to.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(target, page)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written ({error.strerror}), expected a folder with room and leave to write"
+        ) from error
 
 
 def _to_json(metrics: Mapping[str, Any]) -> str:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.errors import InputError
-from cotune.evaluation.intervals import bootstrap_interval
+from cotune.evaluation.intervals import bootstrap_interval, student_interval
 
 
 def test_two_values_by_hand() -> None:
@@ -49,3 +51,22 @@ def test_says_what_is_wrong() -> None:
         bootstrap_interval([0.1], seed=0, level=95)
     with pytest.raises(InputError, match="num_resamples is 0"):
         bootstrap_interval([0.1], seed=0, num_resamples=0)
+
+
+def test_student_interval_by_hand() -> None:
+    # 1, 2, 3: standard deviation 1, t(2) = 4.303, so 4.303 / sqrt(3) to either side.
+    mean, low, high = student_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2.0 - 2.4843, 2.0 + 2.4843), abs=1e-3)
+    mean, low, high = student_interval([0.0, 1.0] * 50)
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.50252 / 10, 0.5 + 1.96 * 0.50252 / 10), abs=1e-4)
+
+
+def test_one_run_says_nothing_about_its_spread() -> None:
+    mean, low, high = student_interval([0.25])
+    assert mean == 0.25 and math.isnan(low) and math.isnan(high)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_student_interval_refuses_what_is_no_number(values: list[float]) -> None:
+    with pytest.raises(InputError, match="at least one number"):
+        student_interval(values)
