@@ -197,6 +197,7 @@ def judge_plugin(
             results["example"] = {
                 "prompt": test[0].prompt[-400:],
                 "pieces": text.pieces(made[0].token_ids),
+                "token_ids": [int(token) for token in made[0].token_ids],
                 "sources": [decision.source for decision in made[0].decisions],
                 "consulted": [decision.consulted for decision in made[0].decisions],
             }

@@ -5,28 +5,16 @@ Beside them the base model and LoRA in the cloud, which the paper leaves out of 
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from cells import OutOfTimeError
-from result_folder import Point, grid, plot_groups, write_results
+from result_folder import Point, grid, plot_groups
 from spa_paper import TABLE_2, TABLE_2_REMARK
-from spa_study import MODES, Mean, Method, Study, make_parser, mode_runs
+from spa_study import MODES, Mean, Method, Page, Study, mode_runs, run_study
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section
 
 ROWS = ("base", "lora", *MODES)
-DEVIATIONS = (
-    "Backbone, data and their amounts are those of the settings below, not Llama-7B and the whole data sets: scores "
-    "compare the methods with each other, not with published ones.",
-    "All methods have at most as many trainable parameters as the tap ladder; LoRA is on every linear layer. "
-    "Down-projections are shared and frozen, taps are int8.",
-    "The learning rate of every method and data set is the one with the least held-out training loss, seed 0.",
-    "The gate of spa and separation is trained by marginal likelihood and may ask for at most a quarter of the "
-    "held-out tokens; the paper's asks for 64 %.",
-    TABLE_2_REMARK,
-)
 
 
 def measure(study: Study) -> dict[str, dict[str, dict[str, Mean]]]:
@@ -64,10 +52,7 @@ def sections(study: Study, found: dict[str, dict[str, dict[str, Mean]]]) -> list
         for dataset in datasets
     }
     nats = {dataset: [str(found[row][dataset]["nats_per_token"]) for row in ROWS] for dataset in datasets}
-    bars: dict[str, list[Point | None]] = {
-        row: [(0.0, one.mean, one.low, one.high) for one in (found[row][d]["rouge_l"] for d in datasets)]
-        for row in ROWS
-    }
+    bars: dict[str, list[Point | None]] = {row: [found[row][d]["rouge_l"].point() for d in datasets] for row in ROWS}
     return [
         Section(
             name="quality",
@@ -88,29 +73,21 @@ def sections(study: Study, found: dict[str, dict[str, dict[str, Mean]]]) -> list
     ]
 
 
-def main() -> None:
-    """Entry point."""
-    parser = make_parser("spa_table2", __doc__ or "")
-    study = Study(parser.parse_args())
-    try:
-        found = measure(study)
-    except OutOfTimeError as error:
-        sys.exit(str(error))
-    write_results(
-        study.args.out,
+def build(study: Study) -> Page:
+    """The whole table."""
+    found = measure(study)
+    return Page(
         title="SPA, table 2: four modes",
-        lead=f"Four modes, the base model and cloud LoRA on {', '.join(study.args.datasets)} with {study.model_name}.",
-        about=study.describe(),
+        lead="Four ways to combine side network and backbone, beside the base model and LoRA in the cloud.",
         expected=TABLE_2,
         measured=found,
         sections=sections(study, found),
-        deviations=DEVIATIONS,
+        deviations=(TABLE_2_REMARK,),
+        lines=[
+            f"{row:12s} " + "  ".join(f"{d} {found[row][d]['rouge_l']!s}" for d in study.args.datasets) for row in ROWS
+        ],
     )
-    for row in ROWS:
-        scores = "  ".join(f"{d} {found[row][d]['rouge_l']!s}" for d in study.args.datasets)
-        print(f"{row:12s} {scores}")
-    print(f"report: {study.args.out / 'report.html'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_study("spa_table2", __doc__ or "", build)

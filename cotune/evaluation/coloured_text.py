@@ -7,6 +7,7 @@ the device changed the token. Pieces of text are untrusted and shown as text.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from cotune.evaluation.generation_metrics import GenerationMetrics
@@ -28,15 +29,19 @@ def decisions(generation: GenerationMetrics) -> list[Decision]:
     Example:
         sources cloud, cloud, device with consulted no, yes, yes -> cloud, agreed, device.
     """
-    return [
-        "device" if source == "device" else "agreed" if asked else "cloud"
-        for source, asked in zip(generation.sources, generation.consulted, strict=True)
-    ]
+    return _classes(generation.sources, generation.consulted)
 
 
 def coloured_text(generation: GenerationMetrics) -> Html:
     """The tokens in order, each with its class and, as a tooltip, who decided it."""
-    by_token = zip(decisions(generation), generation.tokens, generation.token_ids, strict=True)
+    return coloured_tokens(generation.tokens, generation.token_ids, generation.sources, generation.consulted)
+
+
+def coloured_tokens(
+    pieces: Sequence[str], token_ids: Sequence[int], sources: Sequence[str], consulted: Sequence[bool]
+) -> Html:
+    """As `coloured_text`, from one value of each kind for every token."""
+    by_token = zip(_classes(sources, consulted), pieces, token_ids, strict=True)
     spans = (
         Html(
             f'<span class="t-{decision}" title="{DECISIONS[decision][1]}. '
@@ -45,6 +50,13 @@ def coloured_text(generation: GenerationMetrics) -> Html:
         for position, (decision, piece, token_id) in enumerate(by_token)
     )
     return Html(f'<p class="generated">{join(spans)}</p>')
+
+
+def _classes(sources: Sequence[str], consulted: Sequence[bool]) -> list[Decision]:
+    return [
+        "device" if source == "device" else "agreed" if asked else "cloud"
+        for source, asked in zip(sources, consulted, strict=True)
+    ]
 
 
 def legend() -> Html:
