@@ -133,7 +133,7 @@ def trained_lora(
 
 
 def parameter_budget(backbone: Backbone, side_width: int) -> int:
-    """Trainable numbers of a tap ladder of that width, its gate not counted."""
+    """Trainable numbers of a tap ladder of that width; a gate is not counted."""
     description = backbone.description
     return TapLadderConfig(
         num_taps=description.num_taps,
