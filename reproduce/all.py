@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-STUDIES = ("spa_table2", "spa_table4", "spa_figures3_4", "spa_figure5", "spa_gate_curve", "spa_table3")
+STUDIES = ("spa_table2", "spa_table4", "spa_figures3_4", "spa_figure5", "spa_gate_curve", "spa_table3", "spa_beams")
 
 
 def main() -> None:

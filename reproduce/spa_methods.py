@@ -27,6 +27,8 @@ from cotune.device.likelihood import base_nats, token_nats
 from cotune.device.side_network import gate_of, open_side_network
 from cotune.errors import InputError
 from cotune.evaluation.judgement import judge
+from cotune.generation.beam_reference import search
+from cotune.generation.beams import BeamCounters, BeamOptions
 from cotune.generation.modes import MODES
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.reference import Generation, Personal, generate
@@ -152,6 +154,43 @@ def judge_backbone(backbone: Backbone, test: Sequence[Example], max_new_tokens: 
     return _scores(text, test, made, target_nats(backbone, encoded))
 
 
+def personal_of(plugin: Plugin) -> Personal:
+    """The device's part, as a device runs it."""
+    return Personal(
+        corrector=open_side_network(plugin),
+        output_basis=OutputBasis.from_bytes(plugin.output_basis),
+        gate=gate_of(plugin),
+    )
+
+
+def beam_trips(
+    backbone: Backbone, plugin: Plugin, test: Sequence[Example], num_beams: int, max_new_tokens: int, max_length: int
+) -> dict[str, float]:
+    """How often mode spa asks the device with so many beams: M per step, and what independent gates would come to.
+
+    One beam is greedy decoding.
+    """
+    encoded = encode_examples(backbone.tokenizer_json, test, backbone.description, max_length)
+    personal, counters = personal_of(plugin), BeamCounters()
+    for each in encoded:
+        request = _request(each, backbone, "spa", max_new_tokens)
+        if num_beams == 1:
+            asked = [decision.consulted for decision in generate(backbone, personal, request).decisions]
+            counters.num_steps += len(asked)
+            counters.num_beam_steps += len(asked)
+            counters.num_consulted += sum(asked)
+            counters.num_trips += sum(asked)
+            continue
+        made = search(backbone, personal, request, BeamOptions(num_beams=num_beams)).counters
+        for name in vars(counters):
+            setattr(counters, name, getattr(counters, name) + getattr(made, name))
+    return {
+        "m_per_step": counters.trips_per_step,
+        "consult_rate": counters.consult_rate,
+        "independent": counters.predicted_trips_per_step(num_beams),
+    }
+
+
 def judge_plugin(
     backbone: Backbone, plugin: Plugin, test: Sequence[Example], max_new_tokens: int, max_length: int
 ) -> dict[str, Any]:
@@ -161,11 +200,7 @@ def judge_plugin(
     device's choice is another one than the base model's (SPA, table 4).
     """
     encoded = encode_examples(backbone.tokenizer_json, test, backbone.description, max_length)
-    personal = Personal(
-        corrector=open_side_network(plugin),
-        output_basis=OutputBasis.from_bytes(plugin.output_basis),
-        gate=gate_of(plugin),
-    )
+    personal = personal_of(plugin)
     text = TextCodec(backbone.tokenizer_json)
     results: dict[str, Any] = {}
     window = personal.corrector.prompt_window

@@ -31,6 +31,7 @@ from cotune.errors import DataError, InputError
 from cotune.evaluation.intervals import student_interval
 from cotune.evaluation.report import Section
 from cotune.models.backbone import Backbone
+from cotune.plugin import Plugin
 
 HERE = Path(__file__).parent
 # The meaning of a cell: one more, and all are run again.
@@ -174,6 +175,37 @@ class Study:
             )
         return found
 
+    def measured(
+        self, dataset: str, method: Method, seed: int, key: dict[str, Any], run: Callable[[Plugin], Value]
+    ) -> Value:
+        """A cell that measures a tuned plugin; it is tuned again only where the cell is not there yet.
+
+        Args:
+            dataset, method, seed: which plugin, at its best learning rate.
+            key: what is measured, as far as the settings do not say it.
+            run: measures.
+        """
+        rate = self.learning_rate(dataset, method)
+        whole = {**key, "method": method.name, "learning_rate": rate, "num_train": self._num(None), "seed": seed}
+
+        def tune_and_run() -> Value:
+            training = self._training(method, rate, seed)
+            examples = self.data(dataset)[0][: self._num(None)]
+            features = self.args.cache / "features"
+            return run(train_plugin(self.backbone, examples, method.family, training, features)[0])
+
+        return self._cell(dataset, whole, tune_and_run)
+
+    def _training(self, method: Method, rate: float, seed: int) -> Training:
+        return Training(
+            learning_rate=rate,
+            epochs=EPOCHS[method.family],
+            side_width=self.args.side_width,
+            remembers=method.remembers,
+            seed=seed,
+            max_length=self.args.max_length,
+        )
+
     def _num(self, num_train: int | None) -> int:
         return num_train or int(self.args.num_train)
 
@@ -188,14 +220,7 @@ class Study:
     ) -> Value:
         args = self.args
         examples = self.data(dataset)[0][: self._num(num_train)]
-        training = Training(
-            learning_rate=rate,
-            epochs=EPOCHS[method.family],
-            side_width=args.side_width,
-            remembers=method.remembers,
-            seed=seed,
-            max_length=args.max_length,
-        )
+        training = self._training(method, rate, seed)
         limits = args.max_new_tokens, args.max_length
         if method.family in FAMILIES:
             plugin, value = train_plugin(self.backbone, examples, method.family, training, args.cache / "features")
