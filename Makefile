@@ -9,7 +9,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/cotune demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
