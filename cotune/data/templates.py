@@ -299,9 +299,7 @@ TEMPLATES: dict[str, Template] = {
             name="prompt_completion", columns=("prompt", "completion"), render=render_columns("prompt", "completion")
         ),
         Template(name="request", columns=("request", "answer"), render=render_request),
-        Template(
-            name="summary", columns=("document", "summary"), render=render_summary_columns("document", "summary")
-        ),
+        Template(name="summary", columns=("document", "summary"), render=render_summary_columns("document", "summary")),
         Template(
             name="highlights", columns=("article", "highlights"), render=render_summary_columns("article", "highlights")
         ),
