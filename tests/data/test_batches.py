@@ -2,31 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from byte_tokens import BOS, EOS, TOKENIZER, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
 from cotune.data.batches import EncodedExample, encode_example, fit_example, token_batches
 from cotune.data.templates import Example
 from cotune.errors import InputError
 
-BOS, EOS = 256, 257
-
-
-def byte_tokenizer(*, merges: tuple[tuple[str, str], ...] = (), bos: bool = True) -> Tokenizer:
-    """One token for each byte, in the order of the alphabet, and one for each merge."""
-    vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {"<bos>": BOS, "<eos>": EOS} | {a + b: EOS + 1 + index for index, (a, b) in enumerate(merges)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    tokenizer.add_special_tokens(["<bos>", "<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    return tokenizer
-
-
-TOKENIZER = byte_tokenizer()
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
