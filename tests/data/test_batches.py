@@ -74,6 +74,7 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_target() -> None:
 def test_a_long_document_loses_its_end_and_the_summary_stays_whole() -> None:
     article = Example("Sum:0123456789;", "abcd", document=(4, 14))  # 1 + 15 + 4 + 1 = 21 tokens
     assert text_of(encode(article, max_length=21).input_ids) == "<bos>Sum:0123456789;abcd<eos>"
+    assert text_of(encode(article, max_length=20).input_ids) == "<bos>Sum:012345678;abcd<eos>"
     assert text_of(encode(article, max_length=14).input_ids) == "<bos>Sum:012;abcd<eos>"
     # Without any document it is 11 tokens; below that, the rule for other prompts holds.
     assert text_of(encode(article, max_length=11).input_ids) == "<bos>Sum:;abcd<eos>"

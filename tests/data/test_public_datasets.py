@@ -133,6 +133,10 @@ def test_article_files(tmp_path: Path) -> None:
             '{"data": [\n{"document": "a"}\n]}',
             "line 2: data set 'xsum' has columns document \\+ summary, but the columns",
         ),
+        (
+            '[\n{"document": "a",\n"summary": "b"\n},\n\n{"document": "a"}]',
+            "line 6: column 'summary' is missing; found 'document'",
+        ),
         ('[{"document": "a", "summary": "b"}', "line 1: the file is not JSON"),
         ('{\n"rows": []\n}', "the file is one JSON object, expected a list of objects, or one under 'data'"),
         ('{"data" 1}', "line 1: the "),
