@@ -42,7 +42,8 @@ def read_examples(
     """Read prompts and targets.
 
     Args:
-        path: a file that ends as `cotune.data.row_readers.READERS` lists, a folder, or `hub:owner/name`.
+        path: a file that ends as `cotune.data.row_readers.READERS` lists, a folder, or `hub:owner/name`, with
+            `:configuration` behind it where a data set has several.
         template: a key of `TEMPLATES`, or of `DATASETS` to accept only the columns of that data set; None takes the
             first template that fits the columns.
         limit: how many examples at most.
@@ -206,7 +207,7 @@ def hub_splits(name: str) -> list[str]:
     except ImportError as error:
         raise DataError(DATASETS_ARE_MISSING, path=name) from error
     try:
-        return [str(split) for split in datasets.get_dataset_split_names(name)]
+        return [str(split) for split in datasets.get_dataset_split_names(*hub_parts(name))]
     except (OSError, ValueError) as error:
         raise DataError(f"the Hub gave no data set of this name ({first_line(error)})", path=name) from error
 
@@ -218,10 +219,21 @@ def read_hub_dataset(name: str, split: str | None) -> Iterator[NumberedRow]:
     except ImportError as error:
         raise DataError(DATASETS_ARE_MISSING, path=name) from error
     try:
-        loaded = datasets.load_dataset(name, split=split or DEFAULT_SPLIT)
+        loaded = datasets.load_dataset(*hub_parts(name), split=split or DEFAULT_SPLIT)
     except (OSError, ValueError) as error:
         raise DataError(f"the Hub gave no data set of this name ({first_line(error)})", path=name) from error
     yield from enumerate(loaded, start=1)
+
+
+def hub_parts(name: str) -> tuple[str, str | None]:
+    """`owner/name` and the configuration after a colon, which some data sets need; None where there is none.
+
+    Example:
+        >>> hub_parts("abisee/cnn_dailymail:3.0.0")
+        ('abisee/cnn_dailymail', '3.0.0')
+    """
+    repository, _, configuration = name.partition(":")
+    return repository, configuration or None
 
 
 def first_line(error: Exception) -> str:

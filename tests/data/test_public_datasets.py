@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +199,27 @@ def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
     rows.save_to_disk(str(tmp_path / "one"))
     with pytest.raises(DataError, match="none of the splits train, validation, test; found none"):
         read_splits(tmp_path / "one")
+
+
+def test_the_hub_is_asked_for_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(*arguments: object, split: str) -> list[dict[str, Any]]:
+        asked.append((*arguments, split))
+        return [CNN_ROW]
+
+    def get_dataset_split_names(*arguments: object) -> list[str]:
+        asked.append(arguments)
+        return ["train", "val"]
+
+    hub = SimpleNamespace(load_dataset=load_dataset, get_dataset_split_names=get_dataset_split_names)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    splits = read_splits("hub:abisee/cnn_dailymail:3.0.0", "cnn_dailymail")
+    assert (splits.train, splits.validation, splits.test) == (CNN, CNN, [])
+    name = ("abisee/cnn_dailymail", "3.0.0")
+    assert asked == [name, (*name, "train"), (*name, "val")]
+    read_examples("hub:abisee/cnn_dailymail", "cnn_dailymail")
+    assert asked[-1] == ("abisee/cnn_dailymail", None, "train")
 
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
