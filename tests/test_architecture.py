@@ -153,7 +153,9 @@ def test_importing_cotune_loads_almost_nothing() -> None:
 PUBLIC = {
     "cotune": ["__version__"],
     "cotune.data": [
+        "DATASETS",
         "DEMO_PERSONA",
+        "DatasetSplits",
         "EncodedExample",
         "Example",
         "Exchange",
@@ -161,13 +163,16 @@ PUBLIC = {
         "TEMPLATES",
         "Template",
         "TokenBatch",
+        "draw",
         "encode_example",
+        "fit_example",
         "format_answer",
         "format_request",
         "generate_exchanges",
         "generate_persona_exchanges",
         "persona_split",
         "read_examples",
+        "read_splits",
         "token_batches",
     ],
     "cotune.evaluation": [

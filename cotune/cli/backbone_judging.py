@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cotune.cli.output import Advance
+from cotune.data.batches import fit_example
 from cotune.data.templates import Example
 from cotune.evaluation.judgement import Judgement, judge
 from cotune.generation.reference import generate
@@ -22,12 +23,14 @@ def judge_backbone(
 
     Args:
         backbone: with an adapter attached, it is judged with it.
-        examples: held-out texts.
+        examples: held-out texts; documents too long for the context are cut as `fit_example` does.
         max_new_tokens: of each generated text.
         seed: of the bootstrap.
         advance: told about progress.
     """
     text = TextCodec(backbone.tokenizer_json)
+    longest = backbone.spec.max_context
+    examples = [fit_example(text.tokenizer, each, max_length=longest, room=max_new_tokens) for each in examples]
     predictions = []
     for number, example in enumerate(examples, start=1):
         request = GenerationRequest(

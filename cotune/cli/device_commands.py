@@ -158,10 +158,16 @@ def tune(
     data: Annotated[str, typer.Argument(help="Your texts: .jsonl, .csv or .parquet, a folder, or a Hub data set.")],
     cloud: CloudOption,
     out: Annotated[Path, typer.Option(help="Folder for the plugin; its run is kept beside it in OUT.run.")],
-    template: Annotated[str | None, typer.Option(help="How columns become prompts; found by itself if left out.")] = (
-        None
-    ),
+    template: Annotated[
+        str | None, typer.Option(help="How columns become prompts, or a data set's name; found by itself if left out.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use this many examples at most.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Use this part of the examples, such as 0.1; drawn by the seed.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a folder or Hub data set; train, or the only one, if left out.")
+    ] = None,
     family: Annotated[
         str, typer.Option(help="parallel (modes integration and spa) or serial (ladder and separation).")
     ] = "parallel",
@@ -213,7 +219,7 @@ def tune(
     # What can be refused without PyTorch is refused before it is loaded, which takes seconds.
     if out.exists() and not (out / "plugin.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out is {out}, which holds something else; give a new folder or that of a plugin")
-    examples = read_examples(data, template=template, limit=limit, seed=seed)
+    examples = read_examples(data, template, limit, seed, split, share=share)
 
     import torch
 
@@ -251,7 +257,7 @@ def tune(
     # The first connection stands before anything is written.
     with RemoteFeatureSource(make) as source:
         description = source.description
-    run = _run_folder(out, data, cloud, config)
+    run = _run_folder(out, cloud, config, data=data, template=template, limit=limit, share=share, split=split)
     torch.set_num_threads(threads)
     with EgressLedger(run / "ledger.jsonl") as book:
         # The first connection said hello before there was a ledger to write it to.
@@ -312,11 +318,11 @@ def tune(
     stderr.print(f'[dim]next: cotune device generate {escape(str(out))} "..." --cloud {escape(cloud)}')
 
 
-def _run_folder(out: Path, data: str, cloud: str, config: PersonalConfig) -> Path:
+def _run_folder(out: Path, cloud: str, config: PersonalConfig, **reading: str | float | None) -> Path:
     from cotune.cli.run_folder import make_run_folder, write_config
 
     run = make_run_folder(out.with_name(out.name + ".run"))
-    write_config(run, "cotune device tune", {"data": data, "cloud": cloud, "personal": config})
+    write_config(run, "cotune device tune", {**reading, "cloud": cloud, "personal": config})
     return run
 
 

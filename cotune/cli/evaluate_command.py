@@ -25,10 +25,16 @@ def evaluate(
     cloud: Annotated[str | None, typer.Option(help="For a plugin: URL of its cloud.")] = None,
     mode: Annotated[str | None, typer.Option(help="For a plugin: the mode; by default it consults always.")] = None,
     lora: Annotated[Path | None, typer.Option(help="For a model: a LoRA folder to put on it.")] = None,
-    template: Annotated[str | None, typer.Option(help="How columns become prompts; found by itself if left out.")] = (
-        None
-    ),
+    template: Annotated[
+        str | None, typer.Option(help="How columns become prompts, or a data set's name; found by itself if left out.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use this many examples at most.")] = 100,
+    share: Annotated[
+        float | None, typer.Option(help="Use this part of the examples, such as 0.1; drawn by the seed.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a folder or Hub data set; train, or the only one, if left out.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Of each generated text.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the choice of examples and of the bootstrap.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -55,7 +61,7 @@ def evaluate(
         raise InputError(f"{model} is a plugin; give the cloud that it was tuned on with --cloud")
     if not is_plugin and cloud is not None:
         raise InputError(f"--cloud is given, but {model} holds no plugin.json; give a plugin folder, or drop --cloud")
-    examples = read_examples(data, template=template, limit=limit, seed=seed)
+    examples = read_examples(data, template, limit, seed, split, share=share)
     with progress("evaluating", enabled=not as_json) as advance:
         if cloud is not None:
             make = connector(cloud, token_file=token_file, tls_ca=tls_ca)
@@ -83,7 +89,7 @@ async def _judge_plugin(
     seed: int,
     advance: Advance,
 ) -> Judgement:
-    from cotune.cli.judging import encode_for, generate_all, judge_likelihood
+    from cotune.cli.judging import encode_for, fit_for, generate_all, judge_likelihood
     from cotune.device.client import CloudClient
     from cotune.device.runtime import Device, GenerationOptions
     from cotune.evaluation.judgement import judge
@@ -95,6 +101,7 @@ async def _judge_plugin(
     device.check(options)
     async with CloudClient(make) as client:
         device.check_cloud(client.description)
+        examples = fit_for(client, device, examples, max_new_tokens)
         nats = await judge_likelihood(client, {chosen: device}, encode_for(client, device, examples), advance)
         texts = await generate_all(client, device, [example.prompt for example in examples], options, advance)
     return judge(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.cli.output import Advance
-from cotune.data.batches import EncodedExample, encode_example
+from cotune.data.batches import EncodedExample, encode_example, fit_example
 from cotune.data.templates import Example
 from cotune.device.client import CloudClient
 from cotune.device.likelihood import base_nats, token_nats
@@ -31,6 +31,12 @@ def encode_for(client: CloudClient, device: Device, examples: Sequence[Example])
         )
         for example in examples
     ]
+
+
+def fit_for(client: CloudClient, device: Device, examples: Sequence[Example], max_new_tokens: int) -> list[Example]:
+    """The examples with long documents cut, so that an answer of `max_new_tokens` fits the model's context too."""
+    longest = client.description.max_context
+    return [fit_example(device.text.tokenizer, each, max_length=longest, room=max_new_tokens) for each in examples]
 
 
 async def judge_likelihood(

@@ -23,10 +23,16 @@ def tune(
     data: Annotated[str, typer.Argument(help="Your texts: .jsonl, .csv or .parquet, a folder, or a Hub data set.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; its run is kept beside it in OUT.run.")],
     method: Annotated[str, typer.Option(help="lora or side.")] = "lora",
-    template: Annotated[str | None, typer.Option(help="How columns become prompts; found by itself if left out.")] = (
-        None
-    ),
+    template: Annotated[
+        str | None, typer.Option(help="How columns become prompts, or a data set's name; found by itself if left out.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use this many examples at most.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Use this part of the examples, such as 0.1; drawn by the seed.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a folder or Hub data set; train, or the only one, if left out.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Times that each text is seen; 3 for lora, 15 for side.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Largest one; 1e-3 for lora, 1e-2 for side.")] = None,
     rank: Annotated[int, typer.Option(help="lora: width of the bottleneck.")] = 8,
@@ -61,7 +67,7 @@ def tune(
     from cotune.cli.run_folder import make_run_folder, write_config
     from cotune.data.records import read_examples
 
-    examples = read_examples(data, template=template, limit=limit, seed=seed)
+    examples = read_examples(data, template, limit, seed, split, share=share)
 
     # Only now: it loads PyTorch, which takes seconds.
     from cotune.models.backbone import Backbone
@@ -79,6 +85,10 @@ def tune(
         "side": side,
         "heldout_share": heldout_share,
         "max_length": max_length,
+        "template": template,
+        "limit": limit,
+        "share": share,
+        "split": split,
         "seed": seed,
     }
     write_config(run, "cotune tune", settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
@@ -62,8 +62,9 @@ def split_tokens(tokenizer: Tokenizer, example: Example) -> tuple[list[int], lis
 def encode_example(tokenizer: Tokenizer, example: Example, *, eos_token_id: int, max_length: int) -> EncodedExample:
     """Encode prompt and target and mark where the target begins.
 
-    Too long a sequence loses the start of its prompt (special tokens in front stay), and where the prompt would keep
-    less than half of `max_length`, the end of its target.
+    Too long a sequence loses the end of the document in its prompt, as `fit_example` says. Where there is none, or that
+    is not enough, it loses the start of its prompt (special tokens in front stay), and where the prompt would keep less
+    than half of `max_length`, the end of its target.
 
     Args:
         eos_token_id: appended to the target.
@@ -83,6 +84,9 @@ def encode_example(tokenizer: Tokenizer, example: Example, *, eos_token_id: int,
             "the special tokens or one prompt token, and one target token"
         )
     prompt_ids, target_ids = split_tokens(tokenizer, example)
+    if example.document is not None and len(prompt_ids) + len(target_ids) >= max_length:
+        example = fit_example(tokenizer, example, max_length=max_length)
+        prompt_ids, target_ids = split_tokens(tokenizer, example)
     if not target_ids or target_ids[-1] != eos_token_id:
         target_ids.append(eos_token_id)
     if not prompt_ids:  # without a start token, the first target token is the context of the others
@@ -95,6 +99,36 @@ def encode_example(tokenizer: Tokenizer, example: Example, *, eos_token_id: int,
     prompt_ids = keep_end(prompt_ids, max_length - len(target_ids), special_ids)
     input_ids = np.array(prompt_ids + target_ids, dtype=np.int64)
     return EncodedExample(input_ids, len(prompt_ids))
+
+
+def fit_example(tokenizer: Tokenizer, example: Example, *, max_length: int, room: int = 0) -> Example:
+    """Cut the document in a prompt, from its end, until prompt, target and the end of sequence fit.
+
+    The document alone gives way: the task around it, the earlier turns of a conversation and the target stay whole. If
+    they are too long without it, nothing of it is left. An example without a document comes back as it is.
+
+    Args:
+        max_length: tokens in all.
+        room: tokens to leave behind the prompt, at least; more than the target needs where text is to be generated.
+
+    Example:
+        >>> prompt = fit_example(tokenizer, example, max_length=2048, room=64).prompt
+    """
+    if example.document is None:
+        return example
+    (start, end), prompt = example.document, example.prompt
+    longest = max_length - max(len(split_tokens(tokenizer, example)[1]) + 1, room)
+    while end > start:
+        encoding = tokenizer.encode(prompt)
+        excess = len(encoding.ids) - longest
+        if excess <= 0:
+            break
+        starts = [first for first, after in encoding.offsets if start <= first < min(end, after)]
+        # Tokens at the cut may join with others than before, so that one pass can be too little.
+        cut = min(starts[-excess], end - 1) if excess <= len(starts) else start
+        kept = prompt[start:cut].rstrip()
+        prompt, end = prompt[:start] + kept + prompt[end:], start + len(kept)
+    return replace(example, prompt=prompt, document=(start, end))
 
 
 def keep_end(prompt_ids: list[int], length: int, special_ids: list[int]) -> list[int]:

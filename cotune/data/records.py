@@ -1,24 +1,33 @@
 """Examples from files, folders and Hugging Face data sets.
 
-A folder is either a data set that `datasets` saved, or holds a file for each split, such as `train.jsonl` or
-`test-00000.parquet`.
+A folder is either a data set that `datasets` saved, or holds files for each split, such as `train.jsonl` or
+`test-00000.parquet`; `cotune.data.split_files` tells which. docs/data.md lists formats and data sets.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
+from typing import Any
 
 from cotune.data.row_readers import READERS, NumberedRow, find_suffix
+from cotune.data.sampling import draw
+from cotune.data.split_files import DEFAULT_SPLIT, SPLITS, find_split_files, list_splits, names_of
 from cotune.data.templates import Example, Template, choose_template, quote_names
-from cotune.errors import DataError, InputError
+from cotune.errors import DataError
 
-DEFAULT_SPLIT = "train"
 # The Hub is only asked by name, so that a mistyped private path never leaves the machine.
 HUB_PREFIX = "hub:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSplits:
+    """The examples of a data set by split; a split that the data set lacks is empty."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
 
 
 def read_examples(
@@ -27,15 +36,20 @@ def read_examples(
     limit: int | None = None,
     seed: int | None = None,
     split: str | None = None,
+    *,
+    share: float | None = None,
 ) -> list[Example]:
     """Read prompts and targets.
 
     Args:
-        path: a `.jsonl`, `.jsonl.gz`, `.csv`, `.csv.gz` or `.parquet` file, a folder, or `hub:owner/name`.
-        template: a key of `cotune.data.templates.TEMPLATES`; None takes the first that fits the columns.
+        path: a file that ends as `cotune.data.row_readers.READERS` lists, a folder, or `hub:owner/name`, with
+            `:configuration` behind it where a data set has several.
+        template: a key of `TEMPLATES`, or of `DATASETS` to accept only the columns of that data set; None takes the
+            first template that fits the columns.
         limit: how many examples at most.
-        seed: shuffle with it before the limit; None keeps the order of the file.
+        seed: draw by it; a smaller draw is the beginning of a larger one. None takes the first ones of the file.
         split: which part of a folder or Hub data set; None takes `train`, or the only one.
+        share: part of the examples to take, above 0 and at most 1. With a limit, both hold.
 
     Raises:
         DataError: what cannot be read, with file and line, what came and what is expected.
@@ -43,18 +57,71 @@ def read_examples(
     Example:
         >>> examples = read_examples("notes.jsonl", limit=100, seed=0)
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}, expected at least 1")
-    examples = iterate_examples(path, template, split)
-    if seed is None:
-        chosen = list(itertools.islice(examples, limit))
-    else:
-        chosen = list(examples)
-        Random(seed).shuffle(chosen)
-        chosen = chosen[:limit]
+    chosen = draw(iterate_examples(path, template, split), limit=limit, share=share, seed=seed)
     if not chosen:
         raise DataError("there is no example in it, expected at least one row with a target", path=path)
     return chosen
+
+
+def read_splits(
+    path: Path | str,
+    dataset: str | None = None,
+    *,
+    seed: int = 0,
+    num_train: int | None = None,
+    train_share: float | None = None,
+    num_validation: int | None = None,
+    num_test: int | None = None,
+) -> DatasetSplits:
+    """Read training, validation and test examples, each drawn by the seed.
+
+    Args:
+        path: a folder, or `hub:owner/name`.
+        dataset: a key of `DATASETS` or `TEMPLATES`; None recognises it by its columns.
+        seed: of the three draws; with one seed, a smaller training set is the beginning of a larger one.
+        num_train, num_validation, num_test: how many examples at most; None takes all.
+        train_share: part of the training examples to take, above 0 and at most 1.
+
+    Raises:
+        DataError: what cannot be read, or the data set has no splits.
+
+    Example:
+        >>> splits = read_splits("data/xsum", "xsum", train_share=0.1, num_test=300, seed=1)
+    """
+    limits = {"train": num_train, "validation": num_validation, "test": num_test}
+    shares = {"train": train_share}
+    present = available_splits(path)
+    return DatasetSplits(
+        **{
+            split: read_examples(path, dataset, limits[split], seed, present[split], share=shares.get(split))
+            if split in present
+            else []
+            for split in SPLITS
+        }
+    )
+
+
+def available_splits(path: Path | str) -> dict[str, str]:
+    """Those of train, validation and test that a data set has, each with the name that it has there.
+
+    Raises:
+        DataError: it has none of them, or is a single file.
+    """
+    if str(path).startswith(HUB_PREFIX):
+        found = hub_splits(str(path).removeprefix(HUB_PREFIX))
+    else:
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise DataError("there is no such folder, expected one with a file for each split", path=path)
+        if not is_saved_dataset(folder):
+            return {split: split for split in list_splits(folder)}
+        found = saved_splits(folder)
+    present = {split: name for split in SPLITS for name in reversed(names_of(split)) if name in found}
+    if not present:
+        raise DataError(
+            f"the data set has none of the splits {', '.join(SPLITS)}; found {quote_names(found)}", path=path
+        )
+    return present
 
 
 def iterate_examples(path: Path | str, template: str | None, split: str | None) -> Iterator[Example]:
@@ -98,41 +165,32 @@ def open_file(path: Path) -> tuple[str, Iterator[NumberedRow]]:
     return str(path), READERS[suffix](path)
 
 
-def find_split_files(folder: Path, split: str | None) -> list[Path]:
-    """The files of a split in a folder, by name: `train.jsonl`, `train-00000.parquet`, `train_2.csv`.
-
-    Raises:
-        DataError: the folder has no such file; lists what it has.
-    """
-    files = sorted(file for file in folder.iterdir() if file.is_file() and find_suffix(file))
-    if not files:
-        raise DataError(f"the folder holds no data file, expected one that ends in {quote_names(READERS)}", path=folder)
-    if split is None and len(files) == 1:
-        return files
-    wanted = split or DEFAULT_SPLIT
-    chosen = [file for file in files if re.fullmatch(rf"{re.escape(wanted)}([-_.].*)", file.name)]
-    if not chosen:
-        found = quote_names(file.name for file in files)
-        raise DataError(f"the folder has no file for split '{wanted}'; found {found}", path=folder)
-    return chosen
-
-
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets.save_to_disk` wrote the folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def read_saved_dataset(folder: Path, split: str | None) -> Iterator[NumberedRow]:
-    """The rows of a data set on disk, numbered from 1; needs `datasets`."""
+def load_saved(folder: Path) -> Any:
+    """A data set on disk, whole or by split; needs `datasets`."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(DATASETS_ARE_MISSING, path=folder) from error
     try:
-        loaded = datasets.load_from_disk(str(folder))
+        return datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
         raise DataError(f"the data set on disk cannot be read ({first_line(error)})", path=folder) from error
-    if isinstance(loaded, datasets.DatasetDict):
+
+
+def saved_splits(folder: Path) -> list[str]:
+    """The names of the splits of a data set on disk; none where it is one whole."""
+    return list(load_saved(folder)) if (folder / "dataset_dict.json").is_file() else []
+
+
+def read_saved_dataset(folder: Path, split: str | None) -> Iterator[NumberedRow]:
+    """The rows of a data set on disk, numbered from 1; needs `datasets`."""
+    loaded = load_saved(folder)
+    if (folder / "dataset_dict.json").is_file():
         wanted = split or (DEFAULT_SPLIT if len(loaded) > 1 else next(iter(loaded)))
         if wanted not in loaded:
             raise DataError(f"the data set has no split '{wanted}'; found {quote_names(loaded)}", path=folder)
@@ -142,6 +200,18 @@ def read_saved_dataset(folder: Path, split: str | None) -> Iterator[NumberedRow]
     yield from enumerate(loaded, start=1)
 
 
+def hub_splits(name: str) -> list[str]:
+    """The names of the splits of a data set on the Hub; needs `datasets` and the network."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(DATASETS_ARE_MISSING, path=name) from error
+    try:
+        return [str(split) for split in datasets.get_dataset_split_names(*hub_parts(name))]
+    except (OSError, ValueError) as error:
+        raise DataError(f"the Hub gave no data set of this name ({first_line(error)})", path=name) from error
+
+
 def read_hub_dataset(name: str, split: str | None) -> Iterator[NumberedRow]:
     """The rows of a data set on the Hub, numbered from 1; needs `datasets` and the network."""
     try:
@@ -149,10 +219,21 @@ def read_hub_dataset(name: str, split: str | None) -> Iterator[NumberedRow]:
     except ImportError as error:
         raise DataError(DATASETS_ARE_MISSING, path=name) from error
     try:
-        loaded = datasets.load_dataset(name, split=split or DEFAULT_SPLIT)
+        loaded = datasets.load_dataset(*hub_parts(name), split=split or DEFAULT_SPLIT)
     except (OSError, ValueError) as error:
         raise DataError(f"the Hub gave no data set of this name ({first_line(error)})", path=name) from error
     yield from enumerate(loaded, start=1)
+
+
+def hub_parts(name: str) -> tuple[str, str | None]:
+    """`owner/name` and the configuration after a colon, which some data sets need; None where there is none.
+
+    Example:
+        >>> hub_parts("abisee/cnn_dailymail:3.0.0")
+        ('abisee/cnn_dailymail', '3.0.0')
+    """
+    repository, _, configuration = name.partition(":")
+    return repository, configuration or None
 
 
 def first_line(error: Exception) -> str:

@@ -230,6 +230,18 @@ def test_evaluate_judges_a_plugin_and_a_model(scene: Scene, run: Any) -> None:
 
 @needs_starter
 @pytest.mark.integration
+def test_evaluate_cuts_documents_that_are_longer_than_the_context(scene: Scene, run: Any, tmp_path: Path) -> None:
+    rows = [{"document": "Rain fell on Rome. " * 2000, "summary": f"Rain {index}."} for index in range(4)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "train.jsonl").write_text("no rows", encoding="utf-8")
+    common = (tmp_path, "--split", "test", "--template", "xsum", "--share", 0.5, "--max-new-tokens", 4, "--json")
+    for outcome in (run("evaluate", "starter", *common), run("evaluate", scene.plugin, *common, "--cloud", scene.url)):
+        assert outcome.status == 0, outcome.err
+        assert json.loads(outcome.out)["num_texts"] == 2
+
+
+@needs_starter
+@pytest.mark.integration
 def test_ledger_shows_what_left(scene: Scene, run: Any) -> None:
     folder = scene.folder / "plugin.run"
     told = json.loads(run("ledger", folder, "--json").out)

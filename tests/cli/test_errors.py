@@ -113,6 +113,18 @@ def test_bad_data_is_refused_with_its_file_and_line(run: Any, here: Path, comman
         ("device tune good.jsonl --cloud {nobody} --out thesis", "--out is thesis, which holds something else"),
         ("device tune good.jsonl --cloud {nobody} --out notes.docx", "--out is notes.docx, which holds something else"),
         ("device tune good.jsonl --cloud {nobody} --out fresh --limit 0", "limit is 0, expected at least 1"),
+        ("device tune good.jsonl --cloud {nobody} --out fresh --share 1.5", "share is 1.5, expected a number above 0"),
+        (
+            "device tune good.jsonl --cloud {nobody} --out fresh --split test",
+            "good.jsonl: split is 'test', but this is",
+        ),
+        ("tune starter good.jsonl --out fresh --share 0", "share is 0.0, expected a number above 0"),
+        (
+            "tune starter good.jsonl --out fresh --template xsum",
+            "line 1: data set 'xsum' has columns document + summary",
+        ),
+        ("evaluate starter good.jsonl --share nan", "share is nan, expected a number above 0"),
+        ("evaluate starter half --split test", "half: the folder"),
         ("device tune good.jsonl --cloud {nobody} --out fresh --template no", "template is 'no', expected one of"),
         ("tune starter good.jsonl --out fresh --method magic", "--method is 'magic', expected one of lora, side"),
         ("tune starter good.jsonl --out thesis", "--out is thesis, which holds something else; give a new folder"),

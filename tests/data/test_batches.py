@@ -2,31 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from byte_tokens import BOS, EOS, TOKENIZER, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
-from cotune.data.batches import EncodedExample, encode_example, token_batches
+from cotune.data.batches import EncodedExample, encode_example, fit_example, token_batches
 from cotune.data.templates import Example
 from cotune.errors import InputError
 
-BOS, EOS = 256, 257
-
-
-def byte_tokenizer(*, merges: tuple[tuple[str, str], ...] = (), bos: bool = True) -> Tokenizer:
-    """One token for each byte, in the order of the alphabet, and one for each merge."""
-    vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocab |= {"<bos>": BOS, "<eos>": EOS} | {a + b: EOS + 1 + index for index, (a, b) in enumerate(merges)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    tokenizer.add_special_tokens(["<bos>", "<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    return tokenizer
-
-
-TOKENIZER = byte_tokenizer()
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
@@ -85,6 +69,46 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_target() -> None:
     assert long_target.first_target == 4
     no_prompt = encode(Example("", "abcdefghij"), max_length=8)
     assert text_of(no_prompt.input_ids) == "<bos>abcdefg"
+
+
+def test_a_long_document_loses_its_end_and_the_summary_stays_whole() -> None:
+    article = Example("Sum:0123456789;", "abcd", document=(4, 14))  # 1 + 15 + 4 + 1 = 21 tokens
+    assert text_of(encode(article, max_length=21).input_ids) == "<bos>Sum:0123456789;abcd<eos>"
+    assert text_of(encode(article, max_length=20).input_ids) == "<bos>Sum:012345678;abcd<eos>"
+    assert text_of(encode(article, max_length=14).input_ids) == "<bos>Sum:012;abcd<eos>"
+    # Without any document it is 11 tokens; below that, the rule for other prompts holds.
+    assert text_of(encode(article, max_length=11).input_ids) == "<bos>Sum:;abcd<eos>"
+    assert text_of(encode(article, max_length=9).input_ids) == "<bos>m:;abcd<eos>"
+
+
+def test_a_target_longer_than_half_is_kept_too() -> None:
+    article = Example("S:0123456789;", "abcdefgh", document=(2, 12))
+    assert text_of(encode(article, max_length=14).input_ids) == "<bos>S:0;abcdefgh<eos>"
+
+
+def test_room_for_generation_counts_where_it_is_more_than_the_target() -> None:
+    article = Example("S:0123456789;", "ab", document=(2, 12))
+    fitted = fit_example(TOKENIZER, article, max_length=14, room=6)
+    assert (fitted.prompt, fitted.document) == ("S:0123;", (2, 6))
+    assert len(TOKENIZER.encode(fitted.prompt).ids) == 8
+    assert fit_example(TOKENIZER, article, max_length=14, room=3) == Example("S:0123456;", "ab")
+    assert fit_example(TOKENIZER, Example("0123456789", "ab"), max_length=5).prompt == "0123456789"
+
+
+@given(document=TEXT, frame=st.text("ab ", max_size=4), target=TEXT.filter(bool), max_length=st.integers(2, 60))
+def test_only_the_document_becomes_shorter(document: str, frame: str, target: str, max_length: int) -> None:
+    tokenizer = byte_tokenizer(merges=(("a", "b"), ("ab", "a")))
+    example = Example(frame + document + frame, target, (len(frame), len(frame) + len(document)))
+    fitted = fit_example(tokenizer, example, max_length=max_length)
+    assert fitted.document is not None
+    start, end = fitted.document
+    assert (fitted.prompt[:start], fitted.prompt[end:], fitted.target) == (frame, frame, target)
+    assert document.startswith(fitted.prompt[start:end])
+    num_target = len(tokenizer.encode(target, add_special_tokens=False).ids) + 1
+    if end > start:
+        assert len(tokenizer.encode(fitted.prompt).ids) + num_target <= max_length + 1
+    if len(tokenizer.encode(example.prompt).ids) + num_target <= max_length - 1:
+        assert fitted.prompt == example.prompt
 
 
 @given(prompt=TEXT, target=TEXT.filter(bool), max_length=st.integers(2, 40), bos=st.booleans())
