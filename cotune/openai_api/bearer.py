@@ -47,7 +47,17 @@ class BearerTokens:
 
     def admits(self, authorization: Sequence[str]) -> bool:
         """Whether these `Authorization` headers, of which there must be one, hold a token that is let in."""
+        return self.holder(authorization) is not None
+
+    def holder(self, authorization: Sequence[str]) -> str | None:
+        """A name for whoever holds the token in these headers, however they are written; None lets nobody in.
+
+        Example:
+            >>> tokens = BearerTokens(["s3cret"])
+            >>> tokens.holder(["Bearer s3cret"]) == tokens.holder(["bearer   s3cret"]) is not None
+            True
+        """
         scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         digest = sha256(token.strip().encode(errors="surrogateescape")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return digest.hex()[:16] if scheme.lower() == "bearer" and any(matches) else None
