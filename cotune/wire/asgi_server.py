@@ -47,6 +47,11 @@ class ServerConfig:
     grace_s: float = 5.0
     patience: Patience = field(default_factory=Patience)
 
+    def __post_init__(self) -> None:
+        # The system's resolver would take 70000 for 4464.
+        if not 0 <= self.port <= 65_535:
+            raise InputError(f"port is {self.port}, expected 0 to 65535")
+
     @property
     def is_secure(self) -> bool:
         return self.tls_cert is not None
@@ -114,11 +119,19 @@ async def run_server(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which leaves signals to us: it would raise them again when all is over."""
+    """uvicorn's, which leaves signals to us: it would raise them again when all is over. It ends when it is told."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._end = asyncio.Event()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self._end.set()
+
+    async def main_loop(self) -> None:
+        await self._end.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -139,7 +152,8 @@ async def _run(
 
     def end() -> None:
         if asked.is_set():  # the second time: without grace
-            server.should_exit = server.force_exit = True
+            server.force_exit = True
+            server.end()
         asked.set()
 
     async def wait_for_end() -> None:
@@ -152,7 +166,7 @@ async def _run(
         finally:
             for wait in waits:
                 wait.cancel()
-            server.should_exit = True
+            server.end()
 
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -184,7 +198,7 @@ def _listening_socket(config: ServerConfig) -> socket.socket:
         except BaseException:
             listener.close()
             raise
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         number = getattr(error, "errno", None)
         reason = "no such address" if isinstance(error, socket.gaierror) else os.strerror(number or 0).lower()
         advice = "choose another --port" if number == errno.EADDRINUSE else "choose another --host or --port"
