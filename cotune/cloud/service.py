@@ -76,7 +76,7 @@ class ServiceConfig:
         max_sessions: generations at once, those waiting for their device to come back included.
         session_ttl_s: how long a session whose connection broke is kept for its device, seconds.
         idle_timeout_s: how long a device may stay silent, seconds.
-        slow_reader_timeout_s: a device that takes no message for so long is hung up on, seconds.
+        slow_reader_timeout_s: who takes nothing of what is sent for so long is hung up on, seconds.
         max_outbox_bytes: no more is computed for a device that has so many bytes still to read.
         max_sessions_per_token: generations at once of one holder of a token, texts of the OpenAI interface included;
             None for no limit.

@@ -22,6 +22,8 @@ class BearerTokens:
     """
 
     def __init__(self, tokens: Sequence[str]) -> None:
+        if isinstance(tokens, str):
+            raise InputError("tokens is one string, expected a list of tokens")
         if not tokens or not all(token and all("!" <= letter <= "~" for letter in token) for token in tokens):
             raise InputError("a token is missing or holds other than visible ASCII characters; choose another one")
         # Digests are of one length, so that a comparison tells nothing about a token's length either.
