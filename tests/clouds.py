@@ -100,3 +100,17 @@ def in_a_thread(model: HostedModel, config: HostConfig | None = None) -> Iterato
         loop.call_soon_threadsafe(stop.set)
         thread.join(timeout=30)
         assert not thread.is_alive()
+
+
+async def get(url: str, path: str, token: str | None = None, **headers: str) -> tuple[int, str]:
+    """Status and body of a plain request."""
+    host_, port = url.rpartition("/")[2].split(":")
+    reader, writer = await asyncio.open_connection(host_, int(port))
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    lines = [f"GET {path} HTTP/1.1", "Host: x", "Connection: close", *(f"{k}: {v}" for k, v in headers.items())]
+    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+    answer = (await asyncio.wait_for(reader.read(), 10)).decode()
+    writer.close()
+    head, _, body = answer.partition("\r\n\r\n")
+    return int(head.split()[1]), body

@@ -40,7 +40,6 @@ _BROWSER_HEADERS = ("origin", "sec-fetch-site")
 _OWNER = "cotune.owner"
 # Answers of the OpenAI interface are counted by these.
 _API = "/v1/"
-_POLICY_VIOLATION = 1008
 
 logger = logging.getLogger("cotune.cloud")
 
@@ -169,8 +168,4 @@ def _as_api_error(error: CotuneError) -> ApiError:
 
 async def _deny(websocket: WebSocket, response: Response) -> None:
     with suppress(WebSocketDisconnect):
-        if "websocket.http.response" in websocket.scope.get("extensions", {}):
-            await websocket.send_denial_response(response)
-        else:
-            # A server that can say no more than 403.
-            await websocket.close(_POLICY_VIOLATION)
+        await websocket.send_denial_response(response)

@@ -19,6 +19,7 @@ import openai
 import pytest
 import trustme
 from asgi import ask
+from clouds import get
 from tiny_models import device_for, random_plugin, tiny_backbone
 
 from cotune.cloud.engine import EngineConfig
@@ -115,20 +116,6 @@ async def check_control(made: tuple[DeviceStream, list[int]], url: str, **option
     async with CloudClient(lambda: connect(url, **options)) as device:
         await device.generate(stream)
     assert stream.token_ids == expected
-
-
-async def get(url: str, path: str, token: str | None = None, **headers: str) -> tuple[int, str]:
-    """Status and body of a plain request."""
-    host_, port = url.rpartition("/")[2].split(":")
-    reader, writer = await asyncio.open_connection(host_, int(port))
-    if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
-    lines = [f"GET {path} HTTP/1.1", "Host: x", "Connection: close", *(f"{k}: {v}" for k, v in headers.items())]
-    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
-    answer = (await asyncio.wait_for(reader.read(), 10)).decode()
-    writer.close()
-    head, _, body = answer.partition("\r\n\r\n")
-    return int(head.split()[1]), body
 
 
 async def metrics(url: str) -> dict[str, float]:
