@@ -401,11 +401,13 @@ async def test_a_reader_of_a_byte_now_and_then_is_hung_up_on(backbone: Backbone)
                     await asyncio.sleep(0.5)
 
             sipping = asyncio.create_task(sip())
-            await check_control(made, url)
-            # Nobody here closes it.
-            await until(lambda: metric(url, "cotune_connections"), 0, timeout_s=15)
-            sipping.cancel()
-            await asyncio.gather(sipping, return_exceptions=True)
+            try:
+                await check_control(made, url)
+                # Nobody here closes it.
+                await until(lambda: metric(url, "cotune_connections"), 0, timeout_s=15)
+            finally:
+                sipping.cancel()
+                await asyncio.gather(sipping, return_exceptions=True)
         assert peak_kib() - before_kib < 100_000
 
 
