@@ -5,40 +5,52 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from queue import Queue
+from typing import Any
 
+from cotune.cloud.front import FrontConfig, front
 from cotune.cloud.host import HostConfig, host
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.service import CloudService
+from cotune.wire.asgi_server import ServerConfig, run_server
 from cotune.wire.transport import Connection
-from cotune.wire.websocket import WebSocketServer, connect, serve
+from cotune.wire.websocket import connect
+
+
+@asynccontextmanager
+async def fronted(service: CloudService, config: FrontConfig | None = None, **server: Any) -> AsyncIterator[str]:
+    """The URL of a service behind its front, on a free port; the service ends with it."""
+    stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
+    where = ServerConfig(**{"with_websockets": True, "grace_s": 1.0, **server})
+    task = asyncio.create_task(run_server(front(service, config), where, on_ready=ready.set_result, stop=stop))
+    await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        await task
+    try:
+        yield where.url("ws", await ready)
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 20)
+        # The engine ends its work in hand before another one uses the backbone.
+        service.close()
 
 
 class RestartableCloud:
-    """A service behind a WebSocket that may be replaced by a new one, which devices find by themselves."""
+    """A service behind its front that may be replaced by a new one, which devices find by themselves."""
 
     def __init__(self, model: HostedModel) -> None:
         self._model = model
-        self._service: CloudService | None = None
-        self._server: WebSocketServer | None = None
+        self._running = AsyncExitStack()
+        self.url = ""
         self.num_restarts = 0
 
-    @property
-    def url(self) -> str:
-        assert self._server is not None
-        return self._server.url
-
     async def start(self) -> None:
-        self._service = CloudService(self._model)
         # Any free port, again after a restart: the old one may be taken by now.
-        self._server = await serve(self._service.handle)
+        self.url = await self._running.enter_async_context(fronted(CloudService(self._model)))
 
     async def stop(self) -> None:
-        if self._server is not None and self._service is not None:
-            await self._server.close()
-            # The old engine ends its work in hand before another one uses the backbone.
-            self._service.close()
+        await self._running.aclose()
 
     async def restart(self) -> None:
         """All connections break, and the new service knows of no session."""
@@ -88,3 +100,17 @@ def in_a_thread(model: HostedModel, config: HostConfig | None = None) -> Iterato
         loop.call_soon_threadsafe(stop.set)
         thread.join(timeout=30)
         assert not thread.is_alive()
+
+
+async def get(url: str, path: str, token: str | None = None, **headers: str) -> tuple[int, str]:
+    """Status and body of a plain request."""
+    host_, port = url.rpartition("/")[2].split(":")
+    reader, writer = await asyncio.open_connection(host_, int(port))
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    lines = [f"GET {path} HTTP/1.1", "Host: x", "Connection: close", *(f"{k}: {v}" for k, v in headers.items())]
+    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+    answer = (await asyncio.wait_for(reader.read(), 10)).decode()
+    writer.close()
+    head, _, body = answer.partition("\r\n\r\n")
+    return int(head.split()[1]), body

@@ -62,6 +62,7 @@ class ToyCursor:
 class ToyBackbone:
     prompt_chunk = 5
     block_size = 4
+    rows_are_independent = True
 
     def cursor(self, num_prompt: int | None = None) -> ToyCursor:
         return ToyCursor()

@@ -12,22 +12,23 @@ refused.
 
 from __future__ import annotations
 
+import logging
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocket
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from cotune.cloud.asgi_connection import AsgiConnection
 from cotune.cloud.metrics import CONTENT_TYPE, render_metrics
 from cotune.cloud.plain_source import PlainSource, plain_chat_format
 from cotune.cloud.service import CloudService
-from cotune.cloud.session_app import AsgiConnection
-from cotune.errors import RefusedError
-from cotune.openai_api.api_error import ApiError
+from cotune.errors import CotuneError, RefusedError
+from cotune.openai_api.api_error import ApiError, api_error
 from cotune.openai_api.bearer import BearerTokens
 from cotune.openai_api.routes import ApiLimits, OpenAiApi
 from cotune.openai_api.source import ChatFormat
@@ -35,6 +36,12 @@ from cotune.openai_api.source import ChatFormat
 _OPEN_PATHS = ("/healthz",)
 # Headers that browsers send and programs do not.
 _BROWSER_HEADERS = ("origin", "sec-fetch-site")
+# Where the door leaves the name of who came in.
+_OWNER = "cotune.owner"
+# Answers of the OpenAI interface are counted by these.
+_API = "/v1/"
+
+logger = logging.getLogger("cotune.cloud")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class FrontConfig:
     """What the front offers.
 
     Attributes:
-        tokens: who is let in; None lets everybody in.
+        tokens: who is let in; None lets everybody in, and limits for each token hold for all together.
         max_connections: of devices; one more is refused.
         api: limits of the OpenAI interface.
         chat_format: makes a prompt of a conversation.
@@ -62,14 +69,22 @@ def front(service: CloudService, config: FrontConfig | None = None) -> ASGIApp:
         config: what is offered, and to whom.
     """
     config = config or FrontConfig()
+    num_devices = 0
 
     async def session(websocket: WebSocket) -> None:
-        if service.num_connections >= config.max_connections:
+        nonlocal num_devices
+        if num_devices >= config.max_connections:
             service.note_refusal("connections")
-            await websocket.send_denial_response(PlainTextResponse("too many connections\n", 503))
+            await _deny(websocket, PlainTextResponse("too many connections\n", 503))
             return
-        await websocket.accept()
-        await service.handle(AsgiConnection(websocket), _owner(websocket))
+        num_devices += 1
+        try:
+            await websocket.accept()
+            await service.handle(AsgiConnection(websocket), websocket.scope[_OWNER])
+        except WebSocketDisconnect:
+            return  # before it was let in
+        finally:
+            num_devices -= 1
 
     async def health(http: Request) -> Response:
         return PlainTextResponse("draining\n", 503) if service.is_draining else PlainTextResponse("ok\n")
@@ -88,7 +103,7 @@ def front(service: CloudService, config: FrontConfig | None = None) -> ASGIApp:
 
 
 class _Door:
-    """Lets in who may come in."""
+    """Lets in who may come in, and counts the answers that they get."""
 
     def __init__(self, app: ASGIApp, service: CloudService, tokens: BearerTokens | None) -> None:
         self._app = app
@@ -99,34 +114,58 @@ class _Door:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        error = self._refusal(HTTPConnection(scope))
-        if error is None:
-            await self._app(scope, receive, send)
-            return
+        is_api = scope["type"] == "http" and scope["path"].startswith(_API)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._service.note_answer(message["status"])
+            await send(message)
+
+        answer = counted if is_api else send
+        try:
+            with ExitStack() as places:
+                try:
+                    scope[_OWNER] = owner = self._owner(HTTPConnection(scope))
+                    if is_api and scope["method"] == "POST":
+                        places.enter_context(self._service.text_place(owner))
+                except CotuneError as error:
+                    await self._refuse(_as_api_error(error), scope, receive, answer)
+                else:
+                    await self._app(scope, receive, answer)
+        except Exception:
+            # The server would say nothing of it.
+            logger.exception("a request failed by a bug")
+            raise
+
+    def _owner(self, connection: HTTPConnection) -> str:
+        """A name for who asks, empty where everybody may.
+
+        Raises:
+            ApiError: nobody who may come in.
+        """
+        if any(name in connection.headers for name in _BROWSER_HEADERS):
+            raise ApiError("no web page may use this cloud; use a program", status=403, code="browser")
+        if self._tokens is None or connection.scope["path"] in _OPEN_PATHS:
+            return ""
+        owner = self._tokens.holder(connection.headers.getlist("authorization"))
+        if owner is None:
+            raise ApiError("a valid bearer token is needed", status=401, code="invalid_api_key")
+        return owner
+
+    async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.note_refusal(error.code or "request")
         if scope["type"] == "websocket":
-            websocket = WebSocket(scope, receive, send)
-            await websocket.send_denial_response(error.response())
+            await _deny(WebSocket(scope, receive, send), error.response())
         else:
             await error.response()(scope, receive, send)
 
-    def _refusal(self, connection: HTTPConnection) -> ApiError | None:
-        path = connection.url.path
-        if any(name in connection.headers for name in _BROWSER_HEADERS):
-            return ApiError("no web page may use this cloud; use a program", status=403, code="browser")
-        if path in _OPEN_PATHS:
-            return None
-        if self._tokens is not None and not self._tokens.admits(connection.headers.getlist("authorization")):
-            return ApiError("a valid bearer token is needed", status=401, code="invalid_api_key")
-        if path.startswith("/v1/") and connection.scope.get("method") == "POST":
-            try:
-                self._service.check_rate(_owner(connection))
-            except RefusedError as error:
-                return ApiError(error.reason, status=429, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
-        return None
+
+def _as_api_error(error: CotuneError) -> ApiError:
+    if isinstance(error, RefusedError) and error.retry_after_s is not None:
+        return ApiError(error.reason, status=429, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
+    return api_error(error)
 
 
-def _owner(connection: HTTPConnection) -> str:
-    """Whose connection it is, for limits: a digest of the token, which itself is kept nowhere."""
-    header = connection.headers.get("authorization", "")
-    return sha256(header.encode(errors="surrogateescape")).hexdigest()[:16] if header else ""
+async def _deny(websocket: WebSocket, response: Response) -> None:
+    with suppress(WebSocketDisconnect):
+        await websocket.send_denial_response(response)

@@ -15,6 +15,7 @@ from cotune.errors import InputError
 from cotune.openai_api.bearer import BearerTokens
 from cotune.openai_api.source import ChatFormat
 from cotune.wire.asgi_server import ServerConfig, run_server
+from cotune.wire.impatient_protocols import Patience
 from cotune.wire.websocket import is_loopback
 
 
@@ -79,6 +80,7 @@ async def host(
         max_connections=4 * config.service.max_sessions + 64,
         with_websockets=True,
         grace_s=1.0,
+        patience=Patience(stalled_s=config.service.slow_reader_timeout_s),
     )
     service = CloudService(model, config.service)
     application = front(

@@ -24,6 +24,11 @@ class HostedBackbone(DecodingBackbone, FeatureSource, Protocol):
         """Tokens in a block of keys and values."""
         ...
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether sequences in one pass leave each other's features alone to the last bit."""
+        ...
+
 
 class DescribedBackbone(HostedBackbone, Protocol):
     """A backbone that knows its public parts."""

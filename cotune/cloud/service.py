@@ -10,6 +10,9 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -73,9 +76,10 @@ class ServiceConfig:
         max_sessions: generations at once, those waiting for their device to come back included.
         session_ttl_s: how long a session whose connection broke is kept for its device, seconds.
         idle_timeout_s: how long a device may stay silent, seconds.
-        slow_reader_timeout_s: a device that takes no message for so long is hung up on, seconds.
+        slow_reader_timeout_s: who takes nothing of what is sent for so long is hung up on, seconds.
         max_outbox_bytes: no more is computed for a device that has so many bytes still to read.
-        max_sessions_per_token: generations at once of one holder of a token; None for no limit.
+        max_sessions_per_token: generations at once of one holder of a token, texts of the OpenAI interface included;
+            None for no limit.
         requests_per_minute: sessions opened, texts asked for and sequences read, for each holder of a token.
         max_window: how far any session may run ahead, tokens.
         max_feature_logits: base logits in one sequence's training features, over all its positions.
@@ -119,6 +123,7 @@ class Totals:
         wasted_steps, rollbacks, stall_s: as the streams count them.
         bytes_down, bytes_up: of frames, to devices and from them.
         refusals: how often a request was refused, by reason.
+        answers: of the OpenAI interface, by HTTP status.
     """
 
     wasted_steps: int = 0
@@ -127,6 +132,7 @@ class Totals:
     bytes_down: int = 0
     bytes_up: int = 0
     refusals: dict[str, int] = field(default_factory=dict)
+    answers: dict[int, int] = field(default_factory=dict)
 
     def add_stream(self, counters: StreamCounters) -> None:
         self.wasted_steps += counters.num_wasted_steps
@@ -161,6 +167,7 @@ class CloudService:
         per_minute = self.config.requests_per_minute
         self._rate = None if per_minute is None else RateLimit(per_minute)
         self._connections: set[Connection] = set()
+        self._texts: Counter[str] = Counter()
         self._past = Totals()
         self._assets = {
             AssetKind.TOKENIZER: model.tokenizer_json,
@@ -174,7 +181,7 @@ class CloudService:
 
     def totals(self) -> Totals:
         """What all sessions and connections came to, those that still go on included."""
-        totals = replace(self._past, refusals=dict(self._past.refusals))
+        totals = replace(self._past, refusals=dict(self._past.refusals), answers=dict(self._past.answers))
         for session in self.sessions.values():
             totals.add_stream(session.stream.counters)
         for connection in self._connections:
@@ -199,6 +206,35 @@ class CloudService:
     def note_refusal(self, reason: str) -> None:
         """Count a refusal, here or in front of this service."""
         self._past.refusals[reason] = self._past.refusals.get(reason, 0) + 1
+
+    def note_answer(self, status: int) -> None:
+        """Count an answer of the OpenAI interface."""
+        self._past.answers[status] = self._past.answers.get(status, 0) + 1
+
+    @contextmanager
+    def text_place(self, owner: str) -> Iterator[None]:
+        """Count a text of the OpenAI interface as one of its owner's generations, as long as it is being made.
+
+        Raises:
+            RefusedError: the owner has as many already as a token may, or asks too often.
+        """
+        self._check_share(owner)
+        self.check_rate(owner)
+        self._texts[owner] += 1
+        try:
+            yield
+        finally:
+            self._texts[owner] -= 1
+            if not self._texts[owner]:
+                del self._texts[owner]
+
+    def _check_share(self, owner: str) -> None:
+        most = self.config.max_sessions_per_token
+        of_owner = self._texts[owner] + sum(
+            session.owner == owner and session.stream.ended is None for session in self.sessions.values()
+        )
+        if most is not None and of_owner >= most:
+            raise self._busy(f"{of_owner} sessions run with this token, expected at most {most}; wait until one ends")
 
     def close(self) -> None:
         """End all sessions and stop computing."""
@@ -271,10 +307,7 @@ class CloudService:
         num_running = sum(session.stream.ended is None for session in self.sessions.values())
         if num_running >= self.config.max_sessions:
             raise self._busy(f"the cloud serves {num_running} sessions and takes no more; try again in a few seconds")
-        most = self.config.max_sessions_per_token
-        of_owner = sum(session.owner == owner and session.stream.ended is None for session in self.sessions.values())
-        if most is not None and of_owner >= most:
-            raise self._busy(f"{of_owner} sessions run with this token, expected at most {most}; wait until one ends")
+        self._check_share(owner)
         self.check_rate(owner)
         number = secrets.randbits(32)
         while number in self.sessions:

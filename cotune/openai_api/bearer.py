@@ -22,6 +22,8 @@ class BearerTokens:
     """
 
     def __init__(self, tokens: Sequence[str]) -> None:
+        if isinstance(tokens, str):
+            raise InputError("tokens is one string, expected a list of tokens")
         if not tokens or not all(token and all("!" <= letter <= "~" for letter in token) for token in tokens):
             raise InputError("a token is missing or holds other than visible ASCII characters; choose another one")
         # Digests are of one length, so that a comparison tells nothing about a token's length either.
@@ -47,7 +49,17 @@ class BearerTokens:
 
     def admits(self, authorization: Sequence[str]) -> bool:
         """Whether these `Authorization` headers, of which there must be one, hold a token that is let in."""
+        return self.holder(authorization) is not None
+
+    def holder(self, authorization: Sequence[str]) -> str | None:
+        """A name for whoever holds the token in these headers, however they are written; None lets nobody in.
+
+        Example:
+            >>> tokens = BearerTokens(["s3cret"])
+            >>> tokens.holder(["Bearer s3cret"]) == tokens.holder(["bearer   s3cret"]) is not None
+            True
+        """
         scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         digest = sha256(token.strip().encode(errors="surrogateescape")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return digest.hex()[:16] if scheme.lower() == "bearer" and any(matches) else None

@@ -1,8 +1,7 @@
-"""Connections over WebSocket: the client's `connect` and the cloud's `serve`.
+"""A device's connections over WebSocket; `cotune.cloud.front` is the other end.
 
 Binary messages only, compression off, TCP_NODELAY (asyncio sets it on every TCP socket), pings every 15 s, messages of
-at most `MAX_FRAME_BYTES`. A bearer token in the `Authorization` header admits a device; it is compared in constant time
-and never logged. `GET /healthz` answers 200.
+at most `MAX_FRAME_BYTES`. A bearer token in the `Authorization` header admits a device; it is never logged.
 
 The counters of a connection count message bytes. Framing adds, for each message, 2 bytes below 126 bytes of payload,
 4 below 65,536, 10 above, and 4 more from client to server (the mask); TLS 1.3 adds 22 for each record of up to 16 KiB,
@@ -13,30 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hmac
 import ipaddress
 import logging
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Collection
-from hashlib import sha256
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as open_websocket
-from websockets.asyncio.server import Server, ServerConnection
-from websockets.asyncio.server import serve as serve_websocket
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.frames import CloseCode
-from websockets.http11 import Request, Response
 from websockets.protocol import State
 
 from cotune.errors import (
     ConnectionLostError,
-    CotuneError,
     FrameError,
     InputError,
     RefusedError,
@@ -52,17 +44,14 @@ PING_TIMEOUT_S = 20.0
 OPEN_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 
-Handler = Callable[[Connection], Awaitable[None]]
-
-_LOG = logging.getLogger(__name__)
 # The library's own debug log shows headers, and with them tokens. This logger belongs to nobody and says nothing.
 _SILENT = logging.Logger("cotune.wire.websocket.silent", level=logging.CRITICAL + 1)
 
 
 class WebSocketConnection(Traffic):
-    """One end of a WebSocket; see `cotune.wire.transport.Connection`."""
+    """The device's end of a WebSocket; see `cotune.wire.transport.Connection`."""
 
-    def __init__(self, websocket: ClientConnection | ServerConnection, peer: str) -> None:
+    def __init__(self, websocket: ClientConnection, peer: str) -> None:
         super().__init__()
         self._websocket = websocket
         self._peer = peer
@@ -164,118 +153,6 @@ async def connect(
     return WebSocketConnection(websocket, where)
 
 
-class WebSocketServer:
-    """A listening cloud, as `serve` makes it."""
-
-    def __init__(self, server: Server, host: str, scheme: str, tasks: set[asyncio.Task[None]]) -> None:
-        self._server = server
-        self._tasks = tasks
-        self.port = int(next(iter(server.sockets)).getsockname()[1])
-        """The port, also where 0 was asked for."""
-        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
-        """Where devices connect."""
-
-    @property
-    def num_connections(self) -> int:
-        """How many connections are being served."""
-        return len(self._tasks)
-
-    async def close(self, grace_s: float = 5.0) -> None:
-        """Stop listening, close all connections, cancel handlers that have not ended after `grace_s` seconds."""
-        self._server.close()
-        try:
-            async with asyncio.timeout(grace_s):
-                await self._server.wait_closed()
-        except TimeoutError:
-            for task in self._tasks:
-                task.cancel()
-            await self._server.wait_closed()
-
-
-async def serve(
-    handler: Handler,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    *,
-    tls_cert: Path | str | None = None,
-    tls_key: Path | str | None = None,
-    tokens: Collection[str] | None = None,
-    max_connections: int = 64,
-) -> WebSocketServer:
-    """Listen, and run `handler` for each connection; the connection closes when the handler ends.
-
-    Args:
-        handler: serves one connection; its CotuneErrors end that connection only.
-        host: address to listen on; other than loopback only with TLS and tokens.
-        port: 0 for any free one.
-        tls_cert: certificate chain in PEM.
-        tls_key: its private key in PEM.
-        tokens: the bearer tokens that are let in; None lets everybody in.
-        max_connections: more than these are refused with 503.
-
-    Raises:
-        InputError: an argument cannot be used, or the address cannot be listened on.
-    """
-    digests = _token_digests(tokens)
-    context = _server_context(tls_cert, tls_key)
-    if not is_loopback(host) and (context is None or digests is None):
-        raise InputError(
-            f"listening on {host or 'all addresses'} lets others in; give tls_cert, tls_key and tokens, "
-            "or listen on 127.0.0.1"
-        )
-    if max_connections < 1:
-        raise InputError(f"max_connections is {max_connections}, expected at least 1")
-    tasks: set[asyncio.Task[None]] = set()
-
-    def admit(websocket: ServerConnection, request: Request) -> Response | None:
-        path = request.path.split("?")[0]
-        if path == "/healthz":
-            return websocket.respond(HTTPStatus.OK, "ok\n")
-        if path != "/":
-            return websocket.respond(HTTPStatus.NOT_FOUND, "sessions are at /\n")
-        if digests is not None and not _is_authorised(request.headers.get_all("Authorization"), digests):
-            response = websocket.respond(HTTPStatus.UNAUTHORIZED, "a valid bearer token is needed\n")
-            response.headers["WWW-Authenticate"] = "Bearer"
-            return response
-        if len(tasks) >= max_connections:
-            return websocket.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
-        return None
-
-    async def handle(websocket: ServerConnection) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        try:
-            await handler(WebSocketConnection(websocket, "the device"))
-        except CotuneError as error:
-            _LOG.info("a connection ended: %s", error)
-        except Exception:
-            _LOG.exception("a connection ended by a bug in its handler")
-        finally:
-            tasks.discard(task)
-
-    try:
-        server = await serve_websocket(
-            handle,
-            host,
-            port,
-            ssl=context,
-            process_request=admit,
-            origins=[None],  # browsers send an origin: no web page may reach a cloud on this machine
-            compression=None,
-            server_header=None,
-            open_timeout=OPEN_TIMEOUT_S,
-            ping_interval=PING_INTERVAL_S,
-            ping_timeout=PING_TIMEOUT_S,
-            close_timeout=CLOSE_TIMEOUT_S,
-            max_size=MAX_FRAME_BYTES,
-            logger=_SILENT,
-        )
-    except (OSError, OverflowError) as error:
-        raise InputError(f"cannot listen on {host}, port {port}: {_reason(error)}; choose another") from None
-    return WebSocketServer(server, host, "ws" if context is None else "wss", tasks)
-
-
 def is_loopback(host: str) -> bool:
     """Whether `host` can only mean this machine."""
     try:
@@ -303,42 +180,11 @@ def _checked_token(token: str) -> str:
     return token
 
 
-def _token_digests(tokens: Collection[str] | None) -> list[bytes] | None:
-    if tokens is None:
-        return None
-    if isinstance(tokens, str) or not tokens:
-        raise InputError("tokens must be a collection with at least one token; None lets everybody in")
-    return [sha256(_checked_token(token).encode()).digest() for token in tokens]
-
-
-def _is_authorised(headers: list[str], digests: list[bytes]) -> bool:
-    scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-    digest = sha256(token.strip().encode(errors="surrogateescape")).digest()
-    matches = [hmac.compare_digest(digest, known) for known in digests]
-    return scheme.lower() == "bearer" and any(matches)
-
-
 def _client_context(tls_ca: Path | str | None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=tls_ca)
     except OSError as error:  # ssl.SSLError is one
         raise InputError(f"tls_ca {tls_ca} cannot be read: {_reason(error)}; expected certificates in PEM") from None
-
-
-def _server_context(tls_cert: Path | str | None, tls_key: Path | str | None) -> ssl.SSLContext | None:
-    if tls_cert is None and tls_key is None:
-        return None
-    if tls_cert is None or tls_key is None:
-        raise InputError("only one of tls_cert and tls_key is given; TLS needs both")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(tls_cert, tls_key, password="")  # never ask on a terminal
-    except OSError as error:
-        raise InputError(
-            f"tls_cert {tls_cert} and tls_key {tls_key} cannot be used: {_reason(error)}; "
-            "expected a certificate and its unencrypted key in PEM"
-        ) from None
-    return context
 
 
 def _translate(error: Exception, where: str, timeout_s: float) -> WireError:

@@ -21,6 +21,7 @@ from cotune.device.stream import DeviceStream
 from cotune.errors import ConnectionLostError, InputError, RefusedError, WireError
 from cotune.generation.reference import generate
 from cotune.generation.request import GenerationRequest
+from cotune.wire.asgi_server import ServerConfig
 from cotune.wire.codes import ErrorCode
 from cotune.wire.websocket import connect
 
@@ -127,6 +128,18 @@ async def test_a_crowd_is_told_to_come_later() -> None:
         assert caught.value.code == ErrorCode.BUSY
         for connection in inside:
             await connection.close()
+
+
+async def test_readers_of_answers_have_as_long_as_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[ServerConfig] = []
+
+    async def run(application: Any, config: ServerConfig, *, on_ready: Any, **_: Any) -> None:
+        served.append(config)
+
+    monkeypatch.setattr("cotune.cloud.host.run_server", run)
+    config = HostConfig(service=ServiceConfig(slow_reader_timeout_s=7.0))
+    await host(toy_model(), config, on_ready=pytest.fail)
+    assert [one.patience.stalled_s for one in served] == [7.0]
 
 
 async def test_a_port_that_is_taken_is_named() -> None:

@@ -10,16 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 import pytest
 from batched_texts import held_out_prompts
+from clouds import get
 from processes import descendants, python, read_json, wait_until
 from tiny_models import device_for, random_plugin
+from websockets.asyncio.client import connect as raw_connect
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Origin
 
 from cotune.cloud.ray_cluster import ClusterConfig, check_ray
 from cotune.device.client import ClientConfig, CloudClient
 from cotune.device.stream import DeviceStream
-from cotune.errors import InputError
+from cotune.errors import InputError, RefusedError
 from cotune.generation.reference import generate
 from cotune.generation.request import GenerationRequest
 from cotune.models.backbone import Backbone
@@ -114,6 +119,42 @@ async def test_a_killed_replica_costs_no_text(tmp_path: Path) -> None:
         assert last.token_ids == expected[longest]
         assert await asyncio.to_thread(cloud.wait, 60) == 0, log.read_text()[-3000:]
         assert await asyncio.to_thread(wait_until, lambda: not any(map(is_alive, started)))
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray Serve: pip install 'cotune[ray]'")
+async def test_a_replica_serves_the_same_application(tmp_path: Path) -> None:
+    """Tokens, health, metrics, the OpenAI interface, and no web pages: as `cotune.cloud.host` serves them."""
+    log, port, tokens = tmp_path / "log", free_port(), tmp_path / "tokens"
+    tokens.write_text("s3cret\n", encoding="utf-8")
+    command = ["-m", "cotune", "cloud", "starter", "--engine", "ray", "--replicas", "1", "--threads", "1", "--json"]
+    with python(*command, "--port", str(port), "--token-file", str(tokens), log=log) as cloud:
+        url = (await asyncio.to_thread(read_json, cloud, log))["url"]
+        for token in (None, "wrong"):
+            with pytest.raises(RefusedError, match="does not accept the token"):
+                await connect(url, token=token)
+        with pytest.raises(InvalidStatus, match="403"):
+            await raw_connect(url, origin=Origin("https://evil.example"), additional_headers=bearer("s3cret"))
+        async with CloudClient(lambda: connect(url, token="s3cret")) as device:
+            assert device.description.model == "starter"
+        assert await get(url, "/healthz") == (200, "ok\n")
+        for path in ("/metrics", "/v1/models"):
+            assert (await get(url, path))[0] == 401
+            assert (await get(url, path, "s3cret"))[0] == 200
+            assert (await get(url, path, "s3cret", Origin="https://evil.example"))[0] == 403
+        _, metrics = await get(url, "/metrics", "s3cret")
+        assert 'cotune_refusals_total{reason="invalid_api_key"} 4' in metrics
+        web = url.replace("ws", "http", 1)
+        async with openai.AsyncOpenAI(base_url=web + "/v1", api_key="s3cret", max_retries=0, timeout=20) as client:
+            asked: dict[str, Any] = {"model": "starter", "prompt": "Please turn", "max_tokens": 8, "temperature": 0}
+            whole = (await client.completions.create(**asked)).choices[0].text
+            stream = await client.completions.create(**asked, stream=True)
+            pieces = [chunk.choices[0].text async for chunk in stream if chunk.choices]
+        assert whole and "".join(pieces) == whole and len(pieces) > 4
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+from clouds import fronted
 from toy import STOP, TAP_DIM, TAPS, VOCAB, ToyBackbone, toy_model, toy_personal
 from virtual_network import toy_prompt
 
@@ -35,7 +36,7 @@ from cotune.wire.frames import (
 )
 from cotune.wire.inprocess import connection_pair
 from cotune.wire.transport import Connection
-from cotune.wire.websocket import connect, serve
+from cotune.wire.websocket import connect
 
 Connector = Callable[[], Awaitable[Connection]]
 
@@ -60,12 +61,8 @@ async def in_process(service: CloudService) -> AsyncIterator[Connector]:
 
 @asynccontextmanager
 async def over_websocket(service: CloudService) -> AsyncIterator[Connector]:
-    server = await serve(service.handle)
-    try:
-        yield lambda: connect(server.url)
-    finally:
-        await server.close()
-        service.close()
+    async with fronted(service) as url:
+        yield lambda: connect(url)
 
 
 def _request(seed: int, mode: str = "integration", **changes: object) -> GenerationRequest:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from clouds import RestartableCloud, restartable
+from clouds import RestartableCloud, fronted, restartable
 from tiny_models import device_for, random_plugin, tiny_backbone
 
 from cotune.cloud.engine import EngineConfig
@@ -25,7 +25,7 @@ from cotune.models.backbone import Backbone
 from cotune.wire.emulator import EmulatedConnection, NetworkProfile
 from cotune.wire.frames import EndReason, Frame, Opened
 from cotune.wire.transport import Connection
-from cotune.wire.websocket import connect, serve
+from cotune.wire.websocket import connect
 
 pytestmark = pytest.mark.integration
 
@@ -73,16 +73,13 @@ async def test_every_mode_and_schedule_on_one_connection(backbone: Backbone) -> 
     cases = [Case.make(backbone, seed, mode) for seed, mode in enumerate(("integration", "spa", "integration", "spa"))]
     assert backbone.kv_pool.num_used == 0
     service = CloudService(HostedModel.of(backbone))
-    server = await serve(service.handle)
-    async with CloudClient(lambda: connect(server.url)) as client:
+    async with fronted(service) as url, CloudClient(lambda: connect(url)) as client:
         for number, case in enumerate(cases):
             stream = case.stream(backbone, ("blocking", "gated")[number // 2])
             await client.generate(stream)
             case.check(stream)
             assert await emptied(service, backbone) == 0
             assert service.engine.num_reserved_blocks == 0
-    await server.close()
-    service.close()
 
 
 async def test_beams_and_others_in_one_batch_under_cuts_and_delays() -> None:
@@ -92,38 +89,36 @@ async def test_beams_and_others_in_one_batch_under_cuts_and_delays() -> None:
     plain = [generate(backbone, case.personal, case.request) for case in cases[:3]]
     shape = backbone.description.num_taps, backbone.description.tap_dim
     service = CloudService(HostedModel.of(backbone), ServiceConfig(engine=EngineConfig(max_batch_rows=11)))
-    server = await serve(service.handle)
-    num_cuts = 0
+    async with fronted(service) as url:
+        num_cuts = 0
 
-    async def run(number: int, stream: BeamDeviceStream | DeviceStream) -> None:
-        nonlocal num_cuts
-        made: list[Connection] = []
+        async def run(number: int, stream: BeamDeviceStream | DeviceStream) -> None:
+            nonlocal num_cuts
+            made: list[Connection] = []
 
-        async def connector() -> Connection:
-            cut = 12 + number if number % 3 else None
-            profile = NetworkProfile(
-                delay_ms=1.0, jitter_ms=1.0, duplicate_probability=0.1, disconnect_every_frames=cut
-            )
-            made.append(EmulatedConnection(await connect(server.url), profile, seed=100 * number + len(made)))
-            return made[-1]
+            async def connector() -> Connection:
+                cut = 12 + number if number % 3 else None
+                profile = NetworkProfile(
+                    delay_ms=1.0, jitter_ms=1.0, duplicate_probability=0.1, disconnect_every_frames=cut
+                )
+                made.append(EmulatedConnection(await connect(url), profile, seed=100 * number + len(made)))
+                return made[-1]
 
-        async with CloudClient(connector, EAGER) as client:
-            await client.generate(stream)
-        num_cuts += len(made) - 1
+            async with CloudClient(connector, EAGER) as client:
+                await client.generate(stream)
+            num_cuts += len(made) - 1
 
-    searches = [case.stream(backbone) for case in cases]
-    others = [DeviceStream(case.request, case.personal, tap_shape=shape) for case in cases[:3]]
-    await asyncio.gather(*(run(number, stream) for number, stream in enumerate([*searches, *others])))
-    for case, stream in zip(cases, searches, strict=True):
-        case.check(stream)
-    assert [other.decisions for other in others] == [generation.decisions for generation in plain]
-    assert num_cuts > 5
-    # What was computed for devices that were cut off is kept for them for a while, all else is free.
-    for session in list(service.sessions):
-        service._drop(session)
-    assert await emptied(service, backbone) == 0 and service.engine.num_reserved_blocks == 0
-    await server.close()
-    service.close()
+        searches = [case.stream(backbone) for case in cases]
+        others = [DeviceStream(case.request, case.personal, tap_shape=shape) for case in cases[:3]]
+        await asyncio.gather(*(run(number, stream) for number, stream in enumerate([*searches, *others])))
+        for case, stream in zip(cases, searches, strict=True):
+            case.check(stream)
+        assert [other.decisions for other in others] == [generation.decisions for generation in plain]
+        assert num_cuts > 5
+        # What was computed for devices that were cut off is kept for them for a while, all else is free.
+        for session in list(service.sessions):
+            service._drop(session)
+        assert await emptied(service, backbone) == 0 and service.engine.num_reserved_blocks == 0
 
 
 async def test_a_cloud_that_lost_the_search_starts_it_again() -> None:
@@ -172,28 +167,26 @@ async def test_a_device_that_comes_back_goes_on_where_it_was(away: str) -> None:
     some = (Case.make(backbone, seed, "integration") for seed in range(3, 40))
     case = next(case for case in some if case.expected.counters.num_steps >= 12)
     service = CloudService(HostedModel.of(backbone))
-    server = await serve(service.handle)
-    stream = CuttingStream(case, backbone, at=6)
-    async with CloudClient(lambda: connect(server.url)) as client:
-        with pytest.raises(ConnectionLostError):
-            await client._run(stream, None)
-    (session,) = service.sessions.values()
-    while session.is_attached:
-        await asyncio.sleep(0.005)
-    assert await emptied(service, backbone) >= 1
-    if away == "put out":
-        service.engine.put_out(session)
-        assert await emptied(service, backbone) == 0
-    elif away == "shut down":
-        session.end(EndReason.SHUTDOWN)
-    stream.at = -1
-    async with CloudClient(lambda: connect(server.url)) as client:
-        await client.generate(stream)
-    case.check(stream)
-    assert stream.opened_at[1] > stream.opened_at[0]  # not from the start
-    assert await emptied(service, backbone) == 0 and service.engine.num_reserved_blocks == 0
-    await server.close()
-    service.close()
+    async with fronted(service) as url:
+        stream = CuttingStream(case, backbone, at=6)
+        async with CloudClient(lambda: connect(url)) as client:
+            with pytest.raises(ConnectionLostError):
+                await client._run(stream, None)
+        (session,) = service.sessions.values()
+        while session.is_attached:
+            await asyncio.sleep(0.005)
+        assert await emptied(service, backbone) >= 1
+        if away == "put out":
+            service.engine.put_out(session)
+            assert await emptied(service, backbone) == 0
+        elif away == "shut down":
+            session.end(EndReason.SHUTDOWN)
+        stream.at = -1
+        async with CloudClient(lambda: connect(url)) as client:
+            await client.generate(stream)
+        case.check(stream)
+        assert stream.opened_at[1] > stream.opened_at[0]  # not from the start
+        assert await emptied(service, backbone) == 0 and service.engine.num_reserved_blocks == 0
 
 
 class CuttingStream(RestartingStream):

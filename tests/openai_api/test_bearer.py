@@ -36,3 +36,16 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown() -> None:
         with pytest.raises(InputError) as caught:
             BearerTokens([token])
         assert "s3cret" not in str(caught.value)
+
+
+def test_a_holder_has_one_name_however_the_token_is_written() -> None:
+    tokens = BearerTokens(["ann", "bob"])
+    names = {tokens.holder([header]) for header in ("Bearer ann", "bearer ann", "BEARER   ann ")}
+    assert len(names) == 1 and None not in names and "ann" not in str(names)
+    assert tokens.holder(["Bearer bob"]) not in names
+    assert tokens.holder(["Bearer eve"]) is None and tokens.holder([]) is None
+
+
+def test_one_string_is_no_list_of_tokens() -> None:
+    with pytest.raises(InputError, match="expected a list of tokens"):
+        BearerTokens("s3cret")

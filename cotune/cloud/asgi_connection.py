@@ -1,64 +1,33 @@
-"""The WebSocket session as an ASGI application, for servers that bring their own sockets, such as Ray Serve."""
+"""A device's WebSocket as an ASGI server hands it over: uvicorn here, or Ray Serve."""
 
 from __future__ import annotations
 
 import asyncio
 
-from starlette.applications import Starlette
-from starlette.requests import HTTPConnection
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from cotune.cloud.service import CloudService
 from cotune.errors import ConnectionLostError, FrameError, WireTimeoutError
-from cotune.openai_api.bearer import BearerTokens
 from cotune.wire.frame import MAX_FRAME_BYTES
 from cotune.wire.transport import Traffic, check_size
 
-_UNSUPPORTED_DATA, _POLICY_VIOLATION, _TOO_BIG = 1003, 1008, 1009
-
-
-def session_app(service: CloudService, tokens: BearerTokens | None = None) -> Starlette:
-    """Sessions at `/` over WebSocket, and `/healthz`.
-
-    Args:
-        service: answers the devices.
-        tokens: who is let in; None lets everybody in.
-    """
-
-    async def session(websocket: WebSocket) -> None:
-        # Browsers send an origin: no web page may reach a cloud on this machine.
-        if "origin" in websocket.headers:
-            await _deny(websocket, 403)
-            return
-        if tokens is not None and not tokens.admits(websocket.headers.getlist("authorization")):
-            await _deny(websocket, 401)
-            return
-        await websocket.accept()
-        await service.handle(AsgiConnection(websocket))
-
-    async def health(connection: HTTPConnection) -> PlainTextResponse:
-        return PlainTextResponse("ok\n", 503 if service.is_draining else 200)
-
-    return Starlette(routes=[WebSocketRoute("/", session), Route("/healthz", health)])
-
-
-async def _deny(websocket: WebSocket, status: int) -> None:
-    if "websocket.http.response" in websocket.scope.get("extensions", {}):
-        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-        await websocket.send_denial_response(PlainTextResponse("not let in\n", status, headers))
-    else:
-        await websocket.close(_POLICY_VIOLATION)
+_NORMAL, _UNSUPPORTED_DATA, _TOO_BIG = 1000, 1003, 1009
+_CLOSE_TIMEOUT_S = 2.0
+# After so many messages without a pause the others get a turn: messages that are there already come without one.
+_TURN = 32
 
 
 class AsgiConnection(Traffic):
-    """One device's WebSocket as an ASGI server hands it over; see `cotune.wire.transport.Connection`."""
+    """One device's WebSocket; see `cotune.wire.transport.Connection`.
+
+    Args:
+        websocket: accepted already.
+    """
 
     def __init__(self, websocket: WebSocket) -> None:
         super().__init__()
         self._websocket = websocket
-        self._is_closed = False
+        self._is_closed = self._is_hung_up = False
+        self._patience: asyncio.Timeout | None = None
 
     @property
     def closed(self) -> bool:
@@ -73,13 +42,21 @@ class AsgiConnection(Traffic):
         self.sent(data)
 
     async def receive(self, timeout_s: float) -> bytes:
+        if self._is_hung_up:
+            raise self._lost()
+        if self.frames_received % _TURN == 0:
+            await asyncio.sleep(0)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as self._patience:
                 message = await self._websocket.receive()
         except TimeoutError:
+            if self._is_hung_up:
+                raise self._lost() from None
             raise WireTimeoutError(f"nothing came from the device within {timeout_s:g} s") from None
         except (WebSocketDisconnect, RuntimeError, OSError):
             raise self._lost() from None
+        finally:
+            self._patience = None
         if message["type"] == "websocket.disconnect":
             raise self._lost()
         data: bytes | None = message.get("bytes")
@@ -96,14 +73,17 @@ class AsgiConnection(Traffic):
         return data
 
     async def close(self) -> None:
-        await self._hang_up(1000)
+        await self._hang_up(_NORMAL)
 
     async def _hang_up(self, code: int) -> None:
-        if self._is_closed:
+        if self._is_hung_up:
             return
-        self._is_closed = True
+        self._is_closed = self._is_hung_up = True
+        if self._patience is not None:
+            # Whoever receives learns of it now, whether or not the device takes the farewell.
+            self._patience.reschedule(asyncio.get_running_loop().time())
         try:
-            async with asyncio.timeout(2.0):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await self._websocket.close(code)
         except (TimeoutError, WebSocketDisconnect, RuntimeError, OSError):
             return
