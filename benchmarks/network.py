@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from finished_cells import FinishedCells, Row
 from measurement import Spread, describe_machine, finish, make_parser
 from persona import cloud_process, heldout_prompts, load_plugin
@@ -43,14 +44,25 @@ from cotune.wire.transport import Connection
 from cotune.wire.websocket import connect
 
 SPLIT = ("lora", "adapter")
-# By name: mode, schedule, and a guess of M or q that decides how many tokens a cell has time for.
+# By name: mode and schedule.
 WITH_PLUGIN = {
-    "ladder": ("ladder", "blocking", 1.0),
-    "spa": ("spa", "gated", 0.5),
-    "integration, blocking": ("integration", "blocking", 1.0),
-    "integration, optimistic": ("integration", "optimistic", 0.3),
+    "ladder": ("ladder", "blocking"),
+    "spa": ("spa", "gated"),
+    "integration, blocking": ("integration", "blocking"),
+    "integration, optimistic": ("integration", "optimistic"),
 }
+# M and q of these depend on the text: they read the same ones behind all networks, however long that takes.
+WHOLE_TEXTS = ("spa", "integration, optimistic")
 METHODS = (*SPLIT, *WITH_PLUGIN)
+# Colour, marker, its size, and whether it is hollow: the ladder's points lie under those of blocking integration.
+STYLES = {
+    "lora": ("tab:blue", "v", 5, False),
+    "adapter": ("tab:orange", "^", 5, False),
+    "ladder": ("black", "s", 8, True),
+    "integration, blocking": ("tab:purple", "o", 4, False),
+    "spa": ("tab:red", "D", 4, False),
+    "integration, optimistic": ("tab:green", "o", 5, False),
+}
 FEWEST_TOKENS = 3
 QUICK = {"rtt_ms": [0.0, 50.0], "mbps": [10.0], "turns": 2, "seconds": 0.8}
 _GUESSED_STEP_MS = 5.0
@@ -60,7 +72,7 @@ _KEYS = ("mbps", "rtt_ms", "method")
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One text; what is per token leaves the first one out, except for M, stalls and wasted steps, which count all.
+    """One text; what is per token leaves the first one out, except for stalls and wasted steps, which count all.
 
     Attributes:
         num_tokens: of the text.
@@ -157,12 +169,20 @@ def predict(method: str, turn: Turn, rtt_ms: float, mbps: float) -> float:
 
 
 def num_tokens_for(method: str, rtt_ms: float, mbps: float, shape: LayerShape, seconds: float, most: int) -> int:
-    """How many tokens of that method fit into `seconds`, roughly; at least three, at most `most`."""
+    """How many tokens of that method fit into `seconds`, roughly; at least three, at most `most`.
+
+    Example:
+        >>> shape = LayerShape(num_layers=6, hidden_size=192, q_width=192, kv_width=64)
+        >>> num_tokens_for("integration, blocking", 95.0, 10.0, shape, seconds=1.0, most=48)  # 5 ms and a trip
+        10
+    """
     if method in SPLIT:
         num_bytes = sum(shape.bytes_per_token(method))
         token_ms = _GUESSED_STEP_MS + shape.num_places(method) * (rtt_ms + 0.5) + _ms_of(num_bytes, mbps)
+    elif method in WHOLE_TEXTS:
+        return most
     else:
-        token_ms = _GUESSED_STEP_MS + WITH_PLUGIN[method][2] * rtt_ms
+        token_ms = _GUESSED_STEP_MS + rtt_ms
     return max(FEWEST_TOKENS, min(most, int(1e3 * seconds / token_ms)))
 
 
@@ -272,7 +292,7 @@ class Bench:
         )
 
     async def _run_plugin(self, client: CloudClient, method: str, prompt: str, num: int, ping_ms: float) -> Turn:
-        mode, schedule, _ = WITH_PLUGIN[method]
+        mode, schedule = WITH_PLUGIN[method]
         device = self._devices["serial" if mode == "ladder" else "parallel"]
         options = GenerationOptions(mode=mode, schedule=schedule, answer="correction", max_new_tokens=num)
         device.check(options)
@@ -307,12 +327,19 @@ class Bench:
             client.bytes_received + client.bytes_sent - sum(before),
             step_ms=cloud["cloud_ms"] / (cloud["num_steps"] - given_up / 2),
             device_ms=1e3 * stream.device_s / count,
-            trips=(cloud["num_delayed"] + cloud["num_more_trips"]) / count,
+            trips=self._trips(schedule, stream.decisions[1:], cloud["num_delayed"] / count),
             changed_rate=sum(decision.changed for decision in stream.decisions[:-1]) / max(1, count - 1),
             stall_ms=cloud["stall_ms"] / count,
             wasted_rate=cloud["num_wasted_steps"] / count,
             ping_ms=ping_ms,
         )
+
+    @staticmethod
+    def _trips(schedule: str, decisions: Sequence[Decision], delayed_rate: float) -> float:
+        """M: a schedule that waits does so at each consulted token; one that runs ahead, as the cloud counted."""
+        if schedule == "optimistic":
+            return delayed_rate
+        return sum(decision.consulted for decision in decisions) / max(1, len(decisions))
 
     def _check(self, what: str, prompt: str, token_ids: Sequence[int]) -> None:
         """The same text for the same weights, whatever the network and the schedule; a shorter one is its beginning."""
@@ -352,7 +379,8 @@ def print_rows(rows: Sequence[Row]) -> None:
     """The medians as a table; `ratio` is measured over predicted, `pinged` the same with the measured trip."""
     print(
         f"{'Mbit/s':>6s} {'rtt':>5s}  {'method':24s} {'tokens/s (quartiles)':>27s} {'predicted':>9s} {'ratio':>6s} "
-        f"{'pinged':>6s} {'M':>5s} {'q':>5s} {'c ms':>6s} {'stall ms':>8s} {'down B':>7s} {'up B':>7s} {'wasted':>6s} {'tokens':>6s}"
+        f"{'pinged':>6s} {'M':>5s} {'q':>5s} {'c ms':>6s} {'stall ms':>8s} {'down B':>7s} {'up B':>7s} {'wasted':>6s} "
+        f"{'tokens':>6s}"
     )
     for row in rows:
         median = {name: value["median"] for name, value in row.items() if isinstance(value, dict)}
@@ -376,10 +404,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     bandwidths = sorted({row["mbps"] for row in rows})
-    size = (1.5 + 3.5 * len(bandwidths), 4.5)
+    size = (1.5 + 3.5 * len(bandwidths), 5.5)
     figure, panels = pyplot.subplots(1, len(bandwidths), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for panel, mbps in zip(panels[0], bandwidths, strict=True):
-        for index, method in enumerate(METHODS):
+        for method, (colour, marker, size_pt, is_hollow) in STYLES.items():
             chosen = sorted(
                 (row for row in rows if row["method"] == method and row["mbps"] == mbps), key=lambda row: row["rtt_ms"]
             )
@@ -388,11 +416,27 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             low = [each["median"] - each["lower_quartile"] for each in rate]
             high = [each["upper_quartile"] - each["median"] for each in rate]
             medians = [each["median"] for each in rate]
-            colour = f"C{index}"
-            panel.errorbar(rtt_ms, medians, yerr=[low, high], fmt="o", markersize=4, color=colour, label=method)
+            fill = "none" if is_hollow else colour
+            panel.errorbar(
+                rtt_ms,
+                medians,
+                yerr=[low, high],
+                fmt=marker,
+                markersize=size_pt,
+                markerfacecolor=fill,
+                color=colour,
+                label=method,
+                linewidth=1,
+            )
             predicted = [row["predicted_tokens_per_s"]["median"] for row in chosen]
-            panel.plot(rtt_ms, predicted, "--", color=colour, alpha=0.6)
+            panel.plot(rtt_ms, predicted, "--", color=colour, alpha=0.6, linewidth=1)
         panel.set(title=f"{mbps:g} Mbit/s", xlabel="round trip, ms", yscale="log")
+        ticks = sorted({row["rtt_ms"] for row in rows})
+        # Proportional to the root, so that short round trips have room.
+        panel.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x + 4, 0)), lambda y: y**2 - 4))
+        panel.set_xlim(-2, 1.1 * ticks[-1] + 1)
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3, which="both")
     panels[0][0].set_ylabel("tokens per second")
     handles, labels = panels[0][0].get_legend_handles_labels()

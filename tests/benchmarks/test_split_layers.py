@@ -23,6 +23,7 @@ from split_layers import (
     pack_begin,
     pack_rows,
     parse_begin,
+    ping,
 )
 from tiny_models import probe_ids, tiny_backbone
 
@@ -67,6 +68,19 @@ async def over_network(backbone: Backbone, modules: DeviceModules, item_bytes: i
     finally:
         await connection.close()
         await serving
+
+
+async def test_ping_takes_the_round_trip(backbone: Backbone) -> None:
+    device_end, cloud_end = connection_pair()
+    serving = asyncio.create_task(SplitCloud(backbone).handle(cloud_end))
+    connection = EmulatedConnection(device_end, NetworkProfile(delay_ms=5))
+    try:
+        seconds = await ping(connection, 2)
+    finally:
+        await connection.close()
+        await serving
+    assert len(seconds) == 2
+    assert 0.010 <= min(seconds) < 1
 
 
 def in_one_process(backbone: Backbone, modules: DeviceModules, item_bytes: int) -> list[int]:
