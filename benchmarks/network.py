@@ -440,7 +440,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panel.grid(alpha=0.3, which="both")
     panels[0][0].set_ylabel("tokens per second")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title="points measured, lines predicted")
+    legend = "points: measured; lines: predicted by equations 3 to 5, optimistic by c + q R"
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=legend)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
