@@ -304,6 +304,7 @@ class Bench:
             tap_shape=(description.num_taps, description.tap_dim),
             schedule=schedule,
             answer="correction",
+            window=options.window,
         )
         before = client.bytes_received, client.bytes_sent
         times_s: list[float] = []

@@ -98,5 +98,5 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         stated = STATED[row["name"]]
         print(
             f"{row['name']:9s} {row['percent']:8.3f} {row['inference_s']:12.2f} {row['network_s']:10.2f} "
-            f"{row['total_s']:8.2f} {row['trips']:6.2f}   {stated['total_s']:14.2f}, {stated['trips']:g}"
+            f"{row['total_s']:8.2f} {row['trips']:6.2f}   {stated['total_s']:24.2f}, {stated['trips']:g}"
         )
