@@ -59,9 +59,10 @@ from cotune.generation.protocols import StepFeatures
 from cotune.generation.reference import Personal
 from cotune.generation.sampling import Sampling
 from cotune.models.backbone import Backbone
-from cotune.models.projections import DEFAULT_BASIS_DIM, DEFAULT_TAP_DIM
+from cotune.models.projections import DEFAULT_BASIS_DIM, DEFAULT_TAP_DIM, Projections
 from cotune.models.row_invariance import padded_rows
 from cotune.models.tap_ladder import TapLadderConfig
+from cotune.models.taps import TapProjector
 from cotune.models.weights import DTYPES, STARTER, find_model_folder, read_tokenizer
 from cotune.wire.codec import pack_taps, quantise
 from cotune.wire.frames import Correct, Step, Tokens, encode
@@ -129,25 +130,49 @@ def scaled(one_layer: float, some_layers: float, num_some: int, num_all: int) ->
     return one_layer + (some_layers - one_layer) * (num_all - 1) / (num_some - 1)
 
 
+def paired_cost(taps: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
+    """Percent that taps cost: the median of the ratios within a turn, with its interval of 95 %."""
+    ratios = [a / b for a, b in zip(taps, plain, strict=True)]
+    low, high = median_interval(ratios)
+    return {"median": 100 * (statistics.median(ratios) - 1), "low": 100 * (low - 1), "high": 100 * (high - 1)}
+
+
+def scaled_cost(times: Mapping[str, Sequence[float]], num_some: int, num_all: int) -> dict[str, float]:
+    """Percent that taps cost with `num_all` layers: the scaled median difference over the scaled median step.
+
+    Noise grows with the number of layers; the interval of 95 % is that of 1000 samples of the rounds.
+    """
+    plain, plain_one = (np.array(times[name]) for name in (PLAIN, PLAIN + _SHORT))
+    more, more_one = np.array(times[TAPS]) - plain, np.array(times[TAPS + _SHORT]) - plain_one
+
+    def percent(rounds: np.ndarray) -> float:
+        one, some, base_one, base_some = (
+            float(np.median(values[rounds])) for values in (more_one, more, plain_one, plain)
+        )
+        return 100 * scaled(one, some, num_some, num_all) / scaled(base_one, base_some, num_some, num_all)
+
+    rng = np.random.default_rng(0)
+    samples = [percent(rng.integers(0, len(plain), len(plain))) for _ in range(1000)]
+    low, high = np.percentile(samples, [2.5, 97.5]).tolist()
+    return {"median": percent(np.arange(len(plain))), "low": low, "high": high}
+
+
 def summarise(times: Mapping[str, Sequence[float]], num_measured: int, num_layers: int) -> dict[str, Any]:
     """Spreads of the steps, scaled to `num_layers` where needed, and the cost of taps."""
+    is_scaled = num_measured < num_layers
     full = {name: list(values) for name, values in times.items() if not name.endswith(_SHORT)}
-    if num_measured < num_layers:
+    if is_scaled:
         for name, values in full.items():
             pairs = zip(times[name + _SHORT], values, strict=True)
             full[name] = [scaled(short, some, num_measured, num_layers) for short, some in pairs]
-    ratios = [taps / plain for taps, plain in zip(full[TAPS], full[PLAIN], strict=True)]
-    low, high = median_interval(ratios)
+    measured_cost = paired_cost(times[TAPS], times[PLAIN])
     return {
-        "num_rounds": len(ratios),
-        "is_scaled": num_measured < num_layers,
+        "num_rounds": len(times[TAPS]),
+        "is_scaled": is_scaled,
         "ms": {name: Spread.of(values) for name, values in full.items()},
         "measured_ms": {name: Spread.of(values) for name, values in times.items()},
-        "taps_percent": {
-            "median": 100 * (statistics.median(ratios) - 1),
-            "low": 100 * (low - 1),
-            "high": 100 * (high - 1),
-        },
+        "taps_percent": scaled_cost(times, num_measured, num_layers) if is_scaled else measured_cost,
+        "measured_taps_percent": measured_cost,
     }
 
 
@@ -176,18 +201,17 @@ def _check_same(step: BatchStep) -> None:
             raise AssertionError("the step without taps gives other logits")
 
 
-def measure_tap_parts(backbone: Backbone, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What the cost of taps is made of, for one batch size; milliseconds."""
+def measure_tap_parts(backbone: Backbone, num_taps: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What the cost of taps is made of, for one batch size and all taps of the shape; milliseconds."""
     model = backbone.model
     wait = waiter(model.device)
     num_rows = padded_rows(batch, floor=backbone.row_floor, narrowest=backbone._narrowest)
-    states = [
-        random_pair((num_rows, backbone.spec.hidden_size), model, layer)[0]
-        for layer in range(backbone.projections.num_taps)
-    ]
+    hidden = backbone.spec.hidden_size
+    states = [random_pair((num_rows, hidden), model, layer)[0] for layer in range(num_taps)]
+    projector = TapProjector(Projections.random(tap_layers=range(num_taps), hidden_size=hidden), model.device)
     with torch.inference_mode():
         stacked = torch.stack(states)
-        taps = backbone._projector.project(stacked)
+        taps = projector.project(stacked)
     host = taps.cpu().numpy()[:batch]
 
     def on_device(work: Callable[[], object]) -> Timed:
@@ -200,7 +224,7 @@ def measure_tap_parts(backbone: Backbone, batch: int, args: argparse.Namespace) 
 
     calls = {
         "stack states": on_device(lambda: torch.stack(states)),
-        "project": on_device(lambda: backbone._projector.project(stacked)),
+        "project": on_device(lambda: projector.project(stacked)),
         "taps to host": on_device(lambda: taps.cpu().numpy()),
         "f to host": on_device(lambda: states[0].float().cpu().numpy()),
         "quantise": time_call(lambda: quantise(host)),
@@ -338,6 +362,12 @@ def print_cells(name: str, cells: Sequence[Mapping[str, Any]], num_measured: int
             f"{cell['batch']:5d} {cell['context']:7d}  {ms[TAPS]:>26s} {ms[PLAIN]:>26s} {ms.get(THEIRS, '-'):>26s}  "
             f"{cost['median']:.2f} % (95 %: {cost['low']:.2f} to {cost['high']:.2f}; {cell['num_rounds']} rounds)"
         )
+        if cell["is_scaled"]:
+            cost = cell["measured_taps_percent"]
+            print(
+                f"{'':100s}{num_measured} layers as measured: "
+                f"{cost['median']:.2f} % (95 %: {cost['low']:.2f} to {cost['high']:.2f})"
+            )
 
 
 def make_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -429,7 +459,7 @@ def main() -> None:
         for context in args.context:
             cells.append(measure_cell(backbone, short, batch, context, num_layers, args))
             print(f"batch {batch}, context {context}: done, {cells[-1]['num_rounds']} rounds", flush=True)
-    parts = {batch: measure_tap_parts(backbone, batch, args) for batch in args.batch}
+    parts = {batch: measure_tap_parts(backbone, num_layers + 1, batch, args) for batch in args.batch}
     row_floor, are_independent = backbone.row_floor, backbone.rows_are_independent
     del backbone, short
 
@@ -450,11 +480,12 @@ def main() -> None:
     tables = [[method.row(link, total) for method in methods] for link in links]
 
     print_cells(name, cells, num_measured, num_layers)
-    print(f"\nTaps in parts, ms, {num_measured + 1} taps:")
+    print(f"\nTaps in parts, ms, {num_layers + 1} taps, and what they come to in a step (COMPUTED):")
     for batch, times in parts.items():
-        print(
-            f"  batch {batch:3d}: " + ", ".join(f"{part} {values['ms'].median:.3f}" for part, values in times.items())
-        )
+        together_ms = sum(values["ms"].median for values in times.values())
+        step_ms = next(cell["ms"][PLAIN].median for cell in cells if cell["batch"] == batch)
+        listed = ", ".join(f"{part} {values['ms'].median:.3f}" for part, values in times.items())
+        print(f"  batch {batch:3d}: {listed}; together {100 * together_ms / step_ms:.2f} %")
     print("\nDevice, one token, one core, ms:")
     for what, values in device.items():
         print(f"  {what:28s} {values['ms']}")

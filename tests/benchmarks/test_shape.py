@@ -77,6 +77,8 @@ def test_scaling_by_hand() -> None:
     assert row["ms"][PLAIN].median == pytest.approx(98)
     assert row["ms"][TAPS].median == pytest.approx(5.3 + 31 * 3.2)
     assert row["taps_percent"]["median"] == pytest.approx(100 * (104.5 / 98 - 1))
+    assert row["taps_percent"]["low"] == pytest.approx(row["taps_percent"]["high"])
+    assert row["measured_taps_percent"]["median"] == pytest.approx(100 * 0.5 / 8)
     whole = summarise({TAPS: [2.0, 3.0], PLAIN: [1.0, 2.0]}, 4, 4)
     assert not whole["is_scaled"]
     assert whole["taps_percent"]["median"] == pytest.approx(75)
