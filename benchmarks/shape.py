@@ -186,7 +186,7 @@ def measure_cell(
         steps.append(BatchStep(short, batch, context, args.seed))
         calls |= {name + _SHORT: call for name, call in steps[1].calls(theirs=args.transformers).items()}
     try:
-        _check_same(steps[0])
+        _check_same(steps[0], 1e-3 if backbone.model.dtype == torch.float32 else 5e-2)
         times = run_rounds(calls, rounds=args.rounds, seconds=args.seconds, warm_up=args.warm_up, seed=args.seed)
     finally:
         for step in steps:
@@ -194,11 +194,10 @@ def measure_cell(
     return {"batch": batch, "context": context, **summarise(times, backbone.spec.num_layers, num_layers)}
 
 
-def _check_same(step: BatchStep) -> None:
+def _check_same(step: BatchStep, tolerance: float) -> None:
     """With and without taps is the same pass."""
     for features, logits in zip(step.features(), step.logits(), strict=True):
-        if not np.allclose(features.logits, logits, rtol=1e-3, atol=1e-3):
-            raise AssertionError("the step without taps gives other logits")
+        assert np.allclose(features.logits, logits, rtol=tolerance, atol=tolerance), "the pass without taps is another"
 
 
 def measure_tap_parts(backbone: Backbone, num_taps: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
