@@ -85,7 +85,7 @@ class StreamedDevice:
         if self._answer == "correction":
             # What the cloud decides costs the device the same, whatever it is.
             ids, flags = np.array([base_token]), np.array([True])
-            tokens = Tokens(**place, tokens=ids, consulted=flags, changed=~flags)
+            tokens = Tokens(**place, tokens=ids, consulted=flags, changed=~flags, late=~flags)
             return self._feed(Step(**place, base_token=base_token, taps=taps))[0] + self._feed(tokens)[0]
         top = top_logits(features.logits, self._top_k, self._sampling)
         step = Step(

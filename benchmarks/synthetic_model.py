@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,36 +74,45 @@ def synthetic_tokenizer(shape: SyntheticShape) -> bytes:
     return tokenizer.to_str().encode()
 
 
-def synthetic_plugin(shape: SyntheticShape, description: CloudDescription, tokenizer_json: bytes) -> Plugin:
-    """A tap ladder with random weights, bound to the model of that description."""
+def synthetic_side_network(shape: SyntheticShape) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+    """Config and tensors of a tap ladder with random weights."""
     rng = shape.rng(3)
     side, inner, rungs = shape.side_width, shape.inner_width, shape.num_taps - 1
 
     def uniform(*size: int, fan_in: int) -> NDArray[np.float32]:
         return (rng.uniform(-1, 1, size) / fan_in**0.5).astype(np.float32)
 
+    config = {
+        "num_taps": shape.num_taps,
+        "tap_dim": shape.tap_dim,
+        "basis_dim": shape.basis_dim,
+        "side_width": side,
+        "inner_width": inner,
+        "dropout": 0.0,
+    }
+    tensors = {
+        "ladder.mix_weight": uniform(shape.num_taps, side, shape.tap_dim, fan_in=shape.tap_dim),
+        "ladder.mix_bias": uniform(shape.num_taps, side, fan_in=shape.tap_dim),
+        "ladder.up_weight": uniform(rungs, inner, side, fan_in=side),
+        "ladder.up_bias": uniform(rungs, inner, fan_in=side),
+        "ladder.down_weight": uniform(rungs, side, inner, fan_in=inner),
+        "ladder.down_bias": uniform(rungs, side, fan_in=inner),
+        "norm_weight": np.ones(side, np.float32),
+        "head_weight": rng.standard_normal((shape.basis_dim, side), np.float32) / np.float32(side**0.5),
+        "head_bias": np.zeros(shape.basis_dim, np.float32),
+    }
+    return config, tensors
+
+
+def synthetic_plugin(shape: SyntheticShape, description: CloudDescription, tokenizer_json: bytes) -> Plugin:
+    """A tap ladder with random weights, bound to the model of that description."""
+    config, tensors = synthetic_side_network(shape)
+    gate_weight = shape.rng(5).standard_normal(shape.hidden_size, np.float32)
     return Plugin(
         kind="tap_ladder",
-        config={
-            "num_taps": shape.num_taps,
-            "tap_dim": shape.tap_dim,
-            "basis_dim": shape.basis_dim,
-            "side_width": side,
-            "inner_width": inner,
-            "dropout": 0.0,
-        },
-        tensors={
-            "ladder.mix_weight": uniform(shape.num_taps, side, shape.tap_dim, fan_in=shape.tap_dim),
-            "ladder.mix_bias": uniform(shape.num_taps, side, fan_in=shape.tap_dim),
-            "ladder.up_weight": uniform(rungs, inner, side, fan_in=side),
-            "ladder.up_bias": uniform(rungs, inner, fan_in=side),
-            "ladder.down_weight": uniform(rungs, side, inner, fan_in=inner),
-            "ladder.down_bias": uniform(rungs, side, fan_in=inner),
-            "norm_weight": np.ones(side, np.float32),
-            "head_weight": rng.standard_normal((shape.basis_dim, side), np.float32) / np.float32(side**0.5),
-            "head_bias": np.zeros(shape.basis_dim, np.float32),
-        },
-        gate=GateParameters(weight=rng.standard_normal(shape.hidden_size, np.float32), bias=0.0, threshold=0.0),
+        config=config,
+        tensors=tensors,
+        gate=GateParameters(weight=gate_weight, bias=0.0, threshold=0.0),
         backbone_digest=description.backbone_digest,
         projections_digest=description.projections_digest,
         tokenizer_digest=description.tokenizer_digest,

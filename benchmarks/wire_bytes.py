@@ -110,7 +110,7 @@ def count_other_frames(shape: SyntheticShape, top_k: int) -> dict[str, int]:
 
 def _tokens(count: int) -> Tokens:
     ids, flags = np.arange(count), np.ones(count, np.bool_)
-    return Tokens(**PLACE, tokens=ids, consulted=flags, changed=flags)
+    return Tokens(**PLACE, tokens=ids, consulted=flags, changed=flags, late=~flags)
 
 
 class SocketCounter:

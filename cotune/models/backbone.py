@@ -287,7 +287,9 @@ class Backbone:
         input_ids[:num_tokens] = [token for piece in pieces for token in piece.token_ids]
         # The head and the projections see the wanted rows alone, and have a floor of their own.
         num_wanted = padded_rows(len(wanted), floor=floor, narrowest=self._narrowest)
-        rows = wanted + [0] * (num_wanted - len(wanted))
+        # Where all tokens are wanted, the pass is padded alike, and no layer's rows have to be picked out.
+        is_all = len(wanted) == num_tokens
+        rows = list(range(num_rows)) if is_all else wanted + [0] * (num_wanted - len(wanted))
         leader = self.leader
         with torch.inference_mode(), nullcontext() if leader is None else leader.packed(pieces, input_ids, rows):
             # A pass of many ranks is not given up in the middle, where the others could not tell.

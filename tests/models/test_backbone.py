@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tiny_models import tiny_backbone
 from transformers import PreTrainedModel
 
 from cotune.errors import InputError
@@ -332,3 +334,21 @@ def test_a_pass_that_nobody_wants_any_more_leaves_the_cursor_as_it_was(backbone:
     assert cursor.length == 3
     fresh.extend(prompt)
     assert np.array_equal(cursor.extend(token).logits, fresh.extend(token).logits)
+
+
+def test_a_pass_whose_tokens_are_all_wanted_picks_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("llama")
+    asked: list[tuple[list[int], int]] = []
+    run_packed = backbone.run_packed
+
+    def watched(packed: Any, input_ids: Any, rows: list[int], is_wanted: Any) -> Any:
+        asked.append((rows, len(input_ids)))
+        return run_packed(packed, input_ids, rows, is_wanted)
+
+    monkeypatch.setattr(backbone, "run_packed", watched)
+    cursor = backbone.cursor()
+    cursor.extend(np.arange(2, 9))
+    cursor.extend(np.array([5]))
+    (prompt_rows, _), (step_rows, num_rows) = asked
+    assert prompt_rows[0] == 6
+    assert step_rows == list(range(num_rows))
