@@ -6,15 +6,17 @@ import heapq
 import itertools
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from toy import STOP, TAP_DIM, TAPS, VOCAB, ToyBackbone, toy_basis
 
+from cotune.cloud.branches import BranchingStream, BranchPlan, may_branch
 from cotune.cloud.stream import CloudStream, StepPlan, StreamConfig
 from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
 from cotune.device.stream import DeviceStream
 from cotune.generation.gate import Gate
-from cotune.generation.protocols import RowWork, StepFeatures
+from cotune.generation.protocols import StepFeatures
 from cotune.generation.reference import Personal
 from cotune.generation.request import GenerationRequest
 from cotune.generation.sampling import Sampling
@@ -56,6 +58,8 @@ class VirtualRun:
         drafter: Drafter | None = None,
         deadline_ms: int = 0,
         stop_token_ids: tuple[int, ...] = (STOP,),
+        max_branches: int = 1,
+        free_rows: int = 8,
     ) -> None:
         self.device = DeviceStream(
             request,
@@ -73,10 +77,12 @@ class VirtualRun:
         self.stop_token_ids = stop_token_ids
         self.rng = random.Random(seed)
         self.now_s = 0.0
-        self.cloud: CloudStream | None = None
-        self.cursor = ToyBackbone().cursor()
+        self.max_branches = max_branches
+        self.free_rows = free_rows
+        self.cloud: CloudStream | BranchingStream | None = None
+        self.places: Any = None
         self.is_stepping = False
-        self.plans: list[StepPlan] = []
+        self.plans: list[StepPlan | BranchPlan] = []
         self.num_cuts = 0
         self._events: list[tuple[float, int, str, object]] = []
         self._order = itertools.count()
@@ -141,8 +147,11 @@ class VirtualRun:
         if frame.resume and self.cloud is not None:
             replies = self.cloud.resume(generated, frame.taps_from, self.now_s)
         else:
-            self.cloud = CloudStream(7, frame.prompt_ids, generated, self._stream_config(frame), toy_basis())
-            self.cursor = ToyBackbone().cursor()
+            config = self._stream_config(frame)
+            self.cloud = CloudStream(7, frame.prompt_ids, generated, config, toy_basis())
+            if self.max_branches > 1 and may_branch(config):
+                self.cloud = BranchingStream(self.cloud, self.max_branches)
+            self.places = None
             replies = self.cloud.end_if_finished(self.now_s)
         opened = Opened(session=7, epoch=self.cloud.epoch, pos=self.cloud.num_confirmed, ticket=bytes(16))
         self._send("to_device", opened, *replies)
@@ -151,11 +160,13 @@ class VirtualRun:
         if self.cloud is None or self.is_stepping:
             return
         if self.cloud.wants_step():
-            plan = self.cloud.plan(ToyBackbone.prompt_chunk)
-            if self.cursor.length > plan.truncate_to:
-                self.cursor.truncate(plan.truncate_to)
-            work = RowWork(cursor=self.cursor, token_ids=plan.token_ids, num_outputs=plan.num_outputs)
-            (features,) = ToyBackbone().extend([work])
+            plan = self.cloud.plan(ToyBackbone.prompt_chunk).within(self.free_rows)
+            assert plan is not None
+            backbone = ToyBackbone()
+            if self.places is None:
+                self.places = plan.begin(backbone, self.cloud.num_prompt)
+            outputs = backbone.extend(plan.prepare(self.places))
+            features = [one for row in outputs for one in row]
             self.is_stepping = True
             self.plans.append(plan)
             step_s = self.weather.step_s + self.weather.token_s * (len(plan.token_ids) - 1)
@@ -172,7 +183,7 @@ class VirtualRun:
             self._send("to_device", *self.cloud.on_time(self.now_s))
         self._go_on()
 
-    def _stepped(self, outcome: tuple[CloudStream, StepPlan, list[StepFeatures], float]) -> None:
+    def _stepped(self, outcome: tuple[Any, Any, list[StepFeatures], float]) -> None:
         cloud, plan, features, step_s = outcome
         self.is_stepping = False
         if cloud is self.cloud:

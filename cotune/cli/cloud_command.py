@@ -43,6 +43,9 @@ def cloud(
         int | None, typer.Option(help="Requests a minute for each bearer token; no limit by default.")
     ] = None,
     max_batch_rows: Annotated[int, typer.Option(help="Sequences in one forward pass.")] = 64,
+    max_branches: Annotated[
+        int, typer.Option(help="Tokens to go on with side by side where a gated session waits, in free rows; 1 is off.")
+    ] = 1,
     kv_tokens: Annotated[
         int, typer.Option(help="Tokens whose keys and values fit at once; 0 takes what free memory allows.")
     ] = 0,
@@ -105,6 +108,7 @@ def cloud(
             requests_per_minute=requests_per_minute,
             idle_timeout_s=idle_timeout_s,
             session_ttl_s=session_ttl_s,
+            max_branches=max_branches,
             engine=EngineConfig(
                 max_batch_rows=max_batch_rows, max_blocks=_blocks(kv_tokens) if kv_tokens != 0 else None
             ),

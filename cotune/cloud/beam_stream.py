@@ -58,6 +58,10 @@ class BeamPlan:
         """How many sequences it brings into the pass."""
         return len(self.texts)
 
+    def within(self, num_rows: int) -> BeamPlan | None:
+        """All of it or nothing: beams go on together."""
+        return self if num_rows >= self.num_rows else None
+
     def begin(self, backbone: DecodingBackbone, num_prompt: int) -> BeamCursors:
         """Places for a search that has none yet."""
         return BeamCursors(backbone.cursor(num_prompt))
@@ -304,6 +308,8 @@ class BeamStream:
                     "num_late": 0,
                     "num_drafted": 0,
                     "num_drafts_kept": 0,
+                    "num_branchings": 0,
+                    "num_branches_kept": 0,
                     "num_searched": beams.num_steps,
                     "num_beam_steps": beams.num_beam_steps,
                     "num_beams_consulted": beams.num_consulted,

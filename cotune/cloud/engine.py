@@ -230,9 +230,13 @@ class Engine:
                 break
             if row.steps.is_in_prompt and prompt_tokens >= self.config.max_prompt_tokens:
                 continue
-            plan = row.steps.plan(self.model.backbone.prompt_chunk)
-            if jobs and num_rows + plan.num_rows > self.config.max_batch_rows:
-                continue
+            whole = row.steps.plan(self.model.backbone.prompt_chunk)
+            plan = whole.within(self.config.max_batch_rows - num_rows)
+            if plan is None:
+                if jobs:
+                    continue
+                # More beams than a pass has rows: alone they get one.
+                plan = whole
             if row.steps.is_in_prompt:
                 if prompt_tokens and prompt_tokens + len(plan.token_ids) > self.config.max_prompt_tokens:
                     continue

@@ -23,7 +23,7 @@ class Places(Protocol):
 
 
 class Plan(Protocol):
-    """What a row wants of a pass: `cotune.cloud.stream.StepPlan`, or `cotune.cloud.beam_stream.BeamPlan`."""
+    """What a row wants of a pass: `cotune.cloud.stream.StepPlan`, `beam_stream.BeamPlan` or `branches.BranchPlan`."""
 
     @property
     def num_rows(self) -> int:
@@ -33,6 +33,10 @@ class Plan(Protocol):
     @property
     def token_ids(self) -> NDArray[np.int64]:
         """All tokens that it reads."""
+        ...
+
+    def within(self, num_rows: int) -> Plan | None:
+        """The part of it that fits into so many rows; None where nothing of use does."""
         ...
 
     def begin(self, backbone: DecodingBackbone, num_prompt: int) -> Places:
@@ -51,7 +55,10 @@ class Plan(Protocol):
 class Steps(Protocol):
     """The text of one row, as far as computing it goes; `cotune.cloud.stream.CloudStream` is one."""
 
-    num_prompt: int
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of its prompt."""
+        ...
 
     @property
     def gate(self) -> Gate | None:

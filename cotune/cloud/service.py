@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.cloud.beam_stream import BeamStream
+from cotune.cloud.branches import BranchingStream, extra_tokens, may_branch
 from cotune.cloud.engine import Engine, EngineConfig
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.limits import RateLimit
-from cotune.cloud.session import Session
+from cotune.cloud.session import Session, Stream
 from cotune.cloud.stream import CloudStream, StreamConfig, StreamCounters
 from cotune.errors import (
     ConnectionLostError,
@@ -82,6 +83,7 @@ class ServiceConfig:
             None for no limit.
         requests_per_minute: sessions opened, texts asked for and sequences read, for each holder of a token.
         max_window: how far any session may run ahead, tokens.
+        max_branches: tokens that go on side by side where the gated schedule waits for a device; 1 for none.
         max_feature_logits: base logits in one sequence's training features, over all its positions.
         engine: limits of the batch.
     """
@@ -94,6 +96,7 @@ class ServiceConfig:
     max_sessions_per_token: int | None = None
     requests_per_minute: int | None = None
     max_window: int = 128
+    max_branches: int = 1
     max_feature_logits: int = 64 * 1024 * 1024
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -105,6 +108,7 @@ class ServiceConfig:
             "slow_reader_timeout_s",
             "max_outbox_bytes",
             "max_window",
+            "max_branches",
             "max_feature_logits",
         ):
             if getattr(self, name) <= 0:
@@ -120,7 +124,7 @@ class Totals:
     """What all sessions and connections so far came to.
 
     Attributes:
-        wasted_steps, rollbacks, stall_s: as the streams count them.
+        wasted_steps, rollbacks, stall_s, branchings, branches_kept: as the streams count them.
         bytes_down, bytes_up: of frames, to devices and from them.
         refusals: how often a request was refused, by reason.
         answers: of the OpenAI interface, by HTTP status.
@@ -129,6 +133,8 @@ class Totals:
     wasted_steps: int = 0
     rollbacks: int = 0
     stall_s: float = 0.0
+    branchings: int = 0
+    branches_kept: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
     refusals: dict[str, int] = field(default_factory=dict)
@@ -138,6 +144,8 @@ class Totals:
         self.wasted_steps += counters.num_wasted_steps
         self.rollbacks += counters.num_rollbacks
         self.stall_s += counters.stall_s
+        self.branchings += counters.num_branchings
+        self.branches_kept += counters.num_branches_kept
 
     def add_connection(self, connection: Connection) -> None:
         self.bytes_down += connection.bytes_sent
@@ -336,6 +344,8 @@ class CloudService:
 
     def _reserve(self, session: Session, frame: Open) -> None:
         num_tokens = len(frame.prompt_ids) + frame.max_new_tokens
+        if isinstance(session.stream, BranchingStream):
+            num_tokens += self._branch_tokens
         num_beams, num_shared = max(1, frame.num_beams), len(frame.prompt_ids)
         engine = self.engine
         most = engine.config.max_blocks
@@ -466,12 +476,24 @@ class CloudService:
                     ErrorCode.BAD_REQUEST, f"{name} is {value} with beams, expected at most {most}; leave out the beams"
                 )
 
-    def _stream_for(self, number: int, frame: Open) -> CloudStream | BeamStream:
+    @property
+    def _branch_tokens(self) -> int:
+        """Room in the cache that the branches of one session need, in tokens."""
+        return self.config.max_branches * extra_tokens(self.model.backbone.block_size)
+
+    def _stream_for(self, number: int, frame: Open) -> Stream:
         config, basis = self._stream_config(frame), self.model.output_basis
         if frame.num_beams > 1:
             options = BeamOptions(num_beams=frame.num_beams, length_penalty=frame.length_penalty)
             return BeamStream(number, frame.prompt_ids, config, options, basis)
-        return CloudStream(number, frame.prompt_ids, frame.generated_ids.tolist(), config, basis)
+        stream = CloudStream(number, frame.prompt_ids, frame.generated_ids.tolist(), config, basis)
+        if self.config.max_branches == 1 or not may_branch(config):
+            return stream
+        most = self.engine.config.max_blocks
+        num_tokens = len(frame.prompt_ids) + frame.max_new_tokens + self._branch_tokens
+        if most is not None and self.engine.blocks_for(num_tokens) > most:
+            return stream
+        return BranchingStream(stream, self.config.max_branches)
 
     def _stream_config(self, frame: Open) -> StreamConfig:
         gate = None

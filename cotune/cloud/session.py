@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cotune.cloud.beam_stream import BeamStream
+from cotune.cloud.branches import BranchingStream
 from cotune.cloud.engine import Engine
 from cotune.cloud.row import Place
 from cotune.cloud.stream import CloudStream
@@ -17,6 +18,8 @@ from cotune.errors import CotuneError
 from cotune.generation.protocols import StepFeatures
 from cotune.wire.frames import TICKET_BYTES, EndReason, Frame, encode
 from cotune.wire.outbox import Outbox
+
+Stream = CloudStream | BeamStream | BranchingStream
 
 
 class Session:
@@ -28,7 +31,7 @@ class Session:
         owner: whose it is, for limits; a digest of the device's token, say.
     """
 
-    def __init__(self, stream: CloudStream | BeamStream, engine: Engine, *, owner: str = "") -> None:
+    def __init__(self, stream: Stream, engine: Engine, *, owner: str = "") -> None:
         self.stream = stream
         self.ticket = secrets.token_bytes(TICKET_BYTES)
         self.owner = owner
@@ -95,7 +98,7 @@ class Session:
     # What the engine asks and tells.
 
     @property
-    def steps(self) -> CloudStream | BeamStream:
+    def steps(self) -> Stream:
         return self.stream
 
     @property

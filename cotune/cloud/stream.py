@@ -24,18 +24,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.generation.controller import Outlook
+from cotune.cloud.measured import Measured
 from cotune.generation.gate import Gate
 from cotune.generation.modes import Mode, mode_named
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import Correction, Cursor, DecodingBackbone, RowWork, StepFeatures
-from cotune.generation.sampling import Sampling, choose, top_logits
+from cotune.generation.sampling import Sampling, choose, likeliest, top_logits
 from cotune.wire.codec import pack_taps
 from cotune.wire.frame import HEADER_BYTES, MAX_FRAME_BYTES
 from cotune.wire.frames import (
@@ -58,8 +58,8 @@ EPOCHS = 1 << 16
 MAX_PASS_TOKENS = 32
 """The most tokens after the prompt that one stream reads in one pass."""
 DRAFTED_SCHEDULES = ("drafted", "auto")
-# How fast the running estimates of round trip, step time and disagreement follow: the last ten or so count.
-_SMOOTHING = 0.1
+BRANCH_WINDOW = 32
+"""The furthest that a branch runs ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +109,7 @@ class StreamCounters:
         num_delayed: round trips that held up the text.
         num_late: positions that went on with the base token because the device was late.
         num_drafted, num_drafts_kept: drafted tokens that were read, and those of them that became the text.
+        num_branchings, num_branches_kept: waits that branches bridged, and those at which one of them was right.
         cloud_s, stall_s: computing, and waiting for the device.
     """
 
@@ -121,6 +122,8 @@ class StreamCounters:
     num_late: int = 0
     num_drafted: int = 0
     num_drafts_kept: int = 0
+    num_branchings: int = 0
+    num_branches_kept: int = 0
     cloud_s: float = 0.0
     stall_s: float = 0.0
 
@@ -141,42 +144,16 @@ class _Pending:
     is_late: bool = False
 
 
-@dataclass
-class _Average:
-    """A mean of the first values, and a moving one once there are many."""
+class Epochs:
+    """Numbers for epochs: each is another one than the last 65,535."""
 
-    value: float
-    num_values: int = 0
+    def __init__(self) -> None:
+        self._next = 0
 
-    def add(self, value: float) -> None:
-        self.num_values += 1
-        self.value += max(_SMOOTHING, 1.0 / self.num_values) * (value - self.value)
-
-
-def _share(first_guess: float) -> _Average:
-    """A share that is guessed before there are values; the guess counts as two of these."""
-    return _Average(first_guess, 2)
-
-
-@dataclass(kw_only=True)
-class _Measured:
-    """Running estimates of times in seconds and of shares.
-
-    Attributes:
-        round_trip_s, step_s: a question to the device and its answer; a pass. 0 for not known yet.
-        disagree: tokens that the device changed.
-        draft_kept: drafted tokens that were right, where all before them were.
-        agreed_kept, drafted_alone, base_alone: where draft and base token were the same, how often they were right;
-            where they differed, how often the draft's was and how often the base token.
-    """
-
-    round_trip_s: _Average = field(default_factory=lambda: _Average(0.0))
-    step_s: _Average = field(default_factory=lambda: _Average(0.0))
-    disagree: _Average = field(default_factory=lambda: _share(0.3))
-    draft_kept: _Average = field(default_factory=lambda: _share(0.0))
-    agreed_kept: _Average = field(default_factory=lambda: _share(0.9))
-    drafted_alone: _Average = field(default_factory=lambda: _share(0.4))
-    base_alone: _Average = field(default_factory=lambda: _share(0.3))
+    def next(self) -> int:
+        """One that is not in use."""
+        epoch, self._next = self._next, (self._next + 1) % EPOCHS
+        return epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +170,10 @@ class StepPlan:
 
     num_rows: ClassVar[int] = 1
     """How many sequences it brings into the pass."""
+
+    def within(self, num_rows: int) -> StepPlan | None:
+        """As much of it as fits into so many rows."""
+        return self if num_rows >= self.num_rows else None
 
     def begin(self, backbone: DecodingBackbone, num_prompt: int) -> Cursor:
         """A place in the cache for a stream that has none yet."""
@@ -215,6 +196,8 @@ class CloudStream:
         generated: tokens that the device already holds (a resumed stream), all confirmed.
         config: what the device asked for.
         output_basis: for the correction form.
+        epochs: gives numbers that no other line of the same text has.
+        counters, measured: of the text so far, where this is a branch of it.
     """
 
     def __init__(
@@ -224,11 +207,17 @@ class CloudStream:
         generated: list[int],
         config: StreamConfig,
         output_basis: OutputBasis,
+        *,
+        epochs: Epochs | None = None,
+        counters: StreamCounters | None = None,
+        measured: Measured | None = None,
     ) -> None:
         self.session = session
         self.config = config
-        self.counters = StreamCounters()
-        self.epoch = 0
+        self.counters = counters or StreamCounters()
+        self._epochs = epochs or Epochs()
+        self.epoch = self._epochs.next()
+        self.is_held = False
         self.ended: EndReason | None = None
         self.tokens: list[int] = [*map(int, prompt_ids), *generated]
         self.num_prompt = len(prompt_ids)
@@ -239,7 +228,7 @@ class CloudStream:
         self._draft: Draft | None = None
         self._basis = output_basis
         self._pending: dict[int, _Pending] = {}
-        self._measured = _Measured()
+        self.measured = measured or Measured()
         self._stalled_since_s: float | None = None
 
     # What the driver asks.
@@ -328,7 +317,7 @@ class CloudStream:
             return []
         self.num_cached = plan.truncate_to + len(plan.token_ids)
         self.counters.num_steps += self.num_cached >= self.num_decoded
-        step_s = self._measured.step_s
+        step_s = self.measured.step_s
         if len(plan.token_ids) == 1 or (step_s.num_values == 0 and plan.truncate_to >= self.num_prompt):
             # A pass over a few tokens takes hardly longer, and is better than no measurement.
             step_s.add(seconds)
@@ -407,7 +396,7 @@ class CloudStream:
             # A prompt is read in the same pieces every time.
             self.num_cached = 0
         self.num_confirmed = self.num_decoded = len(history)
-        self.epoch = (self.epoch + 1) % EPOCHS
+        self.epoch = self._epochs.next()
         self._stalled_since_s = None
         self.ended = None
         return self.end_if_finished(now_s)
@@ -436,6 +425,8 @@ class CloudStream:
                     "num_late": counters.num_late,
                     "num_drafted": counters.num_drafted,
                     "num_drafts_kept": counters.num_drafts_kept,
+                    "num_branchings": counters.num_branchings,
+                    "num_branches_kept": counters.num_branches_kept,
                     "cloud_ms": round(1e3 * counters.cloud_s, 4),
                     "stall_ms": round(1e3 * counters.stall_s, 4),
                 },
@@ -461,6 +452,51 @@ class CloudStream:
         """The cache is gone: everything has to be read again."""
         self.num_cached = 0
 
+    # Where the text branches; see `cotune.cloud.branches`.
+
+    @property
+    def waiting_position(self) -> int | None:
+        """Where the stream stands still until the device answers, with everything before it read; None for nowhere."""
+        last = self.num_decoded - 1
+        pending = self._pending.get(last)
+        if pending is None or not pending.waits or self.ended is not None or self.num_cached != last:
+            return None
+        return last
+
+    def branch(self, token: int) -> CloudStream:
+        """The text as it would be with `token` where this one waits; it decides nothing until it is released."""
+        position = self.num_decoded - 1
+        line = CloudStream(
+            self.session,
+            np.array(self.tokens[: self.num_prompt], np.int64),
+            [*self.tokens[self.num_prompt : position], token],
+            replace(self.config, window=min(self.config.window, BRANCH_WINDOW)),
+            self._basis,
+            epochs=self._epochs,
+            counters=self.counters,
+            measured=self.measured,
+        )
+        line.num_cached = position
+        line.is_held = True
+        return line
+
+    def candidates(self, num: int) -> list[int]:
+        """The likeliest tokens where the stream waits, the base token first; none that would end the text."""
+        pending = self._pending[self.num_decoded - 1]
+        tokens = likeliest(pending.logits, self.config.sampling, self.num_decoded - 1, num)
+        return [token for token in tokens if token not in self.config.stop_token_ids]
+
+    def release(self, config: StreamConfig, now_s: float) -> list[Frame]:
+        """This branch is the text: decide what was held back; returns the frames to send."""
+        self.is_held = False
+        self.config = config
+        return self._confirm_corrected(now_s)
+
+    def drop(self) -> None:
+        """This branch is not the text."""
+        self.counters.num_wasted_steps += len(self._pending)
+        self._pending.clear()
+
     # Inside.
 
     def _window(self) -> int:
@@ -468,7 +504,7 @@ class CloudStream:
 
         Half a round trip more costs only steps that a rollback may waste; a window that is too small costs a stall.
         """
-        round_trip_s, step_s = self._measured.round_trip_s.value, self._measured.step_s.value
+        round_trip_s, step_s = self.measured.round_trip_s.value, self.measured.step_s.value
         if not round_trip_s or not step_s:
             return self.config.window
         return min(self.config.window, math.ceil(1.5 * round_trip_s / step_s) + 4)
@@ -548,24 +584,12 @@ class CloudStream:
             return fires
         if schedule in ("blocking", "drafted"):
             return True
-        outlook = self._outlook()
+        outlook = self.measured.outlook
         if outlook is None:
             return False
         if schedule == "auto":
             return outlook.running_ahead_s(self._chance_so_far()) < 0.0
         return replace(outlook, draft_kept=0.0).running_ahead_s(1.0 - outlook.disagree) < 0.0
-
-    def _outlook(self) -> Outlook | None:
-        """What was measured; None as long as it is too little."""
-        measured = self._measured
-        if not measured.round_trip_s.value or not measured.step_s.value:
-            return None
-        return Outlook(
-            step_s=measured.step_s.value,
-            round_trip_s=measured.round_trip_s.value,
-            disagree=measured.disagree.value,
-            draft_kept=measured.draft_kept.value,
-        )
 
     def _chance_so_far(self) -> float:
         """How likely everything that was assumed is right."""
@@ -573,19 +597,15 @@ class CloudStream:
 
     def _chance(self, pending: _Pending) -> float:
         """How likely the assumed token is right, where all before it are."""
-        measured = self._measured
         if not pending.consulted:
             return 1.0
-        if pending.drafted_token is None:
-            return 1.0 - measured.disagree.value
-        if pending.drafted_token == pending.base_token:
-            return measured.agreed_kept.value
-        is_draft = pending.assumed_token == pending.drafted_token
-        return measured.drafted_alone.value if is_draft else measured.base_alone.value
+        return self.measured.chance(
+            drafted=pending.drafted_token, base=pending.base_token, assumed=pending.assumed_token
+        )
 
     def _prefers_draft(self) -> bool:
         """Whether to go on with the draft's token at the next position, where it is not the base token."""
-        measured, outlook = self._measured, self._outlook()
+        measured, outlook = self.measured, self.measured.outlook
         if self.config.schedule == "drafted" or outlook is None:
             return True
         return outlook.prefers_draft(
@@ -628,18 +648,18 @@ class CloudStream:
             ]
         if isinstance(frame, Correct):
             if pending.consulted and pending.correction is None and frame.codes.shape == (self._basis.dim,):
-                self._measured.round_trip_s.add(now_s - pending.sent_s)
+                self.measured.round_trip_s.add(now_s - pending.sent_s)
                 pending.correction = Correction(codes=frame.codes, scale=frame.scale)
                 return self._confirm_corrected(now_s)
             return []
         if self.config.answer != "token":
             return []
         if isinstance(frame, Ack):
-            self._measured.round_trip_s.add(now_s - pending.sent_s)
+            self.measured.round_trip_s.add(now_s - pending.sent_s)
             self._confirm_up_to(position + 1)
             return self.end_if_finished(now_s)
         if isinstance(frame, Object) and frame.token < len(pending.logits):
-            self._measured.round_trip_s.add(now_s - pending.sent_s)
+            self.measured.round_trip_s.add(now_s - pending.sent_s)
             self._confirm_up_to(position)
             if frame.token != pending.assumed_token:
                 self._replace(position, frame.token)
@@ -649,7 +669,10 @@ class CloudStream:
 
     def _confirm_corrected(self, now_s: float) -> list[Frame]:
         """Decide, in order, every position whose correction is there, is late, or is not needed."""
-        first = self.num_confirmed
+        if self.is_held:
+            return []
+        # The report is about steps of the epoch in which they were sent, also where its last token begins another one.
+        first, epoch = self.num_confirmed, self.epoch
         decided: list[_Pending] = []
         while (pending := self._pending.get(self.num_confirmed)) is not None:
             position, token = self.num_confirmed, pending.base_token
@@ -667,7 +690,7 @@ class CloudStream:
             return []
         tokens = self.tokens[first : self.num_confirmed]
         report = Tokens(
-            epoch=self.epoch,
+            epoch=epoch,
             session=self.session,
             pos=first,
             tokens=np.array(tokens, np.int64),
@@ -726,14 +749,14 @@ class CloudStream:
             del self._pending[p]
         self.counters.num_wasted_steps += len(dropped)
         self.counters.num_rollbacks += 1
-        # In a stall this is the trip that is being waited for, and it is counted.
-        if not pending.delayed and self._stalled_since_s is None:
+        # In a stall this is the trip that is being waited for, and it is counted; so is a wait that branches bridge.
+        if not pending.delayed and not pending.waits and self._stalled_since_s is None:
             pending.delayed = True
             self.counters.num_delayed += 1
         self._cut(position)
         self.tokens.append(token)
         self.num_decoded = position + 1
-        self.epoch = (self.epoch + 1) % EPOCHS
+        self.epoch = self._epochs.next()
 
     def _cut(self, position: int) -> None:
         """Forget the tokens from `position` on, those that only a draft assumed too."""
@@ -743,21 +766,13 @@ class CloudStream:
             self.num_taps_sent = min(self.num_taps_sent, position + 1)
 
     def _confirm_up_to(self, position: int) -> None:
-        measured = self._measured
         while self.num_confirmed < position:
             pending = self._pending.pop(self.num_confirmed)
             token = self.tokens[self.num_confirmed]
             drafted, base = pending.drafted_token, pending.base_token
             self.counters.num_drafts_kept += token == drafted
             if pending.consulted and not pending.is_late:
-                measured.disagree.add(token != base)
-                if drafted is not None:
-                    measured.draft_kept.add(token == drafted)
-                if drafted == base:
-                    measured.agreed_kept.add(token == base)
-                elif drafted is not None:
-                    measured.drafted_alone.add(token == drafted)
-                    measured.base_alone.add(token == base)
+                self.measured.add_token(token, drafted=drafted, base=base)
             self.num_confirmed += 1
         self._apply_draft()
 

@@ -20,12 +20,15 @@ class PushedTaps:
         corrector: with a memory or without; without, any position may come at any time.
         tap_shape: (num_taps, tap_dim) of the cloud's taps.
         num_prompt: tokens of the prompt.
+
+    Attributes:
+        remembers: whether the order of positions matters at all.
     """
 
     def __init__(self, corrector: Corrector, tap_shape: tuple[int, int], num_prompt: int) -> None:
         self._side = corrector.open()
         self._tap_shape = tap_shape
-        self._remembers = corrector.reads_every_position
+        self.remembers = corrector.reads_every_position
         # The positions before this one are read, and what they were read from still holds.
         self._next = first_position(num_prompt, corrector.prompt_window)
 
@@ -35,7 +38,7 @@ class PushedTaps:
         Args:
             num_known: tokens that are decided, those of the prompt too.
         """
-        if not self._remembers:
+        if not self.remembers:
             return 0
         self._next = min(self._next, num_known)
         return self._next
@@ -46,7 +49,7 @@ class PushedTaps:
 
     def is_repeated(self, position: int) -> bool:
         """Whether this position was read already. Without a memory nobody knows, and nothing depends on it."""
-        return self._remembers and position < self._next
+        return self.remembers and position < self._next
 
     def read(self, position: int, taps: bytes) -> None:
         """Remember consecutive positions from `position` on; those that were read already change nothing.
@@ -54,7 +57,7 @@ class PushedTaps:
         Raises:
             WireError: positions are missing before these.
         """
-        if not self._remembers:
+        if not self.remembers:
             return
         size = Int8Codec().num_bytes(*self._tap_shape)
         for start in range(0, len(taps), size):
@@ -75,7 +78,7 @@ class PushedTaps:
         return self._side.correct(position, *unpacked)
 
     def _advance(self, position: int) -> None:
-        if not self._remembers:
+        if not self.remembers:
             return
         if position > self._next:
             raise WireError(

@@ -100,7 +100,8 @@ class DeviceStream:
         self._epoch = 0
         self._waiting: deque[Step] = deque()
         self._undecided: tuple[Step, NDArray[np.float32], int] | None = None
-        self._steps: dict[int, tuple[int, int]] = {}
+        # By epoch and position.
+        self._steps: dict[tuple[int, int], tuple[int, int]] = {}
         self._text: list[int] = request.prompt_ids.tolist()
         self._drafting: Drafting | None = None
         if schedule in DRAFTED_SCHEDULES:
@@ -217,11 +218,11 @@ class DeviceStream:
         if self._drafting is None or self.ending is not None:
             return []
         positions = range(len(self._text), (frontier or 0) + 1)
-        if any(position not in self._steps for position in positions):
+        steps = [self._steps.get((self._epoch, position)) for position in positions]
+        if None in steps:
             return []
-        expected = self._drafting.next(
-            self._text, [self._steps[position][1] for position in positions], is_replaced=is_replaced
-        )
+        running = [step[1] for step in steps if step is not None]
+        expected = self._drafting.next(self._text, running, is_replaced=is_replaced)
         if expected is None:
             return []
         self.num_drafts += 1
@@ -244,7 +245,7 @@ class DeviceStream:
         if self._is_stale(step) or (step.epoch == self._epoch and self._taps.is_repeated(step.pos)):
             return []
         self._epoch = step.epoch
-        self._steps[step.pos] = step.base_token, step.running_token
+        self._steps[step.epoch, step.pos] = step.base_token, step.running_token
         if not step.consult:
             self._taps.read(step.pos, step.taps)
             return []
@@ -262,12 +263,12 @@ class DeviceStream:
             ),
         ]
 
-    def _is_stale(self, frame: Frame) -> bool:
-        return (frame.epoch - self._epoch) & 0xFFFF >= 0x8000
+    def _is_stale(self, step: Step) -> bool:
+        # A cloud that branches where it waits has several texts under way, each with an epoch of its own.
+        may_branch = self.schedule == "gated" and not self._taps.remembers
+        return not may_branch and (step.epoch - self._epoch) & 0xFFFF >= 0x8000
 
     def _take_tokens(self, frame: Tokens) -> list[Frame]:
-        if not self._is_stale(frame):
-            self._epoch = frame.epoch
         replies: list[Frame] = []
         is_replaced = False
         columns = (frame.tokens, frame.consulted, frame.changed, frame.late)
@@ -275,12 +276,16 @@ class DeviceStream:
         for position, (token, consulted, changed, late) in enumerate(rows, start=frame.pos):
             if position != self.next_position or self.ending is not None:
                 continue
-            base_token, running = self._steps.pop(position, (token, token))
+            base_token, running = self._steps.pop((frame.epoch, position), (token, token))
             if running != token:
                 is_replaced = True
                 self._taps.forget_after(position)
+                if frame.epoch == self._epoch:
+                    # What still comes of this epoch was sent before the cloud knew.
+                    self._epoch = (self._epoch + 1) & 0xFFFF
             base_token = base_token if changed else token
             replies += self._append(Decision(token_id=token, base_token_id=base_token, consulted=consulted, late=late))
+        self._steps = {place: step for place, step in self._steps.items() if place[1] >= self.next_position}
         # What the cloud went on with is gone, and what was drafted after it.
         return [*replies, *self._draft(is_replaced=True)] if is_replaced else replies
 

@@ -55,6 +55,24 @@ def expected_run(share: float, most: int) -> float:
     return sum(share**i for i in range(1, most + 1))
 
 
+def branches_pay(*, kept: float, num_branches: int, row_cost: float = 0.1) -> bool:
+    """Whether to go on with several tokens where the device is waited for, in rows that nobody else wants.
+
+    In a round trip of n = R / c steps the branches save the stall R where one of them is right, and each adds a row
+    to n passes: (kept) R against num_branches n row_cost c.
+
+    Args:
+        kept: h_b, how often one of the branches has the right token.
+        num_branches: b.
+        row_cost: what one more row adds to a pass, in steps.
+
+    Example:
+        >>> branches_pay(kept=0.8, num_branches=4), branches_pay(kept=0.3, num_branches=4)
+        (True, False)
+    """
+    return kept > num_branches * row_cost
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
     """What to go on with while the device is asked, from measured c, R, q and a.

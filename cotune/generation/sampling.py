@@ -7,6 +7,7 @@ which token the full vocabulary would give, or says that it cannot.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,16 +62,38 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, position: int) -> in
     """
     if sampling.is_greedy:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
+    ids, scores = _scored(logits, sampling, position)
+    return int(ids[scores.argmax()])
+
+
+def likeliest(logits: NDArray[np.float32], sampling: Sampling, position: int, num: int) -> list[int]:
+    """The `num` tokens with the best scores, the one of `choose` first.
+
+    Example:
+        >>> likeliest(np.array([0.0, 2.0, 1.0], np.float32), Sampling(), position=0, num=2)
+        [1, 2]
+    """
+    ids, scores = _scored(logits, sampling, position)
+    # Stable, so that equal scores keep the order of their ids.
+    order = np.argsort(-scores, kind="stable")[:num]
+    return [int(token) for token in ids[order]]
+
+
+def _scored(
+    logits: NDArray[np.float32], sampling: Sampling, position: int
+) -> tuple[NDArray[np.int64], NDArray[np.floating[Any]]]:
+    """The tokens that may be chosen, and what they are chosen by: the largest wins."""
     ids = np.arange(len(logits), dtype=np.int64)
+    if sampling.is_greedy:
+        return ids, logits
+    scaled = logits.astype(np.float64) / sampling.temperature
     if sampling.needs_mass:
         order = np.argsort(-scaled, kind="stable")
         weights = np.exp(scaled[order] - scaled[order[0]])
         # A token is kept while the tokens before it hold less than top_p of the mass.
         before = np.cumsum(weights) - weights
         ids = np.sort(order[before < sampling.top_p * weights.sum()])
-    scores = scaled[ids] + gumbel(sampling.seed, position, ids)
-    return int(ids[scores.argmax()])
+    return ids, scaled[ids] + gumbel(sampling.seed, position, ids)
 
 
 @dataclass(frozen=True, kw_only=True)

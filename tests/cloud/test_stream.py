@@ -34,6 +34,8 @@ def _request(mode: str, seed: int, **changes: object) -> GenerationRequest:
     strength=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
     seed=st.integers(0, 10_000),
     remembers=st.booleans(),
+    max_branches=st.sampled_from([1, 2, 5]),
+    free_rows=st.sampled_from([1, 2, 8]),
     top_k=st.sampled_from([1, 4, 24]),
     window=st.sampled_from([1, 2, 32]),
     drafter=st.sampled_from(["own", "perfect", "half", "wrong", "hostile", "lookup"]),
@@ -55,6 +57,8 @@ def test_token_ids_equal_the_reference(
     strength: float,
     seed: int,
     remembers: bool,
+    max_branches: int,
+    free_rows: int,
     top_k: int,
     window: int,
     drafter: str,
@@ -71,6 +75,8 @@ def test_token_ids_equal_the_reference(
         window=window,
         weather=weather,
         seed=seed,
+        max_branches=max_branches,
+        free_rows=free_rows,
         drafter=drafter_named(drafter, [*request.prompt_ids.tolist(), *expected.token_ids], seed),
     ).run()
     assert run.device.token_ids == expected.token_ids
