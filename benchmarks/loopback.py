@@ -230,7 +230,9 @@ async def measure(
     prompt_ids = [text.encode_prompt(prompt).tolist() for prompt in prompts]
     async with serving(backbone) as url, DeviceChild.started(plugin_folder, url) as child:
         rows, texts = await compare(backbone, child, prompts, prompt_ids, args)
-        parts = await measure_parts(backbone, plugin, texts, runs=args.repeats)
+    # Without anybody connected: this keeps the event loop for longer than a peer would wait.
+    parts = await measure_parts(backbone, plugin, texts, runs=args.repeats)
+    async with serving(backbone) as url, DeviceChild.started(plugin_folder, url) as child:
         for answer, (num_up, num_down) in parts.pop("message_bytes").items():
             async with echoing(num_down) as echo_url:
                 found = await child.ask(do="echo", url=echo_url, num=1000, num_bytes=num_up)

@@ -12,7 +12,7 @@ from typing import Any
 from cotune.cloud.front import FrontConfig, front
 from cotune.cloud.host import HostConfig, host
 from cotune.cloud.hosted import HostedModel
-from cotune.cloud.service import CloudService
+from cotune.cloud.service import CloudService, ServiceConfig
 from cotune.wire.asgi_server import ServerConfig, run_server
 from cotune.wire.transport import Connection
 from cotune.wire.websocket import connect
@@ -39,15 +39,16 @@ async def fronted(service: CloudService, config: FrontConfig | None = None, **se
 class RestartableCloud:
     """A service behind its front that may be replaced by a new one, which devices find by themselves."""
 
-    def __init__(self, model: HostedModel) -> None:
+    def __init__(self, model: HostedModel, config: ServiceConfig | None = None) -> None:
         self._model = model
+        self._config = config
         self._running = AsyncExitStack()
         self.url = ""
         self.num_restarts = 0
 
     async def start(self) -> None:
         # Any free port, again after a restart: the old one may be taken by now.
-        self.url = await self._running.enter_async_context(fronted(CloudService(self._model)))
+        self.url = await self._running.enter_async_context(fronted(CloudService(self._model, self._config)))
 
     async def stop(self) -> None:
         await self._running.aclose()
@@ -63,8 +64,8 @@ class RestartableCloud:
 
 
 @asynccontextmanager
-async def restartable(model: HostedModel) -> AsyncIterator[RestartableCloud]:
-    cloud = RestartableCloud(model)
+async def restartable(model: HostedModel, config: ServiceConfig | None = None) -> AsyncIterator[RestartableCloud]:
+    cloud = RestartableCloud(model, config)
     await cloud.start()
     try:
         yield cloud

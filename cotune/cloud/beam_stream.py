@@ -112,7 +112,7 @@ class BeamStream:
         output_basis: what corrections are in.
     """
 
-    num_ahead = 0
+    chance = 1.0
     due_s: float | None = None
 
     def __init__(

@@ -25,9 +25,6 @@ from cotune.generation.gate import Gate
 from cotune.generation.protocols import Cursor, DecodingBackbone, RowWork, StepAbandonedError, StepFeatures
 from cotune.wire.frames import Correct, EndReason, Frame
 
-# Rows that are worth more than any branch come first in a batch.
-_LAST = 1 << 20
-
 
 def may_branch(config: StreamConfig) -> bool:
     """Whether this kind of stream can branch; see the module's text."""
@@ -185,9 +182,11 @@ class BranchingStream:
         return self._text.is_in_prompt
 
     @property
-    def num_ahead(self) -> int:
-        """Branches come after everything that anybody waits for."""
-        return self._text.num_ahead + (0 if self._text.wants_step() else _LAST)
+    def chance(self) -> float:
+        """Of the text's next step; of the branches, one at most is right."""
+        if self._text.wants_step() or not self._branches:
+            return self._text.chance
+        return self._text.measured.branch_kept.value / len(self._branches)
 
     @property
     def due_s(self) -> float | None:

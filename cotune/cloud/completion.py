@@ -46,7 +46,7 @@ class PlainSteps:
     """
 
     gate: Gate | None = None
-    num_ahead = 0
+    chance = 1.0
 
     def __init__(self, request: GenerationRequest, num_alternatives: int | None = None) -> None:
         self.request = request

@@ -2,8 +2,8 @@
 
 Continuous batching (Orca, Yu et al., 2022): before each pass the rows that have something to compute are collected
 anew, so rows join and leave at every token, and rows that wait for their device are simply not there. Long prompts
-are read in pieces, a few tokens' worth in each pass. Where more rows want than fit, those that run furthest ahead of
-their device wait: running ahead is for free room only.
+are read in pieces, a few tokens' worth in each pass. Rows that run ahead of their device come last, and only as long as
+they cost the others less than they bring (`cotune.cloud.pass_time`): running ahead is for free room only.
 
 One thread, because a pass uses the whole machine or accelerator anyway, and because caches and hooks then need no
 locks. The event loop stays free to answer devices meanwhile.
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.cloud.hosted import HostedModel
+from cotune.cloud.pass_time import PassTime
 from cotune.cloud.row import Plan, Row
 from cotune.errors import CotuneError, InputError
 from cotune.generation.gate import Gate, consult_many
@@ -97,6 +98,7 @@ class Engine:
         self.counters = EngineCounters()
         self._rows: dict[int, Row] = {}
         self._num_reserved = 0
+        self._pass_time = PassTime()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cotune-engine")
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -217,16 +219,21 @@ class Engine:
         for row in list(self._rows.values()):
             if row.steps.wants_step() and not row.is_blocked:
                 wanting.append(row)
-                if row.place.wanting_since_s is None:
+                if row.place.wanting_since_s is None and row.steps.chance == 1.0:
                     row.place.wanting_since_s = now_s
             else:
                 row.on_idle(now_s)
-        # First who is least ahead of the device, among these who has waited longest.
-        wanting.sort(key=lambda row: (row.steps.num_ahead, row.place.last_pass))
+        # First those whose step is surely of use, among equals who has waited longest.
+        wanting.sort(key=lambda row: (-row.steps.chance, row.place.last_pass))
         jobs: list[_Job] = []
         num_rows = prompt_tokens = 0
+        tokens = 0.0
         for row in wanting:
             if num_rows >= self.config.max_batch_rows:
+                break
+            chance = row.steps.chance
+            # Running ahead is for room that is (nearly) free.
+            if jobs and chance < 1.0 and not self._pass_time.is_worth(chance, num_rows=num_rows, tokens=tokens):
                 break
             if row.steps.is_in_prompt and prompt_tokens >= self.config.max_prompt_tokens:
                 continue
@@ -242,6 +249,7 @@ class Engine:
                     continue
                 prompt_tokens += len(plan.token_ids)
             num_rows += plan.num_rows
+            tokens += plan.num_rows * chance
             jobs.append(_Job(row, plan))
         self.counters.num_prompt_tokens += prompt_tokens
         return jobs
@@ -266,6 +274,8 @@ class Engine:
             return
         counters.busy_s += seconds
         counters.num_abandoned += outputs is None
+        if outputs is not None and not any(job.row.steps.is_in_prompt for job in jobs):
+            self._pass_time.add(num_rows, seconds)
         now_s = time.monotonic()
         for i, job in enumerate(jobs):
             # A row that was stopped meanwhile has no use for it, and its cache may be gone.

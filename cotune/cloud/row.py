@@ -66,8 +66,8 @@ class Steps(Protocol):
         ...
 
     @property
-    def num_ahead(self) -> int:
-        """How far it has run ahead of what is confirmed."""
+    def chance(self) -> float:
+        """How likely its next step is of use: 1 where nothing that it is built on can change any more."""
         ...
 
     @property

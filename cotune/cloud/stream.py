@@ -249,6 +249,11 @@ class CloudStream:
         return self.num_cached < self.num_prompt
 
     @property
+    def chance(self) -> float:
+        """How likely everything that was assumed is right."""
+        return math.prod(map(self._chance, self._pending.values()))
+
+    @property
     def num_ahead(self) -> int:
         """How far the cloud has run ahead of what is confirmed."""
         return self.num_decoded - self.num_confirmed
@@ -588,12 +593,8 @@ class CloudStream:
         if outlook is None:
             return False
         if schedule == "auto":
-            return outlook.running_ahead_s(self._chance_so_far()) < 0.0
+            return outlook.running_ahead_s(self.chance) < 0.0
         return replace(outlook, draft_kept=0.0).running_ahead_s(1.0 - outlook.disagree) < 0.0
-
-    def _chance_so_far(self) -> float:
-        """How likely everything that was assumed is right."""
-        return math.prod(map(self._chance, self._pending.values()))
 
     def _chance(self, pending: _Pending) -> float:
         """How likely the assumed token is right, where all before it are."""
@@ -609,7 +610,7 @@ class CloudStream:
         if self.config.schedule == "drafted" or outlook is None:
             return True
         return outlook.prefers_draft(
-            self._chance_so_far(),
+            self.chance,
             drafted=measured.drafted_alone.value,
             base=measured.base_alone.value,
             num_free=self.num_cached - self.num_decoded,

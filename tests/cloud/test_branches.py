@@ -152,7 +152,7 @@ def test_one_wait_by_hand() -> None:
     # All three go on at once, each under its own epoch, and nobody else's row would come after them.
     ahead = _steps(desk.step())
     assert [step.pos for step in ahead] == [6, 6, 6] and len({asked.epoch, *(step.epoch for step in ahead)}) == 4
-    assert desk.cloud.num_ahead > 2**19
+    assert desk.cloud.chance < 0.5
     assert desk.places is not None and len(desk.places.cursors) == 4
     # Each waits in its turn: its gate fires too, and a branch has no branches.
     assert not desk.cloud.wants_step()

@@ -20,9 +20,9 @@ from cotune.generation.protocols import RowWork, StepAbandonedError, StepFeature
 class Script:
     """Steps of a row: reads a prompt in pieces, then a number of tokens."""
 
-    def __init__(self, num_prompt: int, num_steps: int, num_ahead: int = 0) -> None:
+    def __init__(self, num_prompt: int, num_steps: int, chance: float = 1.0) -> None:
         self.num_prompt = num_prompt
-        self.num_ahead = num_ahead
+        self.chance = chance
         self.gate: Gate | None = None
         self.num_cached = 0
         self.num_steps = num_steps
@@ -191,7 +191,7 @@ async def test_waiting_rows_cost_nothing(make: Maker, backbone: WatchedBackbone)
 
 async def test_who_runs_furthest_ahead_waits_when_the_batch_is_full(make: Maker, backbone: WatchedBackbone) -> None:
     engine = make(max_batch_rows=2)
-    ahead = ScriptRow("ahead", Script(1, 4, num_ahead=9))
+    ahead = ScriptRow("ahead", Script(1, 4, chance=0.2))
     others = [ScriptRow(str(i), Script(1, 4)) for i in range(2)]
     engine.start(ahead)
     for row in others:
@@ -200,6 +200,23 @@ async def test_who_runs_furthest_ahead_waits_when_the_batch_is_full(make: Maker,
     # Five passes for the others, then it had the batch to itself.
     assert [len(one) for one in backbone.passes] == [2] * 5 + [1] * 5
     assert ahead.shares == [1.0] * 5
+
+
+@pytest.mark.parametrize(("row_s", "num_rows"), [(1.0, 2), (0.0, 3)])
+async def test_running_ahead_is_for_room_that_costs_little(
+    make: Maker, backbone: WatchedBackbone, row_s: float, num_rows: int
+) -> None:
+    """Two rows that are sure of their step, one that is not: with a pass that is slower with every row it waits."""
+    engine = make()
+    for rows in range(1, 20):
+        engine._pass_time.add(rows, 0.5 + row_s * rows)
+    sure = [ScriptRow(str(i), Script(1, 4)) for i in range(2)]
+    ahead = ScriptRow("ahead", Script(1, 4, chance=0.5))
+    for row in (ahead, *sure):
+        engine.start(row)
+    await finish(*sure, ahead)
+    assert {len(one) for one in backbone.passes[:5]} == {num_rows}
+    assert len(ahead.shares) == 5
 
 
 async def test_equal_rows_take_turns(make: Maker, backbone: WatchedBackbone) -> None:

@@ -21,6 +21,7 @@ from clouds import restartable
 from tiny_models import device_for, random_plugin, tiny_backbone
 
 from cotune.cloud.hosted import HostedModel
+from cotune.cloud.service import ServiceConfig
 from cotune.device.client import ClientConfig, CloudClient
 from cotune.device.stream import DeviceStream
 from cotune.errors import ConnectionLostError
@@ -79,7 +80,7 @@ async def test_64_sessions_under_cuts_and_rollbacks_each_get_their_own_text() ->
     assert changed > 100  # rollbacks happen
     num_cuts = 0
 
-    async with restartable(hosted) as cloud:
+    async with restartable(hosted, ServiceConfig(max_branches=3)) as cloud:
 
         async def run(seed: int, person: Person) -> list[int]:
             nonlocal num_cuts

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clouds import RestartableCloud, restartable
+from clouds import RestartableCloud, fronted, restartable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import device_for, random_plugin
 
+from cotune.cloud.engine import EngineConfig
 from cotune.cloud.hosted import HostedModel
+from cotune.cloud.service import CloudService, ServiceConfig
 from cotune.device.client import ClientConfig, CloudClient
 from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
 from cotune.device.stream import DeviceStream
@@ -29,6 +31,7 @@ from cotune.generation.sampling import Sampling
 from cotune.models.backbone import Backbone
 from cotune.wire.emulator import EmulatedConnection, NetworkProfile
 from cotune.wire.transport import Connection
+from cotune.wire.websocket import connect
 
 pytestmark = pytest.mark.integration
 
@@ -127,6 +130,7 @@ async def test_every_schedule_answer_and_mode(backbone: Backbone, sampling: str,
     strength=st.integers(0, 2),
     seed=st.integers(0, 10_000),
     remembers=st.booleans(),
+    max_branches=st.sampled_from([1, 4]),
     top_k=st.sampled_from([1, 8, 64]),
     window=st.sampled_from([1, 4, 64]),
     drafter=st.sampled_from(["own", "knows", "pieces", "confused"]),
@@ -153,6 +157,7 @@ def test_any_network_gives_the_same_token_ids(
     strength: int,
     seed: int,
     remembers: bool,
+    max_branches: int,
     top_k: int,
     window: int,
     drafter: str,
@@ -177,7 +182,8 @@ def test_any_network_gives_the_same_token_ids(
             if len(seen) == restart_after:
                 restarts.append(asyncio.create_task(cloud.restart()))
 
-        async with restartable(HostedModel.of(backbone)) as cloud:
+        service = ServiceConfig(max_branches=max_branches)
+        async with restartable(HostedModel.of(backbone), service) as cloud:
             async with CloudClient(emulated(cloud, profile, seed, made), EAGER) as client:
                 await client.generate(stream, watch)
             await asyncio.gather(*restarts)
@@ -209,6 +215,44 @@ async def test_a_cloud_that_lost_the_session_goes_on_from_the_devices_history(ba
         await asyncio.gather(*restarts)
         assert cloud.num_restarts == 2
     case.check(stream, was_cut=True)
+
+
+@pytest.mark.parametrize("max_batch_rows", [3, 64])
+async def test_branches_of_many_sessions_do_not_meet(backbone: Backbone, max_batch_rows: int) -> None:
+    """Eight gated devices whose cloud branches where it waits, with many free rows and with hardly any."""
+    ratio = RATIOS[backbone.spec.name][0]
+    cases = [Case.make(backbone, ("integration", "spa")[seed % 2], ratio=ratio, seed=seed) for seed in range(8)]
+    streams = [case.stream(backbone, schedule="gated") for case in cases]
+    config = ServiceConfig(max_branches=3, engine=EngineConfig(max_batch_rows=max_batch_rows, max_blocks=200))
+    service = CloudService(HostedModel.of(backbone), config)
+    async with fronted(service) as url:
+
+        async def one(stream: DeviceStream) -> None:
+            async def far() -> Connection:
+                return EmulatedConnection(await connect(url), NetworkProfile.of_rtt(12))
+
+            async with CloudClient(far) as client:
+                await client.generate(stream)
+
+        await asyncio.gather(*map(one, streams))
+        totals = service.totals()
+        assert totals.branchings > 0
+        if max_batch_rows == 64:
+            assert totals.branches_kept > 0
+        pool = backbone.kv_pool
+        assert service.engine.num_reserved_blocks <= 200 and pool.num_used <= 200
+    for case, stream in zip(cases, streams, strict=True):
+        case.check(stream, was_cut=False)
+
+
+async def test_a_session_whose_branches_have_no_room_goes_on_without(backbone: Backbone) -> None:
+    case = Case.make(backbone, "integration", ratio=RATIOS[backbone.spec.name][0], seed=1)
+    stream = case.stream(backbone, schedule="gated")
+    service = CloudService(HostedModel.of(backbone), ServiceConfig(max_branches=4, engine=EngineConfig(max_blocks=2)))
+    async with fronted(service) as url, CloudClient(lambda: connect(url)) as client:
+        await client.generate(stream)
+        assert service.totals().branchings == 0
+    case.check(stream, was_cut=False)
 
 
 async def test_several_sessions_at_once_do_not_meet(backbone: Backbone) -> None:
