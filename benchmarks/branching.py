@@ -11,6 +11,7 @@ import argparse
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ async def serving(backbone: Backbone, max_branches: int) -> AsyncIterator[str]:
     """The URL of a cloud in this process."""
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
     config = HostConfig(port=0, drain_s=0.0, service=ServiceConfig(max_branches=max_branches))
-    task = asyncio.create_task(host(HostedModel.of(backbone), config, on_ready=ready.set_result, stop=stop))
+    # Without stop tokens all texts are equally long.
+    hosted = HostedModel.of(backbone)
+    hosted = replace(hosted, description=replace(hosted.description, stop_token_ids=()))
+    task = asyncio.create_task(host(hosted, config, on_ready=ready.set_result, stop=stop))
     try:
         yield await ready
     finally:
@@ -117,7 +121,7 @@ def main() -> None:
     """Entry point."""
     parser = make_parser("branching", __doc__ or "", "  python benchmarks/branching.py\n")
     parser.add_argument("--model", default="starter")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.6, 1.0, 1.6], help="delta over base logits")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.6, 1.0, 1.5], help="delta over base logits")
     parser.add_argument("--rtt-ms", type=float, nargs="+", default=[10.0, 50.0, 100.0])
     parser.add_argument("--branches", type=int, nargs="+", default=[1, 2, 4], help="the first is compared with")
     parser.add_argument("--prompts", type=int, default=2)
