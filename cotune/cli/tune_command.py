@@ -14,22 +14,29 @@ from cotune.errors import InputError
 if TYPE_CHECKING:
     from cotune.data.templates import Example
     from cotune.models.backbone import Backbone
+    from cotune.tuning.adapter import AdapterResult
+    from cotune.tuning.lora import LoraResult
 
-METHODS = ("lora", "side")
+METHODS = ("lora", "adapter", "side")
 
 
 def tune(
     model: Annotated[str, typer.Argument(help="A Hugging Face causal-LM folder or hub name, or `starter`.")],
     data: Annotated[str, typer.Argument(help="Your texts: .jsonl, .csv or .parquet, a folder, or a Hub data set.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; its run is kept beside it in OUT.run.")],
-    method: Annotated[str, typer.Option(help="lora or side.")] = "lora",
+    method: Annotated[str, typer.Option(help="lora, adapter or side.")] = "lora",
     template: Annotated[str | None, typer.Option(help="How columns become prompts; found by itself if left out.")] = (
         None
     ),
     limit: Annotated[int | None, typer.Option(help="Use this many examples at most.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Times that each text is seen; 3 for lora, 15 for side.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Largest one; 1e-3 for lora, 1e-2 for side.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Times that each text is seen; 3 for lora and adapter, 15 for side.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Largest one; 1e-3 for lora and adapter, 1e-2 for side.")
+    ] = None,
     rank: Annotated[int, typer.Option(help="lora: width of the bottleneck.")] = 8,
+    width: Annotated[int, typer.Option(help="adapter: width of each bottleneck.")] = 16,
     family: Annotated[str, typer.Option(help="side: parallel or serial.")] = "parallel",
     side: Annotated[
         str, typer.Option(help="side: ladder (a function of each token) or attention (remembers earlier ones).")
@@ -44,7 +51,7 @@ def tune(
 ) -> None:
     """Tune MODEL on DATA with one method, on this machine.
 
-    `lora` is the baseline where personal weights may live beside the model; `side` makes the plugin that
+    `lora` and `adapter` are baselines where personal weights may live beside the model; `side` makes the plugin that
     `cotune device tune` makes without the model at hand.
 
     Examples:
@@ -75,6 +82,7 @@ def tune(
         "epochs": epochs,
         "learning_rate": learning_rate,
         "rank": rank,
+        "width": width,
         "family": family,
         "side": side,
         "heldout_share": heldout_share,
@@ -82,7 +90,7 @@ def tune(
         "seed": seed,
     }
     write_config(run, "cotune tune", settings)
-    work = _tune_lora if method == "lora" else _tune_side
+    work = {"lora": _tune_lora, "adapter": _tune_adapter, "side": _tune_side}[method]
     with progress(f"tuning with {method}", enabled=not as_json) as advance:
         summary = work(
             backbone,
@@ -108,7 +116,7 @@ def tune(
 
 
 def _is_result(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("plugin.json", "adapter_config.json"))
+    return any((folder / name).is_file() for name in ("plugin.json", "adapter_config.json", "bottleneck.safetensors"))
 
 
 def _tune_lora(
@@ -142,6 +150,43 @@ def _tune_lora(
         progress=lambda p: tell("lora", p.step, p.num_steps, f"loss {p.loss:.3f}"),
     )
     result.adapter.save(out, backbone.model)
+    return _summary(result)
+
+
+def _tune_adapter(
+    backbone: Backbone,
+    examples: list[Example],
+    settings: dict[str, Any],
+    out: Path,
+    run: Path,
+    resume: bool,
+    tell: Any,
+) -> dict[str, Any]:
+    from cotune.tuning.adapter import AdapterConfig, tune_adapter
+    from cotune.tuning.loop import LoopConfig
+    from cotune.tuning.personal import encode_examples, split_examples
+
+    encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, settings["max_length"])
+    train, first, second = split_examples(encoded, settings["heldout_share"], settings["seed"])
+    config = AdapterConfig(
+        loop=LoopConfig(epochs=settings["epochs"] or 3, learning_rate=settings["learning_rate"] or 1e-3),
+        width=settings["width"],
+        seed=settings["seed"],
+    )
+    result = tune_adapter(
+        backbone,
+        train,
+        config,
+        heldout=[*first, *second],
+        run_dir=run / "adapter",
+        resume=resume,
+        progress=lambda p: tell("adapter", p.step, p.num_steps, f"loss {p.loss:.3f}"),
+    )
+    result.adapter.save(out)
+    return _summary(result)
+
+
+def _summary(result: LoraResult | AdapterResult) -> dict[str, Any]:
     heldout = {record.epoch: record.heldout_loss for record in result.curve}
     return {
         "num_parameters": result.adapter.num_parameters,
