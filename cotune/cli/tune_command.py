@@ -41,6 +41,9 @@ def tune(
     side: Annotated[
         str, typer.Option(help="side: ladder (a function of each token) or attention (remembers earlier ones).")
     ] = "ladder",
+    side_init: Annotated[
+        str, typer.Option(help="side: random, or backbone (with attention: starts from pieces of the model).")
+    ] = "random",
     heldout_share: Annotated[float, typer.Option(help="Part of the texts that judges instead of training.")] = 0.2,
     max_length: Annotated[int | None, typer.Option(help="Tokens of one text; the model's context if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -85,6 +88,7 @@ def tune(
         "width": width,
         "family": family,
         "side": side,
+        "side_init": side_init,
         "heldout_share": heldout_share,
         "max_length": max_length,
         "seed": seed,
@@ -206,9 +210,10 @@ def _tune_side(
     tell: Any,
 ) -> dict[str, Any]:
     from cotune.data.templates import common_prompt_format
+    from cotune.tuning.backbone_start import ladder_from_backbone
     from cotune.tuning.feature_cache import FeatureCache
     from cotune.tuning.loop import LoopConfig
-    from cotune.tuning.personal import PersonalConfig, PublicParts, tune_plugin
+    from cotune.tuning.personal import PersonalConfig, PublicParts, encode_examples, split_examples, tune_plugin
     from cotune.tuning.side import AttentionShape, SideConfig
 
     loop = LoopConfig(epochs=settings["epochs"] or 15, learning_rate=settings["learning_rate"] or 1e-2)
@@ -217,6 +222,7 @@ def _tune_side(
             loop=loop,
             family=settings["family"],
             attention=AttentionShape.for_side(settings["side"]),
+            init=settings["side_init"],
             seed=settings["seed"],
         ),
         heldout_share=settings["heldout_share"],
@@ -230,7 +236,22 @@ def _tune_side(
         projections_digest=backbone.projections.digest,
     )
     public = PublicParts(tokenizer_json=backbone.tokenizer_json, output_basis=backbone.output_basis)
-    result = tune_plugin(backbone, public, examples, config, cache=cache, run_dir=run, resume=resume, progress=tell)
+    network = None
+    if config.side.init == "backbone":
+        encoded = encode_examples(public.tokenizer_json, examples, backbone.description, config.max_length)
+        for_side, _, _ = split_examples(encoded, config.heldout_share, config.seed)
+        network = ladder_from_backbone(backbone, for_side, config.side)
+    result = tune_plugin(
+        backbone,
+        public,
+        examples,
+        config,
+        cache=cache,
+        network=network,
+        run_dir=run,
+        resume=resume,
+        progress=tell,
+    )
     result.plugin.save(out)
     return {
         "num_parameters": result.plugin.num_parameters,
