@@ -212,6 +212,9 @@ PUBLIC = {
         "load_side_network",
     ],
     "cotune.tuning": [
+        "AdapterConfig",
+        "AdapterResult",
+        "AdapterTuner",
         "CollectProgress",
         "EpochRecord",
         "FeatureCache",
@@ -241,6 +244,7 @@ PUBLIC = {
         "quality_curve",
         "run_loop",
         "target_nats",
+        "tune_adapter",
         "tune_gate",
         "tune_lora",
         "tune_side",

@@ -25,6 +25,7 @@ def evaluate(
     cloud: Annotated[str | None, typer.Option(help="For a plugin: URL of its cloud.")] = None,
     mode: Annotated[str | None, typer.Option(help="For a plugin: the mode; by default it consults always.")] = None,
     lora: Annotated[Path | None, typer.Option(help="For a model: a LoRA folder to put on it.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="For a model: a folder of `tune --method adapter`.")] = None,
     template: Annotated[
         str | None, typer.Option(help="How columns become prompts, or a data set's name; found by itself if left out.")
     ] = None,
@@ -61,13 +62,15 @@ def evaluate(
         raise InputError(f"{model} is a plugin; give the cloud that it was tuned on with --cloud")
     if not is_plugin and cloud is not None:
         raise InputError(f"--cloud is given, but {model} holds no plugin.json; give a plugin folder, or drop --cloud")
+    if lora is not None and adapter is not None:
+        raise InputError("both --lora and --adapter are given; give one of them")
     examples = read_examples(data, template, limit, seed, split, share=share)
     with progress("evaluating", enabled=not as_json) as advance:
         if cloud is not None:
             make = connector(cloud, token_file=token_file, tls_ca=tls_ca)
             result = run_coroutine(_judge_plugin(Path(model), make, examples, mode, max_new_tokens, seed, advance))
         else:
-            result = _judge_model(model, dtype, torch_device, lora, examples, max_new_tokens, seed, advance)
+            result = _judge_model(model, dtype, torch_device, lora, adapter, examples, max_new_tokens, seed, advance)
     if as_json:
         print_json({"model": model, "mode": mode, "data": data, **result.to_dict()})
         return
@@ -117,18 +120,23 @@ def _judge_model(
     dtype: str,
     torch_device: str,
     lora: Path | None,
+    bottleneck: Path | None,
     examples: list[Example],
     max_new_tokens: int,
     seed: int,
     advance: Advance,
 ) -> Judgement:
-    from contextlib import nullcontext
+    from contextlib import ExitStack
 
     from cotune.cli.backbone_judging import judge_backbone
     from cotune.models.adapters import LoraAdapter
     from cotune.models.backbone import Backbone
+    from cotune.models.bottleneck import BottleneckAdapter
 
     backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device)
-    adapter = nullcontext() if lora is None else LoraAdapter.load(lora, backbone.model).attach(backbone.model)
-    with adapter:
+    with ExitStack() as attached:
+        if lora is not None:
+            attached.enter_context(LoraAdapter.load(lora, backbone.model).attach(backbone.model))
+        if bottleneck is not None:
+            attached.enter_context(BottleneckAdapter.load(bottleneck, backbone.model).attach(backbone.model))
         return judge_backbone(backbone, examples, max_new_tokens=max_new_tokens, seed=seed, advance=advance)

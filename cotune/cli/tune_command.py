@@ -14,15 +14,17 @@ from cotune.errors import InputError
 if TYPE_CHECKING:
     from cotune.data.templates import Example
     from cotune.models.backbone import Backbone
+    from cotune.tuning.adapter import AdapterResult
+    from cotune.tuning.lora import LoraResult
 
-METHODS = ("lora", "side")
+METHODS = ("lora", "adapter", "side")
 
 
 def tune(
     model: Annotated[str, typer.Argument(help="A Hugging Face causal-LM folder or hub name, or `starter`.")],
     data: Annotated[str, typer.Argument(help="Your texts: .jsonl, .csv or .parquet, a folder, or a Hub data set.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; its run is kept beside it in OUT.run.")],
-    method: Annotated[str, typer.Option(help="lora or side.")] = "lora",
+    method: Annotated[str, typer.Option(help="lora, adapter or side.")] = "lora",
     template: Annotated[
         str | None, typer.Option(help="How columns become prompts, or a data set's name; found by itself if left out.")
     ] = None,
@@ -33,13 +35,21 @@ def tune(
     split: Annotated[
         str | None, typer.Option(help="Of a folder or Hub data set; train, or the only one, if left out.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Times that each text is seen; 3 for lora, 15 for side.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Largest one; 1e-3 for lora, 1e-2 for side.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Times that each text is seen; 3 for lora and adapter, 15 for side.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Largest one; 1e-3 for lora and adapter, 1e-2 for side.")
+    ] = None,
     rank: Annotated[int, typer.Option(help="lora: width of the bottleneck.")] = 8,
+    width: Annotated[int, typer.Option(help="adapter: width of each bottleneck.")] = 16,
     family: Annotated[str, typer.Option(help="side: parallel or serial.")] = "parallel",
     side: Annotated[
         str, typer.Option(help="side: ladder (a function of each token) or attention (remembers earlier ones).")
     ] = "ladder",
+    side_init: Annotated[
+        str, typer.Option(help="side: random, or backbone (with attention: starts from pieces of the model).")
+    ] = "random",
     heldout_share: Annotated[float, typer.Option(help="Part of the texts that judges instead of training.")] = 0.2,
     max_length: Annotated[int | None, typer.Option(help="Tokens of one text; the model's context if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -50,7 +60,7 @@ def tune(
 ) -> None:
     """Tune MODEL on DATA with one method, on this machine.
 
-    `lora` is the baseline where personal weights may live beside the model; `side` makes the plugin that
+    `lora` and `adapter` are baselines where personal weights may live beside the model; `side` makes the plugin that
     `cotune device tune` makes without the model at hand.
 
     Examples:
@@ -81,8 +91,10 @@ def tune(
         "epochs": epochs,
         "learning_rate": learning_rate,
         "rank": rank,
+        "width": width,
         "family": family,
         "side": side,
+        "side_init": side_init,
         "heldout_share": heldout_share,
         "max_length": max_length,
         "template": template,
@@ -92,7 +104,7 @@ def tune(
         "seed": seed,
     }
     write_config(run, "cotune tune", settings)
-    work = _tune_lora if method == "lora" else _tune_side
+    work = {"lora": _tune_lora, "adapter": _tune_adapter, "side": _tune_side}[method]
     with progress(f"tuning with {method}", enabled=not as_json) as advance:
         summary = work(
             backbone,
@@ -118,7 +130,7 @@ def tune(
 
 
 def _is_result(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("plugin.json", "adapter_config.json"))
+    return any((folder / name).is_file() for name in ("plugin.json", "adapter_config.json", "bottleneck.safetensors"))
 
 
 def _tune_lora(
@@ -152,6 +164,43 @@ def _tune_lora(
         progress=lambda p: tell("lora", p.step, p.num_steps, f"loss {p.loss:.3f}"),
     )
     result.adapter.save(out, backbone.model)
+    return _summary(result)
+
+
+def _tune_adapter(
+    backbone: Backbone,
+    examples: list[Example],
+    settings: dict[str, Any],
+    out: Path,
+    run: Path,
+    resume: bool,
+    tell: Any,
+) -> dict[str, Any]:
+    from cotune.tuning.adapter import AdapterConfig, tune_adapter
+    from cotune.tuning.loop import LoopConfig
+    from cotune.tuning.personal import encode_examples, split_examples
+
+    encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, settings["max_length"])
+    train, first, second = split_examples(encoded, settings["heldout_share"], settings["seed"])
+    config = AdapterConfig(
+        loop=LoopConfig(epochs=settings["epochs"] or 3, learning_rate=settings["learning_rate"] or 1e-3),
+        width=settings["width"],
+        seed=settings["seed"],
+    )
+    result = tune_adapter(
+        backbone,
+        train,
+        config,
+        heldout=[*first, *second],
+        run_dir=run / "adapter",
+        resume=resume,
+        progress=lambda p: tell("adapter", p.step, p.num_steps, f"loss {p.loss:.3f}"),
+    )
+    result.adapter.save(out)
+    return _summary(result)
+
+
+def _summary(result: LoraResult | AdapterResult) -> dict[str, Any]:
     heldout = {record.epoch: record.heldout_loss for record in result.curve}
     return {
         "num_parameters": result.adapter.num_parameters,
@@ -171,9 +220,10 @@ def _tune_side(
     tell: Any,
 ) -> dict[str, Any]:
     from cotune.data.templates import common_prompt_format
+    from cotune.tuning.backbone_start import ladder_from_backbone
     from cotune.tuning.feature_cache import FeatureCache
     from cotune.tuning.loop import LoopConfig
-    from cotune.tuning.personal import PersonalConfig, PublicParts, tune_plugin
+    from cotune.tuning.personal import PersonalConfig, PublicParts, encode_examples, split_examples, tune_plugin
     from cotune.tuning.side import AttentionShape, SideConfig
 
     loop = LoopConfig(epochs=settings["epochs"] or 15, learning_rate=settings["learning_rate"] or 1e-2)
@@ -182,6 +232,7 @@ def _tune_side(
             loop=loop,
             family=settings["family"],
             attention=AttentionShape.for_side(settings["side"]),
+            init=settings["side_init"],
             seed=settings["seed"],
         ),
         heldout_share=settings["heldout_share"],
@@ -195,7 +246,22 @@ def _tune_side(
         projections_digest=backbone.projections.digest,
     )
     public = PublicParts(tokenizer_json=backbone.tokenizer_json, output_basis=backbone.output_basis)
-    result = tune_plugin(backbone, public, examples, config, cache=cache, run_dir=run, resume=resume, progress=tell)
+    network = None
+    if config.side.init == "backbone":
+        encoded = encode_examples(public.tokenizer_json, examples, backbone.description, config.max_length)
+        for_side, _, _ = split_examples(encoded, config.heldout_share, config.seed)
+        network = ladder_from_backbone(backbone, for_side, config.side)
+    result = tune_plugin(
+        backbone,
+        public,
+        examples,
+        config,
+        cache=cache,
+        network=network,
+        run_dir=run,
+        resume=resume,
+        progress=tell,
+    )
     result.plugin.save(out)
     return {
         "num_parameters": result.plugin.num_parameters,

@@ -105,6 +105,7 @@ class Backbone:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer_json = tokenizer_json
         self._head = output_embedding(model)
+        self._made_lean: LeanDecoder | None = None
         self.spec = describe(model, self._head, tokenizer_json, name=name, digest=digest)
         if projections is None:
             projections = Projections.random(
@@ -222,9 +223,12 @@ class Backbone:
     def _packed_linears(self) -> PackedLinears:
         return PackedLinears(self.model)
 
-    @cached_property
+    @property
     def _lean(self) -> LeanDecoder | None:
-        return LeanDecoder.of(self.model, self.tap_layers)
+        # None is not remembered: an adapter that is in the model now may leave it later.
+        if self._made_lean is None:
+            self._made_lean = LeanDecoder.of(self.model, self.tap_layers)
+        return self._made_lean
 
     @cached_property
     def row_floor(self) -> int:

@@ -65,7 +65,7 @@ class LeanDecoder:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tap_layers: tuple[int, ...]) -> LeanDecoder | None:
-        """The lean pass of `model`, or None where it is not of a kind that this file knows."""
+        """The lean pass of `model`, or None where it is not of a kind that this file knows, or an adapter is in it."""
         # Where several processes share the model, its layers exchange their parts in hooks.
         if type(model).__name__ not in ARCHITECTURES or (model.tp_size or 1) > 1:
             return None
@@ -77,6 +77,9 @@ class LeanDecoder:
             return None
         # Quantised and otherwise special layers compute in their own way; offloaded ones bring weights by hooks.
         if any(type(m) is not nn.Linear or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in linears[:-1]):
+            return None
+        # An adapter stands in a layer's place, whatever it is made of inside.
+        if any(type(part) is not nn.Linear for layer in model.base_model.layers for part in _linears(layer)):
             return None
         return cls(model, tap_layers)
 
@@ -171,6 +174,13 @@ def _layer(layer: Any) -> _Layer:
         head_dim=head_dim,
         form=AttentionForm(attention.scaling, window),
     )
+
+
+def _linears(layer: Any) -> tuple[nn.Module, ...]:
+    """What `_layer` takes for linear layers."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkvo = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return (*qkvo, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from cotune.tuning.adapter import AdapterConfig, AdapterResult, AdapterTuner, tune_adapter
 from cotune.tuning.feature_cache import CollectProgress, FeatureCache, collect_features
 from cotune.tuning.feature_set import FeatureSet
 from cotune.tuning.gate import (
@@ -24,14 +25,18 @@ from cotune.tuning.plugin_folder import build_plugin
 from cotune.tuning.side import SideConfig, SideResult, SideTuner, tune_side
 from cotune.tuning.side_evaluation import SideEvaluation, evaluate_side, nats_per_token
 
-METHODS: dict[str, type[SideTuner] | type[GateTuner] | type[LoraTuner]] = {
+METHODS: dict[str, type[SideTuner] | type[GateTuner] | type[LoraTuner] | type[AdapterTuner]] = {
     "side": SideTuner,
     "gate": GateTuner,
     "lora": LoraTuner,
+    "adapter": AdapterTuner,
 }
 
 __all__ = [
     "METHODS",
+    "AdapterConfig",
+    "AdapterResult",
+    "AdapterTuner",
     "CollectProgress",
     "EpochRecord",
     "FeatureCache",
@@ -60,6 +65,7 @@ __all__ = [
     "quality_curve",
     "run_loop",
     "target_nats",
+    "tune_adapter",
     "tune_gate",
     "tune_lora",
     "tune_side",

@@ -7,9 +7,7 @@ at target positions alone. The frozen backbone carries the adapter only while it
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +15,13 @@ import numpy as np
 import peft
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
+from torch import Tensor
 
-from cotune.data.batches import IGNORED_LABEL, EncodedExample, TokenBatch, token_batches
+from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import InputError
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
+from cotune.tuning.answer_loss import TokenBatches, answer_nats, digest_examples
 from cotune.tuning.gradient import GradientState
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
 from cotune.tuning.tuner import Metrics, Params
@@ -57,32 +54,6 @@ class LoraConfig:
             raise InputError(f"max_grad_norm is {self.max_grad_norm}, expected a positive number")
 
 
-class TokenBatches:
-    """Padded batches of similar length, in an order that depends on seed and epoch only.
-
-    Args:
-        examples: token ids and where the targets begin.
-        num_batch_sequences: the most in one batch.
-        pad_token_id: fills short rows.
-        seed: of the order.
-    """
-
-    def __init__(
-        self, examples: Sequence[EncodedExample], num_batch_sequences: int, *, pad_token_id: int, seed: int
-    ) -> None:
-        if not examples:
-            raise InputError("there are no examples, expected at least one")
-        self._examples, self._size = examples, num_batch_sequences
-        self._pad_token_id, self._seed = pad_token_id, seed
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._examples) / self._size)
-
-    def epoch(self, epoch: int) -> Iterator[TokenBatch]:
-        seed = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
-        return token_batches(self._examples, self._size, self._pad_token_id, seed)
-
-
 class LoraTuner:
     """Gradient descent on -log p(target) with an adapter's tensors as parameters.
 
@@ -107,29 +78,7 @@ class LoraTuner:
         return float(nats.double().sum()), len(nats)
 
     def _nats(self, params: dict[str, Tensor], batch: TokenBatch) -> Tensor:
-        """-log p of each target token, float32 (targets,)."""
-        device = self._model.device
-        labels = torch.from_numpy(batch.labels[:, 1:])
-        is_target = labels != IGNORED_LABEL
-        # The last token is predicted, never read.
-        inputs = {
-            "input_ids": torch.from_numpy(batch.input_ids[:, :-1]).to(device),
-            "attention_mask": torch.from_numpy(batch.attention_mask[:, :-1]).to(device),
-            "use_cache": False,
-        }
-        with _only_rows(self._model.get_output_embeddings(), is_target.to(device)):
-            logits = functional_call(self._model, params, kwargs=inputs).logits
-        return F.cross_entropy(logits.float(), labels[is_target].to(device), reduction="none")
-
-
-@contextmanager
-def _only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
-    """Inside, the output embedding computes logits (rows, vocab) for the wanted positions (batch, seq) only."""
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][wanted],))
-    try:
-        yield
-    finally:
-        handle.remove()
+        return answer_nats(self._model, self._model.get_output_embeddings(), params, batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +170,5 @@ def _fingerprint(
     heldout: Sequence[EncodedExample],
     config: LoraConfig,
 ) -> str:
-    state = hashlib.sha256(repr((config, backbone.spec.backbone_digest)).encode())
-    for part in (examples, heldout):
-        state.update(f"{len(part)}\n".encode())
-        for example in part:
-            state.update(f"{len(example.input_ids)} {example.first_target}\n".encode())
-            state.update(np.ascontiguousarray(example.input_ids, "<i8").data)
-    return state.hexdigest()
+    about = repr((config, backbone.spec.backbone_digest, digest_examples(examples, heldout)))
+    return hashlib.sha256(about.encode()).hexdigest()

@@ -164,6 +164,7 @@ def tune_plugin(
     config: PersonalConfig,
     *,
     cache: FeatureCache,
+    network: SideNetwork | None = None,
     run_dir: Path | None = None,
     resume: bool = False,
     progress: StageProgress | None = None,
@@ -176,6 +177,7 @@ def tune_plugin(
         examples: prompts and targets.
         config: how.
         cache: where features are kept.
+        network: a side network to start from instead of a fresh one, such as that of `ladder_from_backbone`.
         run_dir: for metrics and checkpoints.
         resume: go on from the checkpoints in `run_dir`.
         progress: told about each stage.
@@ -212,6 +214,7 @@ def tune_plugin(
         public.output_basis,
         config.side,
         heldout=gate_features,
+        network=network,
         run_dir=stage_dir("side"),
         resume=resume,
         progress=told_loop("side network"),

@@ -33,6 +33,7 @@ from cotune.tuning.tuner import Batches, Metrics, Params
 
 FAMILIES = ("parallel", "serial")
 SIDES = ("ladder", "attention")
+INITS = ("random", "backbone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,9 @@ class SideConfig:
     """Width inside a rung of the ladder, or inside a block's feed-forward layer."""
     attention: AttentionShape | None = None
     """A network that remembers earlier positions; None for a ladder without a memory."""
+    init: str = "random"
+    """`random`, or `backbone`: pieces of the backbone, see `cotune.tuning.backbone_start`; needs attention, and the
+    backbone at hand. Either way the head starts at zero."""
     dropout: float = 0.0
     """Probability inside a rung, in training only."""
     num_batch_positions: int = 256
@@ -97,6 +101,10 @@ class SideConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise InputError(f"family is {self.family!r}, expected one of {', '.join(FAMILIES)}")
+        if self.init not in INITS:
+            raise InputError(f"init is {self.init!r}, expected one of {', '.join(INITS)}")
+        if self.init == "backbone" and self.attention is None:
+            raise InputError("init is 'backbone', expected 'random' for a side network without attention")
         if self.num_batch_positions < 1:
             raise InputError(f"num_batch_positions is {self.num_batch_positions}, expected at least 1")
         if not self.weight_decay >= 0:
@@ -279,25 +287,43 @@ def tune_side(
 
 
 def fresh_network(features: FeatureSet, output_basis: OutputBasis, config: SideConfig) -> SideNetwork:
-    """An untrained network for these features, with or without a memory; it changes no logit."""
+    """An untrained network for these features, with or without a memory; it changes no logit.
+
+    Raises:
+        InputError: the config says that it starts from the backbone, which features do not hold.
+    """
+    if config.init == "backbone":
+        raise InputError(
+            "init is 'backbone' and no network was given; make it with ladder_from_backbone where the backbone is at "
+            "hand (cotune tune), or take 'random'"
+        )
     if config.attention is None:
         return fresh_ladder(features, output_basis, config)
     _, num_taps, tap_dim = features.tap_codes.shape
+    shape = attention_shape(config, num_taps=num_taps, tap_dim=tap_dim, basis_dim=output_basis.dim)
+    return AttentionLadder(shape, torch.Generator().manual_seed(config.seed))
+
+
+def attention_shape(
+    config: SideConfig, *, num_taps: int, tap_dim: int, basis_dim: int, rope_theta: float = 10000.0
+) -> AttentionLadderConfig:
+    """The whole shape of a side network with attention."""
     attention = config.attention
-    shape = AttentionLadderConfig(
+    assert attention is not None
+    return AttentionLadderConfig(
         num_taps=num_taps,
         tap_dim=tap_dim,
-        basis_dim=output_basis.dim,
+        basis_dim=basis_dim,
         side_width=config.side_width,
         ff_width=config.inner_width,
         head_dim=attention.head_dim,
         num_kv_heads=attention.num_kv_heads,
         context=attention.context,
         prompt_window=attention.prompt_window,
+        rope_theta=rope_theta,
         tap_indices=tuple(range(num_taps - 1, -1, -attention.tap_step))[::-1],
         dropout=config.dropout,
     )
-    return AttentionLadder(shape, torch.Generator().manual_seed(config.seed))
 
 
 def fresh_ladder(features: FeatureSet, output_basis: OutputBasis, config: SideConfig) -> TapLadder:

@@ -282,7 +282,7 @@ def test_a_side_network_with_a_memory_is_tuned_and_used(scene: Scene, run: Any) 
 
 @needs_starter
 @pytest.mark.integration
-@pytest.mark.parametrize("method", ["lora", "side"])
+@pytest.mark.parametrize("method", ["lora", "adapter", "side"])
 def test_tune_on_one_machine(scene: Scene, run: Any, method: str) -> None:
     """The folder's name is a trap for the library that prints: it must come out as it is."""
     out = scene.folder / f"{method} [bold]x[/]"
@@ -293,9 +293,11 @@ def test_tune_on_one_machine(scene: Scene, run: Any, method: str) -> None:
     assert (told["method"], told["out"], told["run"]) == (method, str(out), f"{out}.run")
     assert told["num_parameters"] > 0
     assert np.isfinite([told["base_nats_per_token"], told["heldout_nats_per_token"]]).all()
-    if method == "lora":
-        assert (out / "adapter_config.json").is_file()
-        judged = run("evaluate", "starter", scene.texts, "--lora", out, "--limit", 2, "--max-new-tokens", 4, "--json")
+    if method != "side":
+        assert (out / {"lora": "adapter_config.json", "adapter": "bottleneck.safetensors"}[method]).is_file()
+        judged = run(
+            "evaluate", "starter", scene.texts, f"--{method}", out, "--limit", 2, "--max-new-tokens", 4, "--json"
+        )
         assert judged.status == 0 and json.loads(judged.out)["num_texts"] == 2
     else:
         # The plugin of `device tune` on the same texts, from the same backbone.

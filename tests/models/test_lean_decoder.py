@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -27,10 +28,10 @@ def both_ways(backbone: Backbone, ids: Ids) -> tuple[Any, Any]:
     cursor.extend(ids[:5])
     lean = [cursor.extend(ids[i : i + 1]) for i in range(5, len(ids))]
     other = Backbone.from_model(backbone.model, backbone.tokenizer_json, projections=backbone.projections)
-    other.__dict__["_lean"] = None
-    cursor = other.cursor()
-    cursor.extend(ids[:5])
-    return lean, [cursor.extend(ids[i : i + 1]) for i in range(5, len(ids))]
+    with patch.object(LeanDecoder, "of", return_value=None):
+        cursor = other.cursor()
+        cursor.extend(ids[:5])
+        return lean, [cursor.extend(ids[i : i + 1]) for i in range(5, len(ids))]
 
 
 @pytest.mark.parametrize("architecture", LEAN)
@@ -72,6 +73,20 @@ def test_other_architectures_go_through_transformers(make_model: Build, architec
 def test_angles_that_depend_on_the_length_are_left_to_transformers(make_model: Build) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     assert LeanDecoder.of(make_model("llama", rope_parameters=rope), (0, 1)) is None
+
+
+def test_an_adapter_that_was_there_first_is_seen_too(make_model: Build, tokenizer_json: bytes, token_ids: Ids) -> None:
+    model = make_model("llama")
+    adapter = LoraAdapter.fresh(model, LoraShape(rank=2), seed=0)
+    for tensor in adapter.params.values():
+        tensor.copy_(torch.full_like(tensor, 0.1))
+    late, early = (Backbone.from_model(model, tokenizer_json) for _ in range(2))
+    plain = late.cursor().extend(token_ids)
+    with adapter.attach(model):
+        adapted = [backbone.cursor().extend(token_ids).logits for backbone in (late, early)]
+    np.testing.assert_array_equal(*adapted)
+    assert np.abs(adapted[0] - plain.logits).max() > 1e-3
+    np.testing.assert_array_equal(early.cursor().extend(token_ids).logits, plain.logits)
 
 
 def test_an_adapter_in_the_model_is_seen(make_model: Build, tokenizer_json: bytes, token_ids: Ids) -> None:

@@ -15,7 +15,7 @@ from cotune.generation.request import GenerationRequest
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
 from cotune.tuning.loop import LoopConfig, LoopProgress
-from cotune.tuning.lora import LoraConfig, TokenBatches, target_nats, tune_lora
+from cotune.tuning.lora import LoraConfig, target_nats, tune_lora
 
 CONFIG = LoraConfig(
     loop=LoopConfig(epochs=6, learning_rate=0.02, checkpoint_interval_s=0.0),
@@ -115,15 +115,6 @@ def test_a_saved_adapter_comes_back(tmp_path: Path, backbone: Backbone, examples
         expected = base_logits(backbone)
     with again.attach(backbone.model):
         assert torch.equal(base_logits(backbone), expected)
-
-
-def test_batches_are_reproducible_and_complete(examples: list[EncodedExample]) -> None:
-    batches = TokenBatches(examples, 4, pad_token_id=0, seed=1)
-    first, again, next_epoch = (list(batches.epoch(epoch)) for epoch in (0, 0, 1))
-    assert len(first) == len(batches) == 3
-    assert all(np.array_equal(a.labels, b.labels) for a, b in zip(first, again, strict=True))
-    assert not all(np.array_equal(a.labels, b.labels) for a, b in zip(first, next_epoch, strict=True))
-    assert sum(len(batch.labels) for batch in first) == len(examples)
 
 
 @pytest.mark.parametrize("changes", [{"num_batch_sequences": 0}, {"weight_decay": -1.0}, {"max_grad_norm": 0.0}])

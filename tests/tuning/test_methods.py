@@ -15,9 +15,12 @@ from cotune.data.batches import EncodedExample
 from cotune.generation.output_basis import OutputBasis
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
+from cotune.models.bottleneck import BottleneckAdapter
 from cotune.tuning import METHODS
+from cotune.tuning.adapter import AdapterConfig
+from cotune.tuning.answer_loss import TokenBatches
 from cotune.tuning.gate import GateBatch, GateConfig
-from cotune.tuning.lora import LoraConfig, TokenBatches
+from cotune.tuning.lora import LoraConfig
 from cotune.tuning.side import SideConfig, SideData, fresh_ladder
 from cotune.tuning.tuner import Params
 
@@ -58,7 +61,20 @@ def lora_problem(backbone: Backbone, examples: list[EncodedExample], **_: Any) -
         yield Problem(tuner, adapter.params, list(TokenBatches(examples, 3, pad_token_id=0, seed=0).epoch(0)))
 
 
-PROBLEMS: dict[str, Callable[..., Any]] = {"side": side_problem, "gate": gate_problem, "lora": lora_problem}
+@contextmanager
+def adapter_problem(backbone: Backbone, examples: list[EncodedExample], **_: Any) -> Iterator[Problem]:
+    adapter = BottleneckAdapter.fresh(backbone.model, 6, seed=0)
+    with adapter.attach(backbone.model) as model:
+        tuner = METHODS["adapter"](model, AdapterConfig())  # type: ignore[call-arg,arg-type]
+        yield Problem(tuner, adapter.params, list(TokenBatches(examples, 3, pad_token_id=0, seed=0).epoch(0)))
+
+
+PROBLEMS: dict[str, Callable[..., Any]] = {
+    "side": side_problem,
+    "gate": gate_problem,
+    "lora": lora_problem,
+    "adapter": adapter_problem,
+}
 
 
 def test_every_method_has_a_problem() -> None:
