@@ -115,6 +115,14 @@ def test_bad_data_is_refused_with_its_file_and_line(run: Any, here: Path, comman
         ("device tune good.jsonl --cloud {nobody} --out fresh --limit 0", "limit is 0, expected at least 1"),
         ("device tune good.jsonl --cloud {nobody} --out fresh --template no", "template is 'no', expected one of"),
         (
+            "tune starter good.jsonl --out fresh --method side --side-init backbone",
+            "expected --side attention, or random",
+        ),
+        (
+            "tune starter good.jsonl --out fresh --side-init zeros",
+            "--side-init is 'zeros', expected one of random, backbone",
+        ),
+        (
             "tune starter good.jsonl --out fresh --method magic",
             "--method is 'magic', expected one of lora, adapter, side",
         ),
@@ -236,14 +244,6 @@ def test_misspelt_commands_are_explained(run: Any, command: str) -> None:
 @pytest.mark.parametrize(
     ("command", "words", "status"),
     [
-        (
-            "tune starter good.jsonl --out fresh --method side --side-init backbone",
-            "expected --side attention, or random",
-        ),
-        (
-            "tune starter good.jsonl --out fresh --side-init zeros",
-            "--side-init is 'zeros', expected one of random, backbone",
-        ),
         ("tune starter good.jsonl --out fresh --method magic", "--method is 'magic'", 2),
         (TUNE.format(data="broken.jsonl", nobody="ws://127.0.0.1:9"), "broken.jsonl, line 2: the line is not JSON", 2),
         (GENERATE, "no cloud answers at ws://127.0.0.1:", 1),

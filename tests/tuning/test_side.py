@@ -132,12 +132,11 @@ def test_int4_taps_can_be_learnt_from(draw_world: Callable[..., Any], output_bas
     features, heldout = draw_world(600, 1).features(10), draw_world(200, 2).features(10)
     config = replace(CONFIG, loop=LoopConfig(epochs=10, learning_rate=0.02))
     fine, coarse = (tune_side(part, output_basis, config).network for part in (features, features.with_int4_taps()))
-    exact, served, mismatched = (
-        nats_per_token(part, network, output_basis, "parallel")
-        for part, network in ((heldout, fine), (heldout.with_int4_taps(), coarse), (heldout.with_int4_taps(), fine))
+    coarse_heldout = heldout.with_int4_taps()
+    served, mismatched = (
+        nats_per_token(coarse_heldout, network, output_basis, "parallel") for network in (coarse, fine)
     )
-    assert exact < served < base_nats(heldout) - 0.3
-    assert mismatched > exact
+    assert served < mismatched < base_nats(heldout) - 1, "whoever was trained on int4 taps reads them best"
 
 
 @pytest.mark.parametrize("side_width", [16, 32, 64, 128])
