@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cotune.tuning.lora import LoraResult
 
 METHODS = ("lora", "adapter", "side")
+SIDE_INITS = ("random", "backbone")
 
 
 def tune(
@@ -47,6 +48,7 @@ def tune(
     side: Annotated[
         str, typer.Option(help="side: ladder (a function of each token) or attention (remembers earlier ones).")
     ] = "ladder",
+    side_width: Annotated[int, typer.Option(help="side: width of the side network.")] = 64,
     side_init: Annotated[
         str, typer.Option(help="side: random, or backbone (with attention: starts from pieces of the model).")
     ] = "random",
@@ -71,6 +73,10 @@ def tune(
     """
     if method not in METHODS:
         raise InputError(f"--method is {method!r}, expected one of {', '.join(METHODS)}")
+    if side_init not in SIDE_INITS:
+        raise InputError(f"--side-init is {side_init!r}, expected one of {', '.join(SIDE_INITS)}")
+    if side_init == "backbone" and side != "attention":
+        raise InputError(f"--side-init is 'backbone' and --side {side!r}, expected --side attention, or random")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_result(out))):
         raise InputError(f"--out is {out}, which holds something else; give a new folder")
 
@@ -94,6 +100,7 @@ def tune(
         "width": width,
         "family": family,
         "side": side,
+        "side_width": side_width,
         "side_init": side_init,
         "heldout_share": heldout_share,
         "max_length": max_length,
@@ -231,6 +238,7 @@ def _tune_side(
         side=SideConfig(
             loop=loop,
             family=settings["family"],
+            side_width=settings["side_width"],
             attention=AttentionShape.for_side(settings["side"]),
             init=settings["side_init"],
             seed=settings["seed"],

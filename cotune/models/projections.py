@@ -7,9 +7,10 @@ live on the cloud and hold nothing personal, so that users can be batched and a 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from cotune.errors import InputError
 from cotune.generation.output_basis import OutputBasis
 
 FILE_NAME = "projections.safetensors"
-KINDS = ("random", "pca", "identity")
+KINDS = ("random", "pca", "identity", "whole")
 DEFAULT_TAP_DIM = 32
 DEFAULT_BASIS_DIM = 96
 RMS_EPS = 1e-6
@@ -53,7 +54,7 @@ class Projections:
         taps: C, float32 (taps, tap_dim, hidden).
         basis: B, float32 (hidden, basis_dim).
         normalise: RMS-normalise the state before projecting it.
-        kind: how they were made: `random`, `pca` or `identity`.
+        kind: how they were made: `random`, `pca`, `identity` or `whole`.
         seed: of the random ones.
     """
 
@@ -181,6 +182,42 @@ class Projections:
         taps = np.broadcast_to(eye, (len(tap_layers), hidden_size, hidden_size))
         return cls(tap_layers=tap_layers, taps=taps, basis=eye, normalise=False, kind="identity")
 
+    @classmethod
+    def whole_states(cls, *, tap_layers: Iterable[int], basis: NDArray[np.float32]) -> Projections:
+        """Normalised states as they are, for personal down-projections on the device, and a shared output basis.
+
+        Differs from shared projections in nothing but that C_i is the identity, so that the two can be compared.
+
+        Args:
+            tap_layers: see `Projections`.
+            basis: B, float32 (hidden, basis_dim), such as other projections'.
+        """
+        tap_layers, hidden_size = tuple(tap_layers), len(basis)
+        taps = np.broadcast_to(np.eye(hidden_size, dtype=np.float32), (len(tap_layers), hidden_size, hidden_size))
+        return cls(tap_layers=tap_layers, taps=taps, basis=basis, kind="whole")
+
+    def keep_taps(self, indices: Sequence[int]) -> Projections:
+        """The same without all other taps: a cloud with these sends fewer bytes for each token.
+
+        Args:
+            indices: of the taps that stay, ascending, counted from 0 among these projections' own.
+
+        Raises:
+            InputError: no index, an unknown one, or another order.
+        """
+        check_tap_indices(indices, self.num_taps)
+        layers = tuple(self.tap_layers[i] for i in indices)
+        if self.has_whole_states:
+            taps = np.broadcast_to(self.taps[0], (len(indices), *self.taps.shape[1:]))
+        else:
+            taps = np.ascontiguousarray(self.taps[list(indices)])
+        return dataclasses.replace(self, tap_layers=layers, taps=taps)
+
+    @property
+    def has_whole_states(self) -> bool:
+        """Whether C is the identity, and never multiplied with or stored."""
+        return self.kind in ("identity", "whole")
+
     @property
     def num_taps(self) -> int:
         return int(self.taps.shape[0])
@@ -202,10 +239,11 @@ class Projections:
         """SHA-256, hex, of everything that changes a tap or a correction."""
         state = hashlib.sha256()
         state.update(repr((self.tap_layers, self.taps.shape, self.basis.shape, self.normalise)).encode())
-        if self.kind == "identity":
-            state.update(b"identity")
+        if self.has_whole_states:
+            state.update(self.kind.encode())
         else:
             state.update(np.ascontiguousarray(self.taps, "<f4").tobytes())
+        if self.kind != "identity":
             state.update(np.ascontiguousarray(self.basis, "<f4").tobytes())
         return state.hexdigest()
 
@@ -228,7 +266,7 @@ class Projections:
         return OutputBasis.from_matrix(np.concatenate(blocks))
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file; identity projections are stored as their shape alone."""
+        """Write a safetensors file; identity matrices are stored as their shape alone."""
         metadata = {
             "format_version": _FORMAT_VERSION,
             "kind": self.kind,
@@ -239,7 +277,9 @@ class Projections:
         if self.kind == "identity":
             metadata["hidden_size"] = str(self.hidden_size)
         else:
-            tensors |= {"taps": np.ascontiguousarray(self.taps), "basis": np.ascontiguousarray(self.basis)}
+            tensors["basis"] = np.ascontiguousarray(self.basis)
+        if not self.has_whole_states:
+            tensors["taps"] = np.ascontiguousarray(self.taps)
         save_file(tensors, Path(path), metadata=metadata)
 
     @classmethod
@@ -260,6 +300,8 @@ class Projections:
                 tap_layers = tuple(int(i) for i in file.get_tensor("tap_layers"))
                 if metadata["kind"] == "identity":
                     return cls.identity(tap_layers=tap_layers, hidden_size=int(metadata["hidden_size"]))
+                if metadata["kind"] == "whole":
+                    return cls.whole_states(tap_layers=tap_layers, basis=file.get_tensor("basis"))
                 return cls(
                     tap_layers=tap_layers,
                     taps=file.get_tensor("taps"),
@@ -270,6 +312,25 @@ class Projections:
                 )
         except (SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path} holds no projections ({error}); write it with Projections.save") from error
+
+
+def check_tap_indices(indices: Sequence[int], num_taps: int) -> None:
+    """Refuse a choice of taps that is empty, unknown or not ascending."""
+    is_ascending = all(a < b for a, b in itertools.pairwise(indices))
+    if not indices or not is_ascending or indices[0] < 0 or indices[-1] >= num_taps:
+        raise InputError(f"tap indices are {tuple(indices)}, expected ascending numbers from 0 to {num_taps - 1}")
+
+
+def spread_taps(num_taps: int, count: int) -> tuple[int, ...]:
+    """`count` of so many taps, evenly spread, the last among them.
+
+    Example:
+        >>> spread_taps(33, 8), spread_taps(7, 1)
+        ((3, 7, 11, 15, 19, 23, 27, 32), (6,))
+    """
+    if not 1 <= count <= num_taps:
+        raise InputError(f"count is {count}, expected 1 to {num_taps}, the number of taps")
+    return tuple(num_taps * (i + 1) // count - 1 for i in range(count))
 
 
 def _dimension(name: str, value: int | None, default: int, hidden_size: int) -> int:

@@ -68,14 +68,15 @@ class TapProjector:
         C y / sqrt(|y|^2 / hidden + eps) = (sqrt(hidden) C) y / sqrt(|y|^2 + eps hidden)
 
     Args:
-        projections: C, and whether states are normalised; identity projections are not multiplied with.
+        projections: C, and whether states are normalised; whole states are not multiplied with anything.
         device: where the states are.
     """
 
     def __init__(self, projections: Projections, device: torch.device) -> None:
-        self._is_identity = projections.kind == "identity"
+        self._is_identity = projections.has_whole_states
         self._normalise = projections.normalise
         self._eps = RMS_EPS * projections.hidden_size
+        self._hidden_root = projections.hidden_size**0.5
         if self._is_identity:
             return
         factor = np.float32(projections.hidden_size**0.5 if self._normalise else 1.0)
@@ -87,7 +88,10 @@ class TapProjector:
         """Taps, float32 (positions, taps, tap_dim), of y (taps, positions, hidden)."""
         states = states.float()
         if self._is_identity:
-            return states.transpose(0, 1)
+            if not self._normalise:
+                return states.transpose(0, 1)
+            size = states.square().sum(dim=-1, keepdim=True).add_(self._eps).rsqrt_()
+            return (states * size.mul_(self._hidden_root)).transpose(0, 1)
         taps = torch.bmm(states, self._weight_transposed)
         if self._normalise:
             taps *= states.square().sum(dim=-1, keepdim=True).add_(self._eps).rsqrt_()

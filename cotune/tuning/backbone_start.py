@@ -258,7 +258,7 @@ def _fill(
     channels = _largest(torch.stack([one.channels for one in importance]).sum(0), config.side_width)
     rungs.mix_bias.zero_()
     for place, tap in enumerate(config.tap_indices):
-        if projections.kind == "identity":
+        if projections.has_whole_states:
             restored = torch.eye(projections.hidden_size)
         else:
             restored = torch.from_numpy(np.linalg.pinv(projections.taps[tap].astype(np.float64))).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
+from cotune.models.projections import check_tap_indices
+from cotune.wire.codec import dequantise, quantise_int4
 from cotune.wire.features import SequenceFeatures
 
 
@@ -134,6 +137,39 @@ class FeatureSet:
             lead_codes=self.lead_codes[leads],
             lead_scales=self.lead_scales[leads],
             lead_offsets=_offsets(num_leads),
+        )
+
+    def keep_taps(self, indices: Sequence[int]) -> FeatureSet:
+        """What a cloud with these taps alone would send, see `Projections.keep_taps`.
+
+        Args:
+            indices: of the taps that stay, ascending.
+
+        Raises:
+            InputError: no index, an unknown one, or another order.
+        """
+        check_tap_indices(indices, self.tap_codes.shape[1])
+        chosen = list(indices)
+        return dataclasses.replace(
+            self,
+            tap_codes=self.tap_codes[:, chosen],
+            tap_scales=self.tap_scales[:, chosen],
+            lead_codes=self.lead_codes[:, chosen],
+            lead_scales=self.lead_scales[:, chosen],
+        )
+
+    def with_int4_taps(self) -> FeatureSet:
+        """The taps as the int4 codec leaves them: to train and judge side networks as if the wire spoke int4.
+
+        Codes are then -7 .. 7. They come from int8 taps, so each was rounded twice; an int8 step is an eighteenth of
+        an int4 step. Served taps are int8: this tells what int4 would cost, and is not what a cloud sends.
+        """
+        codes, scales = quantise_int4(dequantise(self.tap_codes, self.tap_scales))
+        lead_codes, lead_scales = self.lead_codes, self.lead_scales
+        if len(lead_codes):
+            lead_codes, lead_scales = quantise_int4(dequantise(lead_codes, lead_scales))
+        return dataclasses.replace(
+            self, tap_codes=codes, tap_scales=scales, lead_codes=lead_codes, lead_scales=lead_scales
         )
 
     def digest(self) -> str:

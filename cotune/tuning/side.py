@@ -22,6 +22,7 @@ from cotune.generation.output_basis import OutputBasis
 from cotune.models.attention_ladder import AttentionLadder, AttentionLadderConfig
 from cotune.models.seeded import seeded
 from cotune.models.side_network import SideNetwork, fake_quantise
+from cotune.models.spa_ladder import SpaLadder, SpaLadderConfig
 from cotune.models.tap_ladder import TapLadder, TapLadderConfig
 from cotune.tuning.corrected_loss import BaseTable, KnownBase, corrected_nats
 from cotune.tuning.feature_set import FeatureSet
@@ -84,6 +85,9 @@ class SideConfig:
     """Width inside a rung of the ladder, or inside a block's feed-forward layer."""
     attention: AttentionShape | None = None
     """A network that remembers earlier positions; None for a ladder without a memory."""
+    is_published: bool = False
+    """SPA's released ladder: personal down-projections of whole raw states, rungs as wide inside as the backbone;
+    needs features of `Projections.identity`, and `inner_width` does not count."""
     init: str = "random"
     """`random`, or `backbone`: pieces of the backbone, see `cotune.tuning.backbone_start`; needs attention, and the
     backbone at hand. Either way the head starts at zero."""
@@ -101,6 +105,8 @@ class SideConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise InputError(f"family is {self.family!r}, expected one of {', '.join(FAMILIES)}")
+        if self.is_published and self.attention is not None:
+            raise InputError("is_published is True, expected no attention: the released ladder has none")
         if self.init not in INITS:
             raise InputError(f"init is {self.init!r}, expected one of {', '.join(INITS)}")
         if self.init == "backbone" and self.attention is None:
@@ -297,6 +303,8 @@ def fresh_network(features: FeatureSet, output_basis: OutputBasis, config: SideC
             "init is 'backbone' and no network was given; make it with ladder_from_backbone where the backbone is at "
             "hand (cotune tune), or take 'random'"
         )
+    if config.is_published:
+        return _published_ladder(features, output_basis, config)
     if config.attention is None:
         return fresh_ladder(features, output_basis, config)
     _, num_taps, tap_dim = features.tap_codes.shape
@@ -338,6 +346,19 @@ def fresh_ladder(features: FeatureSet, output_basis: OutputBasis, config: SideCo
         dropout=config.dropout,
     )
     return TapLadder(shape, torch.Generator().manual_seed(config.seed))
+
+
+def _published_ladder(features: FeatureSet, output_basis: OutputBasis, config: SideConfig) -> SpaLadder:
+    _, num_taps, tap_dim = features.tap_codes.shape
+    if tap_dim != features.hidden.shape[1] or output_basis.dim != tap_dim:
+        raise InputError(
+            f"taps are {tap_dim} wide and corrections {output_basis.dim}, expected both {features.hidden.shape[1]} "
+            "(the hidden size) for the published ladder; collect features with Projections.identity"
+        )
+    shape = SpaLadderConfig(
+        num_taps=num_taps, hidden_size=tap_dim, side_width=config.side_width, dropout=config.dropout
+    )
+    return SpaLadder(shape, torch.Generator().manual_seed(config.seed))
 
 
 def _fingerprint(

@@ -1,4 +1,4 @@
-"""How taps become bytes: int8 with one float16 scale for each tap, and two float codecs to compare with.
+"""How taps become bytes: int8 with one float16 scale for each tap, and int4 and two float codecs to compare with.
 
 `quantise` is the one definition of a quantised vector in cotune: taps on the wire, taps in training, corrections. All
 of it is float32 arithmetic, so that every machine gets the same codes:
@@ -9,6 +9,9 @@ of it is float32 arithmetic, so that every machine gets the same codes:
 
 A vector so small that its scale underflows float16 (absmax below about 3.8e-6) becomes zeros; one so large that it
 overflows saturates. Nan and infinities are a FrameError: they mean that the model that made them is broken.
+
+int4 is the same with 7 in place of 127, and two codes in a byte. The wire speaks int8 alone; the other codecs are for
+studies of what their bytes would cost in quality.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from cotune.errors import FrameError
 
 _MAX_CODE = np.float32(127)
+_MAX_CODE_INT4 = np.float32(7)
 _MAX_FLOAT16 = np.float32(65504)
 
 
@@ -67,14 +71,28 @@ def quantise(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.
         >>> quantise(np.array([127.0, -63.6, 0.2], dtype=np.float32))
         (array([127, -64,   0], dtype=int8), np.float16(1.0))
     """
+    return _quantise(values, _MAX_CODE)
+
+
+def quantise_int4(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """As `quantise`, to codes in -7 .. 7; `dequantise` serves both.
+
+    Example:
+        >>> quantise_int4(np.array([7.0, -3.6, 0.2], dtype=np.float32))
+        (array([ 7, -4,  0], dtype=int8), np.float16(1.0))
+    """
+    return _quantise(values, _MAX_CODE_INT4)
+
+
+def _quantise(values: NDArray[np.float32], largest: np.float32) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     values = np.asarray(values, dtype=np.float32)
     absmax = np.abs(values).max(axis=-1)
     _check_finite(absmax)
-    scales = np.minimum(absmax / _MAX_CODE, _MAX_FLOAT16).astype(np.float16)
+    scales = np.minimum(absmax / largest, _MAX_FLOAT16).astype(np.float16)
     wide = scales.astype(np.float32)
     divisor = np.where(wide > 0, wide, _MAX_FLOAT16)[..., None]  # any large number: the codes become 0
     rounded = np.rint(values / divisor)
-    return np.minimum(np.maximum(rounded, -_MAX_CODE), _MAX_CODE).astype(np.int8), scales
+    return np.minimum(np.maximum(rounded, -largest), largest).astype(np.int8), scales
 
 
 def dequantise(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.float32]:
@@ -128,6 +146,39 @@ class Int8Codec:
 
 
 @dataclass(frozen=True)
+class Int4Codec:
+    """Half a byte for each value and a float16 scale for each tap: scales, then code + 8, the first in the low half.
+
+    A tap of odd width ends in a code 0 that is not its own.
+    """
+
+    name: str = "int4"
+
+    def num_bytes(self, num_taps: int, tap_dim: int) -> int:
+        return num_taps * ((tap_dim + 1) // 2 + 2)
+
+    def encode(self, taps: NDArray[np.float32]) -> bytes:
+        codes, scales = quantise_int4(taps)
+        halves = np.pad((codes + 8).astype(np.uint8), ((0, 0), (0, codes.shape[1] % 2)), constant_values=8)
+        return scales.astype("<f2").tobytes() + (halves[:, ::2] | halves[:, 1::2] << 4).tobytes()
+
+    def decode(self, data: bytes, num_taps: int, tap_dim: int) -> NDArray[np.float32]:
+        _check_length(data, self.num_bytes(num_taps, tap_dim), num_taps, tap_dim)
+        scales = np.frombuffer(data, dtype="<f2", count=num_taps).astype(np.float16)
+        width = (tap_dim + 1) // 2
+        packed = np.frombuffer(data, dtype=np.uint8, offset=2 * num_taps).reshape(num_taps, width)
+        halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(num_taps, 2 * width)
+        if (halves == 0).any() or (halves[:, tap_dim:] != 8).any():
+            raise FrameError("the taps hold a half byte that no int4 code gives")
+        codes = halves[:, :tap_dim].astype(np.int8) - np.int8(8)
+        check_quantised(codes, scales)
+        return dequantise(codes, scales)
+
+    def round_trip(self, taps: NDArray[np.float32]) -> NDArray[np.float32]:
+        return dequantise(*quantise_int4(taps))
+
+
+@dataclass(frozen=True)
 class FloatCodec:
     """Values as little-endian floats, saturating at the largest float16 or float32."""
 
@@ -158,6 +209,7 @@ class FloatCodec:
 
 CODECS: dict[str, TapCodec] = {
     "int8": Int8Codec(),
+    "int4": Int4Codec(),
     "float16": FloatCodec("float16", "<f2"),
     "float32": FloatCodec("float32", "<f4"),
 }

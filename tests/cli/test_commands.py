@@ -308,6 +308,19 @@ def test_tune_on_one_machine(scene: Scene, run: Any, method: str) -> None:
     assert out.name in again.err.replace("\n", "")
 
 
+@needs_starter
+@pytest.mark.integration
+def test_tune_a_side_network_that_starts_from_the_backbone(scene: Scene, run: Any) -> None:
+    out = scene.folder / "from-backbone"
+    common = ("tune", "starter", scene.texts, "--method", "side", "--side", "attention", "--side-init", "backbone")
+    outcome = run(*common, "--out", out, "--epochs", 1, "--heldout-share", 0.4, "--side-width", 32, "--json")
+    assert outcome.status == 0 and outcome.err == ""
+    told, plugin = json.loads(outcome.out), Plugin.load(out)
+    assert told["num_parameters"] == plugin.num_parameters
+    assert (plugin.kind, plugin.config["side_width"]) == ("attention_ladder", 32)
+    assert told["heldout_nats_per_token"] <= told["base_nats_per_token"] + 1e-6
+
+
 # A device that saves its run all the time instead of every ten seconds.
 IMPATIENT = """
 import sys

@@ -127,6 +127,14 @@ def test_bad_data_is_refused_with_its_file_and_line(run: Any, here: Path, comman
         ("evaluate starter half --split test", "half: the folder"),
         ("device tune good.jsonl --cloud {nobody} --out fresh --template no", "template is 'no', expected one of"),
         (
+            "tune starter good.jsonl --out fresh --method side --side-init backbone",
+            "expected --side attention, or random",
+        ),
+        (
+            "tune starter good.jsonl --out fresh --side-init zeros",
+            "--side-init is 'zeros', expected one of random, backbone",
+        ),
+        (
             "tune starter good.jsonl --out fresh --method magic",
             "--method is 'magic', expected one of lora, adapter, side",
         ),

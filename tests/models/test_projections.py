@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models import Backbone, Projections
+from cotune.models.projections import spread_taps
+from cotune.wire.codec import CODECS, dequantise
 
 
 def gram(columns: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -105,8 +109,13 @@ def test_fit_without_text_is_an_input_error(llama: Backbone) -> None:
 
 @pytest.mark.parametrize(
     "projections",
-    [small(), Projections.identity(tap_layers=(0, 3), hidden_size=7), Projections.fit(Plane(), [np.full(50, 1)])],
-    ids=["random", "identity", "pca"],
+    [
+        small(),
+        Projections.identity(tap_layers=(0, 3), hidden_size=7),
+        Projections.fit(Plane(), [np.full(50, 1)]),
+        Projections.whole_states(tap_layers=(0, 2), basis=small().basis),
+    ],
+    ids=["random", "identity", "pca", "whole"],
 )
 def test_saved_projections_load_as_they_were(projections: Projections, tmp_path: Path) -> None:
     projections.save(tmp_path / "p.safetensors")
@@ -121,6 +130,70 @@ def test_saved_projections_load_as_they_were(projections: Projections, tmp_path:
 def test_identity_projections_take_no_room(tmp_path: Path) -> None:
     Projections.identity(tap_layers=range(33), hidden_size=512).save(tmp_path / "p.safetensors")
     assert (tmp_path / "p.safetensors").stat().st_size < 2000
+
+
+def test_whole_states_are_normalised_and_differ_from_shared_taps_in_c_alone(
+    make_model: Callable[..., PreTrainedModel], tokenizer_json: bytes
+) -> None:
+    shared = Projections.random(tap_layers=range(4), hidden_size=24, tap_dim=24)
+    whole = Projections.whole_states(tap_layers=range(4), basis=shared.basis)
+    ids = np.arange(3, 15)
+    taps = {}
+    for projections in (shared, whole):
+        backbone = Backbone.from_model(make_model("llama"), tokenizer_json, projections=projections)
+        features = backbone.features(ids, 1, 4)
+        taps[projections.kind] = dequantise(features.tap_codes, features.tap_scales)
+        cursor = backbone.cursor()
+        np.testing.assert_allclose(cursor.extend(ids[:-1]).taps, taps[projections.kind][-1], atol=0.05)
+        basis = backbone.output_basis
+    states = backbone.read_states(ids)[0][:-1].astype(np.float64)
+    normalised = states / np.sqrt((states**2).mean(axis=2, keepdims=True) + 1e-6)
+    # To half an int8 step of the largest entry.
+    assert (np.abs(taps["whole"] - normalised) <= 0.51 / 127 * np.abs(normalised).max(axis=2, keepdims=True)).all()
+    turned = np.einsum("ptd,tkd->ptk", taps["whole"], shared.taps)
+    np.testing.assert_allclose(turned, taps["random"], atol=0.1)
+    assert basis.digest == shared.output_basis(backbone.model.lm_head.weight.numpy()).digest
+    assert whole.digest != shared.digest
+    assert whole.digest != Projections.identity(tap_layers=range(4), hidden_size=24).digest
+    assert whole.digest != Projections.whole_states(tap_layers=range(4), basis=-shared.basis).digest
+
+
+@pytest.mark.parametrize("kind", ["random", "identity", "whole"])
+def test_kept_taps_are_those_of_the_whole_and_cost_fewer_bytes(
+    make_model: Callable[..., PreTrainedModel], tokenizer_json: bytes, kind: str
+) -> None:
+    random = Projections.random(tap_layers=range(4), hidden_size=24, tap_dim=8, basis_dim=8)
+    everything = {
+        "random": random,
+        "identity": Projections.identity(tap_layers=range(4), hidden_size=24),
+        "whole": Projections.whole_states(tap_layers=range(4), basis=random.basis),
+    }[kind]
+    fewer = everything.keep_taps((1, 3))
+    assert (fewer.tap_layers, fewer.num_taps, fewer.kind) == ((1, 3), 2, kind)
+    assert fewer.digest != everything.digest
+    ids = np.arange(3, 15)
+    model = make_model("llama")
+    all_features, few_features = (
+        Backbone.from_model(model, tokenizer_json, projections=p).features(ids, 1, 4) for p in (everything, fewer)
+    )
+    np.testing.assert_array_equal(few_features.tap_scales, all_features.tap_scales[:, [1, 3]])
+    np.testing.assert_array_equal(few_features.tap_codes, all_features.tap_codes[:, [1, 3]])
+    sizes = [CODECS["int8"].num_bytes(p.num_taps, p.tap_dim) for p in (everything, fewer)]
+    assert sizes[0] == 2 * sizes[1] and few_features.tap_codes.nbytes * 2 == all_features.tap_codes.nbytes
+
+
+def test_taps_are_spread_evenly_with_the_last() -> None:
+    assert spread_taps(33, 33) == tuple(range(33))
+    assert spread_taps(33, 8) == (3, 7, 11, 15, 19, 23, 27, 32)
+    assert spread_taps(33, 1) == (32,)
+    with pytest.raises(InputError, match="count is 8, expected 1 to 7"):
+        spread_taps(7, 8)
+
+
+@pytest.mark.parametrize("indices", [(), (1, 0), (-1, 0), (0, 2), (0, 0)])
+def test_taps_that_are_not_there_are_refused(indices: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="tap indices are"):
+        small().keep_taps(indices)
 
 
 def test_the_digest_covers_what_changes_a_tap() -> None:

@@ -13,8 +13,9 @@ from cotune.errors import InputError, NonFiniteLossError
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import Correction
 from cotune.models.spa_ladder import SpaLadder, SpaLadderConfig
+from cotune.models.tap_ladder import TapLadder, TapLadderConfig
 from cotune.tuning.loop import LoopConfig, LoopProgress
-from cotune.tuning.side import SideConfig, fresh_ladder, tune_side
+from cotune.tuning.side import AttentionShape, SideConfig, fresh_ladder, tune_side
 from cotune.tuning.side_evaluation import nats_per_token
 from cotune.wire.codec import quantise
 
@@ -111,6 +112,41 @@ def test_any_side_network_can_be_trained(draw_world: Callable[..., Any]) -> None
     result = tune_side(features, basis, CONFIG, network=network)
     assert result.network is network
     assert nats_per_token(features, network, basis, "parallel") < base_nats(features) - 0.2
+
+
+def test_the_published_ladder_needs_whole_states(draw_world: Callable[..., Any], output_basis: OutputBasis) -> None:
+    features = draw_world(200, 1).features(10)
+    config = replace(CONFIG, is_published=True, dropout=0.1)
+    with pytest.raises(InputError, match="taps are 8 wide and corrections 12, expected both 6"):
+        tune_side(features, output_basis, config)
+    whole = replace(features, hidden=np.zeros((200, 8), np.float16))
+    basis = OutputBasis.from_matrix(np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32))
+    network = tune_side(whole, basis, config).network
+    assert isinstance(network, SpaLadder)
+    assert (network.config.side_width, network.config.hidden_size, network.config.dropout) == (8, 8, 0.1)
+    with pytest.raises(InputError, match="is_published"):
+        SideConfig(is_published=True, attention=AttentionShape())
+
+
+def test_int4_taps_can_be_learnt_from(draw_world: Callable[..., Any], output_basis: OutputBasis) -> None:
+    features, heldout = draw_world(600, 1).features(10), draw_world(200, 2).features(10)
+    config = replace(CONFIG, loop=LoopConfig(epochs=10, learning_rate=0.02))
+    fine, coarse = (tune_side(part, output_basis, config).network for part in (features, features.with_int4_taps()))
+    coarse_heldout = heldout.with_int4_taps()
+    served, mismatched = (
+        nats_per_token(coarse_heldout, network, output_basis, "parallel") for network in (coarse, fine)
+    )
+    assert served < mismatched < base_nats(heldout) - 1, "whoever was trained on int4 taps reads them best"
+
+
+@pytest.mark.parametrize("side_width", [16, 32, 64, 128])
+@pytest.mark.parametrize("tap_dim", [8, 6])
+def test_every_width_fits_the_same_budget(side_width: int, tap_dim: int) -> None:
+    """Shared taps against wider personal ones, at equal parameters."""
+    config = TapLadderConfig.for_budget(60_000, num_taps=3, tap_dim=tap_dim, basis_dim=12, side_width=side_width)
+    step = 2 * (2 * side_width + 1)
+    assert 60_000 - step < config.num_parameters <= 60_000
+    assert TapLadder(config).num_parameters == config.num_parameters
 
 
 def test_features_that_are_not_finite_end_in_a_clear_error(

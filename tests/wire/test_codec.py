@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from cotune.errors import FrameError
-from cotune.wire.codec import CODECS, TapCodec, dequantise, pack_taps, quantise, unpack_taps
+from cotune.wire.codec import CODECS, TapCodec, dequantise, pack_taps, quantise, quantise_int4, unpack_taps
 
 ANY_CODEC = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
 NORMAL = st.floats(-1000, 1000, width=32).filter(lambda x: x == 0 or abs(x) > 0.001)
@@ -103,6 +103,7 @@ def test_decode_gives_what_round_trip_promises(codec: TapCodec, taps: np.ndarray
 def test_sizes_and_names() -> None:
     assert {name: codec.num_bytes(33, 32) for name, codec in CODECS.items()} == {
         "int8": 1122,
+        "int4": 594,
         "float16": 2112,
         "float32": 4224,
     }
@@ -132,6 +133,27 @@ def test_what_quantise_never_gives_is_refused() -> None:
         unpack_taps(pack_taps(one * -128, np.ones(1, dtype=np.float16)), 1, 2)
     with pytest.raises(FrameError, match="nan or infinite"):
         CODECS["float16"].decode(np.array([np.nan], dtype="<f2").tobytes(), 1, 1)
+
+
+def test_int4_by_hand() -> None:
+    """absmax 14 gives scale 2; the codes are 7, -2 (half to even) and 1, as 15, 6, 9 and a filling 8."""
+    taps = np.array([[14.0, -3.0, 2.0]], dtype=np.float32)
+    codes, scales = quantise_int4(taps)
+    assert codes.tolist() == [[7, -2, 1]] and scales == np.float16(2)
+    data = CODECS["int4"].encode(taps)
+    assert data == bytes.fromhex("0040 6f 89")
+    assert CODECS["int4"].decode(data, 1, 3).tolist() == [[14.0, -4.0, 2.0]]
+    for wrong in ("0040 60 89", "0040 6f 79"):  # a code of -8; another filling
+        with pytest.raises(FrameError, match="half byte"):
+            CODECS["int4"].decode(bytes.fromhex(wrong), 1, 3)
+
+
+@given(TAPS)
+def test_the_error_of_int4_is_at_most_half_a_step(taps: np.ndarray) -> None:
+    codes, scales = quantise_int4(taps)
+    step = scales.astype(np.float32)[:, None]
+    assert np.abs(codes).max() <= 7
+    assert (np.abs(dequantise(codes, scales) - taps) <= 0.51 * step + 7 * 2.0**-24).all()
 
 
 @given(st.binary(max_size=64), st.integers(0, 4), st.integers(0, 9), st.sampled_from(sorted(CODECS)))
