@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,20 @@ import torch
 from loopback_breakdown import measure_parts
 from measurement import Spread, Target, describe_machine, finish, make_parser
 from persona import cloud_process, heldout_prompts, load_plugin
-from starlette.applications import Starlette
-from starlette.routing import WebSocketRoute
-from starlette.websockets import WebSocket
+from raw_server import raw_server
 from synthetic_plugin import random_plugin
 from timed_generation import TimedGeneration, Totals
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from cotune.cloud.asgi_connection import AsgiConnection
 from cotune.cloud.host import HostConfig, host
 from cotune.cloud.hosted import HostedModel
-from cotune.errors import ConnectionLostError, CotuneError
+from cotune.errors import CotuneError
 from cotune.generation.request import ANSWERS, SCHEDULES
 from cotune.generation.text import TextCodec
 from cotune.models.backbone import Backbone
 from cotune.plugin import Plugin
-from cotune.wire.asgi_server import ServerConfig, run_server
 from cotune.wire.event_loop import run_coroutine
+from cotune.wire.transport import Connection
 
 MOST_SLOWER = 1.15
 _LINE_LIMIT = 64 * 1024 * 1024
@@ -142,23 +139,13 @@ async def serving(backbone: Backbone) -> AsyncIterator[str]:
 async def echoing(num_bytes: int) -> AsyncIterator[str]:
     """The URL of a server that answers each message with one of `num_bytes` bytes."""
 
-    async def answer(websocket: WebSocket) -> None:
-        await websocket.accept()
-        connection = AsgiConnection(websocket)
-        with suppress(ConnectionLostError):
-            while True:
-                await connection.receive(60.0)
-                await connection.send(bytes(num_bytes))
+    async def answer(connection: Connection) -> None:
+        while True:
+            await connection.receive(60.0)
+            await connection.send(bytes(num_bytes))
 
-    stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
-    config = ServerConfig(with_websockets=True, grace_s=1.0)
-    application = Starlette(routes=[WebSocketRoute("/", answer)])
-    task = asyncio.create_task(run_server(application, config, on_ready=ready.set_result, stop=stop))
-    try:
-        yield config.url("ws", await ready)
-    finally:
-        stop.set()
-        await task
+    async with raw_server(answer) as url:
+        yield url
 
 
 async def compare(

@@ -536,10 +536,10 @@ def main(model: str, threads: int) -> None:
     # Before PyTorch is loaded, as the `cotune` command does.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     import torch
+    from raw_server import raw_server
 
     from cotune.models.backbone import Backbone
     from cotune.wire.event_loop import run_coroutine
-    from cotune.wire.websocket import serve
 
     torch.set_num_threads(threads)
     backbone = Backbone.from_pretrained(model)
@@ -548,9 +548,9 @@ def main(model: str, threads: int) -> None:
     cloud = SplitCloud(backbone)
 
     async def run() -> None:
-        server = await serve(cloud.handle, port=0)
-        print(json.dumps({"url": server.url, "shape": asdict(LayerShape.of(backbone.model))}), flush=True)
-        await asyncio.Event().wait()
+        async with raw_server(cloud.handle) as url:
+            print(json.dumps({"url": url, "shape": asdict(LayerShape.of(backbone.model))}), flush=True)
+            await asyncio.Event().wait()
 
     run_coroutine(run())
 

@@ -8,8 +8,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from cotune.cloud.host import HostConfig, host
 from cotune.cloud.hosted import HostedModel
-from cotune.cloud.service import CloudService
 from cotune.data import DEMO_PERSONA, persona_split
 from cotune.data.templates import Example, common_prompt_format, format_answer, format_request
 from cotune.device.features import RemoteFeatureSource
@@ -22,22 +22,25 @@ from cotune.tuning.personal import PersonalConfig, PublicParts, tune_plugin
 from cotune.tuning.side import SideConfig
 from cotune.wire.emulator import EmulatedConnection, NetworkProfile
 from cotune.wire.frames import AssetKind
-from cotune.wire.websocket import connect, serve
+from cotune.wire.websocket import connect
 
 
 def run_cloud(ready: threading.Event, done: threading.Event, address: list[str]) -> None:
     """Host the built-in model in a thread of its own."""
 
-    async def host() -> None:
-        service = CloudService(HostedModel.of(Backbone.from_pretrained("starter")))
-        server = await serve(service.handle)
-        address.append(server.url)
+    def on_ready(url: str) -> None:
+        address.append(url)
         ready.set()
-        await asyncio.to_thread(done.wait)
-        await server.close()
-        service.close()
 
-    asyncio.run(host())
+    async def run() -> None:
+        stop = asyncio.Event()
+        model = HostedModel.of(Backbone.from_pretrained("starter"))
+        cloud = asyncio.create_task(host(model, HostConfig(port=0), on_ready=on_ready, stop=stop))
+        await asyncio.to_thread(done.wait)
+        stop.set()
+        await cloud
+
+    asyncio.run(run())
 
 
 ready, done, address = threading.Event(), threading.Event(), []
