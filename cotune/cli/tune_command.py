@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cotune.tuning.lora import LoraResult
 
 METHODS = ("lora", "adapter", "side")
+SIDES = ("ladder", "attention")
 SIDE_INITS = ("random", "backbone")
 
 
@@ -73,6 +74,8 @@ def tune(
     """
     if method not in METHODS:
         raise InputError(f"--method is {method!r}, expected one of {', '.join(METHODS)}")
+    if side not in SIDES:
+        raise InputError(f"--side is {side!r}, expected one of {', '.join(SIDES)}")
     if side_init not in SIDE_INITS:
         raise InputError(f"--side-init is {side_init!r}, expected one of {', '.join(SIDE_INITS)}")
     if side_init == "backbone" and side != "attention":

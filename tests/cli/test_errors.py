@@ -130,6 +130,8 @@ def test_bad_data_is_refused_with_its_file_and_line(run: Any, here: Path, comman
             "tune starter good.jsonl --out fresh --method side --side-init backbone",
             "expected --side attention, or random",
         ),
+        ("tune starter good.jsonl --out fresh --side lstm", "--side is 'lstm', expected one of ladder, attention"),
+        ("device tune good.jsonl --cloud {nobody} --out fresh --side lstm", "side is 'lstm', expected one of ladder"),
         (
             "tune starter good.jsonl --out fresh --side-init zeros",
             "--side-init is 'zeros', expected one of random, backbone",
