@@ -6,16 +6,6 @@ are here, with what is wrong.
 
 from __future__ import annotations
 
-# method: parameters %, inference s, network s, total s, M, Rouge-L on XSum and on CoQA
-_TABLE_1_COLUMNS = ("percent", "inference_s", "network_s", "total_s", "m", "xsum", "coqa")
-_TABLE_1_ROWS = {
-    "lora": (0.19, 3.26, 6.37, 9.63, 32, 38.24, 40.32),
-    "adapter": (0.38, 3.32, 12.56, 15.88, 64, 38.18, 40.51),
-    "ladder": (0.20, 3.29, 0.31, 3.60, 1.0, 28.78, 31.24),
-    "spa": (0.21, 3.30, 0.18, 3.48, 0.62, 35.52, 37.30),
-}
-TABLE_1 = {name: dict(zip(_TABLE_1_COLUMNS, row, strict=True)) for name, row in _TABLE_1_ROWS.items()}
-
 TABLE_2 = {
     # mode: Rouge-L on four data sets, and the share of tokens that ask the device
     "integration": {"xsum": 36.24, "cnn_dailymail": 40.55, "coqa": 38.81, "sciq": 25.91, "m": 1.0},

@@ -114,7 +114,7 @@ def tune(
         "seed": seed,
     }
     write_config(run, "cotune tune", settings)
-    work = {"lora": _tune_lora, "adapter": _tune_adapter, "side": _tune_side}[method]
+    work = _tune_side if method == "side" else _tune_attached
     with progress(f"tuning with {method}", enabled=not as_json) as advance:
         summary = work(
             backbone,
@@ -143,7 +143,7 @@ def _is_result(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("plugin.json", "adapter_config.json", "bottleneck.safetensors"))
 
 
-def _tune_lora(
+def _tune_attached(
     backbone: Backbone,
     examples: list[Example],
     settings: dict[str, Any],
@@ -153,61 +153,30 @@ def _tune_lora(
     tell: Any,
 ) -> dict[str, Any]:
     from cotune.models.adapters import LoraShape
+    from cotune.tuning.adapter import AdapterConfig, tune_adapter
     from cotune.tuning.loop import LoopConfig
     from cotune.tuning.lora import LoraConfig, tune_lora
     from cotune.tuning.personal import encode_examples, split_examples
 
+    method, seed = settings["method"], settings["seed"]
     encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, settings["max_length"])
-    train, first, second = split_examples(encoded, settings["heldout_share"], settings["seed"])
-    config = LoraConfig(
-        loop=LoopConfig(epochs=settings["epochs"] or 3, learning_rate=settings["learning_rate"] or 1e-3),
-        shape=LoraShape(rank=settings["rank"]),
-        seed=settings["seed"],
-    )
-    result = tune_lora(
-        backbone,
-        train,
-        config,
-        heldout=[*first, *second],
-        run_dir=run / "lora",
-        resume=resume,
-        progress=lambda p: tell("lora", p.step, p.num_steps, f"loss {p.loss:.3f}"),
-    )
-    result.adapter.save(out, backbone.model)
-    return _summary(result)
-
-
-def _tune_adapter(
-    backbone: Backbone,
-    examples: list[Example],
-    settings: dict[str, Any],
-    out: Path,
-    run: Path,
-    resume: bool,
-    tell: Any,
-) -> dict[str, Any]:
-    from cotune.tuning.adapter import AdapterConfig, tune_adapter
-    from cotune.tuning.loop import LoopConfig
-    from cotune.tuning.personal import encode_examples, split_examples
-
-    encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, settings["max_length"])
-    train, first, second = split_examples(encoded, settings["heldout_share"], settings["seed"])
-    config = AdapterConfig(
-        loop=LoopConfig(epochs=settings["epochs"] or 3, learning_rate=settings["learning_rate"] or 1e-3),
-        width=settings["width"],
-        seed=settings["seed"],
-    )
-    result = tune_adapter(
-        backbone,
-        train,
-        config,
-        heldout=[*first, *second],
-        run_dir=run / "adapter",
-        resume=resume,
-        progress=lambda p: tell("adapter", p.step, p.num_steps, f"loss {p.loss:.3f}"),
-    )
-    result.adapter.save(out)
-    return _summary(result)
+    train, first, second = split_examples(encoded, settings["heldout_share"], seed)
+    loop = LoopConfig(epochs=settings["epochs"] or 3, learning_rate=settings["learning_rate"] or 1e-3)
+    how: dict[str, Any] = {
+        "heldout": [*first, *second],
+        "run_dir": run / method,
+        "resume": resume,
+        "progress": lambda p: tell(method, p.step, p.num_steps, f"loss {p.loss:.3f}"),
+    }
+    if method == "lora":
+        lora = tune_lora(
+            backbone, train, LoraConfig(loop=loop, shape=LoraShape(rank=settings["rank"]), seed=seed), **how
+        )
+        lora.adapter.save(out, backbone.model)
+        return _summary(lora)
+    adapter = tune_adapter(backbone, train, AdapterConfig(loop=loop, width=settings["width"], seed=seed), **how)
+    adapter.adapter.save(out)
+    return _summary(adapter)
 
 
 def _summary(result: LoraResult | AdapterResult) -> dict[str, Any]:

@@ -215,23 +215,24 @@ class Engine:
         return min((row.due_s for row in self._rows.values() if row.due_s is not None), default=None)
 
     def _next_batch(self, now_s: float) -> list[_Job]:
-        wanting: list[Row] = []
+        # With the chance that its step is of use, which is worth computing once.
+        wanting: list[tuple[float, Row]] = []
         for row in list(self._rows.values()):
             if row.steps.wants_step() and not row.is_blocked:
-                wanting.append(row)
-                if row.place.wanting_since_s is None and row.steps.chance == 1.0:
+                chance = row.steps.chance
+                wanting.append((chance, row))
+                if row.place.wanting_since_s is None and chance == 1.0:
                     row.place.wanting_since_s = now_s
             else:
                 row.on_idle(now_s)
         # First those whose step is surely of use, among equals who has waited longest.
-        wanting.sort(key=lambda row: (-row.steps.chance, row.place.last_pass))
+        wanting.sort(key=lambda one: (-one[0], one[1].place.last_pass))
         jobs: list[_Job] = []
         num_rows = prompt_tokens = 0
         tokens = 0.0
-        for row in wanting:
+        for chance, row in wanting:
             if num_rows >= self.config.max_batch_rows:
                 break
-            chance = row.steps.chance
             # Running ahead is for room that is (nearly) free.
             if jobs and chance < 1.0 and not self._pass_time.is_worth(chance, num_rows=num_rows, tokens=tokens):
                 break

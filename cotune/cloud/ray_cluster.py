@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from cotune.cloud.plain_source import plain_chat_format
 from cotune.cloud.service import CloudService
 from cotune.errors import InputError
 from cotune.openai_api.bearer import BearerTokens
+from cotune.wire.event_loop import asked_to_end
 
 _APPLICATION = "cotune"
 
@@ -95,17 +95,14 @@ async def host_on_ray(
     check_ray()
     stop = stop or asyncio.Event()
     tokens = None if config.token_file is None else BearerTokens.read(config.token_file)
-    loop = asyncio.get_running_loop()
     started = await asyncio.to_thread(_start, load, config, cluster, tokens)
-    # After Ray's own, which would end this process without draining.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(number, stop.set)
-    try:
-        on_ready(started.url)
-        await stop.wait()
-    finally:
-        await asyncio.to_thread(started.close, cluster.drain_timeout_s)
+    # After Ray's own handlers, which would end this process without draining.
+    with asked_to_end(stop.set):
+        try:
+            on_ready(started.url)
+            await stop.wait()
+        finally:
+            await asyncio.to_thread(started.close, cluster.drain_timeout_s)
 
 
 def _start(

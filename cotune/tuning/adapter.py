@@ -6,23 +6,16 @@ Loss, loop and batches are those of LoRA in `cotune.tuning.lora`; peft 0.21 has 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from cotune.data.batches import EncodedExample, TokenBatch
+from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
 from cotune.models.bottleneck import BottleneckAdapter
-from cotune.tuning.answer_loss import TokenBatches, answer_nats, digest_examples
-from cotune.tuning.gradient import GradientState
-from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
-from cotune.tuning.tuner import Metrics, Params
+from cotune.tuning.attached import AttachedTuner, check_attached, tune_attached
+from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,39 +38,11 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.width < 1:
             raise InputError(f"width is {self.width}, expected at least 1")
-        if self.num_batch_sequences < 1:
-            raise InputError(f"num_batch_sequences is {self.num_batch_sequences}, expected at least 1")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay is {self.weight_decay}, expected 0 or more")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"max_grad_norm is {self.max_grad_norm}, expected a positive number")
+        check_attached(self)
 
 
-class AdapterTuner:
-    """Gradient descent on -log p(target) with an adapter's tensors as parameters.
-
-    Args:
-        model: with an adapter attached; its own adapter weights are not touched.
-        config: weight decay and clipping.
-    """
-
-    def __init__(self, model: PreTrainedModel, config: AdapterConfig) -> None:
-        self._model, self._config = model, config
-
-    def init(self, params: Params) -> GradientState:
-        return GradientState.start(params, weight_decay=self._config.weight_decay)
-
-    def step(self, state: GradientState, batch: TokenBatch) -> tuple[GradientState, Metrics]:
-        loss = self._nats(state.params, batch).mean()
-        return state, state.descend(loss, max_grad_norm=self._config.max_grad_norm)
-
-    @torch.no_grad()
-    def evaluate(self, state: GradientState, batch: TokenBatch) -> tuple[float, int]:
-        nats = self._nats(state.params, batch)
-        return float(nats.double().sum()), len(nats)
-
-    def _nats(self, params: dict[str, Tensor], batch: TokenBatch) -> Tensor:
-        return answer_nats(self._model, self._model.get_output_embeddings(), params, batch)
+class AdapterTuner(AttachedTuner):
+    """Descent with the bottlenecks' tensors as parameters; see `AttachedTuner`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,27 +92,20 @@ def tune_adapter(
         >>> with result.adapter.attach(backbone.model):  # doctest: +SKIP
         ...     generation = generate(backbone, None, request)
     """
-    size, pad_token_id = config.num_batch_sequences, backbone.spec.pad_token_id
-    batches = TokenBatches(examples, size, pad_token_id=pad_token_id, seed=config.seed)
-    judges = TokenBatches(heldout, size, pad_token_id=pad_token_id, seed=0) if heldout else None
     fresh = BottleneckAdapter.fresh(backbone.model, config.width, seed=config.seed)
-    about = repr((config, backbone.spec.backbone_digest, digest_examples(examples, heldout)))
-    with fresh.attach(backbone.model) as model:
-        tuner = AdapterTuner(model, config)
-        result = run_loop(
-            tuner,
-            tuner.init({name: tensor.to(model.device) for name, tensor in fresh.params.items()}),
-            batches,
-            config.loop,
-            heldout=judges,
-            run_dir=run_dir,
-            fingerprint=hashlib.sha256(about.encode()).hexdigest(),
-            resume=resume,
-            progress=progress,
-        )
-    trained = {name: parameter.detach().cpu() for name, parameter in result.state.params.items()}
+    params, result = tune_attached(
+        backbone,
+        fresh,
+        AdapterTuner,
+        examples,
+        config,
+        heldout=heldout,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+    )
     return AdapterResult(
-        adapter=BottleneckAdapter(width=config.width, params=trained),
+        adapter=BottleneckAdapter(width=config.width, params=params),
         config=config,
         curve=result.curve,
         best_epoch=result.best_epoch,

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from cotune.errors import InputError
 from cotune.generation.gate import Gate
-from cotune.tuning.gradient import GradientState
+from cotune.tuning.gradient import GradientState, check_descent
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
 from cotune.tuning.positions import PositionBatches
 from cotune.tuning.side_evaluation import SideEvaluation
@@ -58,10 +58,7 @@ class GateConfig:
             raise InputError(f"price_nats is {self.price_nats}, expected 0 or more")
         if self.num_batch_positions < 1:
             raise InputError(f"num_batch_positions is {self.num_batch_positions}, expected at least 1")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay is {self.weight_decay}, expected 0 or more")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"max_grad_norm is {self.max_grad_norm}, expected a positive number")
+        check_descent(weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,18 @@ PARAMETER = "parameter."
 MEMORIES = ("step", "exp_avg", "exp_avg_sq")
 
 
+def check_descent(*, weight_decay: float, max_grad_norm: float) -> None:
+    """Refuse settings of a descent that make no sense.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    if not weight_decay >= 0:
+        raise InputError(f"weight_decay is {weight_decay}, expected 0 or more")
+    if not max_grad_norm > 0:
+        raise InputError(f"max_grad_norm is {max_grad_norm}, expected a positive number")
+
+
 @dataclass
 class GradientState:
     """Parameters, their AdamW moments and the number of steps taken.

@@ -6,25 +6,19 @@ at target positions alone. The frozen backbone carries the adapter only while it
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import peft
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from cotune.data.batches import EncodedExample, TokenBatch
+from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
-from cotune.tuning.answer_loss import TokenBatches, answer_nats, digest_examples
-from cotune.tuning.gradient import GradientState
-from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
-from cotune.tuning.tuner import Metrics, Params
+from cotune.tuning.attached import AttachedTuner, check_attached, tune_attached
+from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
 from cotune.wire.features import FeatureSource
 
 
@@ -46,39 +40,11 @@ class LoraConfig:
     """Of the initial adapter and the order of sequences."""
 
     def __post_init__(self) -> None:
-        if self.num_batch_sequences < 1:
-            raise InputError(f"num_batch_sequences is {self.num_batch_sequences}, expected at least 1")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay is {self.weight_decay}, expected 0 or more")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"max_grad_norm is {self.max_grad_norm}, expected a positive number")
+        check_attached(self)
 
 
-class LoraTuner:
-    """Gradient descent on -log p(target) with an adapter's tensors as parameters.
-
-    Args:
-        model: with an adapter attached; its own adapter weights are not touched.
-        config: weight decay and clipping.
-    """
-
-    def __init__(self, model: peft.PeftModel, config: LoraConfig) -> None:
-        self._model, self._config = model, config
-
-    def init(self, params: Params) -> GradientState:
-        return GradientState.start(params, weight_decay=self._config.weight_decay)
-
-    def step(self, state: GradientState, batch: TokenBatch) -> tuple[GradientState, Metrics]:
-        loss = self._nats(state.params, batch).mean()
-        return state, state.descend(loss, max_grad_norm=self._config.max_grad_norm)
-
-    @torch.no_grad()
-    def evaluate(self, state: GradientState, batch: TokenBatch) -> tuple[float, int]:
-        nats = self._nats(state.params, batch)
-        return float(nats.double().sum()), len(nats)
-
-    def _nats(self, params: dict[str, Tensor], batch: TokenBatch) -> Tensor:
-        return answer_nats(self._model, self._model.get_output_embeddings(), params, batch)
+class LoraTuner(AttachedTuner):
+    """Descent with the LoRA's tensors as parameters; see `AttachedTuner`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,25 +94,20 @@ def tune_lora(
         >>> with result.adapter.attach(backbone.model):  # doctest: +SKIP
         ...     generation = generate(backbone, None, request)
     """
-    size, pad_token_id = config.num_batch_sequences, backbone.spec.pad_token_id
-    batches = TokenBatches(examples, size, pad_token_id=pad_token_id, seed=config.seed)
-    judges = TokenBatches(heldout, size, pad_token_id=pad_token_id, seed=0) if heldout else None
-    adapter = LoraAdapter.fresh(backbone.model, config.shape, seed=config.seed)
-    with adapter.attach(backbone.model) as model:
-        tuner = LoraTuner(model, config)
-        result = run_loop(
-            tuner,
-            tuner.init({name: tensor.to(model.device) for name, tensor in adapter.params.items()}),
-            batches,
-            config.loop,
-            heldout=judges,
-            run_dir=run_dir,
-            fingerprint=_fingerprint(backbone, examples, heldout, config),
-            resume=resume,
-            progress=progress,
-        )
+    fresh = LoraAdapter.fresh(backbone.model, config.shape, seed=config.seed)
+    params, result = tune_attached(
+        backbone,
+        fresh,
+        LoraTuner,
+        examples,
+        config,
+        heldout=heldout,
+        run_dir=run_dir,
+        resume=resume,
+        progress=progress,
+    )
     return LoraResult(
-        adapter=LoraAdapter(shape=config.shape, params={n: p.detach().cpu() for n, p in result.state.params.items()}),
+        adapter=LoraAdapter(shape=config.shape, params=params),
         config=config,
         curve=result.curve,
         best_epoch=result.best_epoch,
@@ -162,13 +123,3 @@ def target_nats(source: FeatureSource, examples: Sequence[EncodedExample]) -> ND
         raise InputError("there are no examples, expected at least one")
     features = [source.features(example.input_ids, example.first_target, 1) for example in examples]
     return np.concatenate([each.log_normalizer - each.target_logits for each in features])
-
-
-def _fingerprint(
-    backbone: Backbone,
-    examples: Sequence[EncodedExample],
-    heldout: Sequence[EncodedExample],
-    config: LoraConfig,
-) -> str:
-    about = repr((config, backbone.spec.backbone_digest, digest_examples(examples, heldout)))
-    return hashlib.sha256(about.encode()).hexdigest()

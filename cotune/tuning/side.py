@@ -26,7 +26,7 @@ from cotune.models.spa_ladder import SpaLadder, SpaLadderConfig
 from cotune.models.tap_ladder import TapLadder, TapLadderConfig
 from cotune.tuning.corrected_loss import BaseTable, KnownBase, corrected_nats
 from cotune.tuning.feature_set import FeatureSet
-from cotune.tuning.gradient import GradientState
+from cotune.tuning.gradient import GradientState, check_descent
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
 from cotune.tuning.positions import PositionBatches
 from cotune.tuning.sequences import SequenceBatch, SequenceData
@@ -113,10 +113,7 @@ class SideConfig:
             raise InputError("init is 'backbone', expected 'random' for a side network without attention")
         if self.num_batch_positions < 1:
             raise InputError(f"num_batch_positions is {self.num_batch_positions}, expected at least 1")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay is {self.weight_decay}, expected 0 or more")
-        if not self.max_grad_norm > 0:
-            raise InputError(f"max_grad_norm is {self.max_grad_norm}, expected a positive number")
+        check_descent(weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
 
     @property
     def prompt_window(self) -> int:

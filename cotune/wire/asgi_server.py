@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import signal
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import uvicorn
 
 from cotune.errors import InputError
+from cotune.wire.event_loop import asked_to_end
 from cotune.wire.frame import MAX_FRAME_BYTES
 from cotune.wire.impatient_protocols import Patience, impatient_http, impatient_websocket
 
@@ -168,21 +168,13 @@ async def _run(
                 wait.cancel()
             server.end()
 
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
-        # Only the main thread of a process may handle signals; elsewhere `stop` is the way.
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(number, end)
-    waiter = asyncio.create_task(wait_for_end())
-    try:
-        await server.serve([listener])
-    finally:
-        waiter.cancel()
-        await asyncio.gather(waiter, return_exceptions=True)
-        for number in numbers:
-            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-                loop.remove_signal_handler(number)
+    with asked_to_end(end):
+        waiter = asyncio.create_task(wait_for_end())
+        try:
+            await server.serve([listener])
+        finally:
+            waiter.cancel()
+            await asyncio.gather(waiter, return_exceptions=True)
 
 
 def _listening_socket(config: ServerConfig) -> socket.socket:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
-from collections.abc import Coroutine
+import signal
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -30,3 +32,23 @@ def run_coroutine(work: Coroutine[Any, Any, T]) -> T:
     """
     with make_runner() as runner:
         return runner.run(work)
+
+
+@contextlib.contextmanager
+def asked_to_end(handle: Callable[[], None]) -> Iterator[None]:
+    """Within it SIGINT and SIGTERM call `handle` in the running loop and do nothing else.
+
+    Only the main thread of a process may handle signals; in another one, and where the system knows none, nothing is
+    changed, and there has to be another way to ask.
+    """
+    loop = asyncio.get_running_loop()
+    handled: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            loop.add_signal_handler(number, handle)
+            handled.append(number)
+    try:
+        yield
+    finally:
+        for taken in handled:
+            loop.remove_signal_handler(taken)

@@ -1,0 +1,145 @@
+"""Training of what is attached to a frozen backbone in this process: LoRA, bottleneck adapters.
+
+They differ in what is attached; loss, batches, descent and checkpoints are the same and are here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cotune.data.batches import EncodedExample, TokenBatch
+from cotune.errors import InputError
+from cotune.models.backbone import Backbone
+from cotune.tuning.answer_loss import TokenBatches, answer_nats, digest_examples
+from cotune.tuning.gradient import GradientState, check_descent
+from cotune.tuning.loop import LoopConfig, LoopProgress, LoopResult, run_loop
+from cotune.tuning.tuner import Metrics, Params
+
+
+class AttachedConfig(Protocol):
+    """What the configurations of these methods have in common. Their `repr` tells which run a checkpoint is of."""
+
+    @property
+    def loop(self) -> LoopConfig: ...
+
+    @property
+    def num_batch_sequences(self) -> int: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def max_grad_norm(self) -> float: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+class Attachable(Protocol):
+    """An adapter apart from its model."""
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """Its tensors, by the names that they have in what `attach` gives."""
+        ...
+
+    def attach(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+        """Inside, the model is the adapted one; afterwards it is as before."""
+        ...
+
+
+def check_attached(config: AttachedConfig) -> None:
+    """Refuse settings that make no sense.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    if config.num_batch_sequences < 1:
+        raise InputError(f"num_batch_sequences is {config.num_batch_sequences}, expected at least 1")
+    check_descent(weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+
+
+class AttachedTuner:
+    """Gradient descent on -log p(target) with an adapter's tensors as parameters.
+
+    Args:
+        model: with an adapter attached; its own adapter weights are not touched.
+        config: weight decay and clipping.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: AttachedConfig) -> None:
+        self._model, self._config = model, config
+
+    def init(self, params: Params) -> GradientState:
+        return GradientState.start(params, weight_decay=self._config.weight_decay)
+
+    def step(self, state: GradientState, batch: TokenBatch) -> tuple[GradientState, Metrics]:
+        loss = self._nats(state.params, batch).mean()
+        return state, state.descend(loss, max_grad_norm=self._config.max_grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, state: GradientState, batch: TokenBatch) -> tuple[float, int]:
+        nats = self._nats(state.params, batch)
+        return float(nats.double().sum()), len(nats)
+
+    def _nats(self, params: dict[str, Tensor], batch: TokenBatch) -> Tensor:
+        return answer_nats(self._model, self._model.get_output_embeddings(), params, batch)
+
+
+def tune_attached(
+    backbone: Backbone,
+    fresh: Attachable,
+    make_tuner: type[AttachedTuner],
+    examples: Sequence[EncodedExample],
+    config: AttachedConfig,
+    *,
+    heldout: Sequence[EncodedExample],
+    run_dir: Path | None,
+    resume: bool,
+    progress: Callable[[LoopProgress], None] | None,
+) -> tuple[dict[str, Tensor], LoopResult[GradientState]]:
+    """Train an adapter; the backbone is as before afterwards.
+
+    Args:
+        backbone: serves nobody else meanwhile.
+        fresh: the adapter to start from.
+        make_tuner: of the method.
+        examples, heldout: to train on, and to judge each epoch by; empty `heldout`: the last epoch wins.
+        config: how to train.
+        run_dir: for metrics and checkpoints.
+        resume: go on from the checkpoint in `run_dir`, if there is one.
+        progress: called after each step.
+
+    Returns:
+        The adapter's trained tensors on the CPU, and how the loop went.
+
+    Raises:
+        InputError: nothing to train on.
+        NonFiniteLossError: a loss is nan or inf.
+    """
+    size, pad_token_id = config.num_batch_sequences, backbone.spec.pad_token_id
+    batches = TokenBatches(examples, size, pad_token_id=pad_token_id, seed=config.seed)
+    judges = TokenBatches(heldout, size, pad_token_id=pad_token_id, seed=0) if heldout else None
+    about = repr((config, backbone.spec.backbone_digest, digest_examples(examples, heldout)))
+    with fresh.attach(backbone.model) as model:
+        tuner = make_tuner(model, config)
+        result = run_loop(
+            tuner,
+            tuner.init({name: tensor.to(model.device) for name, tensor in fresh.params.items()}),
+            batches,
+            config.loop,
+            heldout=judges,
+            run_dir=run_dir,
+            fingerprint=hashlib.sha256(about.encode()).hexdigest(),
+            resume=resume,
+            progress=progress,
+        )
+    return {name: parameter.detach().cpu() for name, parameter in result.state.params.items()}, result
