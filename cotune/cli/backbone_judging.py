@@ -8,9 +8,9 @@ from cotune.cli.output import Advance
 from cotune.data.batches import fit_example
 from cotune.data.templates import Example
 from cotune.evaluation.judgement import Judgement, judge
-from cotune.generation.reference import generate
 from cotune.generation.request import GenerationRequest
 from cotune.generation.text import TextCodec
+from cotune.generation.together import generate_together
 from cotune.models.backbone import Backbone
 from cotune.tuning.lora import target_nats
 from cotune.tuning.personal import encode_examples
@@ -31,15 +31,16 @@ def judge_backbone(
     text = TextCodec(backbone.tokenizer_json)
     longest = backbone.spec.max_context
     examples = [fit_example(text.tokenizer, each, max_length=longest, room=max_new_tokens) for each in examples]
-    predictions = []
-    for number, example in enumerate(examples, start=1):
-        request = GenerationRequest(
+    requests = [
+        GenerationRequest(
             prompt_ids=text.encode_prompt(example.prompt),
             max_new_tokens=max_new_tokens,
             stop_token_ids=backbone.spec.eos_token_ids,
         )
-        predictions.append(text.decode(generate(backbone, None, request).token_ids))
-        advance(number, len(examples), "texts")
+        for example in examples
+    ]
+    written = generate_together(backbone, None, requests, tell=lambda num: advance(num, len(examples), "texts"))
+    predictions = [text.decode(one.token_ids) for one in written]
     encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description)
     return judge(
         [example.target for example in examples],

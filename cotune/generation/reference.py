@@ -93,8 +93,10 @@ def read_prompt(
     return cursor, features
 
 
-def stream(backbone: DecodingBackbone, personal: Personal | None, request: GenerationRequest) -> Iterator[Decision]:
-    """Decide token after token without end; the caller stops. See `generate`."""
+def begin(
+    backbone: DecodingBackbone, personal: Personal | None, request: GenerationRequest
+) -> tuple[Cursor, SideState | None, StepFeatures]:
+    """Read the prompt; a cursor after it, what the side network remembers, and the first token's features."""
     num_prompt = len(request.prompt_ids)
     side, first = None, num_prompt
     if personal is not None:
@@ -103,6 +105,12 @@ def stream(backbone: DecodingBackbone, personal: Personal | None, request: Gener
     if side is not None:
         for position, one in enumerate(before, start=first):
             side.read(position, *one.quantised_taps())
+    return cursor, side, features
+
+
+def stream(backbone: DecodingBackbone, personal: Personal | None, request: GenerationRequest) -> Iterator[Decision]:
+    """Decide token after token without end; the caller stops. See `generate`."""
+    cursor, side, features = begin(backbone, personal, request)
     while True:
         decision = decide(features, personal, request, cursor.length, side)
         yield decision

@@ -42,9 +42,22 @@ def find_ending(token_ids: Sequence[int], request: GenerationRequest, detokenize
         return Ending("end_token", len(token_ids))
     if request.stop_strings and detokenize is not None:
         text = detokenize(token_ids)
-        starts = [start for stop in request.stop_strings if (start := text.find(stop)) >= 0]
-        if starts:
-            return Ending("stop_string", len(token_ids), min(starts))
+        cut = first_stop(text, request.stop_strings)
+        if cut is not None:
+            return Ending("stop_string", len(token_ids), cut)
     if len(token_ids) >= request.max_new_tokens:
         return Ending("length", len(token_ids))
     return None
+
+
+def first_stop(text: str, stops: Sequence[str], begin: int = 0) -> int | None:
+    """Where the stop string begins that ends first, and of those that end together the longest; None without one.
+
+    So it does not matter in which pieces the text came.
+
+    Example:
+        >>> first_stop("bab", ["a", "bab"])
+        1
+    """
+    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop, begin)) >= 0]
+    return min(found)[1] if found else None

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 
+from cotune.generation.stopping import first_stop
 from cotune.openai_api.source import Finish, Piece
 
 
@@ -30,9 +31,8 @@ async def cut_at_stops(
         text += item.text
         held.append((item, len(text)))
         # A stop string that begins before what is shown would have been found by now.
-        starts = [start for stop in stops if (start := text.find(stop, num_shown)) >= 0]
-        if starts:
-            cut = min(starts)
+        cut = first_stop(text, stops, num_shown)
+        if cut is not None:
             while held and held[-1][1] - len(held[-1][0].text) >= cut:
                 held.pop()
             continue

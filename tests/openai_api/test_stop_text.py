@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cotune.openai_api.source import Finish, Piece
@@ -56,10 +56,12 @@ async def test_a_piece_is_shown_as_soon_as_it_is_no_beginning() -> None:
 
 
 @settings(max_examples=200, deadline=None)
+@example(["ba", "b"], ["a", "bab"])
 @given(st.lists(st.text("ab", max_size=3), max_size=8), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
 async def test_the_text_is_always_that_before_the_first_stop(texts: list[str], stops: list[str]) -> None:
     whole = "".join(texts)
-    starts = [whole.find(stop) for stop in stops if stop in whole]
+    # After each character: the longest stop string that ends with it, if any.
+    cuts = [(end, end - len(stop)) for end in range(len(whole) + 1) for stop in stops if whole[:end].endswith(stop)]
     shown, reason = await cut(texts, stops)
-    assert "".join(shown) == (whole[: min(starts)] if starts else whole)
-    assert reason == ("stop" if starts else "length")
+    assert "".join(shown) == (whole[: min(cuts)[1]] if cuts else whole)
+    assert reason == ("stop" if cuts else "length")
