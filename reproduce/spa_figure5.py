@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from spa_study import Mean, Page, Study, mode_runs, run_study
+from mean import Mean
+from spa_study import Page, Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.coloured_text import coloured_tokens, legend
 from cotune.evaluation.markup import Html, paragraph
@@ -14,7 +15,7 @@ def build(study: Study) -> Page:
     measured = {}
     sections = []
     for dataset in study.args.datasets:
-        runs = mode_runs(study, dataset, "spa")
+        runs = rows_of(study, dataset, plugin_row("spa"))
         example = runs[0]["example"]
         asked = Mean.of([run["consult_rate"] for run in runs])
         changed = Mean.of([run["changed_rate"] for run in runs])

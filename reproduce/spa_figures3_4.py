@@ -5,12 +5,19 @@ The curve is the loss on held-out training texts after every epoch, which all me
 
 from __future__ import annotations
 
+from mean import Mean
 from result_folder import Point, plot_lines
-from spa_study import Mean, Method, Page, Study, run_study
+from spa_study import Page, Study, run_study
+from spa_training import Method
 
 from cotune.evaluation.report import Section
 
-LINES = {"serial": "serial ladder (LST)", "parallel": "beside the backbone (SPA)", "lora": "LoRA in the cloud"}
+LINES = {
+    "serial ladder (LST)": Method(family="serial"),
+    "serial, attention, from the backbone (LST)": Method(family="serial", side="attention", init="backbone"),
+    "beside the backbone (SPA)": Method(family="parallel"),
+    "LoRA in the cloud": Method(family="lora"),
+}
 
 
 def build(study: Study) -> Page:
@@ -19,11 +26,11 @@ def build(study: Study) -> Page:
     sections = []
     for dataset in study.args.datasets:
         curves: dict[str, list[Point]] = {}
-        for family, label in LINES.items():
-            runs = study.runs(dataset, Method(family=family))
+        for label, method in LINES.items():
+            runs = study.runs(dataset, method)
             epochs = min(len(run["epochs"]) for run in runs)
             losses = [Mean.of([run["epochs"][i][2] for run in runs]) for i in range(epochs)]
-            measured.setdefault(dataset, {})[family] = losses
+            measured.setdefault(dataset, {})[label] = losses
             curves[label] = [loss.point(float(i)) for i, loss in enumerate(losses)]
         plot = plot_lines(
             dataset, "Mean over seeds, with 95 % intervals.", curves, x_label="epoch", y_label="nats per token"
@@ -37,9 +44,9 @@ def build(study: Study) -> Page:
         sections=sections,
         deviations=("The paper plots Rouge-L; the loss of held-out texts is less noisy and needs no decoding.",),
         lines=[
-            f"{dataset}, {LINES[family]}: {losses[0]!s} before, {min(loss.mean for loss in losses):.3f} at best"
-            for dataset, families in measured.items()
-            for family, losses in families.items()
+            f"{dataset}, {label}: {losses[0]!s} before, {min(loss.mean for loss in losses):.3f} at best"
+            for dataset, curves in measured.items()
+            for label, losses in curves.items()
         ],
     )
 

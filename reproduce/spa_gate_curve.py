@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from result_folder import Point, plot_lines
-from spa_study import Page, Study, mode_runs, run_study
+from spa_study import Page, Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.report import Section
 
@@ -33,7 +33,7 @@ def build(study: Study) -> Page:
     lines: dict[str, list[Point]] = {}
     measured = {}
     for dataset in study.args.datasets:
-        runs = mode_runs(study, dataset, "spa")
+        runs = rows_of(study, dataset, plugin_row("spa"))
         lines[dataset] = [(m, nats, None, None) for m, nats in runs[0]["gate_curve"]]
         measured[dataset] = {
             "curves": [run["gate_curve"] for run in runs],

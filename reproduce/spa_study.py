@@ -13,29 +13,32 @@ from typing import Any
 
 import torch
 from cells import Cells, OutOfTimeError, Value
-from result_folder import Point, write_results
-from spa_methods import (
+from result_folder import write_results
+from spa_judging import calibrated, judge_backbone, judge_plugin
+from spa_training import (
     FAMILIES,
+    HELDOUT_SHARE,
+    IN_CLOUD,
+    Method,
     Training,
-    judge_backbone,
-    judge_plugin,
+    cloud_for,
     parameter_budget,
     train_plugin,
-    trained_lora,
+    trained_in_cloud,
 )
 
 from cotune.cli.run_folder import versions
-from cotune.data.records import read_examples
+from cotune.data import DEMO_PERSONA, format_answer, format_request, persona_split, read_splits
 from cotune.data.templates import Example
-from cotune.errors import DataError, InputError
-from cotune.evaluation.intervals import student_interval
+from cotune.errors import CotuneError, InputError
 from cotune.evaluation.report import Section
 from cotune.models.backbone import Backbone
 from cotune.plugin import Plugin
+from cotune.tuning.personal import split_examples
 
 HERE = Path(__file__).parent
 # The meaning of a cell: one more, and all are run again.
-PROTOCOL = 1
+PROTOCOL = 2
 # Folders of `--data-root` for the names that the paper uses.
 DATASETS = {
     "xsum": ("xsum",),
@@ -43,7 +46,9 @@ DATASETS = {
     "coqa": ("coqa", "mctest_coqa_style"),
     "sciq": ("sciq",),
 }
-EPOCHS = {"lora": 3, "parallel": 12, "serial": 12}
+# Made, not read: the demo's persona, for whoever has no data.
+PERSONA = "persona"
+MAX_CONSULT_RATE = 0.25
 MODES = ("integration", "separation", "ladder", "spa")
 DEVIATIONS = (
     "Backbone, data and their amounts are those of the settings below, not Llama-7B and the whole data sets: scores "
@@ -51,21 +56,35 @@ DEVIATIONS = (
     "All methods have at most as many trainable parameters as the tap ladder; LoRA is on every linear layer. "
     "Down-projections are shared and frozen, taps are int8.",
     "The learning rate of every method and data set is the one with the least held-out training loss, seed 0.",
-    "The gate of spa and separation is trained by marginal likelihood and may ask for at most a quarter of the "
-    "held-out tokens; the paper's asks for 62 to 64 %.",
+    "The gate of spa and separation is trained by marginal likelihood and set to ask for at most a quarter of the "
+    "tokens that it writes on held-out texts; the paper's asks for 62 to 64 %.",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """A row of a table: which training, and which part of what it was judged by."""
+class Row:
+    """A row of a table.
 
-    family: str
-    remembers: bool = False
+    Attributes:
+        name: in the table.
+        method: what is trained; None for the base model.
+        mode: how a side network is used; does not matter for other methods.
+    """
 
-    @property
-    def name(self) -> str:
-        return f"{self.family}, attention" if self.remembers else self.family
+    name: str
+    method: Method | None
+    mode: str = ""
+
+
+def plugin_row(mode: str, name: str = "", **method: Any) -> Row:
+    """The row of one mode of a side network.
+
+    Example:
+        >>> plugin_row("spa", taps=1).method.name
+        'parallel, 1 taps'
+    """
+    family = next(family for family, modes in FAMILIES.items() if mode in modes)
+    return Row(name=name or mode, method=Method(family=family, **method), mode=mode)
 
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -75,7 +94,8 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
         description=description,
         epilog=(
             "examples:\n"
-            f"  python reproduce/{name}.py --model starter --data-root my-data --datasets sciq\n"
+            f"  python reproduce/{name}.py --datasets persona\n"
+            f"  python reproduce/{name}.py --data-root my-data --datasets sciq coqa\n"
             f"  python reproduce/{name}.py --model ./llama-7b --dtype bfloat16 --device cuda --data-root my-data\n\n"
             "A data set is a folder of --data-root with train.jsonl and test.jsonl (or .csv, .parquet) of columns that "
             "`cotune tune` reads. Finished cells are kept in --cells and never run again."
@@ -83,10 +103,17 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="starter", help="a Hugging Face folder, or starter (default: %(default)s)")
-    parser.add_argument("--data-root", type=Path, required=True, help="folder of data sets")
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=["xsum", "coqa", "sciq"])
+    parser.add_argument("--data-root", type=Path, help="folder of data sets")
+    parser.add_argument(
+        "--datasets",
+        nargs="+",
+        choices=[*DATASETS, PERSONA],
+        default=list(DATASETS),
+        help=f"folders there, or {PERSONA}, texts that cotune makes itself (default: %(default)s)",
+    )
     parser.add_argument("--num-train", type=int, default=240, help="training texts (default: %(default)s)")
-    parser.add_argument("--num-test", type=int, default=60, help="test texts (default: %(default)s)")
+    parser.add_argument("--train-share", type=float, default=None, help="also at most this part of the training texts")
+    parser.add_argument("--num-test", type=int, default=120, help="test texts (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every cell (default: %(default)s)")
     parser.add_argument(
         "--learning-rates",
@@ -95,6 +122,10 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
         default=[2e-4, 1e-3, 3e-3, 1e-2],
         help="searched for every method on held-out training texts; the paper's 2e-4, 5e-4 and 1e-3 are for 7 B "
         "parameters, small models want larger ones (default: %(default)s)",
+    )
+    parser.add_argument("--epochs", type=int, default=15, help="of side networks (default: %(default)s, the paper's)")
+    parser.add_argument(
+        "--cloud-epochs", type=int, default=4, help="of LoRA and adapters, which cost more each (default: %(default)s)"
     )
     parser.add_argument("--side-width", type=int, default=64, help="decides the number of parameters of all methods")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of one text (default: %(default)s)")
@@ -123,24 +154,41 @@ class Study:
         self.backbone = Backbone.from_pretrained(args.model, dtype=args.dtype, device=args.device)
         self.model_name = Path(args.model).name
         self.budget = parameter_budget(self.backbone, args.side_width)
+        self._clouds: dict[tuple[Any, ...], Backbone] = {}
         self._data: dict[str, tuple[list[Example], list[Example]]] = {}
 
     def data(self, dataset: str) -> tuple[list[Example], list[Example]]:
         """Training and test texts, in an order of their own that seeds do not change: smaller draws are parts of it."""
-        if dataset not in self._data:
+        if dataset == PERSONA and dataset not in self._data:
+            train, test = persona_split(DEMO_PERSONA, 1, self.args.num_train, self.args.num_test)
+            self._data[dataset] = tuple(
+                [Example(format_request(one.request), format_answer(one.answer)) for one in part]
+                for part in (train, test)
+            )
+        elif dataset not in self._data:
+            if self.args.data_root is None:
+                raise InputError(
+                    f"--data-root is not given and {dataset} is a folder there; give it, or take {PERSONA}"
+                )
             folders = [self.args.data_root / name for name in DATASETS[dataset]]
             folder = next((one for one in folders if one.is_dir()), None)
             if folder is None:
                 raise InputError(f"{self.args.data_root} has no folder {' or '.join(DATASETS[dataset])}; add it")
-            test = read_examples(folder, seed=1, split="test")
-            try:
-                train = read_examples(folder, seed=1, split="train")
-            except DataError:
+            splits = read_splits(folder, seed=1, train_share=self.args.train_share)
+            train, test = splits.train, splits.test
+            if not train:
                 # Where there is a test part alone, one third of it stays for testing.
                 cut = len(test) // 3
                 train, test = test[cut:], test[:cut]
             self._data[dataset] = train, test[: self.args.num_test]
         return self._data[dataset]
+
+    def cloud(self, method: Method) -> Backbone:
+        """The same model as the cloud that this method needs."""
+        key = (method.side == "published", method.down, method.taps, method.bits)
+        if key not in self._clouds:
+            self._clouds[key] = cloud_for(self.backbone, method)
+        return self._clouds[key]
 
     def base(self, dataset: str) -> Value:
         """The backbone alone."""
@@ -189,19 +237,29 @@ class Study:
         whole = {**key, "method": method.name, "learning_rate": rate, "num_train": self._num(None), "seed": seed}
 
         def tune_and_run() -> Value:
-            training = self._training(method, rate, seed)
             examples = self.data(dataset)[0][: self._num(None)]
-            features = self.args.cache / "features"
-            return run(train_plugin(self.backbone, examples, method.family, training, features)[0])
+            training = self._training(method, rate, seed)
+            return run(self._tune(examples, training)[0])
 
         return self._cell(dataset, whole, tune_and_run)
 
+    def _tune(self, examples: Sequence[Example], training: Training) -> tuple[Plugin, Value]:
+        """A plugin whose gate keeps to `MAX_CONSULT_RATE` in its own texts; what is held out of training sets it."""
+        args = self.args
+        cloud = self.cloud(training.method)
+        plugin, learnt = train_plugin(cloud, examples, training, args.cache / "features")
+        *_, texts = split_examples(examples, HELDOUT_SHARE, training.seed)
+        limits = args.max_new_tokens, args.max_length
+        return calibrated(cloud, plugin, texts, MAX_CONSULT_RATE, *limits), learnt
+
     def _training(self, method: Method, rate: float, seed: int) -> Training:
+        epochs = self.args.cloud_epochs if method.family in IN_CLOUD else self.args.epochs
         return Training(
+            method=method,
             learning_rate=rate,
-            epochs=EPOCHS[method.family],
+            epochs=method.epochs or epochs,
+            budget=self.budget,
             side_width=self.args.side_width,
-            remembers=method.remembers,
             seed=seed,
             max_length=self.args.max_length,
         )
@@ -223,11 +281,12 @@ class Study:
         training = self._training(method, rate, seed)
         limits = args.max_new_tokens, args.max_length
         if method.family in FAMILIES:
-            plugin, value = train_plugin(self.backbone, examples, method.family, training, args.cache / "features")
+            cloud = self.cloud(method)
+            plugin, value = self._tune(examples, training)
             if test is not None:
-                value |= judge_plugin(self.backbone, plugin, test, *limits)
+                value |= judge_plugin(cloud, plugin, test, *limits)
             return value
-        with trained_lora(self.backbone, examples, self.budget, training) as value:
+        with trained_in_cloud(self.backbone, examples, training) as value:
             if test is not None:
                 value["cloud"] = judge_backbone(self.backbone, test, *limits)
             return value
@@ -242,6 +301,9 @@ class Study:
             "max_length": args.max_length,
             "max_new_tokens": args.max_new_tokens,
             "num_test": args.num_test,
+            "train_share": args.train_share,
+            "epochs": args.epochs,
+            "cloud_epochs": args.cloud_epochs,
             "backbone": self.backbone.spec.backbone_digest[:16],
         }
         return self.cells.get(f"{self.model_name}-{dataset}", whole, run)
@@ -283,11 +345,13 @@ class Page:
 
 def run_study(name: str, description: str, build: Callable[[Study], Page]) -> None:
     """A study's command: measure what is missing, write the result folder, say what came."""
-    study = Study(make_parser(name, description).parse_args())
     try:
+        study = Study(make_parser(name, description).parse_args())
         page = build(study)
     except OutOfTimeError as error:
         sys.exit(str(error))
+    except CotuneError as error:
+        sys.exit(f"error: {error}")
     write_results(
         study.args.out,
         title=page.title,
@@ -303,34 +367,9 @@ def run_study(name: str, description: str, build: Callable[[Study], Page]) -> No
     print(f"report: {study.args.out / 'report.html'}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mean:
-    """Mean over seeds with its 95 % interval."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    num: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        mean, low, high = student_interval(values)
-        return cls(mean=mean, low=None if low != low else low, high=None if high != high else high, num=len(values))
-
-    def point(self, x: float = 0.0) -> Point:
-        """For a plot."""
-        return x, self.mean, self.low, self.high
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.mean:.2f}"
-        return f"{self.mean:.2f} ± {self.mean - self.low:.2f}"
-
-
-def mode_runs(
-    study: Study, dataset: str, mode: str, *, remembers: bool = False, num_train: int | None = None
-) -> list[Value]:
-    """For each seed what a mode came to, with the training's numbers."""
-    family = next(family for family, modes in FAMILIES.items() if mode in modes)
-    runs = study.runs(dataset, Method(family=family, remembers=remembers), num_train)
-    return [{**run, **run[mode]} for run in runs]
+def rows_of(study: Study, dataset: str, row: Row, num_train: int | None = None) -> list[Value]:
+    """For each seed what a row came to, with the training's numbers; the base model has no seeds, so one."""
+    if row.method is None:
+        return [study.base(dataset)]
+    runs = study.runs(dataset, row.method, num_train)
+    return [{**run, **run[row.mode or "cloud"]} for run in runs]

@@ -1,58 +1,85 @@
 """SPA, table 2: the four ways to combine the side network with the backbone, on four data sets.
 
-Beside them the base model and LoRA in the cloud, which the paper leaves out of this table.
+Beside them what the paper leaves out of this table: the base model, LoRA and adapters in the cloud, side networks with
+attention (the serial one starts from the backbone, as in Ladder Side-Tuning), and SPA's ladder as it was released. All
+have at most as many parameters as the tap ladder.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from mean import Mean
 from result_folder import Point, grid, plot_groups
 from spa_paper import TABLE_2, TABLE_2_REMARK
-from spa_study import MODES, Mean, Method, Page, Study, mode_runs, run_study
+from spa_study import Page, Row, Study, plugin_row, rows_of, run_study
+from spa_training import Method
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section
 
-ROWS = ("base", "lora", *MODES)
+ROWS = (
+    Row(name="base", method=None),
+    Row(name="lora", method=Method(family="lora")),
+    Row(name="adapter", method=Method(family="adapter")),
+    *(plugin_row(mode) for mode in ("integration", "spa", "separation", "ladder")),
+    *(plugin_row(mode, f"{mode}, attention", side="attention") for mode in ("integration", "spa")),
+    *(plugin_row(mode, f"{mode}, attention", side="attention", init="backbone") for mode in ("separation", "ladder")),
+    *(plugin_row(mode, f"{mode}, as released", side="published") for mode in ("integration", "spa")),
+    *(plugin_row(mode, f"{mode}, as released", side="published") for mode in ("separation", "ladder")),
+)
+NAMES = [row.name for row in ROWS]
+# What is drawn; the rest is in the tables.
+DRAWN = ("base", "lora", "adapter", "integration", "spa", "separation", "ladder")
+SCORES = (
+    "rouge_l",
+    "token_f1",
+    "exact_match",
+    "nats_per_token",
+    "consult_rate",
+    "changed_rate",
+    "num_parameters",
+    "train_s",
+    "features_s",
+    "certificate_rate",
+)
+
+Found = dict[str, dict[str, dict[str, Mean]]]
 
 
-def measure(study: Study) -> dict[str, dict[str, dict[str, Mean]]]:
-    """Rouge-L, loss and consult rate by row and data set."""
-    found: dict[str, dict[str, dict[str, Mean]]] = {row: {} for row in ROWS}
+def measure(study: Study) -> Found:
+    """Means of scores by row and data set."""
+    found: Found = {name: {} for name in NAMES}
     for dataset in study.args.datasets:
-        base = study.base(dataset)
-        found["base"][dataset] = _means([base])
-        lora = study.runs(dataset, Method(family="lora"))
-        found["lora"][dataset] = _means([{**run, **run["cloud"]} for run in lora])
-        for mode in MODES:
-            found[mode][dataset] = _means(mode_runs(study, dataset, mode))
+        for row in ROWS:
+            found[row.name][dataset] = means(rows_of(study, dataset, row))
     return found
 
 
-def _means(runs: list[dict[str, Any]]) -> dict[str, Mean]:
-    names = ("rouge_l", "nats_per_token", "consult_rate", "changed_rate", "num_parameters", "train_s")
-    return {name: Mean.of([run[name] for run in runs]) for name in names if name in runs[0]}
+def means(runs: list[dict[str, Any]]) -> dict[str, Mean]:
+    """Over seeds, of the scores that are there."""
+    return {name: Mean.of([run[name] for run in runs]) for name in SCORES if runs[0].get(name) is not None}
 
 
-def sections(study: Study, found: dict[str, dict[str, dict[str, Mean]]]) -> list[Section]:
+def sections(study: Study, found: Found) -> list[Section]:
     """The page's tables and plot."""
     datasets = study.args.datasets
     rouge = {
-        **{dataset: [str(found[row][dataset]["rouge_l"]) for row in ROWS] for dataset in datasets},
+        **column(found, datasets, "rouge_l"),
         **{
-            f"{dataset}, paper": [f"{TABLE_2[row][dataset]:.2f}" if row in TABLE_2 else "" for row in ROWS]
+            f"{dataset}, paper": [f"{TABLE_2[name][dataset]:.2f}" if name in TABLE_2 else "" for name in NAMES]
             for dataset in datasets
         },
     }
-    asked = {
-        dataset: [
-            str(found[row][dataset]["consult_rate"]) if "consult_rate" in found[row][dataset] else "" for row in ROWS
-        ]
-        for dataset in datasets
+    bars: dict[str, list[Point | None]] = {
+        name: [found[name][dataset]["rouge_l"].point() for dataset in datasets] for name in DRAWN
     }
-    nats = {dataset: [str(found[row][dataset]["nats_per_token"]) for row in ROWS] for dataset in datasets}
-    bars: dict[str, list[Point | None]] = {row: [found[row][d]["rouge_l"].point() for d in datasets] for row in ROWS}
+    cost = {
+        "trained parameters": [
+            f"{found[name][datasets[0]]['num_parameters'].mean:,.0f}" if name != "base" else "0" for name in NAMES
+        ],
+        **{f"{dataset}, training s": [seconds(found[name][dataset]) for name in NAMES] for dataset in datasets},
+    }
     return [
         Section(
             name="quality",
@@ -60,17 +87,56 @@ def sections(study: Study, found: dict[str, dict[str, dict[str, Mean]]]) -> list
             heading="Rouge-L by mode",
             content=Html(
                 plot_groups("rouge", "Mean over seeds, whiskers are 95 % intervals.", datasets, bars, y_label="Rouge-L")
-                + grid("Rouge-L of 100, mean and 95 % interval over seeds", "method", ROWS, rouge)
-                + grid("Nats per held-out token, teacher-forced", "method", ROWS, nats)
+                + grid("Rouge-L of 100, mean and 95 % interval over seeds", "method", NAMES, rouge)
+                + grid(
+                    "Nats per held-out token, teacher-forced",
+                    "method",
+                    NAMES,
+                    column(found, datasets, "nats_per_token"),
+                )
             ),
         ),
         Section(
             name="trips",
             short="Trips",
             heading="How often the device is asked",
-            content=grid("Share of generated tokens for which the device was asked", "method", ROWS, asked),
+            content=Html(
+                grid(
+                    "Share of generated tokens for which the device was asked",
+                    "method",
+                    NAMES,
+                    column(found, datasets, "consult_rate"),
+                )
+                + grid(
+                    "Share of generated tokens that are another one than the base model's",
+                    "method",
+                    NAMES,
+                    column(found, datasets, "changed_rate"),
+                )
+            ),
+        ),
+        Section(
+            name="cost",
+            short="Cost",
+            heading="What training takes",
+            content=grid("Training, features of the backbone included", "method", NAMES, cost),
         ),
     ]
+
+
+def column(found: Found, datasets: list[str], score: str) -> dict[str, list[str]]:
+    """A score by data set, in the order of the rows."""
+    return {
+        dataset: [str(found[name][dataset][score]) if score in found[name][dataset] else "" for name in NAMES]
+        for dataset in datasets
+    }
+
+
+def seconds(scores: dict[str, Mean]) -> str:
+    """Of training and of making features, where they are not cached yet."""
+    if "train_s" not in scores:
+        return ""
+    return f"{scores['train_s'].mean + scores['features_s'].mean:.0f}"
 
 
 def build(study: Study) -> Page:
@@ -84,7 +150,8 @@ def build(study: Study) -> Page:
         sections=sections(study, found),
         deviations=(TABLE_2_REMARK,),
         lines=[
-            f"{row:12s} " + "  ".join(f"{d} {found[row][d]['rouge_l']!s}" for d in study.args.datasets) for row in ROWS
+            f"{name:24s} " + "  ".join(f"{d} {found[name][d]['rouge_l']!s}" for d in study.args.datasets)
+            for name in NAMES
         ],
     )
 

@@ -6,9 +6,10 @@ all of the training texts.
 
 from __future__ import annotations
 
+from mean import Mean
 from result_folder import grid, plot_lines
 from spa_paper import TABLE_3, TABLE_5
-from spa_study import Mean, Page, Study, mode_runs, run_study
+from spa_study import Page, Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section
@@ -23,7 +24,7 @@ def build(study: Study) -> Page:
     asked: dict[str, dict[str, Mean]] = {name: {} for name in sizes}
     for dataset in study.args.datasets:
         for name, size in sizes.items():
-            runs = mode_runs(study, dataset, "spa", num_train=size)
+            runs = rows_of(study, dataset, plugin_row("spa"), size)
             rouge[name][dataset] = Mean.of([run["rouge_l"] for run in runs])
             asked[name][dataset] = Mean.of([run["consult_rate"] for run in runs])
     datasets, rows = study.args.datasets, [f"{name}, {size} texts" for name, size in sizes.items()]

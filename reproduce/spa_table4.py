@@ -6,9 +6,10 @@ The paper gives two rates of what is a table of two by two. Here is all of it, o
 
 from __future__ import annotations
 
+from mean import Mean
 from result_folder import grid
 from spa_paper import TABLE_4, TABLE_4_REMARK
-from spa_study import Mean, Page, Study, mode_runs, run_study
+from spa_study import Page, Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section
@@ -41,7 +42,7 @@ def build(study: Study) -> Page:
     """The table for each data set and way of reading."""
     measured: dict[str, dict[str, dict[str, Mean]]] = {}
     for dataset in study.args.datasets:
-        runs = mode_runs(study, dataset, "spa")
+        runs = rows_of(study, dataset, plugin_row("spa"))
         for way in WAYS:
             shares = {cell: Mean.of([run[way][cell] for run in runs]) for cell in CELLS}
             derived = {rate: Mean.of([rates(run[way])[rate] for run in runs]) for rate in RATES}

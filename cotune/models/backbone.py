@@ -65,6 +65,10 @@ class ForwardStates:
     states: Tensor
 
 
+# Codes, int8 (..., taps, tap_dim), and scales, float16 (..., taps), of float32 taps.
+QuantiseTaps = Callable[[NDArray[np.float32]], tuple[NDArray[np.int8], NDArray[np.float16]]]
+
+
 class PassLeader(Protocol):
     """Tells other processes, which hold the other parts of the model, what to compute; see `tensor_parallel`."""
 
@@ -92,6 +96,7 @@ class Backbone:
         kv_pool: keys and values of all sequences that decode.
         rows_are_independent: whether sequences in one pass leave each other's features alone to the last bit; known
             after the first.
+        quantise_taps: int8, as served; another function, such as `quantise_int4`, is for studies.
         leader: tells other processes of each pass, where this one holds a part of the model only.
 
     Example:
@@ -116,6 +121,7 @@ class Backbone:
         self._recorder = StateRecorder(decoder_layers(model), self._head, projections.tap_layers)
         self._projector = TapProjector(projections, model.device)
         self.kv_pool = KVPool()
+        self.quantise_taps: QuantiseTaps = quantise
         *_, self._narrowest = attention_shape(model)
         self.rows_are_independent = True
         self.leader: PassLeader | None = None
@@ -300,7 +306,7 @@ class Backbone:
             logits, hidden, states = self.run_packed(packed, input_ids, rows, is_wanted if leader is None else None)
             taps = self._projector.project(states).cpu().numpy()
             base, final = _to_numpy(logits), _to_numpy(hidden)
-        codes, scales = quantise(taps[: len(wanted)])
+        codes, scales = self.quantise_taps(taps[: len(wanted)])
         packed.finish()
         outputs: list[list[StepFeatures]] = []
         row = 0
@@ -391,7 +397,8 @@ class Backbone:
         targets = np.concatenate([input_ids[first:] for input_ids, first in sequences]).astype(np.int64)
         with torch.inference_mode(), self._leading(batch, is_target):
             logits, hidden, states = self.run_batch(torch.from_numpy(batch), is_target)
-            together = _to_sequence_features(logits, hidden, self._projector.project(states), targets, top_k)
+            taps = self._projector.project(states)
+            together = _to_sequence_features(logits, hidden, taps, targets, top_k, self.quantise_taps)
         ends = np.cumsum([len(input_ids) - first for input_ids, first in sequences])
         return [_slice(together, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
@@ -564,14 +571,19 @@ def _check_fit(projections: Projections, spec: BackboneSpec) -> None:
 
 
 def _to_sequence_features(
-    logits: Tensor, hidden: Tensor, taps: Tensor, targets: NDArray[np.int64], top_k: int
+    logits: Tensor,
+    hidden: Tensor,
+    taps: Tensor,
+    targets: NDArray[np.int64],
+    top_k: int,
+    quantise_taps: QuantiseTaps,
 ) -> SequenceFeatures:
     """All targets of a batch, one after the other."""
     logits = logits.float()
     target_ids = torch.from_numpy(targets).to(logits.device)
     k = min(top_k, logits.shape[-1])
     top_ids = logits.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
-    tap_codes, tap_scales = quantise(taps.cpu().numpy())
+    tap_codes, tap_scales = quantise_taps(taps.cpu().numpy())
     return SequenceFeatures(
         target_ids=targets,
         tap_codes=tap_codes,

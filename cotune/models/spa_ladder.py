@@ -50,6 +50,36 @@ class SpaLadderConfig:
         return cls(num_taps=33, hidden_size=4096)
 
     @property
+    def num_parameters(self) -> int:
+        """Trainable numbers of this shape."""
+        d, side = self.hidden_size, self.side_width
+        mix = self.num_taps * (d + 1) * side
+        rungs = (self.num_taps - 1) * (d * (side + 1) + side * (d + 1))
+        return mix + rungs + d * (side + 1)
+
+    @classmethod
+    def for_budget(cls, num_parameters: int, *, num_taps: int, hidden_size: int) -> Self:
+        """The widest side state with at most `num_parameters` parameters.
+
+        Raises:
+            InputError: not even a width of 1 fits.
+
+        Example:
+            >>> SpaLadderConfig.for_budget(13_000_000, num_taps=33, hidden_size=4096).side_width
+            32
+        """
+        narrowest = cls(num_taps=num_taps, hidden_size=hidden_size, side_width=1)
+        per_width = cls(num_taps=num_taps, hidden_size=hidden_size, side_width=2).num_parameters
+        per_width -= narrowest.num_parameters
+        if num_parameters < narrowest.num_parameters:
+            raise InputError(
+                f"num_parameters is {num_parameters}, expected at least {narrowest.num_parameters} for {num_taps} taps "
+                f"of width {hidden_size}; raise the budget"
+            )
+        width = 1 + (num_parameters - narrowest.num_parameters) // per_width
+        return cls(num_taps=num_taps, hidden_size=hidden_size, side_width=width)
+
+    @property
     def tap_dim(self) -> int:
         return self.hidden_size
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -121,6 +121,7 @@ class PersonalResult:
     summary: dict[str, float]
 
 
+ExampleT = TypeVar("ExampleT", Example, EncodedExample)
 # Told the name of the stage, how much of it is done, out of how much, and a remark.
 StageProgress = Callable[[str, int, int, str], None]
 
@@ -145,8 +146,8 @@ def encode_examples(
 
 
 def split_examples(
-    examples: Sequence[EncodedExample], heldout_share: float, seed: int
-) -> tuple[list[EncodedExample], list[EncodedExample], list[EncodedExample]]:
+    examples: Sequence[ExampleT], heldout_share: float, seed: int
+) -> tuple[list[ExampleT], list[ExampleT], list[ExampleT]]:
     """For the side network, for the gate, and for the curve; the last two are empty where there is too little."""
     order = list(range(len(examples)))
     Random(seed).shuffle(order)

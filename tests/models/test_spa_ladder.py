@@ -14,7 +14,7 @@ def test_parameter_count_on_llama_7b() -> None:
     """12,982,304, 0.1927 % of 6.738 billion: the 0.2 % of SPA's Table 1. Down, Adp, In and Out as in its code."""
     with torch.device("meta"):
         network = SpaLadder(SpaLadderConfig.llama_7b())
-    assert network.num_parameters == 12_982_304
+    assert network.num_parameters == SpaLadderConfig.llama_7b().num_parameters == 12_982_304
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     mix = sizes["ladder.mix_weight"] + sizes["ladder.mix_bias"]
     down = mix * 32 // 33

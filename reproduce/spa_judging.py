@@ -1,25 +1,17 @@
-"""One cell of SPA's tables: train one method on one data set, then judge it on texts that it has not seen.
+"""What a trained method of SPA's studies is worth: the texts that it writes, and how likely it finds what was written.
 
-Every method gets the same training texts, the same split of these for the choice of an epoch and of the gate, and at
-most the same number of trainable parameters; it is judged by the same greedy decoding and the same exact likelihoods.
-
-    base       the frozen backbone
-    lora       LoRA on every linear layer, in the cloud, through peft
-    parallel   the side network beside the backbone: Fully Integration, and SPA with its gate
-    serial     the side network in place of the head: LST, and Fully Separation with its gate
+All methods are judged by the same greedy decoding and the same exact likelihoods, on texts that none has seen.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from spa_training import FAMILIES
 
 from cotune.data.batches import EncodedExample
 from cotune.data.templates import Example
@@ -27,130 +19,30 @@ from cotune.device.likelihood import base_nats, token_nats
 from cotune.device.side_network import gate_of, open_side_network
 from cotune.errors import InputError
 from cotune.evaluation.judgement import judge
+from cotune.evaluation.text_metrics import rouge_l
 from cotune.generation.beam_reference import search
 from cotune.generation.beams import BeamCounters, BeamOptions
 from cotune.generation.modes import MODES
 from cotune.generation.output_basis import OutputBasis
-from cotune.generation.reference import Generation, Personal, generate
+from cotune.generation.reference import Generation, Personal
 from cotune.generation.request import GenerationRequest
 from cotune.generation.side_state import first_position
 from cotune.generation.text import TextCodec
-from cotune.models.adapters import LoraShape, rank_for_budget
+from cotune.generation.together import generate_together
 from cotune.models.backbone import Backbone
-from cotune.models.tap_ladder import TapLadderConfig
 from cotune.plugin import Plugin
-from cotune.tuning.feature_cache import FeatureCache
-from cotune.tuning.loop import EpochRecord, LoopConfig
-from cotune.tuning.lora import LoraConfig, target_nats, tune_lora
-from cotune.tuning.personal import PersonalConfig, PublicParts, encode_examples, split_examples, tune_plugin
-from cotune.tuning.side import AttentionShape, SideConfig
+from cotune.tuning.lora import target_nats
+from cotune.tuning.personal import encode_examples
 
-FAMILIES = {"parallel": ("integration", "spa"), "serial": ("ladder", "separation")}
-HELDOUT_SHARE = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How one method is trained.
-
-    Attributes:
-        learning_rate, epochs: of the one loop that all methods share.
-        side_width: of side networks; their parameters are the budget of every other method.
-        remembers: side networks with attention.
-        seed: of the split, the initial weights and the order.
-        max_length: tokens of one text.
-    """
-
-    learning_rate: float
-    epochs: int
-    side_width: int = 64
-    remembers: bool = False
-    seed: int = 0
-    max_length: int = 256
-
-
-def train_plugin(
-    backbone: Backbone, examples: Sequence[Example], family: str, training: Training, cache: Path
-) -> tuple[Plugin, dict[str, Any]]:
-    """A plugin with its gate, and what its training came to."""
-    config = PersonalConfig(
-        side=SideConfig(
-            loop=LoopConfig(epochs=training.epochs, learning_rate=training.learning_rate),
-            family=family,
-            side_width=training.side_width,
-            inner_width=training.side_width,
-            attention=AttentionShape() if training.remembers else None,
-            seed=training.seed,
-        ),
-        heldout_share=HELDOUT_SHARE,
-        max_length=training.max_length,
-        seed=training.seed,
-    )
-    store = FeatureCache(
-        cache, backbone_digest=backbone.spec.backbone_digest, projections_digest=backbone.projections.digest
-    )
-    public = PublicParts(tokenizer_json=backbone.tokenizer_json, output_basis=backbone.output_basis)
-    started_s = time.perf_counter()
-    stages: dict[str, float] = {}
-
-    def tell(stage: str, done: int, total: int, note: str) -> None:
-        stages[stage.partition(",")[0]] = time.perf_counter() - started_s
-
-    result = tune_plugin(backbone, public, examples, config, cache=store, progress=tell)
-    learnt = {
-        "num_parameters": result.plugin.num_parameters,
-        "train_s": time.perf_counter() - started_s - stages.get("features", 0.0),
-        "features_s": stages.get("features", 0.0),
-        "selection_nats": result.summary.get("side_nats_per_token"),
-        "epochs": _losses(result.side_curve),
-        "gate_curve": [[point.consult_rate, point.nats_per_token] for point in result.gate_curve[::5]],
-    }
-    return result.plugin, learnt
-
-
-@contextmanager
-def trained_lora(
-    backbone: Backbone, examples: Sequence[Example], budget: int, training: Training
-) -> Iterator[dict[str, Any]]:
-    """Within it the backbone is the adapted one; what the training came to."""
-    encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, training.max_length)
-    train, first, second = split_examples(encoded, HELDOUT_SHARE, training.seed)
-    config = LoraConfig(
-        loop=LoopConfig(epochs=training.epochs, learning_rate=training.learning_rate),
-        shape=LoraShape(rank=rank_for_budget(backbone.model, budget)),
-        seed=training.seed,
-    )
-    started_s = time.perf_counter()
-    # As for side networks: one half of what is held out chooses the epoch, the other judges the learning rate.
-    result = tune_lora(backbone, train, config, heldout=first)
-    train_s = time.perf_counter() - started_s
-    with result.adapter.attach(backbone.model):
-        yield {
-            "num_parameters": result.adapter.num_parameters,
-            "train_s": train_s,
-            "features_s": 0.0,
-            "selection_nats": float(target_nats(backbone, second).mean(dtype=np.float64)),
-            "epochs": _losses(result.curve),
-        }
-
-
-def parameter_budget(backbone: Backbone, side_width: int) -> int:
-    """Trainable numbers of a tap ladder of that width; a gate is not counted."""
-    description = backbone.description
-    return TapLadderConfig(
-        num_taps=description.num_taps,
-        tap_dim=description.tap_dim,
-        basis_dim=description.basis_dim,
-        side_width=side_width,
-        inner_width=side_width,
-    ).num_parameters
+CALIBRATION_ROUNDS = 4
 
 
 def judge_backbone(backbone: Backbone, test: Sequence[Example], max_new_tokens: int, max_length: int) -> dict[str, Any]:
     """What the backbone, as it is now, writes and finds likely."""
     encoded = encode_examples(backbone.tokenizer_json, test, backbone.description, max_length)
     text = TextCodec(backbone.tokenizer_json)
-    made = [generate(backbone, None, _request(each, backbone, "integration", max_new_tokens)) for each in encoded]
+    requests = [_request(each, backbone, "integration", max_new_tokens) for each in encoded]
+    made = generate_together(backbone, None, requests)
     return _scores(text, test, made, target_nats(backbone, encoded))
 
 
@@ -163,6 +55,52 @@ def personal_of(plugin: Plugin) -> Personal:
     )
 
 
+def calibrated(
+    backbone: Backbone,
+    plugin: Plugin,
+    texts: Sequence[Example],
+    max_consult_rate: float,
+    max_new_tokens: int,
+    max_length: int,
+) -> Plugin:
+    """The plugin with a gate that asks for about so many tokens of the texts that the gated mode itself writes.
+
+    A threshold from teacher-forced texts asks for more or fewer of those: they are other texts. So texts are written
+    with one threshold, which gives the next: the score that the wanted share of their positions exceeds.
+
+    Args:
+        backbone: the cloud.
+        plugin: with a gate.
+        texts: held-out ones, neither trained on nor tested on.
+        max_consult_rate: M, at most.
+        max_new_tokens, max_length: as in judging.
+    """
+    assert plugin.gate is not None
+    encoded = encode_examples(backbone.tokenizer_json, texts, backbone.description, max_length)
+    mode = FAMILIES[plugin.family][1]
+    requests = [_request(each, backbone, mode, max_new_tokens) for each in encoded]
+    # Nobody is asked; a threshold that kept to the rate in the last round replaces it.
+    best, best_rate = np.inf, 0.0
+    threshold = plugin.gate.threshold
+    for _ in range(CALIBRATION_ROUNDS):
+        personal = personal_of(replace(plugin, gate=replace(plugin.gate, threshold=threshold)))
+        assert personal.gate is not None
+        scores: list[float] = []
+        asked: list[bool] = []
+        for one, written in zip(encoded, generate_together(backbone, personal, requests), strict=True):
+            whole = np.array([*one.input_ids[: one.first_target], *written.token_ids], np.int64)
+            hidden = backbone.features(whole, one.first_target, 1).hidden.astype(np.float32)
+            scores += [personal.gate.score(row) for row in hidden]
+            asked += [decision.consulted for decision in written.decisions]
+        rate = float(np.mean(asked))
+        if best_rate <= rate <= max_consult_rate:
+            best, best_rate = threshold, rate
+        threshold = float(np.quantile(scores, 1 - max_consult_rate))
+    if not np.isfinite(best):
+        best = max(scores)
+    return replace(plugin, gate=replace(plugin.gate, threshold=float(best)))
+
+
 def beam_trips(
     backbone: Backbone, plugin: Plugin, test: Sequence[Example], num_beams: int, max_new_tokens: int, max_length: int
 ) -> dict[str, float]:
@@ -172,18 +110,16 @@ def beam_trips(
     """
     encoded = encode_examples(backbone.tokenizer_json, test, backbone.description, max_length)
     personal, counters = personal_of(plugin), BeamCounters()
-    for each in encoded:
-        request = _request(each, backbone, "spa", max_new_tokens)
-        if num_beams == 1:
-            asked = [decision.consulted for decision in generate(backbone, personal, request).decisions]
-            counters.num_steps += len(asked)
-            counters.num_beam_steps += len(asked)
-            counters.num_consulted += sum(asked)
-            counters.num_trips += sum(asked)
-            continue
-        made = search(backbone, personal, request, BeamOptions(num_beams=num_beams)).counters
-        for name in vars(counters):
-            setattr(counters, name, getattr(counters, name) + getattr(made, name))
+    requests = [_request(each, backbone, "spa", max_new_tokens) for each in encoded]
+    if num_beams == 1:
+        asked = [one.consulted for made in generate_together(backbone, personal, requests) for one in made.decisions]
+        counters.num_steps = counters.num_beam_steps = len(asked)
+        counters.num_consulted = counters.num_trips = sum(asked)
+    else:
+        for request in requests:
+            found = search(backbone, personal, request, BeamOptions(num_beams=num_beams)).counters
+            for name in vars(counters):
+                setattr(counters, name, getattr(counters, name) + getattr(found, name))
     return {
         "m_per_step": counters.trips_per_step,
         "consult_rate": counters.consult_rate,
@@ -215,7 +151,8 @@ def judge_plugin(
             token_nats(one, personal, mode, start=first, num_lead=lead)
             for one, first, lead in zip(features, firsts, leads, strict=True)
         ]
-        made = [generate(backbone, personal, _request(each, backbone, mode, max_new_tokens)) for each in encoded]
+        requests = [_request(each, backbone, mode, max_new_tokens) for each in encoded]
+        made = generate_together(backbone, personal, requests)
         decisions = [decision for one in made for decision in one.decisions]
         results[mode] = {
             **_scores(text, test, made, np.concatenate(nats)),
@@ -292,9 +229,8 @@ def _scores(text: TextCodec, test: Sequence[Example], made: Sequence[Generation]
         "token_f1": 100 * (judged.token_f1 or 0.0),
         "exact_match": 100 * (judged.exact_match or 0.0),
         "nats_per_token": float(nats.mean(dtype=np.float64)),
+        # Of each text, for differences between methods.
+        "rouge_l_each": [
+            round(100 * rouge_l(one.strip(), each.target.strip()), 2) for one, each in zip(written, test, strict=True)
+        ],
     }
-
-
-def _losses(curve: Sequence[EpochRecord]) -> list[list[float | None]]:
-    """[epoch, training loss, held-out loss] of each epoch."""
-    return [[record.epoch, record.train_loss, record.heldout_loss] for record in curve]
