@@ -13,7 +13,19 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-STUDIES = ("spa_table2", "spa_table4", "spa_figures3_4", "spa_figure5", "spa_gate_curve", "spa_table3", "spa_beams")
+STUDIES = (
+    "spa_table2",
+    "spa_table4",
+    "spa_figures3_4",
+    "spa_figure5",
+    "spa_gate_curve",
+    "spa_goals",
+    "spa_table3",
+    "spa_ablations",
+    "spa_gate_inputs",
+    "spa_beams",
+    "spa_table1",
+)
 
 
 def main() -> None:

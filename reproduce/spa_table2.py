@@ -69,6 +69,7 @@ def sections(study: Study, found: Found) -> list[Section]:
         **{
             f"{dataset}, paper": [f"{TABLE_2[name][dataset]:.2f}" if name in TABLE_2 else "" for name in NAMES]
             for dataset in datasets
+            if dataset in TABLE_2["spa"]
         },
     }
     bars: dict[str, list[Point | None]] = {

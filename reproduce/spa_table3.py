@@ -32,7 +32,7 @@ def build(study: Study) -> Page:
     trips = {d: [asked[name][d].point(size) for name, size in sizes.items()] for d in datasets}
     columns = {
         **{d: [str(rouge[name][d]) for name in sizes] for d in datasets},
-        **{f"{d}, paper": [f"{TABLE_3[name][d]:.1f}" for name in sizes] for d in datasets},
+        **{f"{d}, paper": [f"{TABLE_3[name][d]:.1f}" for name in sizes] for d in datasets if d in TABLE_3["full"]},
     }
     rates = {
         **{d: [str(asked[name][d]) for name in sizes] for d in datasets},

@@ -7,15 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mean import Mean
 from spa_gate_curve import at
-from spa_methods import Training, judge_backbone, judge_plugin, parameter_budget, train_plugin, trained_lora
-from spa_study import Mean
+from spa_judging import calibrated, judge_backbone, judge_plugin
+from spa_study import plugin_row
 from spa_table4 import CELLS, rates
+from spa_training import Method, Training, cloud_for, parameter_budget, train_plugin, trained_in_cloud
 from tiny_models import tiny_backbone, untrained_plugin
 
 from cotune.data.assistant_text import generate_exchanges
 from cotune.data.templates import Example
+from cotune.errors import InputError
 from cotune.models.backbone import Backbone
 
 REPRODUCE = Path(__file__).parents[2] / "reproduce"
@@ -63,39 +67,99 @@ def test_an_untrained_plugin_scores_as_the_base_model(backbone: Backbone, texts:
         assert found[way]["asks_and_differs"] == found[way]["passes_and_differs"] == 0.0
 
 
-def test_methods_stay_within_one_budget_and_learn(backbone: Backbone, texts: list[Example], tmp_path: Path) -> None:
-    budget = parameter_budget(backbone, 16)
-    training = Training(learning_rate=1e-2, epochs=3, side_width=16, max_length=64)
-    plugin, side = train_plugin(backbone, texts, "parallel", training, tmp_path)
-    assert side["num_parameters"] == budget
-    assert side["epochs"][-1][1] < side["epochs"][1][1]
+def training_of(backbone: Backbone, method: Method, epochs: int = 3) -> Training:
+    return Training(
+        method=method,
+        learning_rate=1e-2,
+        epochs=epochs,
+        budget=parameter_budget(backbone, 16),
+        side_width=16,
+        max_length=64,
+    )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(family="parallel"),
+        Method(family="serial"),
+        Method(family="parallel", side="published"),
+        Method(family="parallel", taps=1),
+        Method(family="parallel", bits=4),
+        Method(family="parallel", width=8, down="personal"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_side_networks_stay_within_the_budget_and_learn(
+    backbone: Backbone, texts: list[Example], tmp_path: Path, method: Method
+) -> None:
+    training, cloud = training_of(backbone, method), cloud_for(backbone, method)
+    plugin, learnt = train_plugin(cloud, texts, training, tmp_path)
+    assert learnt["num_parameters"] <= training.budget
+    assert learnt["epochs"][-1][1] < learnt["epochs"][1][1]
+    judged = judge_plugin(cloud, plugin, texts[:4], 4, 64)
+    base = judge_backbone(backbone, texts[:4], 4, 64)["nats_per_token"]
+    first = "integration" if method.family == "parallel" else "ladder"
+    assert judged[first]["nats_per_token"] < (base if method.family == "parallel" else 6.0)
+    assert len(judged[first]["rouge_l_each"]) == 4
+
+
+def test_the_number_of_taps_and_their_bits_are_those_of_the_cloud(backbone: Backbone) -> None:
+    assert cloud_for(backbone, Method(family="parallel")) is backbone
+    assert cloud_for(backbone, Method(family="parallel", taps=1)).projections.num_taps == 1
+    coarse = cloud_for(backbone, Method(family="parallel", bits=4))
+    token_ids = np.array([5, 6, 7, 8])
+    assert abs(coarse.features(token_ids, 1, 4).tap_codes).max() == 7
+    assert abs(backbone.features(token_ids, 1, 4).tap_codes).max() == 127
+
+
+@pytest.mark.parametrize("family", ["lora", "adapter"])
+def test_methods_in_the_cloud_stay_within_the_budget_and_leave_nothing(
+    backbone: Backbone, texts: list[Example], family: str
+) -> None:
+    training = training_of(backbone, Method(family=family))
     before = judge_backbone(backbone, texts[:4], 4, 64)["nats_per_token"]
-    with trained_lora(backbone, texts, budget, training) as lora:
-        assert 0.5 * budget < lora["num_parameters"] <= budget
+    with trained_in_cloud(backbone, texts, training) as learnt:
+        assert 0.5 * training.budget < learnt["num_parameters"] <= training.budget
         assert judge_backbone(backbone, texts[:4], 4, 64)["nats_per_token"] < before
     assert judge_backbone(backbone, texts[:4], 4, 64)["nats_per_token"] == before
-    assert judge_plugin(backbone, plugin, texts[:4], 4, 64)["integration"]["nats_per_token"] < before
+
+
+def test_a_calibrated_gate_keeps_to_the_rate_in_its_own_texts(backbone: Backbone, texts: list[Example]) -> None:
+    plugin = untrained_plugin(backbone)
+    asked = judge_plugin(backbone, plugin, texts[:8], 8, 64)["spa"]["consult_rate"]
+    limit = asked / 2
+    kept = calibrated(backbone, plugin, texts[:8], limit, 8, 64)
+    assert judge_plugin(backbone, kept, texts[:8], 8, 64)["spa"]["consult_rate"] <= limit
+    assert kept.gate is not None and plugin.gate is not None and kept.gate.threshold > plugin.gate.threshold
+
+
+def test_rows_are_named_by_what_sets_them_apart() -> None:
+    row = plugin_row("ladder", side="attention", init="backbone", taps=2)
+    assert row.method is not None and row.method.name == "serial, attention, from the backbone, 2 taps"
+
+
+def test_differences_are_of_the_same_texts() -> None:
+    found = Mean.of_differences([[3.0, 5.0], [5.0, 5.0]], [[1.0, 2.0]])
+    assert (found.mean, found.num) == (3.0, 2) and found.low == found.high == 3.0
+    with pytest.raises(InputError, match="same texts"):
+        Mean.of_differences([[1.0]], [[1.0, 2.0]])
 
 
 @pytest.mark.integration
 def test_a_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path) -> None:
-    data = tmp_path / "data" / "sciq"
-    data.mkdir(parents=True)
-    for split, num in (("train", 24), ("test", 4)):
-        rows = [{"prompt": one.request, "target": " " + one.answer} for one in generate_exchanges(num, seed=num)]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, str(REPRODUCE / "all.py"), "--only", "spa_table4", "--budget-minutes", "5"]
-    command += ["--data-root", str(tmp_path / "data"), "--datasets", "sciq", "--num-train", "24", "--num-test", "2"]
+    command += ["--datasets", "persona", "--num-train", "24", "--num-test", "2", "--epochs", "3"]
     command += ["--seeds", "1", "--learning-rates", "0.01", "--max-new-tokens", "6", "--max-length", "48"]
     command += ["--cells", str(tmp_path / "cells"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     first = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert first.returncode == 0, first.stdout + first.stderr
     measured = json.loads((tmp_path / "out" / "measured.json").read_text())
-    assert measured["sciq"]["teacher_forced"].keys() >= {"asks", "differs", "asks_and_differs"}
+    assert measured["persona"]["teacher_forced"].keys() >= {"asks", "differs", "asks_and_differs"}
     assert "Two by two" in (tmp_path / "out" / "report.html").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["config"]["num_train"] == 24 and config["deviations"] and config["hardware"]["cores"]
-    kept = (tmp_path / "cells" / "starter-sciq.jsonl").read_text()
+    kept = (tmp_path / "cells" / "starter-persona.jsonl").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert again.returncode == 0 and "starter-sciq:" in first.stdout and "starter-sciq:" not in again.stdout
-    assert (tmp_path / "cells" / "starter-sciq.jsonl").read_text() == kept
+    assert again.returncode == 0 and "starter-persona:" in first.stdout and "starter-persona:" not in again.stdout
+    assert (tmp_path / "cells" / "starter-persona.jsonl").read_text() == kept
