@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.models.projections import check_tap_indices
-from cotune.wire.codec import dequantise, quantise_int4
 from cotune.wire.features import SequenceFeatures
 
 
@@ -156,20 +155,6 @@ class FeatureSet:
             tap_scales=self.tap_scales[:, chosen],
             lead_codes=self.lead_codes[:, chosen],
             lead_scales=self.lead_scales[:, chosen],
-        )
-
-    def with_int4_taps(self) -> FeatureSet:
-        """The taps as the int4 codec leaves them: to train and judge side networks as if the wire spoke int4.
-
-        Codes are then -7 .. 7. They come from int8 taps, so each was rounded twice; an int8 step is an eighteenth of
-        an int4 step. Served taps are int8: this tells what int4 would cost, and is not what a cloud sends.
-        """
-        codes, scales = quantise_int4(dequantise(self.tap_codes, self.tap_scales))
-        lead_codes, lead_scales = self.lead_codes, self.lead_scales
-        if len(lead_codes):
-            lead_codes, lead_scales = quantise_int4(dequantise(lead_codes, lead_scales))
-        return dataclasses.replace(
-            self, tap_codes=codes, tap_scales=scales, lead_codes=lead_codes, lead_scales=lead_scales
         )
 
     def digest(self) -> str:

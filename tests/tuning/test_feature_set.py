@@ -9,7 +9,6 @@ import pytest
 
 from cotune.errors import InputError
 from cotune.tuning.feature_set import FeatureSet
-from cotune.wire.codec import CODECS, dequantise
 
 
 def test_sequences_are_concatenated_in_order(make_source: Callable[..., Any]) -> None:
@@ -48,21 +47,6 @@ def test_kept_taps_are_kept_everywhere(make_source: Callable[..., Any]) -> None:
     assert len(kept) == len(whole) and kept.digest() != whole.digest()
     with pytest.raises(InputError, match=r"tap indices are \(1, 3\), expected ascending numbers from 0 to 2"):
         whole.keep_taps((1, 3))
-
-
-def test_int4_taps_are_what_the_codec_leaves(make_source: Callable[..., Any]) -> None:
-    whole = with_leads(make_source)
-    coarse = whole.with_int4_taps()
-    for codes, scales, before, before_scales in (
-        (coarse.tap_codes, coarse.tap_scales, whole.tap_codes, whole.tap_scales),
-        (coarse.lead_codes, coarse.lead_scales, whole.lead_codes, whole.lead_scales),
-    ):
-        assert codes.dtype == np.int8 and np.abs(codes).max() == 7
-        expected = CODECS["int4"].round_trip(dequantise(before, before_scales))
-        np.testing.assert_array_equal(dequantise(codes, scales), expected)
-    again = coarse.with_int4_taps()
-    np.testing.assert_array_equal(again.tap_codes, coarse.tap_codes)
-    assert len(FeatureSet.from_sequences([make_source().features(np.arange(5), 2, 4)]).with_int4_taps()) == 3
 
 
 @pytest.mark.parametrize("name", ["target_ids", "tap_codes", "log_normalizer", "top_logits", "hidden", "offsets"])

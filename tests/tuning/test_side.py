@@ -14,10 +14,11 @@ from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import Correction
 from cotune.models.spa_ladder import SpaLadder, SpaLadderConfig
 from cotune.models.tap_ladder import TapLadder, TapLadderConfig
+from cotune.tuning.feature_set import FeatureSet
 from cotune.tuning.loop import LoopConfig, LoopProgress
 from cotune.tuning.side import AttentionShape, SideConfig, fresh_ladder, tune_side
 from cotune.tuning.side_evaluation import nats_per_token
-from cotune.wire.codec import quantise
+from cotune.wire.codec import dequantise, quantise, quantise_int4
 
 CONFIG = SideConfig(
     loop=LoopConfig(epochs=4, learning_rate=0.01, checkpoint_interval_s=0.0),
@@ -131,8 +132,13 @@ def test_the_published_ladder_needs_whole_states(draw_world: Callable[..., Any],
 def test_int4_taps_can_be_learnt_from(draw_world: Callable[..., Any], output_basis: OutputBasis) -> None:
     features, heldout = draw_world(600, 1).features(10), draw_world(200, 2).features(10)
     config = replace(CONFIG, loop=LoopConfig(epochs=10, learning_rate=0.02))
-    fine, coarse = (tune_side(part, output_basis, config).network for part in (features, features.with_int4_taps()))
-    coarse_heldout = heldout.with_int4_taps()
+
+    def coarsened(part: FeatureSet) -> FeatureSet:
+        codes, scales = quantise_int4(dequantise(part.tap_codes, part.tap_scales))
+        return replace(part, tap_codes=codes, tap_scales=scales)
+
+    fine, coarse = (tune_side(part, output_basis, config).network for part in (features, coarsened(features)))
+    coarse_heldout = coarsened(heldout)
     served, mismatched = (
         nats_per_token(coarse_heldout, network, output_basis, "parallel") for network in (coarse, fine)
     )
