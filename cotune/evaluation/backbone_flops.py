@@ -61,8 +61,9 @@ def step_flops(shape: ModelShape, load: Workload, trained: Trained, *, has_check
     head = _head_flops(shape, load)
     flops = forwards + backwards + head * (3 if trained.has_embeddings else 2)
     if has_checkpoints:
-        last = 0 if trained.width else 2 * n * shape.inner * shape.hidden
-        flops += own * (whole - last) + (reached - own) * (products + attention - last)
+        last = 2 * n * shape.inner * shape.hidden
+        flops += own * (whole - (0 if trained.width or trained.rank else last))
+        flops += (reached - own) * (products + attention - last)
     return flops
 
 

@@ -134,7 +134,7 @@ def layer_saved_bytes(shape: ModelShape, load: Workload, trained: Trained) -> in
 def saved_bytes(shape: ModelShape, load: Workload, trained: Trained) -> int:
     """What all layers keep for the backward pass; the first one that the gradient reaches keeps less."""
     whole = layer_saved_bytes(shape, load, trained)
-    passed = layer_saved_bytes(shape, load, Trained(entry=Entry.EMBEDDING))
+    passed = layer_saved_bytes(shape, load, _untrained(trained))
     reached = shape.layers - trained.first_layer
     own = _num_own_layers(shape, trained)
     saved = own * whole + (reached - own) * passed
@@ -163,6 +163,8 @@ class GradientBytes:
 
     layer: int
     """Of each own layer."""
+    product: int = 0
+    """Of the last matrix of each own layer, which is the first that its backward pass makes."""
     head: int = 0
     """Of the last norm and the head: the first ones that a backward pass makes."""
     embedding: int = 0
@@ -189,15 +191,15 @@ def step_bytes(
 ) -> StepBytes:
     """The fullest moment of a step that goes backwards through the model.
 
-    With S what the layers keep (`saved_bytes`), S_f what stands behind them (`final_saved_bytes`), G_h, G_l, G_e the
-    gradients of head, one layer and embedding, and m the layers trained, the moments are
+    With S what the layers keep (`saved_bytes`), S_1 what one keeps, S_f what stands behind them (`final_saved_bytes`),
+    G_h, G_l, G_p, G_e the gradients of head, one layer, its last matrix and embedding, and m the layers trained:
 
         loss            S + S_f + 12 N V                       log-softmax and two gradients of it, float32
         head            S + S_f + N V a + (n + N) a D + G_h    + 4 N V where a < 4
         last norm       S + S_f + 4 (4 n D) + G_h              its backward pass in float32
-        last layer      S + n a (D + 3 F) - P + G_h + G_l      P: the product that is freed, n a F, where it was kept
-        first layer     S_1 + n a (D + 3 F) - P + G_h + m G_l  S_1: what the first layer keeps
-        end             n a D + G_h + m G_l + 2 G_e            G_e once where nothing is tied
+        last layer      S + n a (D + 3 F) - P + G_h + G_p           P: the product that is freed, n a F, if it was kept
+        first layer     S_1 + n a (D + 3 F) - P + G_h + (m - 1) G_l + G_p
+        end             n a D + G_h + m G_l + G_e, + 2 V D where a tied head's is summed with the embedding's
 
     Gradients grow as activations are freed, so that their sum is never needed at one time. With checkpoints S is
     n a D for each layer that the gradient reaches, and the layer whose turn it is has in addition what it keeps. Where
@@ -210,7 +212,7 @@ def step_bytes(
     reached = shape.layers - trained.first_layer
     stream = n * a * shape.hidden
     if has_checkpoints:
-        kept, recomputed, first = reached * stream, whole, stream + whole
+        kept, recomputed, first = reached * stream, whole, stream
     else:
         kept, recomputed, first = saved_bytes(shape, load, trained), 0, whole
     behind = final_saved_bytes(shape, load, trained)
@@ -223,13 +225,13 @@ def step_bytes(
         (kept + behind + 3 * small * logits, 0),
         (kept + behind + (a + copy) * logits + stream + targets, gradients.head),
         (kept + behind + 4 * small * n * shape.hidden, gradients.head),
-        (kept + backward, gradients.head + gradients.layer),
-        (first + backward, gradients.head + own * gradients.layer),
+        (kept + backward, gradients.head + gradients.product),
+        (first + backward, gradients.head + max(0, own - 1) * gradients.layer + gradients.product),
         (stream, gradients.head + own * gradients.layer + gradients.embedding + gradients.doubled),
     ]
     if trained.is_decomposed:
         built = small * (shape.inner**2 + 3 * shape.hidden * shape.inner)
-        moments.append((kept + built, 0))
+        moments.append((kept + recomputed + built, 0))
     if trained.num_prefix_tokens:
         keys = load.batch * (load.length + trained.num_prefix_tokens)
         joined = shape.layers * 2 * keys * shape.kv_width * a
@@ -238,6 +240,15 @@ def step_bytes(
     return StepBytes(
         activations=max(activations for activations, _ in moments),
         peak=max(activations + gradient for activations, gradient in moments),
+    )
+
+
+def _untrained(trained: Trained) -> Trained:
+    """A layer that the gradient only passes through."""
+    return Trained(
+        entry=Entry.EMBEDDING,
+        num_prompt_tokens=trained.num_prompt_tokens,
+        num_prefix_tokens=trained.num_prefix_tokens,
     )
 
 

@@ -162,10 +162,10 @@ def _full(shape: ModelShape, load: Workload, settings: MethodSettings, has_check
         trained,
         has_checkpoints,
         num_layer=shape.num_layer,
-        # A tied head's gradient is the embedding's: made first, and a second time at the end.
+        # A tied head's gradient is the embedding's: made first, made again at the end, and the two summed.
         num_head=shape.hidden + (embedding if shape.is_tied else head),
         num_embedding=0 if shape.is_tied else embedding,
-        num_doubled=embedding if shape.is_tied else 0,
+        num_doubled=2 * embedding if shape.is_tied else 0,
     )
 
 
@@ -392,7 +392,7 @@ def _inside(
 
     Args:
         num_layer, num_head, num_embedding: numbers trained in each own layer, behind the layers, and before them.
-        num_doubled: of a gradient that is made twice before both are summed.
+        num_doubled: of what stands beside a gradient while it is summed with another one of the same numbers.
         is_attached: trained numbers stand beside the model's own, in float32.
         base: bytes of the model, where that is not its numbers times their size.
         whole_matrix: bytes of a matrix that is made for its product.
@@ -403,7 +403,11 @@ def _inside(
     if is_attached:
         weights += _ATTACHED_COPIES * size * num
     gradients = GradientBytes(
-        layer=size * num_layer, head=size * num_head, embedding=size * num_embedding, doubled=size * num_doubled
+        layer=size * num_layer,
+        product=size * shape.hidden * shape.inner if trained.has_linears else 0,
+        head=size * num_head,
+        embedding=size * num_embedding,
+        doubled=size * num_doubled,
     )
     step = step_bytes(shape, load, trained, gradients, has_checkpoints=has_checkpoints)
     optimizer = _ADAMW_NUMBERS * size * num
