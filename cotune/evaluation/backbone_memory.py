@@ -109,7 +109,7 @@ def layer_saved_bytes(shape: ModelShape, load: Workload, trained: Trained) -> in
         matrices         n a (2 D + F)                  their inputs; that of the output projection is kept anyway
         LoRA, rank r     n 4 (2 D + F), + n 4 (3 D + Q) where a < 4, and 7 n 4 r
                          where a < 4 each adapted matrix keeps a float32 copy of its input for itself
-        DoRA             2 n 4 (out of every matrix)    both summands of each
+        DoRA             n (a + 4) (out of every matrix) both summands of each
         bottleneck, w    2 n 4 (D + 2 w)                its input, and before and after its nonlinearity
     """
     n = load.batch * (load.length + trained.num_prompt_tokens)
@@ -125,7 +125,7 @@ def layer_saved_bytes(shape: ModelShape, load: Workload, trained: Trained) -> in
         apart = 0 if a == small else 3 * hidden + q
         saved += n * small * (shared + apart + len(shape.linears) * trained.rank)
     if trained.is_decomposed:
-        saved += 2 * n * small * sum(rows for _, rows in shape.linears.values())
+        saved += n * (a + small) * sum(rows for _, rows in shape.linears.values())
     if trained.width:
         saved += 2 * n * small * (hidden + 2 * trained.width)
     return saved
@@ -202,8 +202,10 @@ def step_bytes(
         end             n a D + G_h + m G_l + G_e, + 2 V D where a tied head's is summed with the embedding's
 
     Gradients grow as activations are freed, so that their sum is never needed at one time. With checkpoints S is
-    n a D for each layer that the gradient reaches, and the layer whose turn it is has in addition what it keeps. Where
-    DoRA builds whole matrices, F^2 + 3 D F numbers are alive beside S; where a prefix is, its joined keys and values.
+    n a D for each layer that the gradient reaches, and the layer whose turn it is has in addition what it keeps. Beside
+    S, or with checkpoints beside a layer's, are alive for a moment: where DoRA builds whole matrices, 4 (F^2 + 3 D F),
+    F^2 twice where a < 4; where LoRA's float32 result is summed with one of a < 4, 8 n F + 4 n a D; where a prefix is,
+    its joined keys and values.
     """
     n = load.batch * (load.length + trained.num_prompt_tokens)
     a, small = load.number_bytes, FLOAT32_BYTES
@@ -230,8 +232,10 @@ def step_bytes(
         (stream, gradients.head + own * gradients.layer + gradients.embedding + gradients.doubled),
     ]
     if trained.is_decomposed:
-        built = small * (shape.inner**2 + 3 * shape.hidden * shape.inner)
+        built = small * (shape.inner**2 * (1 if a == small else 2) + 3 * shape.hidden * shape.inner)
         moments.append((kept + recomputed + built, 0))
+    if trained.rank and a < small:
+        moments.append((kept + recomputed + 2 * small * n * shape.inner + 4 * stream, gradients.head))
     if trained.num_prefix_tokens:
         keys = load.batch * (load.length + trained.num_prefix_tokens)
         joined = shape.layers * 2 * keys * shape.kv_width * a
