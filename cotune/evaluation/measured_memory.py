@@ -1,4 +1,4 @@
-"""The memory that a piece of work really takes: PyTorch's counters on CUDA, the resident set of a child process on a CPU.
+"""The memory that work really takes: PyTorch's counters on CUDA, the resident set of a child process on a CPU.
 
 The resident set of a process moves with things that are not the work's: libraries whose pages are read when first
 used, memory that the allocator keeps for later, arenas of threads. So the work runs in a child with an allocator that
