@@ -55,7 +55,7 @@ class MethodSettings:
     num_directions: int = 1
     """Of methods that only go forwards: each costs two passes."""
     noise_bytes: int = 2**22
-    """Of the random numbers that such a method holds at one time."""
+    """Of the moved weights that such a method makes at one time; they are never all there."""
     side: SideSettings = field(default_factory=SideSettings)
     """The side network."""
 
@@ -356,8 +356,8 @@ def _forward_only(
     weights = load.number_bytes * shape.num_parameters
     if is_attached:
         weights += _ATTACHED_COPIES * FLOAT32_BYTES * num_trained
-    # Noise is made between passes, when no activation is there.
-    activations = max(inference_bytes(shape, load) + attached_bytes, noise)
+    # Moved weights are made a block at a time, during the passes.
+    activations = inference_bytes(shape, load) + attached_bytes + noise
     return MethodCost(
         method=method,
         has_checkpoints=False,
