@@ -47,7 +47,7 @@ def test_options_of_llama(extra: dict[str, Any]) -> None:
 
 
 def test_known_shapes_are_those_of_the_benchmarks() -> None:
-    assert KNOWN_SHAPES == {name: ModelShape.from_config(named_config(name).to_dict()) for name in SHAPES}
+    assert {name: ModelShape.from_config(named_config(name).to_dict()) for name in SHAPES} == KNOWN_SHAPES
     assert KNOWN_SHAPES["llama-7b"].num_parameters == 6_738_415_616
     assert KNOWN_SHAPES["qwen2.5-0.5b"].num_parameters == 494_032_768
 
