@@ -465,6 +465,10 @@ def targets_of(name: str, memory: dict[str, Any], times: dict[str, Any]) -> list
             share = 100 * memory[side]["measured_above_mb"].median / full
             what = f"{name}, {side}: peak above the weights, of full tuning's"
             found.append(Target(what=what, measured=share, limit=25, unit="%"))
+    for method in memory:
+        if "inference" in memory and method in CASES and CASES[method].predicted.startswith("zeroth_order"):
+            share = 100 * (_whole_mb(memory[method]) / _whole_mb(memory["inference"]) - 1)
+            found.append(Target(what=f"{name}, {method}: memory above inference's", measured=share, limit=5, unit="%"))
     if {"lora", "side", "side, features here"} <= times.keys():
         lora = times["lora"]["ms"].median
         for side in ("side", "side, features here"):
@@ -473,8 +477,12 @@ def targets_of(name: str, memory: dict[str, Any], times: dict[str, Any]) -> list
     return found
 
 
+def _whole_mb(row: dict[str, Any]) -> float:
+    return float(row["base_mb"] + row["measured_above_mb"].median)
+
+
 def show(name: str, memory: dict[str, Any], times: dict[str, Any]) -> None:
-    table = Table(title=f"{name}: MB above the weights", title_justify="left")
+    table = Table(title=f"{name}: MB above the weights", title_justify="left", box=None)
     for column in ("method", "weights", "measured", "predicted", "ratio", "whole", "ms a step", "GFLOP/s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, row in memory.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 import pytest
@@ -90,6 +91,20 @@ def test_goals_are_held_against_what_was_measured() -> None:
         "m, side, features here: time of a step, of LoRA's",
     ]
     assert len(verdicts) == 4 + 2 + 2
+
+
+def test_forward_only_methods_are_held_against_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "mezo", dataclasses.replace(CASES["inference"], predicted="zeroth_order"))
+
+    def verdict(above_mb: float) -> str:
+        rows = {
+            name: {"base_mb": 90.0, "measured_above_mb": Spread.of([mb]), "ratio_above": 1.0}
+            for name, mb in (("inference", 10.0), ("mezo", above_mb))
+        }
+        (found,) = [t.verdict for t in targets_of("m", rows, {}) if "inference's" in t.what]
+        return found
+
+    assert (verdict(14.9), verdict(15.1)) == ("PASS", "MISS")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is Linux's")
