@@ -19,6 +19,7 @@ from cotune.cli.device_commands import device
 from cotune.cli.evaluate_command import evaluate
 from cotune.cli.ledger_command import ledger
 from cotune.cli.output import stderr
+from cotune.cli.plan_command import plan
 from cotune.cli.tune_command import tune
 from cotune.errors import CotuneError
 
@@ -37,6 +38,7 @@ app.command()(demo)
 app.command()(cloud)
 app.add_typer(device)
 app.command()(tune)
+app.command()(plan)
 app.command()(evaluate)
 app.command()(ledger)
 

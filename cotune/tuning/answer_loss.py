@@ -59,11 +59,9 @@ def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], ba
     labels = torch.from_numpy(batch.labels[:, 1:])
     is_target = labels != IGNORED_LABEL
     # The last token is predicted, never read.
-    inputs = {
-        "input_ids": torch.from_numpy(batch.input_ids[:, :-1]).to(device),
-        "attention_mask": torch.from_numpy(batch.attention_mask[:, :-1]).to(device),
-        "use_cache": False,
-    }
+    # No attention mask: rows are padded on the right, where causal attention ignores them. With one, autograd would
+    # keep a matrix of seq x seq for each layer, and keys and values copied for every head.
+    inputs = {"input_ids": torch.from_numpy(batch.input_ids[:, :-1]).to(device), "use_cache": False}
     with _only_rows(head, is_target.to(device)):
         logits = functional_call(model, params, kwargs=inputs).logits
     return F.cross_entropy(logits.float(), labels[is_target].to(device), reduction="none")
