@@ -289,9 +289,7 @@ def _print_audit(model: str, audited: Audit) -> None:
             stdout.print(f"                    {other.num_extracted} of {other.num_texts} held-out texts")
         if found.membership is not None:
             member = found.membership
-            stdout.print(
-                f"  loss gap          {member.gap:.3f} nats per token (training {member.train_nats:.3f}, held out "
-                f"{member.heldout_nats:.3f}); told apart {member.auc:.2f}"
-            )
+            stdout.print(f"  nats per token    {member.train_nats:.3f} training, {member.heldout_nats:.3f} held out")
+            stdout.print(f"  loss gap          {member.gap:.3f}, members told apart {member.auc:.2f}")
         for each in found.exposures:
-            stdout.print(f"  exposure {each.times:>4} x   {each.bits:.2f} of {each.max_bits:.2f} bits at most")
+            stdout.print(f"  exposure {each.times:>5} x  {each.bits:.2f} of {each.max_bits:.2f} bits at most")
