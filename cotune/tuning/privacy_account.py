@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.tuning.example_gradients import OPACUS_IS_MISSING
@@ -213,7 +214,8 @@ def zeroth_order_account(
 
     Adding or taking away one text changes each of the K sums of a step by at most C, so their vector by at most
     sqrt(K) C, while its noise is sigma C in every place: a Gaussian mechanism with noise multiplier sigma / sqrt(K).
-    The texts of a step are the same for all its directions, drawn once. The direction is free of the data.
+    The texts of a step are the same for all its directions, drawn once; the directions know nothing of the data. It is
+    the same whether differences are clipped, or slopes, which are differences divided by 2 eps.
 
     Args:
         noise_multiplier: sigma, the standard deviation of the noise on one sum, divided by C.
@@ -237,3 +239,29 @@ def zeroth_order_account(
         num_steps=num_steps,
         delta=delta,
     )
+
+
+def measure_noise_multiplier(draws: NDArray[np.float64], clip: float) -> tuple[float, float]:
+    """The noise multiplier that draws of the noise show, to be held against the one that the account states.
+
+    Args:
+        draws: noise on a sum as a step adds it, (draws,), at least two: what is left of noisy sums over no text.
+        clip: C.
+
+    Returns:
+        sqrt(mean of draw^2) / C, in which noise off the centre shows too, and its standard error sigma / sqrt(2 n).
+
+    Raises:
+        InputError: too few draws, or an impossible clipping norm.
+
+    Example:
+        >>> sigma, error = measure_noise_multiplier(np.array([1.0, -1.0, 1.0, -1.0]), 0.5)
+        >>> sigma, round(error, 3)
+        (2.0, 0.707)
+    """
+    if draws.ndim != 1 or len(draws) < 2:
+        raise InputError(f"draws has shape {draws.shape}, expected (draws,) with at least two")
+    if not (math.isfinite(clip) and clip > 0):
+        raise InputError(f"clip is {clip}, expected a positive number")
+    sigma = float(np.sqrt(np.square(draws, dtype=np.float64).mean())) / clip
+    return sigma, sigma / math.sqrt(2 * len(draws))

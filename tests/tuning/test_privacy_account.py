@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import pytest
 
 from cotune.errors import InputError
@@ -10,6 +11,7 @@ from cotune.tuning.privacy_account import (
     ASSUMPTIONS,
     PrivacyAccount,
     default_delta,
+    measure_noise_multiplier,
     noise_for_epsilon,
     zeroth_order_account,
 )
@@ -96,6 +98,26 @@ def test_zeroth_order_with_several_directions_composes_like_that_many_releases()
     # Without subsampling, nine directions cost what nine times as many steps cost.
     as_steps = PrivacyAccount(noise_multiplier=3.0, sample_rate=1.0, num_steps=45, delta=1e-5)
     assert nine.epsilon == pytest.approx(as_steps.epsilon, abs=0.02)
+
+
+def test_the_stated_scale_can_be_held_against_draws() -> None:
+    draws = 0.6 * np.random.default_rng(0).standard_normal(100_000)
+    sigma, error = measure_noise_multiplier(draws, 0.2)
+    assert abs(sigma - 3.0) < 5 * error < 0.05
+    shifted, error = measure_noise_multiplier(draws + 0.1, 0.2)
+    assert abs(shifted - 3.0) > 5 * error
+    with pytest.raises(InputError, match="draws has shape"):
+        measure_noise_multiplier(np.zeros(1), 1.0)
+    with pytest.raises(InputError, match="clip is 0"):
+        measure_noise_multiplier(np.zeros(4), 0.0)
+
+
+def test_a_zeroth_order_step_is_bounded_as_the_account_says() -> None:
+    """Adding one text moves the vector of K clipped sums by at most sqrt(K) C, and by that much where all clip."""
+    clip, num_directions = 0.3, 9
+    slopes = 50.0 + np.random.default_rng(0).standard_normal((8, num_directions))
+    sums = [np.clip(rows, -clip, clip).sum(axis=0) for rows in (slopes, slopes[1:])]
+    assert np.linalg.norm(sums[0] - sums[1]) == pytest.approx(math.sqrt(num_directions) * clip)
 
 
 def test_words() -> None:

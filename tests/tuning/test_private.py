@@ -22,6 +22,7 @@ from cotune.tuning.feature_set import FeatureSet
 from cotune.tuning.loop import CHECKPOINT_FILE, LoopConfig, LoopProgress
 from cotune.tuning.lora import target_nats
 from cotune.tuning.poisson import PoissonBatch, SecretSeed
+from cotune.tuning.privacy_account import measure_noise_multiplier
 from cotune.tuning.private import (
     PrivateConfig,
     PrivateTuner,
@@ -112,6 +113,8 @@ def test_the_noise_has_the_stated_scale() -> None:
     rows = {"a": torch.randn(2, num, generator=generator), "b": torch.randn(2, 7, generator=generator)}
     noise = noisy_gradient(rows, config)["a"] - clipped_sums(rows, config.clip)[0]["a"] / 5
     assert abs(float(noise.mean())) < 5 * stated / math.sqrt(num)
+    sigma, error = measure_noise_multiplier(5 * noise.double().numpy(), config.clip)
+    assert abs(sigma - 1.7) < 5 * error < 0.02
     # The standard error of a variance is sqrt(2 / num).
     assert abs(float(noise.var()) / stated**2 - 1) < 5 * math.sqrt(2 / num)
     # Normal: shares beyond 1, 2 and 3 standard deviations.
@@ -131,6 +134,18 @@ def test_noise_is_new_at_each_step_and_in_each_tensor() -> None:
     assert float(correlations.abs().max()) < 5 / math.sqrt(50_000)
 
 
+def test_each_step_of_a_run_has_noise_of_its_own() -> None:
+    tuner = PrivateTuner(Lines(), CONFIG)
+    state = tuner.init({"a": torch.zeros(20_000)})
+    seen = []
+    for _ in range(3):
+        tuner.step(state, PoissonBatch(()))
+        assert state.params["a"].grad is not None
+        seen.append(state.params["a"].grad.clone())
+    correlations = torch.corrcoef(torch.stack(seen)) - torch.eye(3)
+    assert float(correlations.abs().max()) < 5 / math.sqrt(20_000)
+
+
 def test_a_step_without_texts_adds_noise_and_moves() -> None:
     tuner = PrivateTuner(Lines(), CONFIG)
     state = tuner.init({"a": torch.zeros(1000)})
@@ -141,6 +156,12 @@ def test_a_step_without_texts_adds_noise_and_moves() -> None:
     assert float(state.params["a"].detach().abs().min()) > 0
     assert metrics == {"loss": 0.0, "num_texts": 0.0, "clipped_share": 0.0}
     assert state.descent.num_steps == 1
+    # It reports the loss of the last step that had one, also after a resume.
+    tuner.step(state, PoissonBatch(({"a": torch.zeros(2, 1000)},)))
+    again = tuner.init({"a": torch.zeros(1000)})
+    again.load_tensors(state.to_tensors())
+    for resumed in (state, again):
+        assert tuner.step(resumed, PoissonBatch(()))[1]["loss"] == 1.0
 
 
 def test_the_secret_is_new_for_each_run_unless_it_is_given() -> None:
@@ -221,6 +242,7 @@ def test_resumed_is_identical(
     whole = tune_private(backbone, lora(backbone), examples, replace(config, secret_seed=secret.value))
     assert all(torch.equal(resumed.params[name], whole.params[name]) for name in whole.params)
     assert resumed.account == whole.account
+    assert [each.train_loss for each in resumed.curve] == [each.train_loss for each in whole.curve]
 
 
 def _fingerprint_of(path: Path) -> str:
