@@ -5,8 +5,8 @@ The loss of a text is the mean of -log p over its target tokens, so that each te
 - `AttachedGradients`, for what is attached to a backbone: Opacus' hooks (Yousefpour et al., arXiv 2109.12298) work out
   the gradients of all texts from one backward pass. They know layers of PyTorch (linear, embedding, norms) and our
   bottleneck; LoRA's two matrices are linear layers. Whatever they do not know, or what is used in a way that they do
-  not see (DoRA's magnitudes, gradient checkpointing), goes by one backward pass for each text: slower, the same
-  numbers.
+  not see (DoRA's magnitudes, gradient checkpointing, a soft prompt), goes by one backward pass for each text: slower,
+  the same numbers. That the hooks have seen everything is checked against autograd's sum in each step.
 - `SideGradients`, for the side network: one backward pass to the corrections, then `torch.func.vmap` over texts from
   corrections to parameters, because the loss is an autograd function of its own that `vmap` cannot look into, and
   Opacus' hooks take one input only, where a side network with attention has two.
@@ -38,6 +38,8 @@ from cotune.tuning.sequences import SequenceBatch
 from cotune.tuning.tuner import BatchT_contra, Params
 
 OPACUS_IS_MISSING = "training with differential privacy needs opacus; install it with: pip install 'cotune[private]'"
+# Of the sum of the texts' gradients against autograd's, relative; half precision rounds to about a hundredth.
+_SUM_TOLERANCE = 2e-2
 # What Opacus leaves on parameters.
 _OPACUS_ATTRIBUTES = ("grad_sample", "_forward_counter", "_current_grad_sample")
 
@@ -79,7 +81,10 @@ class AttachedGradients:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self.uses_hooks = all(_has_sampler(module) for module in _trainable_modules(model))
+        modules = _trainable_modules(model)
+        owned = [id(p) for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
+        # A tensor that two layers share, such as a tied embedding, has two parts that would have to be added.
+        self.uses_hooks = len(owned) == len(set(owned)) and all(_has_sampler(module) for module in modules)
         """Whether one backward pass serves a whole batch."""
 
     def gradients(self, params: Params, batch: TokenBatch) -> TextGradients:
@@ -94,8 +99,8 @@ class AttachedGradients:
         own = self._load(params)
         if self.uses_hooks:
             nats, grads = self._by_hooks(own, batch, counts)
-            if all(each is not None and len(each) == len(counts) for each in grads.values()):
-                return TextGradients({name: each for name, each in grads.items() if each is not None}, nats)
+            if grads is not None:
+                return TextGradients(grads, nats)
             # A layer is read past its hooks: no need to try again.
             self.uses_hooks = False
         return self._one_by_one(own, batch, counts)
@@ -106,17 +111,21 @@ class AttachedGradients:
 
     def _by_hooks(
         self, own: dict[str, Tensor], batch: TokenBatch, counts: NDArray[np.int64]
-    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """None instead of gradients where the hooks have not seen everything: their sum is not autograd's."""
         with _opacus_hooks(self._model):
             nats = self._nats(own, batch)
             with warnings.catch_warnings():
                 # The first adapted layer reads what needs no gradient; the hooks do not either.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
                 _mean_by_text(nats, counts).sum().backward()  # type: ignore[no-untyped-call]
-            grads = {name: getattr(leaf, "grad_sample", None) for name, leaf in own.items()}
+            seen = {name: getattr(leaf, "grad_sample", None) for name, leaf in own.items()}
+        whole = {name: leaf.grad for name, leaf in own.items()}
         for leaf in own.values():
             leaf.grad = None
-        return nats.detach(), {n: g if isinstance(g, Tensor) else None for n, g in grads.items()}
+        grads = {n: g for n, g in seen.items() if isinstance(g, Tensor) and len(g) == len(counts)}
+        is_complete = len(grads) == len(own) and all(_sums_to(grads[name], whole[name]) for name in own)
+        return nats.detach(), grads if is_complete else None
 
     def _one_by_one(self, own: dict[str, Tensor], batch: TokenBatch, counts: NDArray[np.int64]) -> TextGradients:
         grads: dict[str, list[Tensor]] = {name: [] for name in own}
@@ -193,6 +202,15 @@ def _mean_by_text(nats: Tensor, counts: NDArray[np.int64]) -> Tensor:
     owner = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(nats.device)
     sizes = torch.from_numpy(np.maximum(counts, 1)).to(nats.device)
     return nats.new_zeros(len(counts)).index_add(0, owner, nats) / sizes
+
+
+def _sums_to(grads: Tensor, whole: Tensor | None) -> bool:
+    """Whether gradients of single texts (texts, *shape) add up to that of all of them, but for rounding."""
+    if whole is None or not bool(torch.isfinite(whole).all()):
+        return True  # nothing to hold them against; what is not finite is refused later
+    # Texts may cancel each other, so rounding is as large as their sizes are.
+    allowed = _SUM_TOLERANCE * float(grads.abs().sum(dim=0).norm())
+    return float((grads.sum(dim=0) - whole).norm()) <= allowed
 
 
 @contextmanager

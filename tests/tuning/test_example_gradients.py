@@ -102,21 +102,41 @@ def test_gradients_agree_with_one_text_at_a_time(backbone: Backbone, examples: l
         torch.testing.assert_close(source.nats(params, pad_batch(examples, 0)), found.nats)
 
 
-def test_a_layer_read_past_its_hooks_is_noticed(backbone: Backbone, examples: list[EncodedExample]) -> None:
-    """As gradient checkpointing does, or a prompt that is embedded once for a whole batch."""
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_layer_read_past_its_hooks_is_noticed(
+    backbone: Backbone, examples: list[EncodedExample], share: float
+) -> None:
+    """All of it, as gradient checkpointing does, or a part, as where a second module uses the same weight."""
     fresh = LoraAdapter.fresh(backbone.model, LoraShape(rank=2))
     params = moved(fresh.params)
     with fresh.attach(backbone.model) as model:
         layer = next(m for name, m in model.named_modules() if name.endswith("lora_B.default"))
-        layer.forward, seen = (lambda x: torch.nn.functional.linear(x, layer.weight)), type(layer)
-        layer.__class__ = type("Unhooked", (seen,), {"__call__": lambda self, x: self.forward(x)})
+        seen = type(layer)
+
+        def past_hooks(self: torch.nn.Linear, x: Tensor) -> Tensor:
+            unseen = torch.nn.functional.linear(x, self.weight)
+            return share * unseen + (0 if share == 1.0 else (1 - share) * torch.nn.Module.__call__(self, x))
+
+        layer.__class__ = type("Unhooked", (seen,), {"__call__": past_hooks})
         source = AttachedGradients(model)
-        source.uses_hooks = True
-        found = source.gradients(params, pad_batch(examples, 0))
+        assert not source.uses_hooks  # an unknown layer
+        source.uses_hooks = True  # try all the same
+        with pytest.MonkeyPatch.context() as patch:
+            from opacus.grad_sample import GradSampleModule
+
+            patch.setitem(GradSampleModule.GRAD_SAMPLERS, type(layer), GradSampleModule.GRAD_SAMPLERS[seen])
+            found = source.gradients(params, pad_batch(examples, 0))
         assert not source.uses_hooks
         check_against_by_hand(model, params, found, examples)
         layer.__class__ = seen
-        del layer.forward
+
+
+def test_a_tensor_that_two_layers_share_goes_one_by_one(backbone: Backbone) -> None:
+    fresh = LoraAdapter.fresh(backbone.model, LoraShape(rank=2))
+    with fresh.attach(backbone.model) as model:
+        layers = [m for name, m in model.named_modules() if name.endswith("lora_A.default")]
+        layers[1].weight = layers[0].weight
+        assert not AttachedGradients(model).uses_hooks
 
 
 def hooks_of(model: PreTrainedModel) -> list[Any]:
