@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from cotune import __version__
+from cotune.cli.audit_command import audit
 from cotune.cli.cloud_command import cloud
 from cotune.cli.demo_command import demo
 from cotune.cli.device_commands import device
@@ -40,6 +41,7 @@ app.add_typer(device)
 app.command()(tune)
 app.command()(plan)
 app.command()(evaluate)
+app.add_typer(audit)
 app.command()(ledger)
 
 
