@@ -225,9 +225,9 @@ class Backbone:
 
     @property
     def _lean(self) -> LeanDecoder | None:
-        # None is not remembered: an adapter that is in the model now may leave it later.
-        if self._made_lean is None:
-            self._made_lean = LeanDecoder.of(self.model, self.tap_layers)
+        # None is not remembered: an adapter that is in the model now may leave it later, as other weights may.
+        if self._made_lean is None or not self._made_lean.fits:
+            self._made_lean = LeanDecoder.of(self.model, self.tap_layers) or self._made_lean
         return self._made_lean
 
     @cached_property

@@ -50,7 +50,8 @@ def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], ba
     """-log p of each target token, float32 (targets,).
 
     Args:
-        model: a causal language model with an adapter attached, as transformers or peft give it.
+        model: a causal language model with an adapter attached, as transformers or peft give it. It may put positions of
+            its own in front, such as a soft prompt.
         head: its output embedding.
         params: stand in for the model's parameters of these names.
         batch: padded sequences.
@@ -71,8 +72,13 @@ def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], ba
 
 @contextmanager
 def _only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
-    """Inside, the output embedding computes logits (rows, vocab) for the wanted positions (batch, seq) only."""
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][wanted],))
+    """Inside, the output embedding computes logits (rows, vocab) for the wanted ones of the last seq positions only.
+
+    Args:
+        wanted: bool (batch, seq).
+    """
+    num_positions = wanted.shape[1]
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -num_positions:][wanted],))
     try:
         yield
     finally:
