@@ -11,9 +11,9 @@ each half. peft 0.21 has no such adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,15 @@ class BottleneckAdapter:
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.params.values())
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """None: it stands in layers."""
+        return 0
+
+    def trained(self, params: Mapping[str, Tensor]) -> BottleneckAdapter:
+        """The same with other values."""
+        return replace(self, params=dict(params))
+
     @contextmanager
     def attach(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Inside, `model` is the adapted one, for every holder of it; afterwards it is as before, also on error.
@@ -134,8 +143,12 @@ class BottleneckAdapter:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trainable[name])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model: PreTrainedModel | None = None) -> None:
         """Write `bottleneck.safetensors` into a folder, which is made if it is not there.
+
+        Args:
+            folder: where to.
+            model: not needed; here because other adapters are saved with it.
 
         Raises:
             InputError: the folder cannot be written.

@@ -62,6 +62,11 @@ class SelectedParameters:
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.params.values())
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """None: the sequence is as it was."""
+        return 0
+
     @contextmanager
     def attach(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """Inside, `model` computes with these values, for every holder of it; afterwards it has its own again.

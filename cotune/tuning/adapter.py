@@ -32,6 +32,8 @@ class AdapterConfig:
     """AdamW's decoupled decay of the adapter."""
     max_grad_norm: float = 1.0
     """Total norm that a step's gradient is clipped to."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what is inside it."""
     seed: int = 0
     """Of the initial adapter and the order of sequences."""
 
