@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ def low_bit_placement(bits: int, *, dtype: str, device: str) -> dict[str, Any]:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"base bits are {bits}, which needs bitsandbytes; install cotune[lowbit]")
+    # It says in every int8 product that it computes in float16, and at import which optional kernels it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # int8 outliers stay in whole numbers by bitsandbytes' own threshold.
     quantisation = (
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
@@ -46,6 +49,19 @@ def low_bit_placement(bits: int, *, dtype: str, device: str) -> dict[str, Any]:
         else BitsAndBytesConfig(load_in_8bit=True)
     )
     return {"quantization_config": quantisation, "device_map": {"": device}}
+
+
+def keep_differentiable(model: PreTrainedModel) -> None:
+    """Make 4-bit layers on a CPU compute such that gradients flow through them.
+
+    In evaluation mode bitsandbytes 0.50 rearranges the weights for a kernel that has no backward pass and answers in
+    bfloat16, for good; training after an evaluation would then learn from wrong gradients without a word.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def is_low_bit(model: PreTrainedModel) -> bool:
@@ -66,8 +82,11 @@ def dequantised(layer: nn.Module) -> Tensor:
         whole: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         return whole
     if isinstance(weight, bnb.nn.Int8Params):
-        scales = weight.SCB if weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
-        return weight.data.float() * scales[:, None] / 127
+        # The first pass moves the scales from the weight to the layer.
+        state: Any = layer.state
+        scales: Tensor = state.SCB if weight.SCB is None else weight.SCB
+        scaled: Tensor = weight.data.float() * scales[:, None] / 127
+        return scaled
     raise InputError(f"a layer holds a {type(weight).__name__}, expected low-bit weights of bitsandbytes")
 
 

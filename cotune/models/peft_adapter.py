@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cotune.errors import InputError
+from cotune.models.low_bit import is_low_bit
 from cotune.models.seeded import seeded
 from cotune.models.selected import SelectedParameters
 
@@ -111,14 +112,13 @@ class PeftAdapter:
                 f"{self.config.peft_type.value} stands in front of the sequence and cannot be merged into weights; "
                 "keep it as an adapter folder"
             )
+        if is_low_bit(model):
+            raise InputError("the model has low-bit weights; load it without base bits to merge an adapter")
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         merged: dict[str, Tensor] = {}
         with self.attach(model) as wrapped, torch.no_grad():
             for layer in [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]:
                 own = dict(layer.get_base_layer().named_parameters())
-                if any(getattr(parameter, "quant_state", None) is not None or not parameter.dtype.is_floating_point
-                       for parameter in own.values()):  # fmt: skip
-                    raise InputError("the model has low-bit weights; load it without base bits to merge an adapter")
                 before = {short: parameter.detach().clone() for short, parameter in own.items()}
                 layer.merge()
                 for short, parameter in own.items():
@@ -207,6 +207,11 @@ def wrapped_in_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int) 
     Raises:
         InputError: peft cannot put this adapter into this model.
     """
+    if is_low_bit(model) and not (config.is_prompt_learning or config.peft_type is peft.PeftType.LORA):
+        raise InputError(
+            f"peft cannot take a {config.peft_type.value} adapter out of a low-bit model again; "
+            "take lora or a prompt, or load the model without base bits"
+        )
     was_training = model.training
     trainable: Mapping[str, bool] = {name: p.requires_grad for name, p in model.named_parameters()}
     config = copy.deepcopy(config)

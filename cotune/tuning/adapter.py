@@ -43,6 +43,22 @@ class AdapterConfig:
         check_attached(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bottlenecks:
+    """Bottlenecks behind attention and feed-forward of every layer."""
+
+    width: int = 16
+    """Of each bottleneck."""
+
+    def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> BottleneckAdapter:
+        """They change no logit.
+
+        Raises:
+            InputError: an impossible width, or an architecture without the two halves.
+        """
+        return BottleneckAdapter.fresh(backbone.model, self.width, seed=seed)
+
+
 class AdapterTuner(AttachedTuner):
     """Descent with the bottlenecks' tensors as parameters; see `AttachedTuner`."""
 

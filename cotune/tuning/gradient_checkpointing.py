@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
@@ -66,7 +66,7 @@ def _recomputed(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # The parameters of this very call: by the time of the backward pass the module has its own again.
-        params = dict(call.named_parameters())
+        params: dict[str, Tensor] = dict(call.named_parameters())
         kept_args = tuple(_snapshot(arg) for arg in args)
         kept_kwargs = {name: _snapshot(arg) for name, arg in kwargs.items()}
 

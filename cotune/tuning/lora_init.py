@@ -36,8 +36,15 @@ NUM_CALIBRATION_EXAMPLES = 32
 """Texts that an initialisation looks at, at most."""
 BATCH_SIZE = 4
 # What peft leaves behind in the model's own layers.
-_TRACES = ("eigens", "sample_count", "covariance_matrix", "corda_method", "rank", "_peft_loraga_grad")
-_TRACES += ("_peft_loraga_grad_count",)
+_TRACES = (
+    "eigens",
+    "sample_count",
+    "covariance_matrix",
+    "corda_method",
+    "rank",
+    "_peft_loraga_grad",
+    "_peft_loraga_grad_count",
+)
 
 
 @dataclass(frozen=True)
