@@ -24,9 +24,11 @@ def load_adapter(folder: Path, model: PreTrainedModel) -> PeftAdapter | Bottlene
     """Read what one of the tuning methods saved; `model` is as before afterwards.
 
     Raises:
-        InputError: there is nothing of that kind, or it does not fit the model.
+        InputError: there is nothing of that kind, or more than one, or it does not fit the model.
     """
-    for mark, kind in MARKS.items():
-        if (folder / mark).is_file():
-            return kind.load(folder, model)
+    found = [mark for mark in MARKS if (folder / mark).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder} holds {' and '.join(found)}, expected one of them; remove the others")
+    if found:
+        return MARKS[found[0]].load(folder, model)
     raise InputError(f"{folder} holds no adapter, expected one of {', '.join(MARKS)} in it; make one with cotune tune")

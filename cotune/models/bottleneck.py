@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
+from cotune.models.selected import SelectedParameters
 from cotune.models.side_network import uniform
 
 WEIGHTS_FILE = "bottleneck.safetensors"
@@ -159,6 +160,14 @@ class BottleneckAdapter:
             save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": _FORMAT, "width": str(self.width)})
         except OSError as error:
             raise InputError(f"the adapter cannot be written to {folder}: {error.strerror}") from error
+
+    def merge(self, model: PreTrainedModel) -> SelectedParameters:
+        """Not possible.
+
+        Raises:
+            InputError: always; what a bottleneck does is no part of a weight.
+        """
+        raise InputError("a bottleneck adapter cannot be merged into weights; keep it as an adapter folder")
 
     @classmethod
     def load(cls, folder: Path, model: PreTrainedModel) -> BottleneckAdapter:

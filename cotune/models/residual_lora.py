@@ -69,6 +69,14 @@ class ResidualLora:
         alpha = shape.alpha * (2**0.5 if shape.use_rslora else 2)
         return LoraAdapter(shape=replace(shape, rank=2 * shape.rank, alpha=alpha), params=joined)
 
+    def merge(self, model: PreTrainedModel) -> SelectedParameters:
+        """The adapted layers' weights with what A and B do now.
+
+        Raises:
+            InputError: the model has low-bit weights.
+        """
+        return self.trained(self.params).merge(model)
+
     def save(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the ordinary LoRA of twice the rank.
 

@@ -55,12 +55,16 @@ class Method:
         learning_rate: a usual one with AdamW.
         options: fields of `AdaptationOptions` that it listens to, beside those that all share.
         make: what is tuned.
+        num_virtual_tokens: positions that it takes from the model's context.
+        is_mergeable: whether it becomes a part of the model's weights.
     """
 
     summary: str
     learning_rate: float
     options: tuple[str, ...] = ()
     make: Callable[[AdaptationOptions], Adaptation]
+    num_virtual_tokens: Callable[[AdaptationOptions], int] = lambda options: 0
+    is_mergeable: bool = True
 
 
 def _lora(options: AdaptationOptions, *, use_dora: bool = False, use_rslora: bool = False) -> Lora:
@@ -117,24 +121,31 @@ ADAPTATIONS: dict[str, Method] = {
         learning_rate=1e-3,
         options=("width",),
         make=lambda options: Bottlenecks() if options.width is None else Bottlenecks(width=options.width),
+        is_mergeable=False,
     ),
     "soft_prompt": Method(
         summary="embeddings in front of the text",
         learning_rate=3e-2,
         options=_PROMPT,
         make=lambda options: SoftPrompt(num_virtual_tokens=_virtual(options)),
+        num_virtual_tokens=_virtual,
+        is_mergeable=False,
     ),
     "p_tuning": Method(
         summary="a soft prompt that an MLP makes",
         learning_rate=1e-2,
         options=_PROMPT,
         make=lambda options: PTuning(num_virtual_tokens=_virtual(options)),
+        num_virtual_tokens=_virtual,
+        is_mergeable=False,
     ),
     "prefix": Method(
         summary="keys and values in front of each layer's",
         learning_rate=1e-2,
         options=_PROMPT,
         make=lambda options: Prefix(num_virtual_tokens=_virtual(options)),
+        num_virtual_tokens=_virtual,
+        is_mergeable=False,
     ),
     "bias": Method(summary="biases and norms only", learning_rate=1e-3, make=lambda options: BiasAndNorms()),
     "blocks": Method(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
+from cotune.models.selected import SelectedParameters
 from cotune.tuning.answer_loss import TokenBatches, answer_nats, digest_examples
 from cotune.tuning.gradient import GradientState, check_descent
 from cotune.tuning.gradient_checkpointing import gradient_checkpointing
@@ -77,6 +78,14 @@ class Tunable(Attachable, Protocol):
 
     def save(self, folder: Path, model: PreTrainedModel) -> None:
         """Write it into a folder, in peft's own format where peft has one."""
+        ...
+
+    def merge(self, model: PreTrainedModel) -> SelectedParameters:
+        """The model's weights with it inside them.
+
+        Raises:
+            InputError: it cannot be a part of weights.
+        """
         ...
 
 
