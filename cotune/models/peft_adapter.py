@@ -119,14 +119,19 @@ class PeftAdapter:
         with self.attach(model) as wrapped, torch.no_grad():
             for layer in [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]:
                 own = dict(layer.get_base_layer().named_parameters())
-                before = {short: parameter.detach().clone() for short, parameter in own.items()}
-                layer.merge()
-                for short, parameter in own.items():
-                    if not torch.equal(parameter, before[short]):
-                        merged[names[id(parameter)]] = parameter.detach().clone()
-                    parameter.data = before[short]
-                # Taken back by hand, bit by bit, where peft would subtract.
-                layer.merged_adapters.clear()
+                before = {short: parameter.data for short, parameter in own.items()}
+                for parameter in own.values():
+                    parameter.data = parameter.data.clone()
+                try:
+                    layer.merge()
+                    for short, parameter in own.items():
+                        if not torch.equal(parameter, before[short]):
+                            merged[names[id(parameter)]] = parameter.data
+                finally:
+                    # Taken back as a whole, where peft would subtract.
+                    for short, parameter in own.items():
+                        parameter.data = before[short]
+                    layer.merged_adapters.clear()
         return SelectedParameters(params=merged)
 
     def save(self, folder: Path, model: PreTrainedModel) -> None:
@@ -195,6 +200,9 @@ def read_config(folder: Path) -> peft.PeftConfig:
         config.init_lora_weights = True
     if kind == "PROMPT_TUNING":
         config.prompt_tuning_init = peft.PromptTuningInit.RANDOM
+    if config.is_prompt_learning:
+        # Of the model that it is attached to, which peft asks, not of the one that it was made for.
+        config.token_dim = config.num_layers = config.num_attention_heads = config.num_transformer_submodules = None
     # Where an encoder made the prompt, the folder holds what it made; everything else is as in training.
     config.inference_mode = kind == "P_TUNING" or bool(getattr(config, "prefix_projection", False))
     return config

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
+from cotune.models.weights import quiet
 
 WEIGHTS_FILE = "selected.safetensors"
 _FORMAT = "cotune selected parameters 1"
@@ -181,7 +182,7 @@ class SelectedParameters:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} holds something already; give a new folder for the whole model")
         try:
-            with self.attach(model) as tuned:
+            with self.attach(model) as tuned, quiet():
                 tuned.save_pretrained(str(folder), safe_serialization=True)
             (folder / "tokenizer.json").write_bytes(tokenizer_json)
         except (OSError, SafetensorError) as error:

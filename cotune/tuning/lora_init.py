@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import peft
 import torch
@@ -35,6 +36,8 @@ from cotune.tuning.answer_loss import answer_nats
 NUM_CALIBRATION_EXAMPLES = 32
 """Texts that an initialisation looks at, at most."""
 BATCH_SIZE = 4
+MAX_EVA_PASSES = 2000
+"""Forward passes of EVA, at most."""
 # What peft leaves behind in the model's own layers.
 _TRACES = (
     "eigens",
@@ -221,7 +224,24 @@ def _eva(calibration: Calibration, wrapped: peft.PeftModel) -> None:
         {"input_ids": torch.from_numpy(b.input_ids), "attention_mask": torch.from_numpy(b.attention_mask)}
         for b in calibration.batches
     ]
-    peft.initialize_lora_eva_weights(wrapped, dataloader=inputs, show_progress_bar=False)
+    peft.initialize_lora_eva_weights(wrapped, dataloader=inputs, forward_fn=_counted_passes(), show_progress_bar=False)
+
+
+def _counted_passes() -> Callable[[Any, Any], Any]:
+    """peft reads the texts again and again until nothing changes, without an end of its own."""
+    num_passes = 0
+
+    def run(model: Any, inputs: Any) -> Any:
+        nonlocal num_passes
+        num_passes += 1
+        if num_passes > MAX_EVA_PASSES:
+            raise InputError(
+                f"init eva found no stable directions in {MAX_EVA_PASSES} passes over the texts; "
+                "give more or longer texts, or take another init"
+            )
+        return model(**inputs)
+
+    return run
 
 
 def _use_eva(calibration: Calibration, config: peft.LoraConfig) -> None:
