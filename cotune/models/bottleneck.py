@@ -86,7 +86,7 @@ class BottleneckAdapter:
         Raises:
             InputError: an impossible width, or an architecture without the two halves.
         """
-        _check_width(width)
+        check_width(width)
         generator = torch.Generator().manual_seed(seed)
         params: dict[str, Tensor] = {}
         for place in output_layers(model):
@@ -181,7 +181,7 @@ class BottleneckAdapter:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                width = _check_width(int(metadata["width"]))
+                width = check_width(int(metadata["width"]))
                 params = {name: file.get_tensor(name) for name in file.offset_keys()}
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} holds no bottleneck adapter ({error}); write it with save") from error
@@ -246,7 +246,12 @@ def _hidden_size(model: PreTrainedModel) -> int:
     return int(model.config.hidden_size)
 
 
-def _check_width(width: int) -> int:
+def check_width(width: int) -> int:
+    """The width, if there is such a bottleneck.
+
+    Raises:
+        InputError: there is not.
+    """
     if not 1 <= width <= MAX_WIDTH:
         raise InputError(f"width is {width}, expected 1 to {MAX_WIDTH}")
     return width

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cotune.data.batches import EncodedExample
-from cotune.errors import InputError
 from cotune.models.backbone import Backbone
-from cotune.models.bottleneck import BottleneckAdapter
+from cotune.models.bottleneck import BottleneckAdapter, check_width
 from cotune.tuning.attached import AttachedTuner, check_attached, tune_attached
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
 
@@ -38,8 +37,7 @@ class AdapterConfig:
     """Of the initial adapter and the order of sequences."""
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise InputError(f"width is {self.width}, expected at least 1")
+        check_width(self.width)
         check_attached(self)
 
 
@@ -49,6 +47,9 @@ class Bottlenecks:
 
     width: int = 16
     """Of each bottleneck."""
+
+    def __post_init__(self) -> None:
+        check_width(self.width)
 
     def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> BottleneckAdapter:
         """They change no logit.

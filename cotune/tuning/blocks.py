@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cotune.data.batches import EncodedExample, TokenBatch, pad_batch
-from cotune.errors import InputError
+from cotune.errors import InputError, NonFiniteLossError
 from cotune.models.anatomy import decoder_layers
 from cotune.models.backbone import Backbone
 from cotune.models.selected import SelectedParameters, block_names
@@ -83,6 +83,7 @@ class Blocks:
 
         Raises:
             InputError: the budget holds no layer, or there are no texts.
+        NonFiniteLossError: the loss of a text is nan or inf.
         """
         costs = measure_blocks(backbone, examples, self)
         return SelectedParameters.of(
@@ -133,6 +134,7 @@ def measure_blocks(backbone: Backbone, examples: Sequence[EncodedExample], confi
 
     Raises:
         InputError: there are no texts.
+        NonFiniteLossError: the loss of one is nan or inf.
     """
     if not examples:
         raise InputError("there are no examples, expected at least one")
@@ -178,6 +180,8 @@ def _importances(backbone: Backbone, layers: list[nn.Module], examples: Sequence
             for example in examples:
                 batch = pad_batch([example], backbone.spec.pad_token_id)
                 loss = answer_nats(model, model.get_output_embeddings(), _trained(model), batch).mean()
+                if not bool(loss.isfinite()):
+                    raise NonFiniteLossError(0, float(loss.detach()))
                 loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
