@@ -307,7 +307,7 @@ INITS: dict[str, LoraInit] = {
         summary="QR of the weights; OLoRA, arXiv 2406.01775", peft_value="olora", moves_weights=True, reads_rows=True
     ),
     "eva": LoraInit(
-        summary="largest singular vectors of the activations; EVA, arXiv 2410.07170",
+        summary="principal components of the activations; EVA, arXiv 2410.07170",
         peft_value="eva",
         prepare=_use_eva,
         finish=_eva,
