@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_map
 
 from cotune.tuning.directions import SIGNS_PER_BLOCK, Direction
 
-BLOCK_ELEMENTS = {"cpu": 2**18}
-"""Numbers of a parameter that are moved at a time, by device: 1 MiB of float32, which a CPU's cache holds."""
+BLOCK_ELEMENTS = {"cpu": 2**20}
+"""Numbers of a parameter that are moved at a time, by device: 4 MiB of float32."""
 BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
