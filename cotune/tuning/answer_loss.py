@@ -64,13 +64,13 @@ def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], ba
         "attention_mask": torch.from_numpy(batch.attention_mask[:, :-1]).to(device),
         "use_cache": False,
     }
-    with _only_rows(head, is_target.to(device)):
+    with only_rows(head, is_target.to(device)):
         logits = functional_call(model, params, kwargs=inputs).logits
     return F.cross_entropy(logits.float(), labels[is_target].to(device), reduction="none")
 
 
 @contextmanager
-def _only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
+def only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
     """Inside, the output embedding computes logits (rows, vocab) for the wanted positions (batch, seq) only."""
     handle = head.register_forward_pre_hook(lambda module, args: (args[0][wanted],))
     try:

@@ -40,6 +40,11 @@ class Block:
     num: int
     decays: bool
 
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """What updates are computed in: float32, or float64 for parameters of that type."""
+        return torch.float64 if self.flat.dtype == torch.float64 else torch.float32
+
     def read(self) -> Tensor:
         """A copy, (num,)."""
         return self.flat.clone() if self.chosen is None else self.flat[self.chosen]
@@ -57,12 +62,18 @@ class Block:
 
     def combine(self, directions: Sequence[Direction], weights: Sequence[float]) -> Tensor:
         """sum_j weight_j z_j, float32 (num,), or float64 for parameters of that type."""
-        dtype = torch.float64 if self.flat.dtype == torch.float64 else torch.float32
-        total = torch.zeros(self.num, dtype=dtype, device=self.flat.device)
+        total = torch.zeros(self.num, dtype=self.exact_dtype, device=self.flat.device)
         for direction, weight in zip(directions, weights, strict=True):
             if weight:
-                total.add_(self.signs(direction, dtype), alpha=weight)
+                total.add_(self.signs(direction, self.exact_dtype), alpha=weight)
         return total
+
+    def change(self, change: Tensor, *, keep: float = 1.0) -> None:
+        """theta <- keep theta + change, each number rounded once; `keep` is for blocks that decay only."""
+        values = self.read().to(change.dtype)
+        if self.decays and keep != 1:
+            values.mul_(keep)
+        self.write(values.add_(change))
 
 
 class TunedNumbers:
@@ -160,10 +171,8 @@ class TunedNumbers:
         if not any(weights) and keep == 1:
             return  # Adding +0 would turn -0 into +0.
         for block in self.blocks():
-            decays = block.decays and keep != 1
-            if len(directions) == 1 and block.chosen is None and not decays:
+            if len(directions) == 1 and block.chosen is None and not (block.decays and keep != 1):
+                # The same numbers as below, without a copy.
                 block.flat.add_(block.signs(directions[0], block.flat.dtype), alpha=weights[0])
-                continue
-            change = block.combine(directions, weights)
-            values = block.read().to(change.dtype)
-            block.write(values.mul_(keep).add_(change) if decays else values.add_(change))
+            else:
+                block.change(block.combine(directions, weights), keep=keep)
