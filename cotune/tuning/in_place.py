@@ -6,7 +6,7 @@ the model, and all else that a state holds is seeds and scalars, a few bytes eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -72,7 +72,7 @@ class InPlaceState:
         missing = [name for name in params if name not in own]
         if missing:
             raise InputError(
-                f"the model has no parameter {missing[0]}; attach the adapter to the model first, and tune what it lists"
+                f"the model has no parameter {missing[0]}; attach the adapter to it first, and tune what that lists"
             )
         state = cls(numbers=TunedNumbers({name: own[name] for name in params}, mask))
         state.load_params(params)
@@ -187,8 +187,3 @@ def tune_in_place(
         )
         # The tensors are the model's own, which `attach` is about to take back.
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in result.state.params.items()}, result
-
-
-def mean(values: Sequence[float]) -> float:
-    """Of at least one number."""
-    return sum(values) / len(values)

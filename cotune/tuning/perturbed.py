@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from cotune.errors import InputError
 from cotune.tuning.directions import SIGNS_PER_BLOCK, Direction
 
 BLOCK_ELEMENTS = {"cpu": 2**20}
@@ -34,6 +35,18 @@ BLOCK_ELEMENTS_ELSEWHERE = 2**24
 def block_elements(device: torch.device) -> int:
     """How many numbers to treat at a time on this device."""
     return BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ELSEWHERE)
+
+
+def representable(zo_eps: float) -> float:
+    """eps with 8 significant bits: the nearest that bfloat16, and so every usual type, has exactly.
+
+    PyTorch rounds a factor to the tensor's own type on a CPU, and not on a GPU; this one stays as it is on both.
+
+    Example:
+        >>> representable(1e-3)
+        0.00099945068359375
+    """
+    return float(torch.tensor(zo_eps, dtype=torch.bfloat16))
 
 
 class PerturbedTensor(Tensor):
@@ -59,7 +72,7 @@ class PerturbedTensor(Tensor):
             theta: contiguous, of a floating-point type; stays as it is.
             direction: z.
             place: the sign of theta's first number.
-            zo_eps: eps; negative goes the other way.
+            zo_eps: eps, `representable`; negative goes the other way.
         """
         moved: PerturbedTensor = Tensor._make_subclass(PerturbedTensor, theta.detach())
         moved.theta, moved.direction, moved.place, moved.zo_eps = theta.detach(), direction, place, zo_eps
@@ -77,6 +90,11 @@ class PerturbedTensor(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _READS_NO_VALUE:
                 return func(*args, **kwargs)
+            if func in _READS_MEMORY:
+                raise InputError(
+                    f"{func.__name__} asks for the memory of a perturbed parameter, which is made only where PyTorch "
+                    "reads it; turn custom kernels off, or tune a mask's numbers, which are written"
+                )
             special = _BLOCKWISE.get(func)
             if special is not None:
                 result = special(*args, **kwargs)
@@ -166,6 +184,7 @@ def _embedding(input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:  # no
 
 
 _BLOCKWISE: dict[Any, Callable[..., Any]] = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
+_READS_MEMORY: frozenset[Any] = frozenset([Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.__dlpack__])
 # Answered by theta itself, which has the same shape and type.
 _READS_NO_VALUE: frozenset[Any] = frozenset(
     [getattr(Tensor, name).__get__ for name in ("device", "dtype", "shape", "ndim", "layout", "is_cuda")]

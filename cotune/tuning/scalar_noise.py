@@ -1,12 +1,12 @@
-"""Privacy for forward-only tuning: the one scalar that a step takes from the data is clipped per example and made noisy.
+"""Privacy for forward-only tuning: the scalar that a step takes from the data is clipped per example and made noisy.
 
 DP-ZO (Tang et al., arXiv 2401.04343), for one direction:
 
     g = (sum_i clip(g_i, -C, C) + N(0, (sigma C)^2)) / B,   g_i = (L_i(theta + eps z) - L_i(theta - eps z)) / (2 eps)
 
-Symbols: C is `clip`, sigma `noise_multiplier`, B `num_examples`. The direction is random and public; all that the update
-tells of the data is g. Adding or removing one example changes the sum by at most C, so a step with one direction is a
-Gaussian mechanism with noise multiplier sigma, subsampled as the batches are; q directions are q of them.
+Symbols: C is `clip`, sigma `noise_multiplier`, B `num_examples`. The direction is random and public; all that an
+update tells of the data is g. Adding or removing one example changes the sum by at most C, so a step with one direction
+is a Gaussian mechanism with noise multiplier sigma, subsampled as the batches are; q directions are q of them.
 
 What it does not cover: the losses that the loop reports are of the data, without noise. The noise comes from a seeded
 generator, so that a run can be resumed: the seed must be drawn at random and stay secret like the data, and the

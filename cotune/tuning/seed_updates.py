@@ -53,12 +53,9 @@ class UpdateRule(Protocol):
 class PlainDescent:
     """ZO-SGD, the rule of MeZO."""
 
-    window: int = 1
-    """Always 1."""
-
-    def __post_init__(self) -> None:
-        if self.window != 1:
-            raise InputError(f"window is {self.window}, expected 1: plain descent remembers nothing")
+    @property
+    def window(self) -> int:
+        return 1
 
     def apply(
         self, numbers: TunedNumbers, slopes: Sequence[Slope], *, learning_rate: float, weight_decay: float

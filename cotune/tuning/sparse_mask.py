@@ -10,6 +10,7 @@ Deviation: the mask is over the given parameters only, and counts them all toget
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,14 @@ class SparseMask:
     @property
     def num_numbers(self) -> int:
         return sum(len(places) for places in self.indices.values())
+
+    def digest(self) -> str:
+        """SHA-256, hex, of the chosen numbers."""
+        state = hashlib.sha256()
+        for name, places in sorted(self.indices.items()):
+            state.update(f"{name} {len(places)}\n".encode())
+            state.update(places.cpu().to(torch.int64).numpy().astype("<i8").data)
+        return state.hexdigest()
 
     def check(self, params: Mapping[str, Tensor]) -> None:
         """Refuse parameters that the mask was not made for.

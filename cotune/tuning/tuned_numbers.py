@@ -143,7 +143,7 @@ class TunedNumbers:
 
         Args:
             direction: z.
-            zo_eps: eps; negative goes the other way.
+            zo_eps: eps, `representable`; negative goes the other way.
         """
         if self.mask is None:
             # An empty tensor has no numbers to move.
@@ -171,8 +171,9 @@ class TunedNumbers:
         if not any(weights) and keep == 1:
             return  # Adding +0 would turn -0 into +0.
         for block in self.blocks():
-            if len(directions) == 1 and block.chosen is None and not (block.decays and keep != 1):
-                # The same numbers as below, without a copy.
+            simple = block.chosen is None and block.flat.dtype == block.exact_dtype and not (block.decays and keep != 1)
+            if simple and len(directions) == 1:
+                # The same numbers as below, without a copy; 16-bit types would round the weight on a CPU.
                 block.flat.add_(block.signs(directions[0], block.flat.dtype), alpha=weights[0])
             else:
                 block.change(block.combine(directions, weights), keep=keep)

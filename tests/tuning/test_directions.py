@@ -5,33 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from philox_reference import philox_block, reference_signs
 
 from cotune.errors import InputError
 from cotune.tuning.directions import SIGNS_PER_BLOCK, Direction, direction_seed, philox, place_parameters, unpack
 
 SEEDS = st.integers(0, 2**64 - 1)
-
-
-def philox_block(seed: int, counter: list[int]) -> list[int]:
-    """The round function as its authors print it, with Python's integers."""
-    c, key = list(counter), [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(high >> 32) ^ c[1] ^ key[0], high & 0xFFFFFFFF, (low >> 32) ^ c[3] ^ key[1], low & 0xFFFFFFFF]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
-
-
-def reference_signs(seed: int, start: int, num: int) -> NDArray[np.float64]:
-    """Signs one by one, from the formula at the head of the module."""
-    signs = []
-    for e in range(start, start + num):
-        word, lane = divmod(e, 32)
-        block, place = divmod(word, 4)
-        bits = philox_block(seed, [block & 0xFFFFFFFF, block >> 32, 0, 0])[place]
-        signs.append(1 - 2 * (bits >> (15 - lane // 2 + 16 * (lane % 2)) & 1))
-    return np.array(signs, np.float64)
 
 
 def test_the_reference_gives_the_authors_known_answers() -> None:

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from cotune.errors import InputError
 from cotune.tuning import perturbed
 from cotune.tuning.directions import Direction
-from cotune.tuning.perturbed import PerturbedTensor, block_elements
+from cotune.tuning.perturbed import PerturbedTensor, block_elements, representable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLACE = 256
@@ -100,7 +101,7 @@ def test_its_form_is_known_without_its_numbers(monkeypatch: pytest.MonkeyPatch) 
 @given(
     dtype=st.sampled_from(DTYPES),
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    zo_eps=st.floats(-1e4, 1e4),
+    zo_eps=st.floats(-1e3, 1e3),
     seed=st.integers(0, 2**63),
     bits=st.integers(0, 2**31),
 )
@@ -120,6 +121,20 @@ def test_the_weights_are_never_written(
         F.linear(torch.ones(1, shape[1], dtype=dtype), moved)
         F.embedding(torch.tensor([0]), moved)
     assert torch.equal(theta.view(-1).view(torch.uint8), raw)
+
+
+@pytest.mark.parametrize("zo_eps", [1e-6, 1e-3, 0.01, 0.7, 1e3])
+def test_every_type_has_a_representable_eps(zo_eps: float) -> None:
+    eps = representable(zo_eps)
+    assert eps == pytest.approx(zo_eps, rel=2**-8)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert float(torch.tensor(eps, dtype=dtype)) == eps
+
+
+def test_a_kernel_that_reads_memory_is_told_so() -> None:
+    moved = PerturbedTensor.of(torch.zeros(3), Direction(0), place=0, zo_eps=1.0)
+    with pytest.raises(InputError, match="data_ptr asks for the memory of a perturbed parameter"):
+        moved.data_ptr()
 
 
 def test_a_block_fits_its_device() -> None:
