@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -174,15 +175,21 @@ def unpack(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if not dtype.is_floating_point:
         raise InputError(f"dtype is {dtype}, expected a floating-point type such as torch.float32")
-    if dtype in (torch.bfloat16, torch.float16):
-        # Two numbers in one int32, the first in its low half: bit 15 is the sign of one, bit 31 that of the other.
-        one = int(torch.tensor([1.0, 1.0], dtype=dtype).view(torch.int32))
-        bits = words[:, None] << torch.arange(16, dtype=torch.int32, device=words.device)  # (n, 16)
-        return bits.bitwise_and_(-0x7FFF8000).bitwise_or_(one).view(-1).view(dtype)
-    one = int(torch.tensor(1.0).view(torch.int32))
-    shifts = torch.arange(16, dtype=torch.int32, device=words.device)
-    bits = words[:, None] << torch.stack((shifts + 16, shifts), dim=1).view(-1)  # (n, 32)
-    return bits.bitwise_and_(-0x80000000).bitwise_or_(one).view(-1).view(torch.float32).to(dtype)
+    half = dtype in (torch.bfloat16, torch.float16)
+    one, sign, shifts = _lanes(dtype if half else torch.float32, words.device)
+    bits = (words[:, None] << shifts).bitwise_and_(sign).bitwise_or_(one)
+    return bits.view(-1).view(dtype) if half else bits.view(-1).view(torch.float32).to(dtype)
+
+
+@lru_cache
+def _lanes(dtype: torch.dtype, device: torch.device) -> tuple[int, int, Tensor]:
+    """How to unpack: the bits of 1, the bits of the sign, and the shifts that bring each lane's bit there."""
+    shifts = torch.arange(16, dtype=torch.int32, device=device)
+    if dtype == torch.float32:
+        one = int(torch.tensor(1.0).view(torch.int32))
+        return one, -0x80000000, torch.stack((shifts + 16, shifts), dim=1).view(-1)
+    # Two numbers in one int32, the first in its low half: bit 15 is the sign of one, bit 31 that of the other.
+    return int(torch.tensor([1.0, 1.0], dtype=dtype).view(torch.int32)), -0x7FFF8000, shifts
 
 
 def _to_int32(words: Tensor) -> Tensor:

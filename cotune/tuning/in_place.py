@@ -6,13 +6,17 @@ the model, and all else that a state holds is seeds and scalars, a few bytes eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Generic, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -153,6 +157,8 @@ def tune_in_place(
 ) -> tuple[dict[str, Tensor], LoopResult[InPlaceState]]:
     """Attach, train in place, and take what was learnt; the model is as before afterwards, also on error.
 
+    Where `fresh` has no copy of its own, as parameters of the model itself, what they were waits on disk meanwhile.
+
     Args:
         model: serves nobody else meanwhile.
         fresh: what to tune.
@@ -172,7 +178,7 @@ def tune_in_place(
         InputError: nothing to train on, or a batch without a target.
         NonFiniteLossError: a loss is nan or inf.
     """
-    with fresh.attach(model) as attached:
+    with fresh.attach(model) as attached, _restored(_shared(attached, fresh.params), run_dir):
         tuner = make_tuner(attached)
         result = run_loop(
             tuner,
@@ -187,3 +193,35 @@ def tune_in_place(
         )
         # The tensors are the model's own, which `attach` is about to take back.
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in result.state.params.items()}, result
+
+
+def _shared(model: PreTrainedModel, params: Params) -> dict[str, Tensor]:
+    """The model's tensors that are in the same memory as what is tuned: steps would change both."""
+    own = dict(model.named_parameters())
+    return {n: own[n].detach() for n, tensor in params.items() if n in own and own[n].data_ptr() == tensor.data_ptr()}
+
+
+@contextmanager
+def _restored(tensors: Mapping[str, Tensor], folder: Path | None) -> Iterator[None]:
+    """Inside, tensors may change; afterwards they are as before. The copy waits on disk, where it costs no memory."""
+    if not tensors:
+        yield
+        return
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="before-") as place:
+            path = Path(place) / "before.safetensors"
+            save_file(dict(tensors), path)
+            path.chmod(0o600)
+            try:
+                yield
+            finally:
+                with safe_open(path, framework="pt") as file, torch.no_grad():
+                    for name, tensor in tensors.items():
+                        tensor.copy_(file.get_tensor(name))
+    except OSError as error:
+        raise InputError(
+            f"the parameters as they were cannot be kept in {folder or tempfile.gettempdir()}: {error.strerror}; "
+            "free some room there, or give another run_dir"
+        ) from error
