@@ -76,13 +76,13 @@ def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], ba
     # No attention mask: rows are padded on the right, where causal attention ignores them. With one, autograd would
     # keep a matrix of seq x seq for each layer, and keys and values copied for every head.
     inputs = {"input_ids": torch.from_numpy(batch.input_ids[:, :-1]).to(device), "use_cache": False}
-    with _only_rows(head, is_target.to(device)):
+    with only_rows(head, is_target.to(device)):
         logits = functional_call(model, params, kwargs=inputs).logits
     return F.cross_entropy(logits.float(), labels[is_target].to(device), reduction="none")
 
 
 @contextmanager
-def _only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
+def only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
     """Inside, the output embedding computes logits (rows, vocab) for the wanted ones of the last seq positions only.
 
     Args:
