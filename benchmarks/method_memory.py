@@ -196,9 +196,8 @@ def run_peft(scene: Scene, model: PreTrainedModel | None, *, make_config: Callab
 
     def step() -> None:
         inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1]), "use_cache": False}
-        logits = wrapped(**inputs).logits
-        loss = nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten())
-        loss.backward()
+        # Without a name of their own, the logits go before the backward pass.
+        nn.functional.cross_entropy(wrapped(**inputs).logits.float(), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(chosen, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

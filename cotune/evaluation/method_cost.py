@@ -123,7 +123,7 @@ def predict_cost(
         >>> shape = ModelShape(hidden=64, inner=160, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=500)
         >>> cost = predict_cost(shape, "inference", Workload(batch=2, length=32))
         >>> cost.weights, cost.activations
-        (602368, 256000)
+        (601344, 256000)
     """
     if method not in METHODS:
         raise InputError(f"method is {method!r}, expected one of {', '.join(METHODS)}")

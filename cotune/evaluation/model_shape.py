@@ -31,7 +31,7 @@ class ModelShape:
     Example:
         >>> shape = ModelShape(hidden=64, inner=160, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=500)
         >>> shape.num_parameters
-        150592
+        150336
     """
 
     hidden: int
