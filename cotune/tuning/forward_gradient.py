@@ -3,7 +3,7 @@
     g_j = (L(theta + eps z_j) - L(theta - eps z_j)) / (2 eps)     the directional derivative, or exactly, forward-mode
     G_A, G_B = means of g_j z_j over the first and the second half of the directions that wait
     variance = mean over all tuned numbers of (G_A - G_B)^2 / 2
-    theta <- theta - lr mean_j g_j z_j                             when variance <= max_variance; else they go on waiting
+    theta <- theta - lr mean_j g_j z_j                             when variance <= max_variance; else they wait on
 
 Each batch adds `num_perturbations` directions. Random directions hardly overlap, so the variance falls as the squared
 gradient over the number of directions: flat regions pass the gate at once, steep ones wait. Deviations: FwdLLM looks at
