@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cotune.errors import InputError
+from cotune.models.low_bit import is_eight_bit
 from cotune.models.peft_adapter import WEIGHTS_FILE, PeftAdapter, read_config
 from cotune.models.selected import SelectedParameters
 
@@ -151,8 +152,10 @@ def lora_config(model: PreTrainedModel, shape: LoraShape) -> peft.LoraConfig:
     """peft's config of that shape for that model.
 
     Raises:
-        InputError: a target is no linear layer of the model.
+        InputError: a target is no linear layer of the model, or DoRA meets int8 weights.
     """
+    if shape.use_dora and is_eight_bit(model):
+        raise InputError("DoRA of peft does not compute on 8-bit weights; take 4 bits, whole weights, or lora")
     return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=shape.rank,
