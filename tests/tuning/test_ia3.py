@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 
@@ -33,6 +34,7 @@ def test_a_scale_multiplies_what_the_layer_puts_out(backbone: Backbone) -> None:
 def test_an_architecture_that_peft_does_not_know_is_refused(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbone.model.config, "model_type", "unheard_of")
-    with pytest.raises(InputError, match=r"IA3 adapter cannot be put into this .*: Please specify `target_modules`"):
+    known = peft.utils.constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    monkeypatch.delitem(known, backbone.model.config.model_type)
+    with pytest.raises(InputError, match=r"IA3 adapter cannot be put into this .*: .*target_modules"):
         Ia3().fresh(backbone, (), seed=0)
