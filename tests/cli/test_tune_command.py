@@ -43,7 +43,7 @@ def test_the_words_of_the_command_are_those_of_the_tables(run: Any) -> None:
         ("dora", ("--rank", 2, "--init", "orthonormal", "--merged", "MERGED"), "adapter_config.json"),
         ("lora", ("--rank", 2, "--alpha", 4, "--init", "pissa", "--merged", "MERGED"), "adapter_config.json"),
         ("soft_prompt", ("--virtual-tokens", 5), "adapter_config.json"),
-        ("prefix", ("--virtual-tokens", 5, "--gradient-checkpointing"), "adapter_config.json"),
+        ("prefix", ("--virtual-tokens", 5, "--learning-rate", 0.2, "--gradient-checkpointing"), "adapter_config.json"),
         ("adapter", ("--width", 3), "bottleneck.safetensors"),
         ("blocks", ("--memory-budget", "60MB", "--batch-size", 4), "selected.safetensors"),
     ],
@@ -59,8 +59,10 @@ def test_what_was_tuned_is_judged(
     told = json.loads(outcome.out)
     assert told["method"] == method and (out / kept).is_file()
     assert told["heldout_nats_per_token"] < told["base_nats_per_token"]
-    config = json.loads((tmp_path / "out.run" / "config.json").read_text(encoding="utf-8"))
-    assert config["config"]["method"] == method if "config" in config else config["method"] == method
+    config = json.loads((tmp_path / "out.run" / "config.json").read_text(encoding="utf-8"))["config"]
+    assert config["method"] == method and config["resolved"]["loop"]["epochs"] == 2
+    expected = 0.2 if method == "prefix" else ADAPTATIONS[method].learning_rate
+    assert config["resolved"]["loop"]["learning_rate"] == expected
 
     limits = ("--limit", 3, "--max-new-tokens", 4, "--json")
     judged = run("evaluate", "starter", texts, "--adapter", out, *limits)
