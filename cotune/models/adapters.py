@@ -178,7 +178,7 @@ def linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
     Llama, Qwen2, Qwen3, Mistral and Gemma: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
     `down_proj`. GPT-2: `c_attn`, `c_proj`, `c_fc`.
     """
-    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in _linear_layers(model)))
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in linear_sizes(model)))
 
 
 def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tuple[str, ...] = ()) -> int:
@@ -195,7 +195,7 @@ def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tup
         InputError: not even rank 1 fits, or a target is no linear layer of the model.
     """
     chosen = checked_targets(model, targets)
-    per_rank = sum(sum(shape) for name, shape in _linear_layers(model).items() if name.rpartition(".")[2] in chosen)
+    per_rank = sum(sum(shape) for name, shape in linear_sizes(model).items() if name.rpartition(".")[2] in chosen)
     if num_parameters < per_rank:
         raise InputError(
             f"num_parameters is {num_parameters}, expected at least {per_rank:,} for rank 1 on {', '.join(chosen)}; "
@@ -204,7 +204,7 @@ def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tup
     return num_parameters // per_rank
 
 
-def _linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+def linear_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """(in, out) of the linear layers by module name, without the output embedding."""
     head = model.get_output_embeddings()
     sizes: dict[str, tuple[int, int]] = {}
