@@ -153,11 +153,10 @@ def tune(
     from cotune.cli.tune_side import tune_side_network
     from cotune.models.backbone import Backbone
 
-    if method != "side":
-        tune_config(settings)
+    resolved = None if method == "side" else plain(tune_config(settings))
     backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device, base_bits=base_bits)
     make_run_folder(settings.run)
-    write_config(settings.run, "cotune tune", _written(settings))
+    write_config(settings.run, "cotune tune", {**_written(settings), "resolved": resolved})
     work = tune_side_network if method == "side" else tune_adaptation
     with progress(f"tuning with {method}", enabled=not as_json) as advance:
         summary = work(

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cotune.errors import InputError
+from cotune.models.low_bit import is_eight_bit
 from cotune.models.peft_adapter import WEIGHTS_FILE, PeftAdapter, read_config
 from cotune.models.selected import SelectedParameters
 
@@ -151,8 +152,10 @@ def lora_config(model: PreTrainedModel, shape: LoraShape) -> peft.LoraConfig:
     """peft's config of that shape for that model.
 
     Raises:
-        InputError: a target is no linear layer of the model.
+        InputError: a target is no linear layer of the model, or DoRA meets int8 weights.
     """
+    if shape.use_dora and is_eight_bit(model):
+        raise InputError("DoRA of peft does not compute on 8-bit weights; take 4 bits, whole weights, or lora")
     return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=shape.rank,
@@ -175,7 +178,7 @@ def linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
     Llama, Qwen2, Qwen3, Mistral and Gemma: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
     `down_proj`. GPT-2: `c_attn`, `c_proj`, `c_fc`.
     """
-    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in _linear_layers(model)))
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in linear_sizes(model)))
 
 
 def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tuple[str, ...] = ()) -> int:
@@ -192,7 +195,7 @@ def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tup
         InputError: not even rank 1 fits, or a target is no linear layer of the model.
     """
     chosen = checked_targets(model, targets)
-    per_rank = sum(sum(shape) for name, shape in _linear_layers(model).items() if name.rpartition(".")[2] in chosen)
+    per_rank = sum(sum(shape) for name, shape in linear_sizes(model).items() if name.rpartition(".")[2] in chosen)
     if num_parameters < per_rank:
         raise InputError(
             f"num_parameters is {num_parameters}, expected at least {per_rank:,} for rank 1 on {', '.join(chosen)}; "
@@ -201,7 +204,7 @@ def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tup
     return num_parameters // per_rank
 
 
-def _linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+def linear_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """(in, out) of the linear layers by module name, without the output embedding."""
     head = model.get_output_embeddings()
     sizes: dict[str, tuple[int, int]] = {}

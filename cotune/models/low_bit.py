@@ -69,6 +69,11 @@ def is_low_bit(model: PreTrainedModel) -> bool:
     return getattr(model, "quantization_method", None) is not None
 
 
+def is_eight_bit(model: PreTrainedModel) -> bool:
+    """Whether its weights are stored in int8."""
+    return is_low_bit(model) and any(type(parameter).__name__ == "Int8Params" for parameter in model.parameters())
+
+
 def dequantised(layer: nn.Module) -> Tensor:
     """The weight (out, in) that a low-bit linear layer computes with.
 

@@ -222,11 +222,16 @@ def wrapped_in_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int) 
         )
     was_training = model.training
     trainable: Mapping[str, bool] = {name: p.requires_grad for name, p in model.named_parameters()}
+    layers = [(module, dict(module._modules)) for module in model.modules()]
     config = copy.deepcopy(config)
     with ExitStack() as undoing:
 
         @undoing.callback
         def restore() -> None:
+            # Where peft failed in the middle, some layers are wrapped and others are not.
+            for module, children in layers:
+                module._modules.clear()
+                module._modules.update(children)
             model.train(was_training)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trainable[name])

@@ -24,7 +24,14 @@ from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch, pad_batch
 from cotune.errors import InputError
-from cotune.models.adapters import LoraAdapter, LoraShape, has_transposed_weights, lora_config
+from cotune.models.adapters import (
+    LoraAdapter,
+    LoraShape,
+    checked_targets,
+    has_transposed_weights,
+    linear_sizes,
+    lora_config,
+)
 from cotune.models.backbone import Backbone
 from cotune.models.low_bit import dequantised, is_low_bit, original_weights
 from cotune.models.peft_adapter import PeftAdapter, wrapped_in_peft
@@ -81,6 +88,8 @@ class LoraInit:
     """Whether it looks at training texts."""
     reads_rows: bool = False
     """Whether peft reads weights as (out, in) only, which GPT-2's are not."""
+    num_directions: int = 0
+    """Singular vectors that it takes of each layer for each rank."""
     freezes_b: bool = False
     """Whether B stays as it is and A alone is trained."""
 
@@ -151,6 +160,16 @@ def _check(
         raise InputError(f"init {init} does not go with DoRA, whose row lengths are of the whole weight; take default")
     if (how.moves_weights or how.freezes_b) and is_low_bit(model):
         raise InputError(f"init {init} reads whole weights and the model has low-bit ones; take default, eva or loftq")
+    narrowest = min(
+        min(sizes)
+        for name, sizes in linear_sizes(model).items()
+        if name.rpartition(".")[2] in checked_targets(model, shape.targets)
+    )
+    if how.num_directions * shape.rank > narrowest:
+        raise InputError(
+            f"rank is {shape.rank}, expected at most {narrowest // how.num_directions} for init {init}, because the "
+            f"narrowest adapted layer has {narrowest} directions; lower the rank, adapt fewer layers, or take default"
+        )
     if how.reads_rows and has_transposed_weights(model):
         raise InputError(
             f"init {init} of peft does not know weights as (in, out), as GPT-2 has them; take another init"
@@ -301,6 +320,7 @@ INITS: dict[str, LoraInit] = {
     "pissa": LoraInit(
         summary="largest singular vectors of the weights; PiSSA, arXiv 2404.02948",
         peft_value="pissa",
+        num_directions=1,
         moves_weights=True,
     ),
     "olora": LoraInit(
@@ -309,6 +329,7 @@ INITS: dict[str, LoraInit] = {
     "eva": LoraInit(
         summary="principal components of the activations; EVA, arXiv 2410.07170",
         peft_value="eva",
+        num_directions=1,
         prepare=_use_eva,
         finish=_eva,
         reads_texts=True,
@@ -316,6 +337,7 @@ INITS: dict[str, LoraInit] = {
     "corda": LoraInit(
         summary="weights times the activations' covariance; CorDA, arXiv 2406.05223",
         peft_value="corda",
+        num_directions=1,
         prepare=_use_corda,
         moves_weights=True,
         reads_texts=True,
@@ -323,6 +345,7 @@ INITS: dict[str, LoraInit] = {
     "lora_ga": LoraInit(
         summary="largest singular vectors of the gradient; LoRA-GA, arXiv 2407.05000",
         peft_value="lora_ga",
+        num_directions=2,
         prepare=_use_lora_ga,
         moves_weights=True,
         reads_texts=True,
@@ -330,6 +353,7 @@ INITS: dict[str, LoraInit] = {
     "mica": LoraInit(
         summary="B frozen at the smallest singular vectors, A from zero; MiCA, arXiv 2604.01694",
         peft_value="mica",
+        num_directions=1,
         freezes_b=True,
     ),
     "loftq": LoraInit(summary="makes up for a low-bit model's rounding; LoftQ, arXiv 2310.08659", finish=_loftq),

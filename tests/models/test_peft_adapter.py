@@ -83,6 +83,23 @@ def test_it_is_attached_and_taken_out_again(model: PreTrainedModel, kind: str) -
     assert state(model) == was
 
 
+def test_the_model_comes_back_where_peft_fails_in_the_middle(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    was, reset, calls = state(model), peft.tuners.lora.LoraLayer.reset_lora_parameters, []
+
+    def fail_at_the_third(self: object, *args: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("no more")
+        reset(self, *args)
+
+    monkeypatch.setattr(peft.tuners.lora.LoraLayer, "reset_lora_parameters", fail_at_the_third)
+    with pytest.raises(InputError, match=r"cannot be put into this .*: no more"):
+        PeftAdapter.fresh(model, configs(model)["lora"])
+    assert len(calls) == 3 and state(model) == was
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "vera"])
 def test_a_fresh_adapter_in_the_layers_changes_nothing_and_a_merged_one_is_the_same(
     model: PreTrainedModel, kind: str

@@ -153,6 +153,9 @@ def test_what_cannot_be_is_refused(backbone: Backbone, examples: list[EncodedExa
     for name in ("pissa", "mica"):
         with pytest.raises(InputError, match="does not go with DoRA"):
             initial_lora(backbone, replace(SHAPE, use_dora=True), name, examples, seed=0)
+    for name, rank in (("pissa", 17), ("eva", 17), ("lora_ga", 9)):
+        with pytest.raises(InputError, match=rf"rank is {rank}, expected at most .* for init {name}"):
+            initial_lora(backbone, LoraShape(rank=rank), name, examples, seed=0)
     with pytest.raises(InputError, match="it has whole weights"):
         initial_lora(backbone, SHAPE, "loftq", examples, seed=0)
     with pytest.raises(InputError, match="LoRA rank to be even"):
