@@ -98,6 +98,7 @@ class Direction:
         device: where its signs are wanted.
         num_pages: pages of packed signs to keep, 128 KiB each on a CPU and 8 MiB elsewhere. A direction of few numbers
             is so made once for both forward passes and the update.
+        num_signs: how many are wanted in all, where that is known: short directions have short pages.
 
     Raises:
         InputError: the seed is out of range.
@@ -108,11 +109,16 @@ class Direction:
         True
     """
 
-    def __init__(self, seed: int, device: torch.device | str = "cpu", *, num_pages: int = 4) -> None:
+    def __init__(
+        self, seed: int, device: torch.device | str = "cpu", *, num_pages: int = 4, num_signs: int | None = None
+    ) -> None:
         if not 0 <= seed < 2**64:
             raise InputError(f"seed is {seed}, expected 0 <= seed < 2^64")
         self.seed, self.device = seed, torch.device(device)
-        self._words_per_page = _PAGE_SIGNS.get(self.device.type, _PAGE_SIGNS_ELSEWHERE) // SIGNS_PER_WORD
+        page_signs = _PAGE_SIGNS.get(self.device.type, _PAGE_SIGNS_ELSEWHERE)
+        if num_signs is not None:
+            page_signs = min(page_signs, max(1, -(-num_signs // SIGNS_PER_BLOCK)) * SIGNS_PER_BLOCK)
+        self._words_per_page = page_signs // SIGNS_PER_WORD
         self._num_pages = num_pages
         self._pages: OrderedDict[int, Tensor] = OrderedDict()
 

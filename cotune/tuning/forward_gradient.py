@@ -3,7 +3,7 @@
     g_j = (L(theta + eps z_j) - L(theta - eps z_j)) / (2 eps)     the directional derivative, or exactly, forward-mode
     G_A, G_B = means of g_j z_j over the first and the second half of the directions that wait
     variance = mean over all tuned numbers of (G_A - G_B)^2 / 2
-    theta <- theta - lr mean_j g_j z_j                             when variance <= max_variance; else they wait on
+    theta <- theta - lr mean_j g_j z_j        when variance <= max_variance; else they go on waiting
 
 Each batch adds `num_perturbations` directions. Random directions hardly overlap, so the variance falls as the squared
 gradient over the number of directions: flat regions pass the gate at once, steep ones wait. Deviations: FwdLLM looks at
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,9 @@ def differentiate_forward(
 
     try:
         # The other kernels of attention have no forward derivative.
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            # PyTorch's own rules of differentiation use what it deprecates.
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
             pair = torch.func.jvp(loss_of, (dict(state.params),), (tangents,))
     except (RuntimeError, NotImplementedError) as error:
         raise InputError(

@@ -114,7 +114,8 @@ class TunedNumbers:
 
     def direction(self, seed: int, *, num_pages: int = 4) -> Direction:
         """The direction of a seed, where these numbers are."""
-        return Direction(seed, self.device, num_pages=num_pages)
+        last = next(reversed(self.sizes))
+        return Direction(seed, self.device, num_pages=num_pages, num_signs=self.places[last] + self.sizes[last])
 
     def blocks(self) -> Iterator[Block]:
         """All of them, in the order of their signs."""

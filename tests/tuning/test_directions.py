@@ -46,6 +46,8 @@ def test_a_sign_is_the_same_in_whatever_piece_it_comes() -> None:
     expected = whole.signs(0, 2 * page + 77)
     for start, num in ((page - 50, 100), (0, 10), (2 * page, 77), (page - 1, page + 2), (5, 1)):
         assert torch.equal(piecewise.signs(start, num), expected[start : start + num]), start
+    short = Direction(3, num_signs=200)
+    assert torch.equal(short.signs(0, 200), expected[:200]) and torch.equal(short.signs(150, 900), expected[150:1050])
     starts = torch.tensor([0, 31, 500, page - 3, 2 * page - 128])
     rows = torch.stack([expected[start : start + 200] for start in starts])
     assert torch.equal(whole.rows(starts, 200), rows)
