@@ -54,13 +54,17 @@ class MethodSettings:
     """Of a frozen base that is quantised: 4 or 8."""
     num_directions: int = 1
     """Of methods that only go forwards: each costs two passes."""
+    num_perturbations: int = 4
+    """Directions that one batch adds to a forward gradient: each costs two passes."""
     noise_bytes: int = 2**22
     """Of the moved weights that such a method makes at one time; they are never all there."""
+    has_original: bool = False
+    """full, norms and blocks: the model's own values stay in memory beside those that are trained."""
     side: SideSettings = field(default_factory=SideSettings)
     """The side network."""
 
     def __post_init__(self) -> None:
-        for name in ("rank", "width", "num_virtual_tokens", "num_blocks", "num_directions"):
+        for name in ("rank", "width", "num_virtual_tokens", "num_blocks", "num_directions", "num_perturbations"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.base_bits not in _BITS:
@@ -166,13 +170,23 @@ def _full(shape: ModelShape, load: Workload, settings: MethodSettings, has_check
         num_head=shape.hidden + (embedding if shape.is_tied else head),
         num_embedding=0 if shape.is_tied else embedding,
         num_doubled=2 * embedding if shape.is_tied else 0,
+        num_copies=int(settings.has_original),
     )
 
 
 def _norms(shape: ModelShape, load: Workload, settings: MethodSettings, has_checkpoints: bool) -> MethodCost:
     trained = Trained(entry=Entry.NORM, num_layers=shape.layers, has_norms=True, has_biases=True, has_final_norm=True)
     num_layer = shape.num_norm + shape.num_bias
-    return _inside("norms", shape, load, trained, has_checkpoints, num_layer=num_layer, num_head=shape.hidden)
+    return _inside(
+        "norms",
+        shape,
+        load,
+        trained,
+        has_checkpoints,
+        num_layer=num_layer,
+        num_head=shape.hidden,
+        num_copies=int(settings.has_original),
+    )
 
 
 def _blocks(shape: ModelShape, load: Workload, settings: MethodSettings, has_checkpoints: bool) -> MethodCost:
@@ -183,7 +197,15 @@ def _blocks(shape: ModelShape, load: Workload, settings: MethodSettings, has_che
         has_linears=True,
         has_norms=True,
     )
-    return _inside("blocks", shape, load, trained, has_checkpoints, num_layer=shape.num_layer)
+    return _inside(
+        "blocks",
+        shape,
+        load,
+        trained,
+        has_checkpoints,
+        num_layer=shape.num_layer,
+        num_copies=int(settings.has_original),
+    )
 
 
 def _lora(shape: ModelShape, load: Workload, settings: MethodSettings, has_checkpoints: bool) -> MethodCost:
@@ -320,6 +342,18 @@ def _zeroth_order(shape: ModelShape, load: Workload, settings: MethodSettings, h
     )
 
 
+def _forward_gradient(shape: ModelShape, load: Workload, settings: MethodSettings, has_checkpoints: bool) -> MethodCost:
+    """FwdLLM's, by finite differences; what waits for more directions is seeds and slopes."""
+    return _forward_only(
+        "forward_gradient",
+        shape,
+        load,
+        num_trained=shape.num_parameters,
+        num_passes=2 * settings.num_perturbations,
+        noise=settings.noise_bytes,
+    )
+
+
 def _zeroth_order_lora(
     shape: ModelShape, load: Workload, settings: MethodSettings, has_checkpoints: bool
 ) -> MethodCost:
@@ -385,6 +419,7 @@ def _inside(
     num_embedding: int = 0,
     num_doubled: int = 0,
     is_attached: bool = False,
+    num_copies: int = 0,
     base: int | None = None,
     whole_matrix: int = 0,
 ) -> MethodCost:
@@ -394,14 +429,14 @@ def _inside(
         num_layer, num_head, num_embedding: numbers trained in each own layer, behind the layers, and before them.
         num_doubled: of what stands beside a gradient while it is summed with another one of the same numbers.
         is_attached: trained numbers stand beside the model's own, in float32.
+        num_copies: of the model's own trained numbers beside these.
         base: bytes of the model, where that is not its numbers times their size.
         whole_matrix: bytes of a matrix that is made for its product.
     """
     size = FLOAT32_BYTES if is_attached else load.number_bytes
     num = trained.num_layers * num_layer + num_head + num_embedding
     weights = load.number_bytes * shape.num_parameters if base is None else base
-    if is_attached:
-        weights += _ATTACHED_COPIES * size * num
+    weights += (_ATTACHED_COPIES if is_attached else num_copies) * size * num
     gradients = GradientBytes(
         layer=size * num_layer,
         product=size * shape.hidden * shape.inner if trained.has_linears else 0,
@@ -454,6 +489,7 @@ METHODS: dict[str, MethodFunction] = {
     "side_local": _side_local,
     "zeroth_order": _zeroth_order,
     "zeroth_order_lora": _zeroth_order_lora,
+    "forward_gradient": _forward_gradient,
 }
 # Those that go backwards through the model, which may compute activations again instead of keeping them.
 CHECKPOINTED = ("full", "lora", "rslora", "dora", "qlora", "adapter", "soft_prompt", "prefix", "norms", "blocks")

@@ -42,6 +42,7 @@ PREFERENCE = (
     ("norms", False),
     ("norms", True),
     ("zeroth_order", False),
+    ("forward_gradient", False),
     ("zeroth_order_lora", False),
     ("side", False),
 )

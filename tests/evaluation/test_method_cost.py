@@ -38,6 +38,12 @@ def test_full_by_hand() -> None:
     assert (half.weights, half.gradients, half.optimizer) == (3344, 3344, 6688)
 
 
+@pytest.mark.parametrize(("method", "num"), [("full", 1672), ("norms", 56), ("blocks", 896)])
+def test_the_models_own_values_may_stay_beside_the_trained_ones(method: str, num: int) -> None:
+    plain, both = (predict_cost(HAND, method, LOAD, MethodSettings(has_original=kept)) for kept in (False, True))
+    assert both.weights - plain.weights == both.peak - plain.peak == 4 * num
+
+
 def test_numbers_that_methods_train_by_hand() -> None:
     settings = MethodSettings(rank=2, width=3, num_virtual_tokens=5, num_blocks=2)
     num = {method: predict_cost(HAND, method, LOAD, settings).num_trained for method in METHODS}
@@ -47,7 +53,7 @@ def test_numbers_that_methods_train_by_hand() -> None:
     assert num["adapter"] == 3 * 2 * (2 * 8 * 3 + 3 + 8)
     assert num["soft_prompt"] == 5 * 8 and num["prefix"] == 5 * 3 * 2 * 4
     assert num["norms"] == 3 * 16 + 8 and num["blocks"] == 2 * 448
-    assert num["zeroth_order"] == 1672 and num["inference"] == 0
+    assert num["zeroth_order"] == num["forward_gradient"] == 1672 and num["inference"] == 0
 
 
 def test_low_bits_by_hand() -> None:
@@ -66,6 +72,8 @@ def test_going_forwards_alone_takes_the_memory_of_inference() -> None:
     assert inference.activations == inference_bytes(shape, load)
     assert inference.peak < mezo.peak < 1.05 * inference.peak
     assert mezo.flops == 2 * forward_flops(shape, load) and mezo.sent == 12
+    gate = predict_cost(shape, "forward_gradient", load, MethodSettings(num_perturbations=3))
+    assert (gate.flops, gate.sent, gate.peak) == (3 * mezo.flops, 36, mezo.peak)
     four = predict_cost(shape, "zeroth_order", load, MethodSettings(num_directions=4))
     assert (four.flops, four.sent, four.peak) == (4 * mezo.flops, 48, mezo.peak)
 
