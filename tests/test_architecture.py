@@ -233,6 +233,7 @@ PUBLIC = {
         "LoraResult",
         "LoraTuner",
         "METHODS",
+        "PrivateDescent",
         "QualityPoint",
         "SideConfig",
         "SideEvaluation",
@@ -245,6 +246,7 @@ PUBLIC = {
         "choose_threshold",
         "collect_features",
         "decision_table",
+        "estimator_named",
         "evaluate_side",
         "nats_per_token",
         "quality_curve",
@@ -255,7 +257,6 @@ PUBLIC = {
         "tune_gate",
         "tune_lora",
         "tune_side",
-        "tuner_named",
     ],
 }
 

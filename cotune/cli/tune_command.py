@@ -21,6 +21,7 @@ ATTACHED_METHODS = (
     *("soft_prompt", "p_tuning", "prefix", "bias", "blocks"),
 )
 METHODS = (*ATTACHED_METHODS, "side")
+ESTIMATOR_NAMES = ("backprop", "zeroth_order", "forward_gradient")
 SIDES = ("ladder", "attention")
 SIDE_INITS = ("random", "backbone")
 # The file that tells that a folder holds a result; peft's methods all have the same.
@@ -49,11 +50,31 @@ def tune(
     split: Annotated[
         str | None, typer.Option(help="Of a folder or Hub data set; train, or the only one, if left out.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Times that each text is seen; 3, and 15 for side.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Times that each text is seen; 3, 15 for side, 20 without gradients, 10 private.")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Largest one; the method's own if left out, such as 1e-3 for lora.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="All but side: texts in one step.")] = 8,
+    estimator: Annotated[
+        str, typer.Option(help=f"All but side: how it is updated; {', '.join(ESTIMATOR_NAMES)}.")
+    ] = "backprop",
+    zo_eps: Annotated[
+        float | None, typer.Option(help="zeroth_order, forward_gradient: distance to either side; 1e-3, 1e-2.")
+    ] = None,
+    directions: Annotated[
+        int | None, typer.Option(help="zeroth_order: in a step, 1 if left out. forward_gradient: in a batch, 4.")
+    ] = None,
+    dp_epsilon: Annotated[
+        float | None, typer.Option(help="Differential privacy of each text, for the whole run; needs cotune[private].")
+    ] = None,
+    dp_delta: Annotated[
+        float | None, typer.Option(help="With --dp-epsilon; a tenth of 1 / texts, 1e-5 at most, if left out.")
+    ] = None,
+    dp_clip: Annotated[
+        float | None, typer.Option(help="With --dp-epsilon: the most that one text's gradient counts for; 1.")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="All but side: less memory, a third more time.")
     ] = False,
@@ -104,6 +125,10 @@ def tune(
 
         cotune tune ./my-llama my-texts.jsonl --method lora --base-bits 4 --gradient-checkpointing --out my-qlora
 
+        cotune tune starter my-texts.jsonl --method lora --estimator zeroth_order --directions 4 --out my-zo-lora
+
+        cotune tune starter my-texts.jsonl --method lora --dp-epsilon 8 --out my-private-lora
+
         cotune tune ./my-llama my-texts.jsonl --method soft_prompt --virtual-tokens 30 --out my-prompt
 
         cotune tune ./my-llama my-texts.jsonl --method blocks --memory-budget 2GB --out my-blocks
@@ -121,6 +146,12 @@ def tune(
         epochs=epochs,
         learning_rate=learning_rate,
         batch_size=batch_size,
+        estimator=estimator,
+        zo_eps=zo_eps,
+        directions=directions,
+        dp_epsilon=dp_epsilon,
+        dp_delta=dp_delta,
+        dp_clip=dp_clip,
         gradient_checkpointing=gradient_checkpointing,
         base_bits=base_bits,
         rank=rank,
@@ -192,11 +223,22 @@ def _check(settings: TuneSettings) -> None:
         width=None,
         virtual_tokens=None,
         memory_budget_bytes=None,
+        estimator="backprop",
+        zo_eps=None,
+        directions=None,
+        dp_epsilon=None,
+        dp_delta=None,
+        dp_clip=None,
     ):
         raise InputError(
             "--method is 'side', which has none of --merged, --gradient-checkpointing, --base-bits, --rank, --alpha, "
-            "--init, --width, --virtual-tokens and --memory-budget; leave them out"
+            "--init, --width, --virtual-tokens, --memory-budget, --estimator, --zo-eps, --directions and --dp-epsilon; "
+            "leave them out"
         )
+    if settings.estimator not in ESTIMATOR_NAMES:
+        raise InputError(f"--estimator is {settings.estimator!r}, expected one of {', '.join(ESTIMATOR_NAMES)}")
+    if settings.dp_epsilon is None and (settings.dp_delta is not None or settings.dp_clip is not None):
+        raise InputError("--dp-delta or --dp-clip is given without --dp-epsilon; give that too, or leave them out")
     if settings.base_bits is not None and settings.merged is not None:
         raise InputError("--base-bits and --merged are given, but low-bit weights take nothing in; drop one of them")
     result_file = RESULT_FILES.get(settings.method, _PEFT_FILE)

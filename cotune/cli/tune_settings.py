@@ -27,6 +27,12 @@ class TuneSettings:
     epochs: int | None
     learning_rate: float | None
     batch_size: int
+    estimator: str
+    zo_eps: float | None
+    directions: int | None
+    dp_epsilon: float | None
+    dp_delta: float | None
+    dp_clip: float | None
     gradient_checkpointing: bool
     base_bits: int | None
     rank: int | None

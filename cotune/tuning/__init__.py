@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cotune.tuning.adaptations import ADAPTATIONS, AdaptationOptions, adaptation_named
 from cotune.tuning.adapter import AdapterConfig, AdapterResult, AdapterTuner, tune_adapter
-from cotune.tuning.estimators import ESTIMATORS, tuner_named
+from cotune.tuning.estimators import ESTIMATORS, PrivateDescent, estimator_named
 from cotune.tuning.feature_cache import CollectProgress, FeatureCache, collect_features
 from cotune.tuning.feature_set import FeatureSet
 from cotune.tuning.gate import (
@@ -58,6 +58,7 @@ __all__ = [
     "LoraConfig",
     "LoraResult",
     "LoraTuner",
+    "PrivateDescent",
     "QualityPoint",
     "SideConfig",
     "SideEvaluation",
@@ -70,6 +71,7 @@ __all__ = [
     "choose_threshold",
     "collect_features",
     "decision_table",
+    "estimator_named",
     "evaluate_side",
     "nats_per_token",
     "quality_curve",
@@ -80,5 +82,4 @@ __all__ = [
     "tune_gate",
     "tune_lora",
     "tune_side",
-    "tuner_named",
 ]

@@ -1,7 +1,7 @@
 """Tuning on one device: what is tuned and how it is updated are chosen apart from each other, and the loop is the same.
 
 What: an `Adaptation`, one file for each method (`lora.py`, `full.py`, `soft_prompt.py`, ...), all in the table of
-`cotune.tuning.adaptations`. How: a `MakeTuner`, back-propagation unless another is given.
+`cotune.tuning.adaptations`. How: an `Estimator`, back-propagation unless another is given.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from cotune.data.batches import EncodedExample
 from cotune.models.backbone import Backbone
-from cotune.tuning.attached import AttachedTuner, MakeTuner, Tunable, check_attached, tune_attached
+from cotune.tuning.attached import Tunable, check_attached
+from cotune.tuning.estimators import BackPropagation, Estimator
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
+from cotune.tuning.privacy_account import PrivacyAccount
 
 
 class Adaptation(Protocol):
@@ -67,6 +69,7 @@ class TuneResult:
         num_trained: numbers that were trained.
         curve: losses by epoch; epoch 0 is the start, in most methods the base model.
         best_epoch: the epoch whose parameters `adapter` has.
+        account: what was spent of privacy; None where nothing is promised.
     """
 
     adapter: Tunable
@@ -74,6 +77,7 @@ class TuneResult:
     num_trained: int
     curve: list[EpochRecord]
     best_epoch: int
+    account: PrivacyAccount | None = None
 
 
 def tune(
@@ -81,7 +85,7 @@ def tune(
     examples: Sequence[EncodedExample],
     config: TuneConfig,
     *,
-    make_tuner: MakeTuner[Any] = AttachedTuner,
+    estimator: Estimator | None = None,
     heldout: Sequence[EncodedExample] = (),
     run_dir: Path | None = None,
     resume: bool = False,
@@ -93,7 +97,7 @@ def tune(
         backbone: serves nobody else meanwhile.
         examples: token ids and where the targets begin.
         config: what to tune, and how long.
-        make_tuner: how the parameters are updated.
+        estimator: how the parameters are updated; None for back-propagation.
         heldout: examples to judge each epoch by; the best epoch wins. Empty: the last one does.
         run_dir: for metrics and checkpoints.
         resume: go on from the checkpoint in `run_dir`, if there is one.
@@ -108,21 +112,15 @@ def tune(
         >>> result.adapter.save(Path("my-prompt"), backbone.model)  # doctest: +SKIP
     """
     fresh = config.what.fresh(backbone, examples, seed=config.seed)
-    params, result = tune_attached(
-        backbone,
-        fresh,
-        make_tuner,
-        examples,
-        config,
-        heldout=heldout,
-        run_dir=run_dir,
-        resume=resume,
-        progress=progress,
+    update = BackPropagation() if estimator is None else estimator
+    updated = update(
+        backbone, fresh, examples, config, heldout=heldout, run_dir=run_dir, resume=resume, progress=progress
     )
     return TuneResult(
-        adapter=fresh.trained(params),
+        adapter=fresh.trained(updated.params),
         config=config,
         num_trained=fresh.num_parameters,
-        curve=result.curve,
-        best_epoch=result.best_epoch,
+        curve=updated.curve,
+        best_epoch=updated.best_epoch,
+        account=updated.account,
     )
