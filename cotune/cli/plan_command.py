@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 import cotune
+from cotune.cli.memory_size import parse_bytes
 from cotune.cli.output import print_json, stdout
 from cotune.errors import InputError
+from cotune.evaluation.method_cost import CHECKPOINTED
 
 if TYPE_CHECKING:
     from cotune.evaluation.method_cost import MethodCost
@@ -21,10 +23,30 @@ if TYPE_CHECKING:
 
 STARTER = "starter"
 # How to run a method: words of the planner to options of the commands that have it.
+_TUNED_WITH = {
+    "full": "full --out my-model",
+    "lora": "lora --rank {rank} --out my-lora",
+    "rslora": "rslora --rank {rank} --out my-lora",
+    "dora": "dora --rank {rank} --out my-dora",
+    "qlora": "lora --rank {rank} --base-bits 4 --out my-lora",
+    "adapter": "adapter --width {width} --out my-adapter",
+    "soft_prompt": "soft_prompt --virtual-tokens {virtual_tokens} --out my-prompt",
+    "prefix": "prefix --virtual-tokens {virtual_tokens} --out my-prefix",
+    "norms": "bias --out my-norms",
+    "blocks": "blocks --memory-budget {memory} --out my-blocks",
+    "side_local": "side --side-width {side_width} --out my-plugin",
+    "zeroth_order": "full --estimator zeroth_order --out my-model",
+    "zeroth_order_lora": "lora --rank {rank} --estimator zeroth_order --out my-lora",
+    "forward_gradient": "full --estimator forward_gradient --out my-model",
+}
+# By the planner's word, without and with gradient checkpointing.
 COMMANDS: dict[tuple[str, bool], str] = {
-    ("lora", False): "cotune tune {model} DATA --method lora --rank {rank} --out my-lora",
-    ("adapter", False): "cotune tune {model} DATA --method adapter --width {width} --out my-adapter",
-    ("side_local", False): "cotune tune {model} DATA --method side --side-width {side_width} --out my-plugin",
+    **{(name, False): f"cotune tune {{model}} DATA --method {words}" for name, words in _TUNED_WITH.items()},
+    **{
+        (name, True): f"cotune tune {{model}} DATA --method {words} --gradient-checkpointing"
+        for name, words in _TUNED_WITH.items()
+        if name in CHECKPOINTED
+    },
     ("side", False): "cotune device tune DATA --cloud URL --side-width {side_width} --out my-plugin",
 }
 _COLUMNS = ("method", "weights", "grads", "optim", "activ", "peak", "fits", "GFLOP", "s", "result", "sent")
@@ -74,7 +96,7 @@ def plan(
         cotune plan Qwen/Qwen2.5-0.5B --memory 4GB --batch 4 --json
     """
     from cotune.evaluation.method_cost import MethodSettings
-    from cotune.evaluation.plan import make_plan, parse_bytes
+    from cotune.evaluation.plan import make_plan
     from cotune.evaluation.side_cost import SideSettings
     from cotune.evaluation.workload import Workload
 
@@ -89,6 +111,8 @@ def plan(
         num_virtual_tokens=virtual_tokens,
         num_blocks=min(blocks, shape.layers),
         base_bits=base_bits,
+        # Back-propagation trains a copy of the model's own parameters.
+        has_original=True,
         side=SideSettings(side_width=side_width, num_steps=steps),
     )
     # Before the rate is measured: what cannot fit is told at once.
@@ -98,6 +122,7 @@ def plan(
     best = made.best(COMMANDS)
     # A known shape is no model that could be loaded.
     words = {"model": model if _is_model(model) else "MODEL", "rank": rank, "width": width, "side_width": side_width}
+    words |= {"virtual_tokens": virtual_tokens, "memory": memory.replace(" ", "")}
     command = None if best is None else _command(best, words, dtype)
     if as_json:
         print_json(

@@ -268,3 +268,7 @@ def _print_summary(summary: Summary, num_texts: int) -> None:
             f"held-out loss {summary['base_nats_per_token']:.3f} (start) -> "
             f"{summary['heldout_nats_per_token']:.3f} nats per token"
         )
+    if "privacy" in summary:
+        stderr.print(escape(str(summary["privacy"])))
+        for assumption in summary["privacy_assumptions"]:
+            stderr.print(f"  {escape(assumption)}")

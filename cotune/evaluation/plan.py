@@ -7,7 +7,6 @@ device's memory. Seconds are operations over the rate of a matrix product, so a 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -46,7 +45,6 @@ PREFERENCE = (
     ("zeroth_order_lora", False),
     ("side", False),
 )
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,26 +129,6 @@ def make_plan(
             "a smaller batch, length or model"
         )
     return Plan(shape=shape, load=load, memory=memory, runtime=runtime, rows=rows)
-
-
-def parse_bytes(text: str, name: str = "memory") -> int:
-    """A number of bytes, such as 4GB (10^9), 512MiB (2^20) or 1.5 GB.
-
-    Args:
-        text: what was given.
-        name: of the argument, for the error.
-
-    Raises:
-        InputError: no positive number with a unit.
-
-    Example:
-        >>> parse_bytes("4GB"), parse_bytes("0.5 GiB")
-        (4000000000, 536870912)
-    """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
-    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
-        raise InputError(f"{name} is {text!r}, expected a positive number with a unit, such as 4GB or 512MiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -160,7 +160,7 @@ def test_bad_input_is_one_sentence(run: Any, tmp_path: Path, arguments: str, wor
 def test_every_command_that_is_suggested_exists() -> None:
     for (method, has_checkpoints), text in COMMANDS.items():
         assert (method, has_checkpoints) in PREFERENCE
-        words = shlex.split(text.format(model="m", rank=1, width=1, side_width=1))
+        words = shlex.split(text.format(model="m", rank=1, width=1, side_width=1, virtual_tokens=1, memory="4GB"))
         if words[:2] == ["cotune", "tune"]:
             assert words[words.index("--method") + 1] in TUNE_METHODS
         else:

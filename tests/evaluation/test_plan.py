@@ -4,10 +4,11 @@ import math
 
 import pytest
 
+from cotune.cli.memory_size import parse_bytes
 from cotune.errors import InputError
 from cotune.evaluation.method_cost import CHECKPOINTED, METHODS, MethodSettings
 from cotune.evaluation.model_shape import KNOWN_SHAPES
-from cotune.evaluation.plan import PREFERENCE, format_bytes, make_plan, parse_bytes
+from cotune.evaluation.plan import PREFERENCE, format_bytes, make_plan
 from cotune.evaluation.workload import Workload
 
 SHAPE = KNOWN_SHAPES["qwen2.5-0.5b"]
@@ -23,7 +24,7 @@ def test_every_way_to_tune_has_a_place_in_the_order() -> None:
 def test_what_fits_and_what_is_best_fall_with_the_memory() -> None:
     best = {}
     for memory in ("20GB", "4GB", "2.7GB", "1.2GB"):
-        plan = make_plan(SHAPE, Workload(), MethodSettings(), memory=parse_bytes(memory), flops_per_s=1e11)
+        plan = make_plan(SHAPE, Workload(), MethodSettings(), memory=parse_bytes(memory, "memory"), flops_per_s=1e11)
         for row in plan.rows:
             assert row.fits is (row.cost.peak + plan.runtime <= plan.memory)
             assert row.step_s == row.cost.flops / 1e11
@@ -36,7 +37,7 @@ def test_what_fits_and_what_is_best_fall_with_the_memory() -> None:
 
 
 def test_only_what_is_offered_is_the_best() -> None:
-    plan = make_plan(SHAPE, Workload(), MethodSettings(), memory=parse_bytes("20GB"))
+    plan = make_plan(SHAPE, Workload(), MethodSettings(), memory=20 * 10**9)
     lora = plan.best([("lora", False), ("side", False)])
     assert lora is not None and lora.cost.method == "lora" and lora.step_s is None
     assert plan.best([]) is None
@@ -56,19 +57,6 @@ def test_too_little_for_anything_says_the_least() -> None:
 def test_impossible_rates(rate: float) -> None:
     with pytest.raises(InputError, match="flops_per_s is"):
         make_plan(SHAPE, Workload(), MethodSettings(), memory=10**10, flops_per_s=rate)
-
-
-@pytest.mark.parametrize(
-    ("text", "num_bytes"), [("4GB", 4 * 10**9), ("512mib", 2**29), (" 1.5 GB", 15 * 10**8), ("7B", 7)]
-)
-def test_bytes_are_read(text: str, num_bytes: int) -> None:
-    assert parse_bytes(text) == num_bytes
-
-
-@pytest.mark.parametrize("text", ["4", "GB", "-4GB", "0GB", "4 apples", "4GB please", "", "1e3MB", "nanGB"])
-def test_what_is_no_memory_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="expected a positive number with a unit, such as 4GB"):
-        parse_bytes(text)
 
 
 @pytest.mark.parametrize(
