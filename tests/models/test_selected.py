@@ -59,6 +59,13 @@ def test_the_model_comes_back_on_error(llama: Backbone) -> None:
     assert torch.equal(logits_of(llama), before)
 
 
+def test_parameters_that_were_open_to_change_are_so_again(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model("llama").requires_grad_(True).train()
+    with SelectedParameters.of(model, bias_and_norm_names(model)).attach(model):
+        assert sum(parameter.requires_grad for parameter in model.parameters()) == 7 and not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters()) and model.training
+
+
 def test_only_what_is_listed_is_open_to_change_and_nothing_is_copied(llama: Backbone) -> None:
     names = block_names(llama.model, [1])
     own = SelectedParameters.of(llama.model, names)

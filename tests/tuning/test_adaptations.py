@@ -13,6 +13,7 @@ import torch
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.models.adapter_folder import load_adapter
+from cotune.models.anatomy import decoder_layers
 from cotune.models.backbone import Backbone
 from cotune.models.bottleneck import BottleneckAdapter
 from cotune.models.peft_adapter import PeftAdapter
@@ -147,10 +148,19 @@ def test_gradient_checkpointing_changes_no_weight(
 ) -> None:
     config = replace(config_for(name), loop=LoopConfig(epochs=1, learning_rate=0.02))
     fresh = config.what.fresh(backbone, examples, seed=0)
-    kept = tune(backbone, examples, config).adapter.params
-    again = tune(backbone, examples, replace(config, gradient_checkpointing=True)).adapter.params
+    passes: list[int] = []
+    last = next(decoder_layers(backbone.model)[-1].children())
+    handle = last.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        what = Ready(fresh)
+        kept = tune(backbone, examples, replace(config, what=what)).adapter.params
+        num_once = len(passes)
+        again = tune(backbone, examples, replace(config, what=what, gradient_checkpointing=True)).adapter.params
+    finally:
+        handle.remove()
     assert all(torch.equal(kept[each], again[each]) for each in kept)
-    # And it did compute again: less is kept for the backward pass.
+    # And it did compute again, and less is kept for the backward pass.
+    assert len(passes) - num_once == 2 * num_once
     sizes = [saved_bytes(backbone, fresh, examples, enabled=enabled) for enabled in (False, True)]
     assert sizes[1] < 0.6 * sizes[0]
 
