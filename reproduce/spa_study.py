@@ -138,7 +138,7 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--budget-minutes", type=float, default=None, help="begin no cell after so much time")
     parser.add_argument("--cells", type=Path, default=HERE / "cells", help="folder of finished cells")
     parser.add_argument("--cache", type=Path, default=Path("runs/reproduce"), help="folder of features")
-    parser.add_argument("--out", type=Path, default=HERE / name, help="folder of results (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help=f"folder of results (default: reproduce/results/MODEL/{name})")
     return parser
 
 
@@ -370,8 +370,9 @@ def run_study(name: str, description: str, build: Callable[[Study], Page]) -> No
         sys.exit(str(error))
     except CotuneError as error:
         sys.exit(f"error: {error}")
+    out = study.args.out or HERE / "results" / study.model_name / name
     write_results(
-        study.args.out,
+        out,
         title=page.title,
         lead=f"{page.lead} Model {study.model_name}, data {', '.join(study.args.datasets)}.",
         about=study.describe(),
@@ -382,7 +383,7 @@ def run_study(name: str, description: str, build: Callable[[Study], Page]) -> No
     )
     for line in page.lines:
         print(line)
-    print(f"report: {study.args.out / 'report.html'}")
+    print(f"report: {out / 'report.html'}")
 
 
 def rows_of(study: Study, dataset: str, row: Row, num_train: int | None = None) -> list[Value]:

@@ -1,0 +1,184 @@
+"""Put the tables of all result folders into `reproduce/README.md`, between its two marks.
+
+python reproduce/update_readme.py            after new results
+python reproduce/update_readme.py --check    ends with status 1 where the page is not up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Measured = dict[str, Any]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table.
+
+    Example:
+        >>> print(markdown(["a", "b"], [["1", "2"]]))
+        | a | b |
+        |---|---|
+        | 1 | 2 |
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("|" + "|".join(f" {cell} " if cell != "---" else cell for cell in line) + "|" for line in lines)
+
+
+def number(mean: dict[str, Any], digits: int = 1) -> str:
+    """A mean with half of its interval.
+
+    Example:
+        >>> number({"mean": 2.0, "low": 1.0, "high": 3.0})
+        '2.0 ± 1.0'
+    """
+    if mean["low"] is None:
+        return f"{mean['mean']:.{digits}f}"
+    return f"{mean['mean']:.{digits}f} ± {(mean['high'] - mean['low']) / 2:.{digits}f}"
+
+
+def by_mode(measured: Measured) -> str:
+    datasets = list(measured["base"])
+
+    def cell(scores: Measured) -> str:
+        asked = scores.get("consult_rate")
+        return number(scores["rouge_l"]) + (f" ({asked['mean']:.2f})" if asked is not None else "")
+
+    rows = [[name, *(cell(found[dataset]) for dataset in datasets)] for name, found in measured.items()]
+    return markdown(["method", *datasets], rows)
+
+
+def by_claim(measured: Measured) -> str:
+    rows = [
+        [
+            one["dataset"],
+            one["name"],
+            number(one["difference"]),
+            f"at least {one['least']:g}",
+            one["remark"],
+            "holds" if one["holds"] else "missed",
+        ]
+        for claims in measured.values()
+        for one in claims
+    ]
+    return markdown(["data", "claim", "difference", "needed", "with", "verdict"], rows)
+
+
+def by_time(measured: Measured) -> str:
+    heads = {
+        "percent": "parameters %",
+        "inference_s": "inference s",
+        "network_s": "network s",
+        "total_s": "total s",
+        "m": "M",
+    }
+    rows = [[name, *(f"{found[key]:.2f}" for key in heads)] for name, found in measured.items()]
+    return markdown(["method", *heads.values()], rows)
+
+
+def by_size(measured: Measured) -> str:
+    rouge, asked = measured["rouge_l"], measured["consult_rate"]
+    datasets = list(rouge["full"])
+    rows = [
+        [
+            f"{name}, {size} texts",
+            *(f"{number(rouge[name][dataset])} ({asked[name][dataset]['mean']:.2f})" for dataset in datasets),
+        ]
+        for name, size in measured["sizes"].items()
+    ]
+    return markdown(["training set", *datasets], rows)
+
+
+def by_decision(measured: Measured) -> str:
+    keys = ("differs", "asks", "asks_and_differs")
+    rows = []
+    for dataset, ways in measured.items():
+        forced, free = ways["teacher_forced"], ways["free_running"]
+        rows.append([dataset, *(f"{forced[key]['mean']:.2f} ({free[key]['mean']:.2f})" for key in keys)])
+    return markdown(["data", "differ", "ask", "both"], rows)
+
+
+def by_setting(measured: Measured) -> str:
+    datasets = list(next(iter(measured["taps"].values())))
+    rows = [
+        [f"{what}: {choice}", *(number(found[dataset]["nats_per_token"], 3) for dataset in datasets)]
+        for what, choices in measured.items()
+        for choice, found in choices.items()
+    ]
+    return markdown(["setting", *datasets], rows)
+
+
+def by_input(measured: Measured) -> str:
+    nats = measured["nats"]
+    choices = next(iter(nats.values()))
+    rows = [[choice, *(number(found[choice]["0.25"], 3) for found in nats.values())] for choice in choices]
+    return markdown(["gate sees", *nats], rows)
+
+
+def by_beams(measured: Measured) -> str:
+    rows = []
+    for dataset, found in measured.items():
+        cells = [(one["m_per_step"]["mean"], one["independent"]["mean"]) for one in found.values()]
+        rows.append([dataset, *(f"{m:.2f} ({independent:.2f})" for m, independent in cells)])
+    return markdown(["data", "1 beam", "2 beams", "4 beams"], rows)
+
+
+BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
+# In this order: the words over a table, and what makes it.
+TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
+    "spa_table2": (
+        "Rouge-L of 100, mean ± 95 % over seeds; in brackets the share of tokens that ask the device",
+        by_mode,
+    ),
+    "spa_goals": ("Claims: differences in Rouge-L on the same texts, ± 95 % over texts", by_claim),
+    "spa_table1": ("Time for 50 tokens behind 4 ms and 1 Gbit/s", by_time),
+    "spa_table3": ("Mode spa by size of the training set: Rouge-L, and in brackets the share that asks", by_size),
+    "spa_table4": ("Shares of tokens, teacher-forced and in brackets free-running", by_decision),
+    "spa_ablations": ("Nats per test token of mode integration", by_setting),
+    "spa_gate_inputs": ("Nats per test token at M = 0.25 by what the gate sees", by_input),
+    "spa_beams": ("Steps that wait for the device, and in brackets if gates were independent", by_beams),
+}
+
+
+def parts(root: Path) -> Iterator[str]:
+    """The Markdown of all results under a folder, model after model."""
+    for model in sorted(folder for folder in root.iterdir() if folder.is_dir()):
+        yield f"## {model.name}"
+        config = None
+        for study, (words, table) in TABLES.items():
+            path = model / study / "measured.json"
+            if not path.is_file():
+                continue
+            if config is None:
+                config = json.loads((model / study / "config.json").read_text(encoding="utf-8"))
+                args = config["config"]
+                yield (
+                    f"{config['backbone_parameters']:,} parameters, of which methods train at most "
+                    f"{config['parameter_budget']:,}; {args['num_train']} training texts, {args['num_test']} test "
+                    f"texts, {args['seeds']} seeds."
+                )
+            yield f"### {study}\n\n{words}.\n\n{table(json.loads(path.read_text(encoding='utf-8')))}"
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python reproduce/update_readme.py", description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    page = HERE / "README.md"
+    old = page.read_text(encoding="utf-8")
+    before, _, rest = old.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    new = before + BEGIN + "\n\n" + "\n\n".join(parts(HERE / "results")) + "\n\n" + END + after
+    if args.check:
+        sys.exit(0 if new == old else "reproduce/README.md is old; run python reproduce/update_readme.py")
+    page.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
