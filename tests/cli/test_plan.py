@@ -58,7 +58,7 @@ def test_the_table_has_every_method_and_says_how_to_run_the_best(run: Any) -> No
     inference = lines[2].split()
     assert inference == ["inference", "11.0", "-", "-", "4.19", "15.2", "yes", "1.71", "0.03", "-", "-"]
     assert "…" not in done.out
-    assert lines[-1].strip() == "cotune tune starter DATA --method lora --rank 8 --out my-lora"
+    assert lines[-1].strip() == "cotune tune starter DATA --method full --out my-model"
 
 
 def test_json_has_bytes_and_who_fits(run: Any) -> None:
@@ -74,7 +74,8 @@ def test_json_has_bytes_and_who_fits(run: Any) -> None:
         assert row["fits"] is (row["peak"] + told["runtime"] <= told["memory"])
         assert row["step_s"] == pytest.approx(row["flops"] / 1e12)
     assert not rows["full", False]["fits"] and rows["qlora", True]["fits"]
-    assert rows["full", False]["weights"] == 2 * 6_738_415_616
+    # In two bytes each, and a copy that is trained.
+    assert rows["full", False]["weights"] == 2 * 2 * 6_738_415_616
     # A known shape is no model that could be loaded: its place is left open.
     assert told["best"]["method"] == "lora"
     assert told["best"]["command"].startswith("cotune tune MODEL DATA --method lora --rank 8 ")
@@ -83,13 +84,17 @@ def test_json_has_bytes_and_who_fits(run: Any) -> None:
 
 def test_the_best_follows_the_memory(run: Any, folder: Path) -> None:
     told = json.loads(run("plan", folder, "--memory", "1GB", *FAST, "--json").out)
-    assert told["best"]["method"] == "lora"
-    (peak,) = (row["peak"] for row in told["methods"] if row["method"] == "lora" and not row["has_checkpoints"])
-    for memory, best in ((peak, "lora"), (peak - 1, "adapter")):
-        words = ("--memory", f"{memory + 10**6}B", "--runtime", "1MB")
-        assert json.loads(run("plan", folder, *words, *FAST, "--json").out)["best"]["method"] == best
-    told = json.loads(run("plan", folder / "config.json", "--memory", "1GB", "--rank", 3, *FAST, "--json").out)
-    assert "cotune tune MODEL DATA --method lora --rank 3" in told["best"]["command"]
+    assert told["best"]["method"] == "full"
+    peaks = {(row["method"], row["has_checkpoints"]): row["peak"] for row in told["methods"]}
+    least = min(peaks["full", False], peaks["full", True])
+
+    def best(memory: int, *more: object) -> Any:
+        words = ("--memory", f"{memory + 10**6}B", "--runtime", "1MB", *more)
+        return json.loads(run("plan", folder / "config.json", *words, *FAST, "--json").out)["best"]
+
+    assert best(least)["method"] == "full"
+    smaller = best(least - 1, "--rank", 3)
+    assert smaller["method"] != "full" and peaks[smaller["method"], smaller["has_checkpoints"]] < least
 
 
 def test_what_fits_but_cannot_be_run_yet(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_names() -> None:
 
 
 def tune_with(
-    estimator: Estimator, backbone: Backbone, examples: list[EncodedExample], learning_rate: float, epochs: int = 4
+    estimator: Estimator, backbone: Backbone, examples: list[EncodedExample], learning_rate: float, epochs: int = 8
 ) -> list[float | None]:
     config = TuneConfig(
         what=adaptation_named("lora", AdaptationOptions(rank=4)),
@@ -55,7 +55,7 @@ def tune_with(
     [
         (estimator_named("backprop"), 1e-2),
         (estimator_named("zeroth_order", num_directions=8), 3e-3),
-        (estimator_named("forward_gradient"), 1e-2),
+        (estimator_named("forward_gradient"), 0.3),
     ],
     ids=lambda value: type(value).__name__,
 )

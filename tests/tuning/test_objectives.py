@@ -34,7 +34,7 @@ def test_nats_of_each_example_are_those_of_its_own_tokens(backbone: Backbone, ex
 def test_labels_that_are_all_ignored_are_refused(backbone: Backbone, examples: list[EncodedExample]) -> None:
     (batch,) = TokenBatches(examples[:2], 2, pad_token_id=0, seed=0).epoch(0)
     ignored = TokenBatch(batch.input_ids, batch.attention_mask, np.full_like(batch.labels, IGNORED_LABEL))
-    with pytest.raises(InputError, match="no example of this batch has a target"):
+    with pytest.raises(InputError, match="all labels of the batch are ignored"):
         AnswerNats()(backbone.model, dict(backbone.model.named_parameters()), ignored)
 
 

@@ -380,5 +380,5 @@ def test_labels_that_are_all_ignored_are_one_clear_error(backbone: Backbone, exa
     ignored = TokenBatch(batch.input_ids, batch.attention_mask, np.full_like(batch.labels, -100))
     tuner = make_tuner(backbone.model, AnswerNats())
     state = tuner.init(dict(backbone.model.named_parameters()))
-    with pytest.raises(InputError, match="no example of this batch has a target"):
+    with pytest.raises(InputError, match="all labels of the batch are ignored"):
         tuner.step(state, ignored)
