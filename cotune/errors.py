@@ -6,6 +6,7 @@
     │   └── MismatchError                 a plugin meets another backbone than the one it was tuned on
     ├── NonFiniteLossError                training met nan or inf
     ├── CacheFullError                    no room for more keys and values
+    ├── AuditError                        a model memorised more than the caller allows
     └── WireError                         the other side, or the way to it
         ├── FrameError                    bytes that are no valid frame
         ├── ConnectionLostError           the connection broke; the session can be resumed
@@ -68,6 +69,12 @@ class NonFiniteLossError(CotuneError):
             f"the loss at step {step} is {loss}, expected a finite number; "
             "lower the learning rate or look at the data of this step"
         )
+
+
+class AuditError(CotuneError):
+    """A model memorised more of its training texts than the caller allows; the audit itself went well."""
+
+    exit_code = 3
 
 
 class CacheFullError(CotuneError):

@@ -24,8 +24,11 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="Held-out texts: .jsonl, .csv or .parquet, a folder, a Hub data set.")],
     cloud: Annotated[str | None, typer.Option(help="For a plugin: URL of its cloud.")] = None,
     mode: Annotated[str | None, typer.Option(help="For a plugin: the mode; by default it consults always.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="For a model: a LoRA folder to put on it.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="For a model: a folder of `tune --method adapter`.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="For a model: a folder of `cotune tune`, of any method but side, or of peft.")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="Another word for --adapter.", hidden=True)] = None,
+    base_bits: Annotated[int | None, typer.Option(help="For a model: 4 or 8, as in `cotune tune`.")] = None,
     template: Annotated[
         str | None, typer.Option(help="How columns become prompts, or a data set's name; found by itself if left out.")
     ] = None,
@@ -50,7 +53,7 @@ def evaluate(
 
         cotune evaluate starter heldout.jsonl
 
-        cotune evaluate starter heldout.jsonl --lora my-lora
+        cotune evaluate starter heldout.jsonl --adapter my-lora
 
         cotune evaluate my-plugin heldout.jsonl --cloud ws://127.0.0.1:7070 --mode spa
     """
@@ -64,13 +67,21 @@ def evaluate(
         raise InputError(f"--cloud is given, but {model} holds no plugin.json; give a plugin folder, or drop --cloud")
     if lora is not None and adapter is not None:
         raise InputError("both --lora and --adapter are given; give one of them")
+    if is_plugin and (lora is not None or adapter is not None):
+        raise InputError(f"{model} is a plugin, which takes no --adapter; give a model, or leave it out")
     examples = read_examples(data, template, limit, seed, split, share=share)
     with progress("evaluating", enabled=not as_json) as advance:
         if cloud is not None:
             make = connector(cloud, token_file=token_file, tls_ca=tls_ca)
             result = run_coroutine(_judge_plugin(Path(model), make, examples, mode, max_new_tokens, seed, advance))
         else:
-            result = _judge_model(model, dtype, torch_device, lora, adapter, examples, max_new_tokens, seed, advance)
+            from cotune.cli.backbone_judging import judge_model
+            from cotune.models.backbone import Backbone
+
+            backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device, base_bits=base_bits)
+            result = judge_model(
+                backbone, adapter or lora, examples, max_new_tokens=max_new_tokens, seed=seed, advance=advance
+            )
     if as_json:
         print_json({"model": model, "mode": mode, "data": data, **result.to_dict()})
         return
@@ -113,30 +124,3 @@ async def _judge_plugin(
         token_nats=nats[chosen].tolist(),
         seed=seed,
     )
-
-
-def _judge_model(
-    model: str,
-    dtype: str,
-    torch_device: str,
-    lora: Path | None,
-    bottleneck: Path | None,
-    examples: list[Example],
-    max_new_tokens: int,
-    seed: int,
-    advance: Advance,
-) -> Judgement:
-    from contextlib import ExitStack
-
-    from cotune.cli.backbone_judging import judge_backbone
-    from cotune.models.adapters import LoraAdapter
-    from cotune.models.backbone import Backbone
-    from cotune.models.bottleneck import BottleneckAdapter
-
-    backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device)
-    with ExitStack() as attached:
-        if lora is not None:
-            attached.enter_context(LoraAdapter.load(lora, backbone.model).attach(backbone.model))
-        if bottleneck is not None:
-            attached.enter_context(BottleneckAdapter.load(bottleneck, backbone.model).attach(backbone.model))
-        return judge_backbone(backbone, examples, max_new_tokens=max_new_tokens, seed=seed, advance=advance)

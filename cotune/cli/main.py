@@ -13,12 +13,14 @@ import typer
 from rich.text import Text
 
 from cotune import __version__
+from cotune.cli.audit_command import audit
 from cotune.cli.cloud_command import cloud
 from cotune.cli.demo_command import demo
 from cotune.cli.device_commands import device
 from cotune.cli.evaluate_command import evaluate
 from cotune.cli.ledger_command import ledger
 from cotune.cli.output import stderr
+from cotune.cli.plan_command import plan
 from cotune.cli.tune_command import tune
 from cotune.errors import CotuneError
 
@@ -37,7 +39,9 @@ app.command()(demo)
 app.command()(cloud)
 app.add_typer(device)
 app.command()(tune)
+app.command()(plan)
 app.command()(evaluate)
+app.add_typer(audit)
 app.command()(ledger)
 
 

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from cotune.cli.memory_size import parse_bytes
 from cotune.cli.output import print_json, progress, stderr
+from cotune.cli.run_folder import make_run_folder, plain, write_config
+from cotune.cli.tune_settings import Summary, TuneSettings
 from cotune.errors import InputError
 
-if TYPE_CHECKING:
-    from cotune.data.templates import Example
-    from cotune.models.backbone import Backbone
-    from cotune.tuning.adapter import AdapterResult
-    from cotune.tuning.lora import LoraResult
-
-METHODS = ("lora", "adapter", "side")
+# Written out, because the table of the methods needs PyTorch, which takes seconds; a test compares them.
+ATTACHED_METHODS = (
+    *("full", "lora", "dora", "rslora", "ia3", "vera", "adapter"),
+    *("soft_prompt", "p_tuning", "prefix", "bias", "blocks"),
+)
+METHODS = (*ATTACHED_METHODS, "side")
+ESTIMATOR_NAMES = ("backprop", "zeroth_order", "forward_gradient")
 SIDES = ("ladder", "attention")
 SIDE_INITS = ("random", "backbone")
+# The file that tells that a folder holds a result; peft's methods all have the same.
+_PEFT_FILE = "adapter_config.json"
+RESULT_FILES = {
+    "side": "plugin.json",
+    "adapter": "bottleneck.safetensors",
+    **dict.fromkeys(("full", "bias", "blocks"), "selected.safetensors"),
+}
+
+_LORA_INITS = "default, gaussian, orthonormal, orthogonal, pissa, olora, eva, corda, lora_ga, mica or loftq"
 
 
 def tune(
     model: Annotated[str, typer.Argument(help="A Hugging Face causal-LM folder or hub name, or `starter`.")],
     data: Annotated[str, typer.Argument(help="Your texts: .jsonl, .csv or .parquet, a folder, or a Hub data set.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; its run is kept beside it in OUT.run.")],
-    method: Annotated[str, typer.Option(help="lora, adapter or side.")] = "lora",
+    method: Annotated[str, typer.Option(help=f"What is tuned: {', '.join(METHODS)}.")] = "lora",
     template: Annotated[
         str | None, typer.Option(help="How columns become prompts, or a data set's name; found by itself if left out.")
     ] = None,
@@ -38,13 +51,49 @@ def tune(
         str | None, typer.Option(help="Of a folder or Hub data set; train, or the only one, if left out.")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Times that each text is seen; 3 for lora and adapter, 15 for side.")
+        int | None, typer.Option(help="Times that each text is seen; 3, 15 for side, 20 without gradients, 10 private.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Largest one; 1e-3 for lora and adapter, 1e-2 for side.")
+        float | None, typer.Option(help="Largest one; the method's own if left out, such as 1e-3 for lora.")
     ] = None,
-    rank: Annotated[int, typer.Option(help="lora: width of the bottleneck.")] = 8,
-    width: Annotated[int, typer.Option(help="adapter: width of each bottleneck.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="All but side: texts in one step.")] = 8,
+    estimator: Annotated[
+        str, typer.Option(help=f"All but side: how it is updated; {', '.join(ESTIMATOR_NAMES)}.")
+    ] = "backprop",
+    zo_eps: Annotated[
+        float | None, typer.Option(help="zeroth_order, forward_gradient: distance to either side; 1e-3, 1e-2.")
+    ] = None,
+    directions: Annotated[
+        int | None, typer.Option(help="zeroth_order: in a step, 1 if left out. forward_gradient: in a batch, 4.")
+    ] = None,
+    dp_epsilon: Annotated[
+        float | None, typer.Option(help="Differential privacy of each text, for the whole run; needs cotune[private].")
+    ] = None,
+    dp_delta: Annotated[
+        float | None, typer.Option(help="With --dp-epsilon; a tenth of 1 / texts, 1e-5 at most, if left out.")
+    ] = None,
+    dp_clip: Annotated[
+        float | None, typer.Option(help="With --dp-epsilon: the most that one text's gradient counts for; 1.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="All but side: less memory, a third more time.")
+    ] = False,
+    base_bits: Annotated[
+        int | None, typer.Option(help="4 or 8: hold the frozen model in so few bits (QLoRA); needs cotune[lowbit].")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="lora, dora, rslora: 8 if left out; vera: 64.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="lora, dora, rslora: strength; 16 if left out.")] = None,
+    init: Annotated[str | None, typer.Option(help=f"lora, dora, rslora: the start; {_LORA_INITS}.")] = None,
+    width: Annotated[int | None, typer.Option(help="adapter: width of each bottleneck; 16 if left out.")] = None,
+    virtual_tokens: Annotated[
+        int | None, typer.Option(help="soft_prompt, p_tuning, prefix: positions in front; 20 if left out.")
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="blocks: memory for training above inference, such as 500MB.")
+    ] = None,
+    merged: Annotated[
+        Path | None, typer.Option(help="Also write the whole tuned model into this new folder, where that is possible.")
+    ] = None,
     family: Annotated[str, typer.Option(help="side: parallel or serial.")] = "parallel",
     side: Annotated[
         str, typer.Option(help="side: ladder (a function of each token) or attention (remembers earlier ones).")
@@ -63,188 +112,163 @@ def tune(
 ) -> None:
     """Tune MODEL on DATA with one method, on this machine.
 
-    `lora` and `adapter` are baselines where personal weights may live beside the model; `side` makes the plugin that
-    `cotune device tune` makes without the model at hand.
+    `full`, `bias` and `blocks` change the model's own parameters: all, biases and norms, or the layers that a memory
+    budget holds. `lora`, `dora`, `rslora`, `ia3`, `vera` and `adapter` put small layers into it; `soft_prompt`,
+    `p_tuning` and `prefix` put something in front of the text. `side` makes the plugin that `cotune device tune` makes
+    without the model at hand. Judge any result but that of `side` with `cotune evaluate MODEL DATA --adapter OUT`.
 
     Examples:
 
         cotune tune starter my-texts.jsonl --method lora --out my-lora
 
+        cotune tune starter my-texts.jsonl --method lora --init pissa --rank 16 --out my-lora --merged my-model
+
+        cotune tune ./my-llama my-texts.jsonl --method lora --base-bits 4 --gradient-checkpointing --out my-qlora
+
+        cotune tune starter my-texts.jsonl --method lora --estimator zeroth_order --directions 4 --out my-zo-lora
+
+        cotune tune starter my-texts.jsonl --method lora --dp-epsilon 8 --out my-private-lora
+
+        cotune tune ./my-llama my-texts.jsonl --method soft_prompt --virtual-tokens 30 --out my-prompt
+
+        cotune tune ./my-llama my-texts.jsonl --method blocks --memory-budget 2GB --out my-blocks
+
         cotune tune ./my-llama my-texts.jsonl --method side --out my-plugin --dtype bfloat16 --device cuda
     """
-    if method not in METHODS:
-        raise InputError(f"--method is {method!r}, expected one of {', '.join(METHODS)}")
-    if side not in SIDES:
-        raise InputError(f"--side is {side!r}, expected one of {', '.join(SIDES)}")
-    if side_init not in SIDE_INITS:
-        raise InputError(f"--side-init is {side_init!r}, expected one of {', '.join(SIDE_INITS)}")
-    if side_init == "backbone" and side != "attention":
-        raise InputError(f"--side-init is 'backbone' and --side {side!r}, expected --side attention, or random")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not _is_result(out))):
-        raise InputError(f"--out is {out}, which holds something else; give a new folder")
+    settings = TuneSettings(
+        model=model,
+        data=data,
+        method=method,
+        out=out,
+        run=out.with_name(out.name + ".run"),
+        merged=merged,
+        resume=resume,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        estimator=estimator,
+        zo_eps=zo_eps,
+        directions=directions,
+        dp_epsilon=dp_epsilon,
+        dp_delta=dp_delta,
+        dp_clip=dp_clip,
+        gradient_checkpointing=gradient_checkpointing,
+        base_bits=base_bits,
+        rank=rank,
+        alpha=alpha,
+        init=init,
+        width=width,
+        virtual_tokens=virtual_tokens,
+        memory_budget_bytes=None if memory_budget is None else parse_bytes(memory_budget, "--memory-budget"),
+        family=family,
+        side=side,
+        side_width=side_width,
+        side_init=side_init,
+        heldout_share=heldout_share,
+        max_length=max_length,
+        template=template,
+        limit=limit,
+        share=share,
+        split=split,
+        dtype=dtype,
+        seed=seed,
+    )
+    _check(settings)
 
-    from cotune.cli.run_folder import make_run_folder, write_config
     from cotune.data.records import read_examples
 
     examples = read_examples(data, template, limit, seed, split, share=share)
 
     # Only now: it loads PyTorch, which takes seconds.
+    from cotune.cli.tune_adaptation import tune_adaptation, tune_config
+    from cotune.cli.tune_side import tune_side_network
     from cotune.models.backbone import Backbone
 
-    backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device)
-    run = make_run_folder(out.with_name(out.name + ".run"))
-    settings = {
-        "model": model,
-        "data": data,
-        "method": method,
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "rank": rank,
-        "width": width,
-        "family": family,
-        "side": side,
-        "side_width": side_width,
-        "side_init": side_init,
-        "heldout_share": heldout_share,
-        "max_length": max_length,
-        "template": template,
-        "limit": limit,
-        "share": share,
-        "split": split,
-        "seed": seed,
-    }
-    write_config(run, "cotune tune", settings)
-    work = _tune_side if method == "side" else _tune_attached
+    resolved = None if method == "side" else plain(tune_config(settings))
+    backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device, base_bits=base_bits)
+    make_run_folder(settings.run)
+    write_config(settings.run, "cotune tune", {**_written(settings), "resolved": resolved})
+    work = tune_side_network if method == "side" else tune_adaptation
     with progress(f"tuning with {method}", enabled=not as_json) as advance:
         summary = work(
-            backbone,
-            examples,
-            settings,
-            out,
-            run,
-            resume,
-            lambda stage, done, total, note: advance(done, total, f"{stage} {note}"),
+            backbone, examples, settings, lambda stage, done, total, note: advance(done, total, f"{stage} {note}")
         )
-    summary = {"method": method, "out": str(out), "run": str(run), **summary}
+    summary = {"method": method, "out": str(out), "run": str(settings.run), **summary}
     if as_json:
         print_json(summary)
-        return
+    else:
+        _print_summary(summary, len(examples))
+
+
+def _check(settings: TuneSettings) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    if settings.method not in METHODS:
+        raise InputError(f"--method is {settings.method!r}, expected one of {', '.join(METHODS)}")
+    if settings.side not in SIDES:
+        raise InputError(f"--side is {settings.side!r}, expected one of {', '.join(SIDES)}")
+    if settings.side_init not in SIDE_INITS:
+        raise InputError(f"--side-init is {settings.side_init!r}, expected one of {', '.join(SIDE_INITS)}")
+    if settings.side_init == "backbone" and settings.side != "attention":
+        raise InputError(
+            f"--side-init is 'backbone' and --side {settings.side!r}, expected --side attention, or random"
+        )
+    if settings.method == "side" and settings != replace(
+        settings,
+        merged=None,
+        gradient_checkpointing=False,
+        base_bits=None,
+        rank=None,
+        alpha=None,
+        init=None,
+        width=None,
+        virtual_tokens=None,
+        memory_budget_bytes=None,
+        estimator="backprop",
+        zo_eps=None,
+        directions=None,
+        dp_epsilon=None,
+        dp_delta=None,
+        dp_clip=None,
+    ):
+        raise InputError(
+            "--method is 'side', which has none of --merged, --gradient-checkpointing, --base-bits, --rank, --alpha, "
+            "--init, --width, --virtual-tokens, --memory-budget, --estimator, --zo-eps, --directions and --dp-epsilon; "
+            "leave them out"
+        )
+    if settings.estimator not in ESTIMATOR_NAMES:
+        raise InputError(f"--estimator is {settings.estimator!r}, expected one of {', '.join(ESTIMATOR_NAMES)}")
+    if settings.dp_epsilon is None and (settings.dp_delta is not None or settings.dp_clip is not None):
+        raise InputError("--dp-delta or --dp-clip is given without --dp-epsilon; give that too, or leave them out")
+    if settings.base_bits is not None and settings.merged is not None:
+        raise InputError("--base-bits and --merged are given, but low-bit weights take nothing in; drop one of them")
+    result_file = RESULT_FILES.get(settings.method, _PEFT_FILE)
+    for folder, option, earlier in ((settings.out, "--out", result_file), (settings.merged, "--merged", None)):
+        if folder is not None and folder.exists() and not (folder.is_dir() and _is_free(folder, earlier)):
+            raise InputError(f"{option} is {folder}, which holds something else; give a new folder")
+
+
+def _is_free(folder: Path, earlier: str | None) -> bool:
+    """Whether a folder is empty, or holds an earlier result of the same kind, which may be written over."""
+    return not any(folder.iterdir()) or (earlier is not None and (folder / earlier).is_file())
+
+
+def _written(settings: TuneSettings) -> dict[str, object]:
+    written: dict[str, object] = plain(settings)
+    # Where it lies and whether it was interrupted is not how it was made.
+    return {name: value for name, value in written.items() if name not in ("out", "run", "resume")}
+
+
+def _print_summary(summary: Summary, num_texts: int) -> None:
     stderr.print(
-        f"[bold]{method}[/] {escape(str(out))}: {summary['num_parameters']:,} trained parameters, {len(examples)} texts"
+        f"[bold]{summary['method']}[/] {escape(summary['out'])}: {summary['num_parameters']:,} trained parameters, "
+        f"{num_texts} texts"
     )
     if summary.get("heldout_nats_per_token") is not None:
         stderr.print(
-            f"held-out loss {summary['base_nats_per_token']:.3f} (base) -> "
+            f"held-out loss {summary['base_nats_per_token']:.3f} (start) -> "
             f"{summary['heldout_nats_per_token']:.3f} nats per token"
         )
-
-
-def _is_result(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("plugin.json", "adapter_config.json", "bottleneck.safetensors"))
-
-
-def _tune_attached(
-    backbone: Backbone,
-    examples: list[Example],
-    settings: dict[str, Any],
-    out: Path,
-    run: Path,
-    resume: bool,
-    tell: Any,
-) -> dict[str, Any]:
-    from cotune.models.adapters import LoraShape
-    from cotune.tuning.adapter import AdapterConfig, tune_adapter
-    from cotune.tuning.loop import LoopConfig
-    from cotune.tuning.lora import LoraConfig, tune_lora
-    from cotune.tuning.personal import encode_examples, split_examples
-
-    method, seed = settings["method"], settings["seed"]
-    encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, settings["max_length"])
-    train, first, second = split_examples(encoded, settings["heldout_share"], seed)
-    loop = LoopConfig(epochs=settings["epochs"] or 3, learning_rate=settings["learning_rate"] or 1e-3)
-    how: dict[str, Any] = {
-        "heldout": [*first, *second],
-        "run_dir": run / method,
-        "resume": resume,
-        "progress": lambda p: tell(method, p.step, p.num_steps, f"loss {p.loss:.3f}"),
-    }
-    if method == "lora":
-        lora = tune_lora(
-            backbone, train, LoraConfig(loop=loop, shape=LoraShape(rank=settings["rank"]), seed=seed), **how
-        )
-        lora.adapter.save(out, backbone.model)
-        return _summary(lora)
-    adapter = tune_adapter(backbone, train, AdapterConfig(loop=loop, width=settings["width"], seed=seed), **how)
-    adapter.adapter.save(out)
-    return _summary(adapter)
-
-
-def _summary(result: LoraResult | AdapterResult) -> dict[str, Any]:
-    heldout = {record.epoch: record.heldout_loss for record in result.curve}
-    return {
-        "num_parameters": result.adapter.num_parameters,
-        "base_nats_per_token": heldout.get(0),
-        "heldout_nats_per_token": heldout.get(result.best_epoch),
-        "best_epoch": result.best_epoch,
-    }
-
-
-def _tune_side(
-    backbone: Backbone,
-    examples: list[Example],
-    settings: dict[str, Any],
-    out: Path,
-    run: Path,
-    resume: bool,
-    tell: Any,
-) -> dict[str, Any]:
-    from cotune.data.templates import common_prompt_format
-    from cotune.tuning.backbone_start import ladder_from_backbone
-    from cotune.tuning.feature_cache import FeatureCache
-    from cotune.tuning.loop import LoopConfig
-    from cotune.tuning.personal import PersonalConfig, PublicParts, encode_examples, split_examples, tune_plugin
-    from cotune.tuning.side import AttentionShape, SideConfig
-
-    loop = LoopConfig(epochs=settings["epochs"] or 15, learning_rate=settings["learning_rate"] or 1e-2)
-    config = PersonalConfig(
-        side=SideConfig(
-            loop=loop,
-            family=settings["family"],
-            side_width=settings["side_width"],
-            attention=AttentionShape.for_side(settings["side"]),
-            init=settings["side_init"],
-            seed=settings["seed"],
-        ),
-        heldout_share=settings["heldout_share"],
-        max_length=settings["max_length"],
-        prompt_format=common_prompt_format(examples),
-        seed=settings["seed"],
-    )
-    cache = FeatureCache(
-        run / "features",
-        backbone_digest=backbone.spec.backbone_digest,
-        projections_digest=backbone.projections.digest,
-    )
-    public = PublicParts(tokenizer_json=backbone.tokenizer_json, output_basis=backbone.output_basis)
-    network = None
-    if config.side.init == "backbone":
-        encoded = encode_examples(public.tokenizer_json, examples, backbone.description, config.max_length)
-        for_side, _, _ = split_examples(encoded, config.heldout_share, config.seed)
-        network = ladder_from_backbone(backbone, for_side, config.side)
-    result = tune_plugin(
-        backbone,
-        public,
-        examples,
-        config,
-        cache=cache,
-        network=network,
-        run_dir=run,
-        resume=resume,
-        progress=tell,
-    )
-    result.plugin.save(out)
-    return {
-        "num_parameters": result.plugin.num_parameters,
-        "base_nats_per_token": result.summary.get("base_nats_per_token"),
-        "heldout_nats_per_token": result.summary.get("side_nats_per_token"),
-    }
+    if "privacy" in summary:
+        stderr.print(escape(str(summary["privacy"])))
+        for assumption in summary["privacy_assumptions"]:
+            stderr.print(f"  {escape(assumption)}")

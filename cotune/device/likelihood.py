@@ -15,6 +15,13 @@ from cotune.wire.features import SequenceFeatures
 def token_nats(
     features: SequenceFeatures, personal: Personal, mode: str, *, start: int = 1, num_lead: int = 0
 ) -> NDArray[np.float64]:
+    """-log p(target) of each target position, float64 (targets,), nats; see `score_tokens`."""
+    return score_tokens(features, personal, mode, start=start, num_lead=num_lead)[0]
+
+
+def score_tokens(
+    features: SequenceFeatures, personal: Personal, mode: str, *, start: int = 1, num_lead: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """-log p(target) of each target position, teacher-forced, through the very code that generates.
 
     Args:
@@ -25,7 +32,8 @@ def token_nats(
         num_lead: so many of the first are no targets; a side network that remembers reads as many as it generates with.
 
     Returns:
-        float64 (targets,), nats; `num_lead` fewer than there are positions.
+        float64 (targets,), nats; and bool (targets,), whether the target is the likeliest token. Both are `num_lead`
+        shorter than there are positions.
 
     Raises:
         InputError: base logits are missing, or a gated mode has no gate.
@@ -42,6 +50,7 @@ def token_nats(
     side = personal.corrector.open()
     skipped = first_position(start + num_lead, personal.corrector.prompt_window) - start
     nats = np.empty(len(features) - num_lead)
+    is_likeliest = np.empty(len(nats), np.bool_)
     for t in range(max(0, skipped), len(features)):
         taps = features.tap_codes[t], features.tap_scales[t]
         delta = None
@@ -57,7 +66,8 @@ def token_nats(
         logits = combination.combine(features.top_logits[t], delta).astype(np.float64)
         largest = logits.max()
         nats[t - num_lead] = largest + np.log(np.exp(logits - largest).sum()) - logits[features.target_ids[t]]
-    return nats
+        is_likeliest[t - num_lead] = logits.argmax() == features.target_ids[t]
+    return nats, is_likeliest
 
 
 def base_nats(features: SequenceFeatures, *, num_lead: int = 0) -> NDArray[np.float64]:

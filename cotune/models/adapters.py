@@ -1,31 +1,33 @@
 """LoRA adapters (Hu et al., arXiv 2106.09685) on a frozen model, through peft: attached for a while, never for good.
 
-    y = W x + (alpha / rank) B A x
+    y = W x + s B A x,    s = alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski, arXiv 2312.03732)
 
-Symbols: W a frozen linear layer; A (rank, in) random and B (out, rank) zero at the start, so that a fresh adapter is
-exactly the base model.
+With DoRA (Liu et al., arXiv 2402.09353) the length of each row of W + s B A is trained apart from its direction:
+
+    y = m (W + s B A) x / ||W + s B A||
+
+Symbols: W a frozen linear layer; A (rank, in) random and B (out, rank) zero at the start; m (out,) at the start the row
+norms of W, so that a fresh adapter is exactly the base model.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peft
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cotune.errors import InputError
-from cotune.models.seeded import seeded
+from cotune.models.low_bit import is_eight_bit
+from cotune.models.peft_adapter import WEIGHTS_FILE, PeftAdapter, read_config
+from cotune.models.selected import SelectedParameters
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+__all__ = ["WEIGHTS_FILE", "LoraAdapter", "LoraShape", "linear_targets", "lora_config", "rank_for_budget"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,21 @@ class LoraShape:
     """Strength; the product B A x is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Last names of the adapted layers, such as `q_proj`; empty: every linear layer but the output embedding."""
+    use_dora: bool = False
+    """Train the length of each row of the weights apart from its direction."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"rank is {self.rank}, expected at least 1")
         if not self.alpha > 0:
             raise InputError(f"alpha is {self.alpha}, expected a positive number")
+
+    @property
+    def scale(self) -> float:
+        """s, what B A x is multiplied by."""
+        return float(self.alpha / self.rank**0.5) if self.use_rslora else self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +76,18 @@ class LoraAdapter:
         Raises:
             InputError: a target is no linear layer of the model.
         """
-        with _wrapped(model, shape, seed) as wrapped:
-            params = {n: p.detach().clone() for n, p in wrapped.named_parameters() if p.requires_grad}
-        return cls(shape=shape, params=params)
+        return cls(shape=shape, params=PeftAdapter.fresh(model, lora_config(model, shape), seed=seed).params)
 
     @property
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.params.values())
 
-    @contextmanager
-    def attach(self, model: PreTrainedModel) -> Iterator[peft.PeftModel]:
+    @property
+    def num_virtual_tokens(self) -> int:
+        """None: it stands in layers."""
+        return 0
+
+    def attach(self, model: PreTrainedModel) -> AbstractContextManager[peft.PeftModel]:
         """Inside, `model` itself is the adapted one, for every holder of it; afterwards it is as before, also on error.
 
         A `Backbone` whose `model` has an adapter attached generates and gives features as the adapted model.
@@ -82,18 +95,19 @@ class LoraAdapter:
         Raises:
             InputError: the adapter does not fit the model.
         """
-        with _wrapped(model, self.shape, seed=0) as wrapped:
-            leaves = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
-            if {n: p.shape for n, p in leaves.items()} != {n: t.shape for n, t in self.params.items()}:
-                raise InputError(
-                    f"the adapter of rank {self.shape.rank} does not fit this {type(model).__name__}; "
-                    "attach it to the model that it was tuned on"
-                )
-            with torch.no_grad():
-                for name, leaf in leaves.items():
-                    leaf.copy_(self.params[name])
-            wrapped.eval()
-            yield wrapped
+        return self._in_peft(model).attach(model)
+
+    def trained(self, params: Mapping[str, Tensor]) -> LoraAdapter:
+        """The same with other values."""
+        return replace(self, params=dict(params))
+
+    def merge(self, model: PreTrainedModel) -> SelectedParameters:
+        """The adapted layers' weights with the adapter inside; `model` is as before afterwards.
+
+        Raises:
+            InputError: the model has low-bit weights.
+        """
+        return self._in_peft(model).merge(model)
 
     def save(self, folder: Path, model: PreTrainedModel) -> None:
         """Write a peft adapter folder, safetensors only.
@@ -101,33 +115,61 @@ class LoraAdapter:
         Raises:
             InputError: the folder cannot be written.
         """
-        try:
-            with self.attach(model) as wrapped:
-                # The embeddings are frozen; without the argument, peft asks the hub about the vocabulary.
-                wrapped.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-        except OSError as error:
-            raise InputError(f"the adapter cannot be written to {folder}: {error.strerror}") from error
+        self._in_peft(model).save(folder, model)
 
     @classmethod
     def load(cls, folder: Path, model: PreTrainedModel) -> LoraAdapter:
         """Read a LoRA folder that `save` or peft wrote; `model` is as before afterwards.
 
         Raises:
-            InputError: a file is missing or damaged, or does not fit the model.
+            InputError: a file is missing or damaged, does not fit the model, or has ranks or strengths that differ
+                from layer to layer, which `PeftAdapter.load` reads.
         """
-        try:
-            config = peft.LoraConfig.from_pretrained(str(folder), local_files_only=True)
-            tensors = load_file(folder / WEIGHTS_FILE)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise InputError(f"{folder} holds no LoRA adapter with safetensors: {error}") from error
+        config = read_config(folder)
+        is_even = config.peft_type is peft.PeftType.LORA and not (config.rank_pattern or config.alpha_pattern)
+        names = config.target_modules if is_even else None
+        if not isinstance(names, set) or any("." in name for name in names):
+            raise InputError(
+                f"{folder} holds no LoRA adapter of one rank and strength on layers by their last names; "
+                "read it with PeftAdapter.load"
+            )
         shape = LoraShape(
-            rank=config.r, alpha=float(config.lora_alpha), targets=tuple(sorted(config.target_modules or ()))
+            rank=config.r,
+            alpha=float(config.lora_alpha),
+            targets=tuple(sorted(names)),
+            use_dora=bool(config.use_dora),
+            use_rslora=bool(config.use_rslora),
         )
-        params = {name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): tensor
-                  for name, tensor in tensors.items()}  # fmt: skip
-        adapter = cls(shape=shape, params=params)
+        adapter = cls(shape=shape, params=PeftAdapter.load(folder, model).params)
         with adapter.attach(model):
             return adapter
+
+    def _in_peft(self, model: PreTrainedModel) -> PeftAdapter:
+        return PeftAdapter(config=lora_config(model, self.shape), params=self.params)
+
+
+def lora_config(model: PreTrainedModel, shape: LoraShape) -> peft.LoraConfig:
+    """peft's config of that shape for that model.
+
+    Raises:
+        InputError: a target is no linear layer of the model, or DoRA meets int8 weights.
+    """
+    if shape.use_dora and is_eight_bit(model):
+        raise InputError("DoRA of peft does not compute on 8-bit weights; take 4 bits, whole weights, or lora")
+    return peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        target_modules=list(checked_targets(model, shape.targets)),
+        use_dora=shape.use_dora,
+        use_rslora=shape.use_rslora,
+        fan_in_fan_out=has_transposed_weights(model),
+    )
+
+
+def has_transposed_weights(model: PreTrainedModel) -> bool:
+    """Whether it stores its weights as (in, out), as GPT-2 does."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
@@ -136,7 +178,7 @@ def linear_targets(model: PreTrainedModel) -> tuple[str, ...]:
     Llama, Qwen2, Qwen3, Mistral and Gemma: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
     `down_proj`. GPT-2: `c_attn`, `c_proj`, `c_fc`.
     """
-    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in _linear_layers(model)))
+    return tuple(dict.fromkeys(name.rpartition(".")[2] for name in linear_sizes(model)))
 
 
 def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tuple[str, ...] = ()) -> int:
@@ -152,10 +194,8 @@ def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tup
     Raises:
         InputError: not even rank 1 fits, or a target is no linear layer of the model.
     """
-    chosen = _checked_targets(model, targets)
-    per_rank = sum(
-        sum(weight.shape) for name, weight in _linear_layers(model).items() if name.rpartition(".")[2] in chosen
-    )
+    chosen = checked_targets(model, targets)
+    per_rank = sum(sum(shape) for name, shape in linear_sizes(model).items() if name.rpartition(".")[2] in chosen)
     if num_parameters < per_rank:
         raise InputError(
             f"num_parameters is {num_parameters}, expected at least {per_rank:,} for rank 1 on {', '.join(chosen)}; "
@@ -164,17 +204,25 @@ def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tup
     return num_parameters // per_rank
 
 
-def _linear_layers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights of the linear layers by module name, without the output embedding."""
+def linear_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(in, out) of the linear layers by module name, without the output embedding."""
     head = model.get_output_embeddings()
-    return {
-        name: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            # Asked of the module: a low-bit weight has another shape.
+            sizes[name] = module.in_features, module.out_features
+        elif isinstance(module, Conv1D):
+            sizes[name] = module.nx, module.nf
+    return sizes
 
 
-def _checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> tuple[str, ...]:
+def checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets, or all where there are none.
+
+    Raises:
+        InputError: one is no linear layer of the model.
+    """
     known = linear_targets(model)
     unknown = [name for name in targets if name not in known]
     if unknown:
@@ -182,30 +230,3 @@ def _checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> tuple[
             f"targets has {', '.join(unknown)}, which {type(model).__name__} lacks; expected some of {', '.join(known)}"
         )
     return targets or known
-
-
-@contextmanager
-def _wrapped(model: PreTrainedModel, shape: LoraShape, seed: int) -> Iterator[peft.PeftModel]:
-    """The model with a fresh adapter in its layers; they are taken out again at the end."""
-    targets = _checked_targets(model, shape.targets)
-    config = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
-        r=shape.rank,
-        lora_alpha=shape.alpha,
-        target_modules=list(targets),
-        # GPT-2 stores its weights as (in, out).
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    was_training = model.training
-    trainable: Mapping[str, bool] = {name: p.requires_grad for name, p in model.named_parameters()}
-    with seeded(seed), warnings.catch_warnings():
-        # peft asks transformers 5 by an old name.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        wrapped = peft.get_peft_model(model, config)
-    try:
-        yield wrapped
-    finally:
-        wrapped.unload()
-        model.train(was_training)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])

@@ -104,5 +104,6 @@ def describe(model: PreTrainedModel, head: nn.Linear, tokenizer_json: bytes, *, 
         pad_token_id=pad if pad is not None and 0 <= pad < head.out_features else 0,
         backbone_digest=digest,
         tokenizer_digest=hashlib.sha256(tokenizer_json).hexdigest(),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        # Of low-bit weights several share a stored number.
+        num_parameters=int(model.num_parameters()),
     )

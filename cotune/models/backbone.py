@@ -27,6 +27,7 @@ from cotune.generation.protocols import RowWork, StepFeatures
 from cotune.models.anatomy import BackboneSpec, attention_shape, decoder_layers, describe, output_embedding
 from cotune.models.kv_pool import BLOCK_SIZE, KVPool
 from cotune.models.lean_decoder import LeanDecoder
+from cotune.models.low_bit import keep_differentiable, low_bit_placement
 from cotune.models.packed_linear import PackedLinears
 from cotune.models.packed_pass import (
     PROMPT_CHUNK,
@@ -135,6 +136,7 @@ class Backbone:
         device: str = "cpu",
         projections: Path | None = None,
         device_map: str | None = None,
+        base_bits: int | None = None,
     ) -> Backbone:
         """Load a model folder, a hub name, or `starter`, the built-in model.
 
@@ -145,6 +147,7 @@ class Backbone:
             projections: a file of `Projections.save`. Without it `projections.safetensors` in the model's folder
                 is used, and without that random ones of seed 0.
             device_map: how accelerate spreads the layers over several devices, such as `auto`; None for one device.
+            base_bits: 4 or 8 bits for each weight of the linear layers, see `models.low_bit`; None for whole ones.
 
         Raises:
             InputError: the model or the projections cannot be used; says why and what to do.
@@ -153,10 +156,16 @@ class Backbone:
         if projections is None and (folder / FILE_NAME).is_file():
             projections = folder / FILE_NAME
         digest = digest_folder(folder)
+        if base_bits is not None and device_map is not None:
+            raise InputError(f"base_bits is {base_bits} and device_map {device_map!r}, expected one of them; drop one")
+        placement = None if device_map is None else {"device_map": device_map}
+        if base_bits is not None:
+            placement = low_bit_placement(base_bits, dtype=dtype, device=device)
+        loaded = load_model(folder, dtype=dtype, device=device, placement=placement)
+        if base_bits is not None:
+            keep_differentiable(loaded)
         return cls(
-            load_model(
-                folder, dtype=dtype, device=device, placement=None if device_map is None else {"device_map": device_map}
-            ),
+            loaded,
             read_tokenizer(folder),
             None if projections is None else Projections.load(projections),
             name=model,
@@ -231,9 +240,9 @@ class Backbone:
 
     @property
     def _lean(self) -> LeanDecoder | None:
-        # None is not remembered: an adapter that is in the model now may leave it later.
-        if self._made_lean is None:
-            self._made_lean = LeanDecoder.of(self.model, self.tap_layers)
+        # None is not remembered: an adapter that is in the model now may leave it later, as other weights may.
+        if self._made_lean is None or not self._made_lean.fits:
+            self._made_lean = LeanDecoder.of(self.model, self.tap_layers) or self._made_lean
         return self._made_lean
 
     @cached_property

@@ -11,9 +11,9 @@ each half. peft 0.21 has no such adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
+from cotune.models.selected import SelectedParameters
 from cotune.models.side_network import uniform
 
 WEIGHTS_FILE = "bottleneck.safetensors"
@@ -85,7 +86,7 @@ class BottleneckAdapter:
         Raises:
             InputError: an impossible width, or an architecture without the two halves.
         """
-        _check_width(width)
+        check_width(width)
         generator = torch.Generator().manual_seed(seed)
         params: dict[str, Tensor] = {}
         for place in output_layers(model):
@@ -96,6 +97,15 @@ class BottleneckAdapter:
     @property
     def num_parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.params.values())
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """None: it stands in layers."""
+        return 0
+
+    def trained(self, params: Mapping[str, Tensor]) -> BottleneckAdapter:
+        """The same with other values."""
+        return replace(self, params=dict(params))
 
     @contextmanager
     def attach(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
@@ -134,8 +144,12 @@ class BottleneckAdapter:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(trainable[name])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model: PreTrainedModel | None = None) -> None:
         """Write `bottleneck.safetensors` into a folder, which is made if it is not there.
+
+        Args:
+            folder: where to.
+            model: not needed; here because other adapters are saved with it.
 
         Raises:
             InputError: the folder cannot be written.
@@ -146,6 +160,14 @@ class BottleneckAdapter:
             save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": _FORMAT, "width": str(self.width)})
         except OSError as error:
             raise InputError(f"the adapter cannot be written to {folder}: {error.strerror}") from error
+
+    def merge(self, model: PreTrainedModel) -> SelectedParameters:
+        """Not possible.
+
+        Raises:
+            InputError: always; what a bottleneck does is no part of a weight.
+        """
+        raise InputError("a bottleneck adapter cannot be merged into weights; keep it as an adapter folder")
 
     @classmethod
     def load(cls, folder: Path, model: PreTrainedModel) -> BottleneckAdapter:
@@ -159,7 +181,7 @@ class BottleneckAdapter:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-                width = _check_width(int(metadata["width"]))
+                width = check_width(int(metadata["width"]))
                 params = {name: file.get_tensor(name) for name in file.offset_keys()}
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(f"{folder} holds no bottleneck adapter ({error}); write it with save") from error
@@ -224,7 +246,12 @@ def _hidden_size(model: PreTrainedModel) -> int:
     return int(model.config.hidden_size)
 
 
-def _check_width(width: int) -> int:
+def check_width(width: int) -> int:
+    """The width, if there is such a bottleneck.
+
+    Raises:
+        InputError: there is not.
+    """
     if not 1 <= width <= MAX_WIDTH:
         raise InputError(f"width is {width}, expected 1 to {MAX_WIDTH}")
     return width

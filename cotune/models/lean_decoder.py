@@ -62,6 +62,12 @@ class LeanDecoder:
             for name, child in parent._modules.items()
             if child is not None
         ]
+        self._weights = [
+            (module, name, weight)
+            for module in model.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None
+        ]
 
     @classmethod
     def of(cls, model: PreTrainedModel, tap_layers: tuple[int, ...]) -> LeanDecoder | None:
@@ -78,6 +84,9 @@ class LeanDecoder:
         # Quantised and otherwise special layers compute in their own way; offloaded ones bring weights by hooks.
         if any(type(m) is not nn.Linear or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in linears[:-1]):
             return None
+        # What watches the model's calls, such as the guard of a soft prompt, must not be passed by.
+        if model._forward_pre_hooks:
+            return None
         # An adapter stands in a layer's place, whatever it is made of inside.
         if any(type(part) is not nn.Linear for layer in model.base_model.layers for part in _linears(layer)):
             return None
@@ -85,8 +94,12 @@ class LeanDecoder:
 
     @property
     def fits(self) -> bool:
-        """Whether the model still consists of the parts that this pass was made of: no adapter is in it."""
-        return all(parent._modules.get(name) is child for parent, name, child in self._parts)
+        """Whether the model is still what this pass was made of: no adapter in it or before it, the same weights."""
+        return (
+            not self._model._forward_pre_hooks
+            and all(parent._modules.get(name) is child for parent, name, child in self._parts)
+            and all(module._parameters.get(name) is weight for module, name, weight in self._weights)
+        )
 
     @property
     def products(self) -> list[tuple[Product, int]]:

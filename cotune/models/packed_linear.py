@@ -36,7 +36,7 @@ class PackedLinears:
     """A model's large linear layers, packed; the model itself is as before outside of `active`.
 
     Args:
-        model: frozen; weights that change later are not seen.
+        model: frozen; a layer that has another weight later computes with that one, unpacked.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(256, 256)).requires_grad_(False)
@@ -49,7 +49,7 @@ class PackedLinears:
     def __init__(self, model: nn.Module) -> None:
         # Adapters of peft are neighbours of plain layers, not subclasses: only plain layers are packed.
         self._products = [
-            (module, PackedProduct(module.weight, module.bias))
+            (module, module.weight, module.bias, PackedProduct(module.weight, module.bias))
             for module in model.modules()
             # Where somebody else has changed what a layer does, such as accelerate, it stays so.
             if type(module) is nn.Linear and "forward" not in module.__dict__ and is_packable(module.weight)
@@ -58,12 +58,17 @@ class PackedLinears:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within it the layers compute with the packed weights."""
-        for module, product in self._products:
+        packed = [
+            (module, product)
+            for module, weight, bias, product in self._products
+            if module.weight is weight and module.bias is bias
+        ]
+        for module, product in packed:
             module.__dict__["forward"] = product
         try:
             yield
         finally:
-            for module, _ in self._products:
+            for module, _ in packed:
                 del module.__dict__["forward"]
 
 

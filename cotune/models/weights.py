@@ -97,7 +97,7 @@ def load_model(folder: Path, *, dtype: str, device: str, placement: Mapping[str,
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     try:
-        with _quiet():
+        with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
@@ -153,8 +153,8 @@ def _to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the screen, then give back the user's settings."""
+def quiet() -> Iterator[None]:
+    """Inside, keep transformers' progress bars and advice off the screen, then give back the user's settings."""
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cotune.data.batches import EncodedExample
-from cotune.errors import InputError
 from cotune.models.backbone import Backbone
-from cotune.models.bottleneck import BottleneckAdapter
+from cotune.models.bottleneck import BottleneckAdapter, check_width
 from cotune.tuning.attached import AttachedTuner, check_attached, tune_attached
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
 
@@ -32,13 +31,33 @@ class AdapterConfig:
     """AdamW's decoupled decay of the adapter."""
     max_grad_norm: float = 1.0
     """Total norm that a step's gradient is clipped to."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what is inside it."""
     seed: int = 0
     """Of the initial adapter and the order of sequences."""
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise InputError(f"width is {self.width}, expected at least 1")
+        check_width(self.width)
         check_attached(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottlenecks:
+    """Bottlenecks behind attention and feed-forward of every layer."""
+
+    width: int = 16
+    """Of each bottleneck."""
+
+    def __post_init__(self) -> None:
+        check_width(self.width)
+
+    def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> BottleneckAdapter:
+        """They change no logit.
+
+        Raises:
+            InputError: an impossible width, or an architecture without the two halves.
+        """
+        return BottleneckAdapter.fresh(backbone.model, self.width, seed=seed)
 
 
 class AdapterTuner(AttachedTuner):

@@ -35,6 +35,12 @@ class TokenBatches:
     ) -> None:
         if not examples:
             raise InputError("there are no examples, expected at least one")
+        for index, example in enumerate(examples):
+            if not 1 <= example.first_target < len(example.input_ids):
+                raise InputError(
+                    f"example {index} has {len(example.input_ids)} tokens and its first target at "
+                    f"{example.first_target}, so that all its labels are ignored; leave it out, or mark its answer"
+                )
         self._examples, self._size = examples, num_batch_sequences
         self._pad_token_id, self._seed = pad_token_id, seed
 
@@ -50,29 +56,40 @@ def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], ba
     """-log p of each target token, float32 (targets,).
 
     Args:
-        model: a causal language model with an adapter attached, as transformers or peft give it.
+        model: a causal language model with an adapter attached, as transformers or peft give it. It may put
+            positions of its own in front, such as a soft prompt.
         head: its output embedding.
         params: stand in for the model's parameters of these names.
         batch: padded sequences.
+
+    Raises:
+        InputError: all labels are ignored.
     """
+    if not params:
+        raise InputError("there are no parameters to tune, expected at least one tensor; choose another method")
     device = next(iter(params.values())).device
     labels = torch.from_numpy(batch.labels[:, 1:])
     is_target = labels != IGNORED_LABEL
+    if not bool(is_target.any()):
+        raise InputError(f"all labels of the batch are ignored ({IGNORED_LABEL}), expected at least one target token")
     # The last token is predicted, never read.
-    inputs = {
-        "input_ids": torch.from_numpy(batch.input_ids[:, :-1]).to(device),
-        "attention_mask": torch.from_numpy(batch.attention_mask[:, :-1]).to(device),
-        "use_cache": False,
-    }
-    with _only_rows(head, is_target.to(device)):
+    # No attention mask: rows are padded on the right, where causal attention ignores them. With one, autograd would
+    # keep a matrix of seq x seq for each layer, and keys and values copied for every head.
+    inputs = {"input_ids": torch.from_numpy(batch.input_ids[:, :-1]).to(device), "use_cache": False}
+    with only_rows(head, is_target.to(device)):
         logits = functional_call(model, params, kwargs=inputs).logits
     return F.cross_entropy(logits.float(), labels[is_target].to(device), reduction="none")
 
 
 @contextmanager
-def _only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
-    """Inside, the output embedding computes logits (rows, vocab) for the wanted positions (batch, seq) only."""
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][wanted],))
+def only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
+    """Inside, the output embedding computes logits (rows, vocab) for the wanted ones of the last seq positions only.
+
+    Args:
+        wanted: bool (batch, seq).
+    """
+    num_positions = wanted.shape[1]
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -num_positions:][wanted],))
     try:
         yield
     finally:

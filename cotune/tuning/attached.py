@@ -1,4 +1,4 @@
-"""Training of what is attached to a frozen backbone in this process: LoRA, bottleneck adapters.
+"""Training of what is attached to a frozen backbone in this process: LoRA, soft prompts, the model's own parameters.
 
 They differ in what is attached; loss, batches, descent and checkpoints are the same and are here.
 """
@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
+from cotune.models.selected import SelectedParameters
 from cotune.tuning.answer_loss import TokenBatches, answer_nats, digest_examples
 from cotune.tuning.gradient import GradientState, check_descent
+from cotune.tuning.gradient_checkpointing import gradient_checkpointing
 from cotune.tuning.loop import LoopConfig, LoopProgress, LoopResult, run_loop
-from cotune.tuning.tuner import Metrics, Params
+from cotune.tuning.tuner import Metrics, Params, StateT, Tuner
 
 
 class AttachedConfig(Protocol):
@@ -40,6 +42,9 @@ class AttachedConfig(Protocol):
     def max_grad_norm(self) -> float: ...
 
     @property
+    def gradient_checkpointing(self) -> bool: ...
+
+    @property
     def seed(self) -> int: ...
 
 
@@ -55,6 +60,40 @@ class Attachable(Protocol):
         """Inside, the model is the adapted one; afterwards it is as before."""
         ...
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that it takes from the model's context."""
+        ...
+
+
+class Tunable(Attachable, Protocol):
+    """An adapter that also becomes a file."""
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    def trained(self, params: Mapping[str, Tensor]) -> Tunable:
+        """The adapter with these values, as it is used and saved."""
+        ...
+
+    def save(self, folder: Path, model: PreTrainedModel) -> None:
+        """Write it into a folder, in peft's own format where peft has one."""
+        ...
+
+    def merge(self, model: PreTrainedModel) -> SelectedParameters:
+        """The model's weights with it inside them.
+
+        Raises:
+            InputError: it cannot be a part of weights.
+        """
+        ...
+
+
+class MakeTuner(Protocol[StateT]):
+    """How an attached model is updated: back-propagation, or anything else that is a `Tuner`."""
+
+    def __call__(self, model: PreTrainedModel, config: AttachedConfig, /) -> Tuner[StateT, TokenBatch]: ...
+
 
 def check_attached(config: AttachedConfig) -> None:
     """Refuse settings that make no sense.
@@ -65,6 +104,23 @@ def check_attached(config: AttachedConfig) -> None:
     if config.num_batch_sequences < 1:
         raise InputError(f"num_batch_sequences is {config.num_batch_sequences}, expected at least 1")
     check_descent(weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm)
+
+
+def check_lengths(examples: Sequence[EncodedExample], backbone: Backbone, adapter: Attachable) -> None:
+    """Refuse texts that are longer than the model reads with this adapter attached.
+
+    Raises:
+        InputError: there is one.
+    """
+    # The last token is predicted, never read.
+    longest = max((len(example.input_ids) - 1 for example in examples), default=0)
+    room = backbone.spec.max_context - adapter.num_virtual_tokens
+    if longest > room:
+        taken = f" beside {adapter.num_virtual_tokens} virtual tokens" if adapter.num_virtual_tokens else ""
+        raise InputError(
+            f"a text has {longest + 1} tokens, expected at most {room + 1}{taken} in the model's context of "
+            f"{backbone.spec.max_context}; give max_length when encoding"
+        )
 
 
 class AttachedTuner:
@@ -97,7 +153,7 @@ class AttachedTuner:
 def tune_attached(
     backbone: Backbone,
     fresh: Attachable,
-    make_tuner: type[AttachedTuner],
+    make_tuner: MakeTuner[StateT],
     examples: Sequence[EncodedExample],
     config: AttachedConfig,
     *,
@@ -105,13 +161,13 @@ def tune_attached(
     run_dir: Path | None,
     resume: bool,
     progress: Callable[[LoopProgress], None] | None,
-) -> tuple[dict[str, Tensor], LoopResult[GradientState]]:
+) -> tuple[dict[str, Tensor], LoopResult[StateT]]:
     """Train an adapter; the backbone is as before afterwards.
 
     Args:
         backbone: serves nobody else meanwhile.
         fresh: the adapter to start from.
-        make_tuner: of the method.
+        make_tuner: how it is updated, such as `AttachedTuner`.
         examples, heldout: to train on, and to judge each epoch by; empty `heldout`: the last epoch wins.
         config: how to train.
         run_dir: for metrics and checkpoints.
@@ -122,14 +178,17 @@ def tune_attached(
         The adapter's trained tensors on the CPU, and how the loop went.
 
     Raises:
-        InputError: nothing to train on.
+        InputError: nothing to train on, or a text that does not fit the model's context.
         NonFiniteLossError: a loss is nan or inf.
     """
+    check_lengths([*examples, *heldout], backbone, fresh)
     size, pad_token_id = config.num_batch_sequences, backbone.spec.pad_token_id
     batches = TokenBatches(examples, size, pad_token_id=pad_token_id, seed=config.seed)
     judges = TokenBatches(heldout, size, pad_token_id=pad_token_id, seed=0) if heldout else None
-    about = repr((config, backbone.spec.backbone_digest, digest_examples(examples, heldout)))
-    with fresh.attach(backbone.model) as model:
+    number_types = sorted({str(parameter.dtype) for parameter in backbone.model.parameters()})
+    about = repr((config, backbone.spec.backbone_digest, number_types, digest_examples(examples, heldout)))
+    checkpointing = gradient_checkpointing(backbone.model, enabled=config.gradient_checkpointing)
+    with fresh.attach(backbone.model) as model, checkpointing:
         tuner = make_tuner(model, config)
         result = run_loop(
             tuner,

@@ -100,5 +100,7 @@ class GradientState:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.step()
+        # Kept, it would stand beside the next step's activations.
+        self.optimizer.zero_grad(set_to_none=True)
         self.num_steps += 1
         return {"loss": value, "grad_norm": grad_norm}

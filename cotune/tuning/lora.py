@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv 2106.09685) through peft, the baseline: it needs the backbone in the training process.
+"""LoRA (Hu et al., arXiv 2106.09685) through peft, with DoRA and rsLoRA as shapes of it; it needs the backbone here.
 
 The loss is that of the side network, -log p(target) over answer tokens only, in the same loop; logits are computed
 at target positions alone. The frozen backbone carries the adapter only while it trains.
@@ -17,8 +17,9 @@ from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
-from cotune.tuning.attached import AttachedTuner, check_attached, tune_attached
+from cotune.tuning.attached import AttachedTuner, Tunable, check_attached, tune_attached
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
+from cotune.tuning.lora_init import initial_lora
 from cotune.wire.features import FeatureSource
 
 
@@ -36,11 +37,31 @@ class LoraConfig:
     """AdamW's decoupled decay of the adapter."""
     max_grad_norm: float = 1.0
     """Total norm that a step's gradient is clipped to."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what is inside it."""
     seed: int = 0
     """Of the initial adapter and the order of sequences."""
 
     def __post_init__(self) -> None:
         check_attached(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA and how it starts."""
+
+    shape: LoraShape = field(default_factory=LoraShape)
+    """Rank, strength and adapted layers."""
+    init: str = "default"
+    """A name in `cotune.tuning.lora_init.INITS`."""
+
+    def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> Tunable:
+        """See `initial_lora`.
+
+        Raises:
+            InputError: an unknown start, or one that does not go with the shape, the model or the texts.
+        """
+        return initial_lora(backbone, self.shape, self.init, examples, seed=seed)
 
 
 class LoraTuner(AttachedTuner):

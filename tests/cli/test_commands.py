@@ -296,7 +296,7 @@ def test_tune_on_one_machine(scene: Scene, run: Any, method: str) -> None:
     if method != "side":
         assert (out / {"lora": "adapter_config.json", "adapter": "bottleneck.safetensors"}[method]).is_file()
         judged = run(
-            "evaluate", "starter", scene.texts, f"--{method}", out, "--limit", 2, "--max-new-tokens", 4, "--json"
+            "evaluate", "starter", scene.texts, "--adapter", out, "--limit", 2, "--max-new-tokens", 4, "--json"
         )
         assert judged.status == 0 and json.loads(judged.out)["num_texts"] == 2
     else:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toy import VOCAB, ToyBackbone, toy_personal
 
-from cotune.device.likelihood import base_nats, token_nats
+from cotune.device.likelihood import base_nats, score_tokens, token_nats
 from cotune.errors import InputError
 from cotune.wire.features import SequenceFeatures
 
@@ -41,3 +43,21 @@ def test_partial_logits_are_refused() -> None:
     partial = ToyBackbone().features(np.arange(3, 12), 4, 8)
     with pytest.raises(InputError, match="expected all 97"):
         token_nats(partial, toy_personal(), "integration")
+
+
+def test_the_likeliest_token_is_that_of_the_mode(features: SequenceFeatures) -> None:
+    personal = toy_personal(2.0)
+    logits = [
+        features.top_logits[t]
+        + personal.output_basis.delta(
+            personal.corrector.open().correct(1, features.tap_codes[t], features.tap_scales[t])
+        )
+        for t in range(len(features))
+    ]
+    likeliest = np.array([each.argmax() for each in logits])
+    targets = np.where(np.arange(len(features)) % 2 == 0, likeliest, (likeliest + 1) % VOCAB)
+    asked = replace(features, target_ids=targets)
+    nats, is_likeliest = score_tokens(asked, personal, "integration")
+    assert is_likeliest.tolist() == [t % 2 == 0 for t in range(len(features))]
+    np.testing.assert_array_equal(nats, token_nats(asked, personal, "integration"))
+    np.testing.assert_array_equal(score_tokens(asked, personal, "integration", num_lead=2)[1], is_likeliest[2:])

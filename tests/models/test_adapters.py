@@ -111,6 +111,49 @@ def test_a_saved_adapter_is_a_peft_folder_and_comes_back(tmp_path: Path, backbon
     assert torch.equal(logits_of(backbone), before)
 
 
+@pytest.mark.parametrize("shape", [LoraShape(rank=3, use_dora=True), LoraShape(rank=3, use_rslora=True)])
+def test_dora_and_rslora_come_back_and_merge(tmp_path: Path, backbone: Backbone, shape: LoraShape) -> None:
+    before = logits_of(backbone)
+    fresh = LoraAdapter.fresh(backbone.model, shape)
+    with fresh.attach(backbone.model):
+        torch.testing.assert_close(logits_of(backbone), before)
+    adapter = disturbed(fresh)
+    adapter.save(tmp_path, backbone.model)
+    again = LoraAdapter.load(tmp_path, backbone.model)
+    assert (again.shape.use_dora, again.shape.use_rslora) == (shape.use_dora, shape.use_rslora)
+    with adapter.attach(backbone.model):
+        expected = logits_of(backbone)
+    with again.attach(backbone.model):
+        assert torch.equal(logits_of(backbone), expected)
+    with adapter.merge(backbone.model).attach(backbone.model):
+        torch.testing.assert_close(logits_of(backbone), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_equations_of_rslora_and_dora(llama: Backbone) -> None:
+    """By hand for one layer: W x + alpha / sqrt(r) B A x, and rows of length m in the direction of W + s B A."""
+    layer = "model.layers.0.self_attn.q_proj"
+    weight = llama.model.get_submodule(layer).weight
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    for shape in (LoraShape(rank=4, alpha=6.0, use_rslora=True), LoraShape(rank=4, alpha=6.0, use_dora=True)):
+        adapter = disturbed(LoraAdapter.fresh(llama.model, shape))
+        a, b = (adapter.params[f"base_model.model.{layer}.lora_{x}.default.weight"] for x in "AB")
+        moved = weight + (6.0 / 2 if shape.use_rslora else 6.0 / 4) * b @ a
+        if shape.use_dora:
+            m = adapter.params[f"base_model.model.{layer}.lora_magnitude_vector.default.weight"]
+            moved = moved * (m / moved.norm(dim=1))[:, None]
+        with adapter.attach(llama.model), torch.no_grad():
+            torch.testing.assert_close(llama.model.get_submodule(layer)(x), x @ moved.T, atol=1e-4, rtol=1e-4)
+
+
+def test_ranks_that_differ_from_layer_to_layer_are_left_to_the_general_adapter(tmp_path: Path, llama: Backbone) -> None:
+    LoraAdapter.fresh(llama.model, LoraShape(rank=2)).save(tmp_path, llama.model)
+    path = tmp_path / "adapter_config.json"
+    for change in ({"alpha_pattern": {"q_proj": 3}}, {"target_modules": ["model.layers.0.self_attn.q_proj"]}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with pytest.raises(InputError, match=r"read it with PeftAdapter\.load"):
+            LoraAdapter.load(tmp_path, llama.model)
+
+
 @pytest.mark.parametrize("damage", ["no folder", "no config", "cut weights", "foreign model"])
 def test_folders_that_hold_no_adapter_for_this_model_are_refused(
     tmp_path: Path, llama: Backbone, make_model: Callable[..., PreTrainedModel], damage: str

@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_backbone
 
 from cotune.data.batches import EncodedExample
+from cotune.evaluation.allocations import count_allocations
 from cotune.models.backbone import Backbone
 from cotune.tuning.answer_loss import TokenBatches, answer_nats, digest_examples
 
@@ -29,6 +31,21 @@ def test_nats_by_hand(backbone: Backbone, examples: list[EncodedExample]) -> Non
     torch.testing.assert_close(nats, torch.stack(expected), rtol=1e-4, atol=1e-5)
     # The output embedding is as before.
     assert model(torch.from_numpy(batch.input_ids)).logits.shape[:2] == batch.input_ids.shape
+
+
+def test_padding_costs_no_memory_of_its_own(examples: list[EncodedExample]) -> None:
+    """With an attention mask, a matrix of seq x seq would be kept for each layer."""
+    backbone = tiny_backbone("llama")
+    model, params = backbone.model, dict(backbone.model.named_parameters())
+    model.requires_grad_(True)
+    rng = np.random.default_rng(0)
+    texts = [EncodedExample(rng.integers(0, 400, length), length - 5) for length in (120, 120, 60)]
+
+    def kept_bytes(pair: list[EncodedExample]) -> int:
+        (batch,) = TokenBatches(pair, 2, pad_token_id=1, seed=0).epoch(0)
+        return count_allocations(lambda: answer_nats(model, model.get_output_embeddings(), params, batch)).peak_bytes
+
+    assert kept_bytes(texts[1:]) == pytest.approx(kept_bytes(texts[:2]), rel=0.001)
 
 
 def test_the_digest_tells_examples_apart(examples: list[EncodedExample]) -> None:

@@ -34,6 +34,13 @@ def test_gradients_are_clipped_to_the_total_norm() -> None:
     assert state.to_tensors()["exp_avg.b"].item() == pytest.approx(0.4, rel=1e-4)
 
 
+def test_gradients_go_when_they_were_used() -> None:
+    """Kept, they would stand beside the next step's activations."""
+    state = start()
+    state.descend(state.params["w"].sum(), max_grad_norm=1.0)
+    assert all(leaf.grad is None for leaf in state.params.values())
+
+
 def test_the_given_parameters_stay_as_they_are() -> None:
     given = {"w": torch.ones(2)}
     state = GradientState.start(given, weight_decay=0.0)

@@ -1,0 +1,539 @@
+"""Memory of each tuning method as measured, beside what `cotune plan` predicts from the shape alone.
+
+Random weights in a Llama's layers: memory does not depend on what they say. Each method runs three steps in a child
+process of its own, after the same steps on a tiny model; what counts is the child's peak beyond what was resident
+with the weights loaded. A method is one entry of `CASES`; times are taken in turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measurement import Spread, Target, Timed, describe_machine, finish, interleave, make_parser, time_call
+from model_shapes import random_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from cotune.data.batches import EncodedExample, TokenBatch
+from cotune.evaluation.measured_memory import cuda_peak_bytes, resident_peak_bytes, run_measured
+from cotune.evaluation.method_cost import MethodCost, MethodSettings, predict_cost
+from cotune.evaluation.model_shape import ModelShape
+from cotune.evaluation.side_cost import SideSettings
+from cotune.evaluation.workload import Workload
+from cotune.generation.output_basis import OutputBasis
+from cotune.models.adapters import LoraAdapter, LoraShape
+from cotune.models.backbone import Backbone
+from cotune.models.bottleneck import BottleneckAdapter
+from cotune.tuning.adapter import AdapterConfig, AdapterTuner
+from cotune.tuning.answer_loss import answer_nats
+from cotune.tuning.attached import Attachable, AttachedConfig, AttachedTuner
+from cotune.tuning.feature_set import FeatureSet
+from cotune.tuning.gradient import GradientState
+from cotune.tuning.lora import LoraConfig, LoraTuner
+from cotune.tuning.side import SideConfig, SideTuner, fresh_network, side_batches
+from cotune.wire.features import SequenceFeatures
+
+EXAMPLES = """  python benchmarks/method_memory.py                       # two shapes, about ten minutes on one core
+  python benchmarks/method_memory.py --shape small --method lora --method side
+  python benchmarks/method_memory.py --device cuda --dtype bfloat16
+"""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # 49.3 M numbers, the model of the memory study in the project's notes.
+    "llama-49m": {"D": 512, "F": 1536, "L": 12, "H": 8, "KV": 8, "V": 8192},
+    # 104 M numbers in the proportions of Qwen2.5-0.5B: few key heads, a wide inner layer, a tied head.
+    "qwen-like-104m": {"D": 896, "F": 4864, "L": 6, "H": 14, "KV": 2, "V": 16_384, "tied": True},
+    # For a look at the benchmark itself.
+    "small": {"D": 128, "F": 384, "L": 4, "H": 4, "KV": 2, "V": 2048},
+}
+TINY = {"D": 64, "F": 128, "L": 2, "H": 2, "KV": 2, "V": 256}
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a method may use."""
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    device: str
+    batch: TokenBatch
+    seed: int = 0
+
+    def model(self) -> PreTrainedModel:
+        """A model with random weights, frozen."""
+        return random_model(self.config, self.device, self.dtype, self.seed).eval().requires_grad_(False)
+
+    @property
+    def shape(self) -> ModelShape:
+        return ModelShape.from_config(self.config.to_dict())
+
+    @property
+    def load(self) -> Workload:
+        rows, length = self.batch.input_ids.shape
+        return Workload(batch=rows, length=length - 1, dtype=str(self.dtype).rpartition(".")[2])
+
+
+# Gives a step inside; what the first argument returns is there before anything counts.
+Run = Callable[[Scene, PreTrainedModel | None], AbstractContextManager[Step]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A method that is measured."""
+
+    run: Run
+    """Everything that the method makes is made inside, and counts."""
+    predicted: str
+    """The planner's word for it."""
+    has_checkpoints: bool = False
+    needs_model: bool = True
+    """Whether a model is in the process; its weights do not count."""
+
+
+@contextmanager
+def run_inference(scene: Scene, model: PreTrainedModel | None) -> Iterator[Step]:
+    assert model is not None
+    params = dict(model.named_parameters())
+
+    def step() -> None:
+        with torch.no_grad():
+            answer_nats(model, model.get_output_embeddings(), params, scene.batch).mean()
+
+    yield step
+
+
+@contextmanager
+def run_own(
+    scene: Scene, model: PreTrainedModel | None, *, choose: Callable[[PreTrainedModel], list[Tensor]], chunked: bool
+) -> Iterator[Step]:
+    """Plain PyTorch on some of the model's own parameters, the reference."""
+    assert model is not None
+    chosen = choose(model)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(chosen, lr=1e-4, fused=True)
+    params = dict(model.named_parameters())
+
+    def step() -> None:
+        with checkpoints(model) if chunked else nullcontext():
+            loss = answer_nats(model, model.get_output_embeddings(), params, scene.batch).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(chosen, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    yield step
+
+
+def all_parameters(model: PreTrainedModel) -> list[Tensor]:
+    return list(model.parameters())
+
+
+def norms_and_biases(model: PreTrainedModel) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if name.endswith("bias") or "norm" in name]
+
+
+def last_two_blocks(model: PreTrainedModel) -> list[Tensor]:
+    return [p for layer in model.base_model.layers[-2:] for p in layer.parameters()]
+
+
+@contextmanager
+def run_attached(
+    scene: Scene,
+    model: PreTrainedModel | None,
+    *,
+    make: Callable[[PreTrainedModel], Attachable],
+    tuner_class: type[AttachedTuner],
+    config: AttachedConfig,
+    chunked: bool = False,
+) -> Iterator[Step]:
+    """As `cotune tune` runs it."""
+    assert model is not None
+    fresh = make(model)
+    with fresh.attach(model) as attached:
+        tuner = tuner_class(attached, config)
+        state: GradientState = tuner.init({name: tensor.to(scene.device) for name, tensor in fresh.params.items()})
+        state.learning_rate = 1e-4
+
+        def step() -> None:
+            with checkpoints(model) if chunked else nullcontext():
+                tuner.step(state, scene.batch)
+
+        yield step
+
+
+@contextmanager
+def run_peft(scene: Scene, model: PreTrainedModel | None, *, make_config: Callable[[], Any]) -> Iterator[Step]:
+    """A method of peft with its own forward pass; logits at the targets only, as everywhere here."""
+    import peft
+
+    assert model is not None
+    with warnings.catch_warnings():
+        # peft asks transformers 5 by an old name.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        wrapped = peft.get_peft_model(model, make_config()).eval()
+    chosen = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(chosen, lr=1e-4, fused=True)
+    ids = torch.from_numpy(scene.batch.input_ids).to(scene.device)
+    length = ids.shape[1] - 1
+    # A soft prompt stands before the text: only the text's own positions have targets.
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][:, -length:].flatten(0, 1),))
+
+    def step() -> None:
+        inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1]), "use_cache": False}
+        # Without a name of their own, the logits go before the backward pass.
+        nn.functional.cross_entropy(wrapped(**inputs).logits.float(), ids[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(chosen, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    yield step
+
+
+def prefix_config() -> Any:
+    from peft import PrefixTuningConfig, TaskType
+
+    return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=MethodSettings().num_virtual_tokens)
+
+
+def soft_prompt_config() -> Any:
+    from peft import PromptTuningConfig, TaskType
+
+    return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=MethodSettings().num_virtual_tokens)
+
+
+def dora_config() -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM, r=MethodSettings().rank, use_dora=True, target_modules="all-linear"
+    )
+
+
+def examples_of(batch: TokenBatch) -> list[EncodedExample]:
+    return [EncodedExample(row, 1) for row in batch.input_ids]
+
+
+@contextmanager
+def run_side(scene: Scene, model: PreTrainedModel | None) -> Iterator[Step]:
+    """On features that were made elsewhere: random ones, of the right sizes."""
+    shape, rng = scene.shape, np.random.default_rng(scene.seed)
+    settings, rows = SideSettings(), len(scene.batch.input_ids)
+    dim = min(settings.basis_dim, shape.hidden)
+    codes = rng.integers(-127, 128, (shape.vocab, dim), np.int8)
+    basis = OutputBasis(codes, np.full(shape.vocab, 1e-3, np.float32))
+    features = FeatureSet.from_sequences([random_features(scene, settings, rng) for _ in range(rows)])
+    yield side_step(features, basis, rows * scene.load.length)
+
+
+@contextmanager
+def run_side_local(scene: Scene, model: PreTrainedModel | None) -> Iterator[Step]:
+    """Features of the model in this process, made anew before each step."""
+    assert model is not None
+    backbone = Backbone.from_model(model, b"{}")
+    basis, top_k = backbone.output_basis, min(SideSettings().top_k, scene.shape.vocab)
+    examples = examples_of(scene.batch)
+
+    def collect() -> FeatureSet:
+        made = [backbone.features(example.input_ids, example.first_target, top_k) for example in examples]
+        return FeatureSet.from_sequences(made)
+
+    inner = side_step(collect(), basis, len(examples) * scene.load.length)
+
+    def step() -> None:
+        collect()
+        inner()
+
+    yield step
+
+
+def side_step(features: FeatureSet, basis: OutputBasis, num_positions: int) -> Step:
+    config = SideConfig(num_batch_positions=num_positions)
+    network = fresh_network(features, basis, config)
+    tuner = SideTuner(network, torch.from_numpy(basis.matrix()), config)
+    state = tuner.init(dict(network.named_parameters()))
+    state.learning_rate = 1e-3
+    batches = side_batches(features, network, basis.vocab_size, config.family, num_positions, seed=0)
+
+    def step() -> None:
+        for batch in batches.epoch(0):
+            tuner.step(state, batch)
+
+    return step
+
+
+def random_features(scene: Scene, settings: SideSettings, rng: np.random.Generator) -> SequenceFeatures:
+    shape, num = scene.shape, scene.load.length
+    taps, top_k = shape.layers + 1, min(settings.top_k, shape.vocab)
+    first = rng.integers(0, shape.vocab - top_k + 1, (num, 1))
+    return SequenceFeatures(
+        target_ids=rng.integers(0, shape.vocab, num),
+        tap_codes=rng.integers(-127, 128, (num, taps, min(settings.tap_dim, shape.hidden)), np.int8),
+        tap_scales=np.full((num, taps), 0.01, np.float16),
+        log_normalizer=np.full(num, 20.0, np.float32),
+        target_logits=np.zeros(num, np.float32),
+        top_ids=first + np.arange(top_k),
+        top_logits=rng.standard_normal((num, top_k), np.float32),
+        hidden=np.zeros((num, shape.hidden), np.float16),
+    )
+
+
+@contextmanager
+def checkpoints(model: PreTrainedModel) -> Iterator[None]:
+    """Gradient checkpointing by PyTorch, layer by layer, without the training mode that transformers' own needs."""
+    layers = list(model.base_model.layers)
+    forwards = [layer.forward for layer in layers]
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = partial(checkpoint, forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def lora_case(*, chunked: bool = False) -> Run:
+    return partial(
+        run_attached,
+        make=lambda model: LoraAdapter.fresh(model, LoraShape(rank=MethodSettings().rank)),
+        tuner_class=LoraTuner,
+        config=LoraConfig(),
+        chunked=chunked,
+    )
+
+
+def adapter_case() -> Run:
+    return partial(
+        run_attached,
+        make=lambda model: BottleneckAdapter.fresh(model, MethodSettings().width),
+        tuner_class=AdapterTuner,
+        config=AdapterConfig(),
+    )
+
+
+CASES: dict[str, Case] = {
+    "inference": Case(run=run_inference, predicted="inference"),
+    "full": Case(run=partial(run_own, choose=all_parameters, chunked=False), predicted="full"),
+    "full + checkpoints": Case(
+        run=partial(run_own, choose=all_parameters, chunked=True), predicted="full", has_checkpoints=True
+    ),
+    "norms": Case(run=partial(run_own, choose=norms_and_biases, chunked=False), predicted="norms"),
+    "blocks": Case(run=partial(run_own, choose=last_two_blocks, chunked=False), predicted="blocks"),
+    "lora": Case(run=lora_case(), predicted="lora"),
+    "dora (peft)": Case(run=partial(run_peft, make_config=dora_config), predicted="dora"),
+    "adapter": Case(run=adapter_case(), predicted="adapter"),
+    "soft prompt (peft)": Case(run=partial(run_peft, make_config=soft_prompt_config), predicted="soft_prompt"),
+    "prefix (peft)": Case(run=partial(run_peft, make_config=prefix_config), predicted="prefix"),
+    "side": Case(run=run_side, predicted="side", needs_model=False),
+    "side, features here": Case(run=run_side_local, predicted="side_local"),
+}
+
+
+# Whose steps are timed unless others are asked for.
+TIMED = ("inference", "full", "lora", "adapter", "side", "side, features here")
+
+
+def make_scene(sizes: dict[str, Any], *, dtype: str, device: str, batch: int, length: int, seed: int) -> Scene:
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=sizes["D"],
+        intermediate_size=sizes["F"],
+        num_hidden_layers=sizes["L"],
+        num_attention_heads=sizes["H"],
+        num_key_value_heads=sizes["KV"],
+        vocab_size=sizes["V"],
+        max_position_embeddings=4096,
+        tie_word_embeddings=sizes.get("tied", False),
+    )
+    ids = np.random.default_rng(seed).integers(0, sizes["V"], (batch, length + 1))
+    labels = ids.copy()
+    labels[:, 0] = -100
+    tokens = TokenBatch(input_ids=ids, attention_mask=np.ones_like(ids), labels=labels)
+    return Scene(config=config, dtype=getattr(torch, dtype), device=device, batch=tokens, seed=seed)
+
+
+def measure_peak(case: Case, args: argparse.Namespace, sizes: dict[str, Any]) -> int:
+    """Bytes beyond the weights, in this process."""
+    options = {"dtype": args.dtype, "device": args.device, "seed": args.seed}
+
+    def steps(scene: Scene, model: PreTrainedModel | None) -> None:
+        with case.run(scene, model) as step:
+            for _ in range(args.steps):
+                step()
+
+    # The same on a tiny model: what is loaded at the first use of anything must not count.
+    tiny = make_scene(TINY, batch=2, length=16, **options)
+    steps(tiny, tiny.model() if case.needs_model else None)
+    scene = make_scene(sizes, batch=args.batch, length=args.length, **options)
+    model = scene.model() if case.needs_model else None
+    peak = cuda_peak_bytes if args.device.startswith("cuda") else resident_peak_bytes
+    return peak(lambda: steps(scene, model))
+
+
+def base_bytes(case: Case, scene: Scene) -> int:
+    """Of the model that is loaded before anything counts."""
+    return scene.load.number_bytes * scene.shape.num_parameters if case.needs_model else 0
+
+
+def predict(case: Case, scene: Scene) -> MethodCost:
+    return predict_cost(scene.shape, case.predicted, scene.load, has_checkpoints=case.has_checkpoints)
+
+
+def measure_shape(name: str, args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:
+    """All methods on one shape."""
+    scene = make_scene(
+        SHAPES[name], dtype=args.dtype, device=args.device, batch=args.batch, length=args.length, seed=args.seed
+    )
+    rows: dict[str, Any] = {}
+    for method in methods:
+        case = CASES[method]
+        arguments = [str(Path(__file__)), "--child", method, "--shape", name, "--seed", str(args.seed)]
+        arguments += ["--batch", str(args.batch), "--length", str(args.length), "--steps", str(args.steps)]
+        arguments += ["--dtype", args.dtype, "--device", args.device, "--threads", str(args.threads)]
+        peaks = [run_measured(arguments)["peak_bytes"] for _ in range(args.runs)]
+        cost, base = predict(case, scene), base_bytes(case, scene)
+        above = Spread.of([peak / 1e6 for peak in peaks])
+        rows[method] = {
+            "base_mb": base / 1e6,
+            "measured_above_mb": above,
+            "predicted_above_mb": (cost.peak - base) / 1e6,
+            "ratio_above": (cost.peak - base) / 1e6 / above.median,
+            "ratio_whole": cost.peak / 1e6 / (above.median + base / 1e6),
+            "predicted": cost,
+        }
+        print(f"{name} {method}: {above.median:.0f} MB above the weights, predicted {(cost.peak - base) / 1e6:.0f}")
+    return {"num_parameters": scene.shape.num_parameters, "methods": rows}
+
+
+def measure_times(name: str, args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:
+    """Seconds of a step, the methods in turns, so that noise hits all alike."""
+    scene = make_scene(
+        SHAPES[name], dtype=args.dtype, device=args.device, batch=args.batch, length=args.length, seed=args.seed
+    )
+    with ExitStack() as alive:
+        calls: dict[str, Timed] = {}
+        for method in methods:
+            model = scene.model() if CASES[method].needs_model else None
+            step = alive.enter_context(CASES[method].run(scene, model))
+            calls[method] = time_call(partial(finished, step, args.device))
+        times = interleave(calls, runs=args.timed_runs, calls_per_run=1, warm_up=1)
+    for method, found in times.items():
+        cost, seconds = predict(CASES[method], scene), found["ms"].median / 1e3
+        found |= {
+            "tokens_per_s": scene.load.num_tokens / seconds,
+            "gflop": cost.flops / 1e9,
+            "gflop_per_s": cost.flops / seconds / 1e9,
+        }
+    return times
+
+
+def finished(step: Step, device: str) -> None:
+    step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def targets_of(name: str, memory: dict[str, Any], times: dict[str, Any]) -> list[Target]:
+    """The goals that these methods are held against."""
+    found = []
+    for method, row in memory.items():
+        error = 100 * abs(row["ratio_above"] - 1)
+        found.append(
+            Target(
+                what=f"{name}, {method}: prediction off the peak above the weights", measured=error, limit=15, unit="%"
+            )
+        )
+    if {"full", "side", "side, features here"} <= memory.keys():
+        full = memory["full"]["measured_above_mb"].median
+        for side in ("side", "side, features here"):
+            share = 100 * memory[side]["measured_above_mb"].median / full
+            what = f"{name}, {side}: peak above the weights, of full tuning's"
+            found.append(Target(what=what, measured=share, limit=25, unit="%"))
+    for method in memory:
+        if "inference" in memory and method in CASES and CASES[method].predicted.startswith("zeroth_order"):
+            share = 100 * (_whole_mb(memory[method]) / _whole_mb(memory["inference"]) - 1)
+            found.append(Target(what=f"{name}, {method}: memory above inference's", measured=share, limit=5, unit="%"))
+    if {"lora", "side", "side, features here"} <= times.keys():
+        lora = times["lora"]["ms"].median
+        for side in ("side", "side, features here"):
+            what = f"{name}, {side}: time of a step, of LoRA's"
+            found.append(Target(what=what, measured=times[side]["ms"].median / lora, limit=0.5, unit="times"))
+    return found
+
+
+def _whole_mb(row: dict[str, Any]) -> float:
+    return float(row["base_mb"] + row["measured_above_mb"].median)
+
+
+def show(name: str, memory: dict[str, Any], times: dict[str, Any]) -> None:
+    table = Table(title=f"{name}: MB above the weights", title_justify="left", box=None)
+    for column in ("method", "weights", "measured", "predicted", "ratio", "whole", "ms a step", "GFLOP/s"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, row in memory.items():
+        timed = times.get(method)
+        table.add_row(
+            method,
+            f"{row['base_mb']:.0f}",
+            f"{row['measured_above_mb'].median:.0f}",
+            f"{row['predicted_above_mb']:.0f}",
+            f"{row['ratio_above']:.3f}",
+            f"{row['ratio_whole']:.3f}",
+            "" if timed is None else f"{timed['ms'].median:.0f}",
+            "" if timed is None else f"{timed['gflop_per_s']:.0f}",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = make_parser("method_memory", __doc__ or "", EXAMPLES)
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated (default: all but small)")
+    parser.add_argument("--method", action="append", choices=CASES, help="may be repeated (default: all)")
+    parser.add_argument("--batch", type=int, default=4, help="texts in a step (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a text (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="in which the peak is looked for (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="processes for each method (default: %(default)s)")
+    parser.add_argument("--timed-runs", type=int, default=5, help="turns of the timing (default: %(default)s)")
+    parser.add_argument("--time", action="append", choices=CASES, help="methods to time (default: five of them)")
+    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child is not None:
+        peak = measure_peak(CASES[args.child], args, SHAPES[args.shape[0]])
+        print(json.dumps({"peak_bytes": peak}))
+        return
+    machine = describe_machine()
+    args.shape = args.shape or [name for name in SHAPES if name != "small"]
+    args.method = args.method or list(CASES)
+    args.time = args.time if args.time is not None else [name for name in TIMED if name in args.method]
+    results: dict[str, Any] = {}
+    targets: list[Target] = []
+    for name in args.shape:
+        memory = measure_shape(name, args, args.method)
+        times = measure_times(name, args, args.time) if args.time else {}
+        results[name] = {"sizes": SHAPES[name], **memory, "times": times}
+        targets += targets_of(name, memory["methods"], times)
+        show(name, memory["methods"], times)
+    finish("method_memory", args, machine, results, targets)
+
+
+if __name__ == "__main__":
+    main()

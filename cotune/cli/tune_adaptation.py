@@ -1,0 +1,130 @@
+"""`cotune tune` with any method that is attached to the model: LoRA, prompts, the model's own parameters, ..."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cotune.cli.tune_settings import Summary, Tell, TuneSettings
+from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    from cotune.data.templates import Example
+    from cotune.models.backbone import Backbone
+    from cotune.tuning.adaptations import AdaptationOptions
+    from cotune.tuning.estimators import Estimator
+    from cotune.tuning.privacy_account import PrivacyAccount
+    from cotune.tuning.tune import TuneConfig
+
+# Starts that do not look at the texts, which is what a private run needs.
+INITS_WITHOUT_DATA = ("default", "gaussian", "orthonormal", "orthogonal", "pissa", "olora", "loftq")
+
+
+def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Summary:
+    """Train, save, and tell how it went."""
+    from cotune.tuning.adaptations import ADAPTATIONS
+    from cotune.tuning.personal import encode_examples, split_examples
+    from cotune.tuning.tune import tune
+
+    method, options = settings.method, adaptation_options(settings)
+    config = tune_config(settings)
+    # A prompt takes its part of the context.
+    longest = settings.max_length or backbone.spec.max_context - ADAPTATIONS[method].num_virtual_tokens(options)
+    encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, longest)
+    # Held-out texts choose the epoch, which a private run's promise does not cover.
+    share = 0.0 if settings.dp_epsilon is not None else settings.heldout_share
+    train, first, second = split_examples(encoded, share, settings.seed)
+    result = tune(
+        backbone,
+        train,
+        config,
+        estimator=estimator(settings),
+        heldout=[*first, *second],
+        run_dir=settings.run / method,
+        resume=settings.resume,
+        progress=lambda p: tell(method, p.step, p.num_steps, f"loss {p.loss:.3f}"),
+    )
+    result.adapter.save(settings.out, backbone.model)
+    if settings.merged is not None:
+        result.adapter.merge(backbone.model).save_model(settings.merged, backbone.model, backbone.tokenizer_json)
+    heldout = {record.epoch: record.heldout_loss for record in result.curve}
+    return {
+        "num_parameters": result.num_trained,
+        "base_nats_per_token": heldout.get(0),
+        "heldout_nats_per_token": heldout.get(result.best_epoch),
+        "best_epoch": result.best_epoch,
+        **({} if settings.merged is None else {"merged": str(settings.merged)}),
+        **({} if result.account is None else _spent(result.account)),
+    }
+
+
+def estimator(settings: TuneSettings) -> Estimator:
+    """How the parameters are updated.
+
+    Raises:
+        InputError: an unknown name, or options that do not go with it.
+    """
+    from cotune.tuning.estimators import PrivateDescent, estimator_named
+
+    if settings.dp_epsilon is None:
+        return estimator_named(settings.estimator, zo_eps=settings.zo_eps, num_directions=settings.directions)
+    if settings.estimator != "backprop":
+        raise InputError(
+            f"--estimator is {settings.estimator!r} and --dp-epsilon is given, expected backprop; leave one of them out"
+        )
+    if settings.method == "blocks" or (settings.init or "default") not in INITS_WITHOUT_DATA:
+        raise InputError(
+            f"--dp-epsilon is given, but --method {settings.method} --init {settings.init or 'default'} looks at the "
+            "private texts before the private run; take another one"
+        )
+    return PrivateDescent(epsilon=settings.dp_epsilon, delta=settings.dp_delta, clip=settings.dp_clip or 1.0)
+
+
+def _spent(account: PrivacyAccount) -> Summary:
+    from cotune.tuning.privacy_account import ASSUMPTIONS
+
+    return {"privacy": account.summary(), "privacy_assumptions": list(ASSUMPTIONS)}
+
+
+def adaptation_options(settings: TuneSettings) -> AdaptationOptions:
+    """What was said about the method."""
+    from cotune.tuning.adaptations import AdaptationOptions
+
+    return AdaptationOptions(
+        rank=settings.rank,
+        alpha=settings.alpha,
+        init=settings.init,
+        width=settings.width,
+        num_virtual_tokens=settings.virtual_tokens,
+        memory_budget_bytes=settings.memory_budget_bytes,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        num_batch_sequences=settings.batch_size,
+    )
+
+
+def tune_config(settings: TuneSettings) -> TuneConfig:
+    """What to tune and how long, resolved.
+
+    Raises:
+        InputError: an unknown method, an option that it does not have, or one that makes no sense.
+    """
+    from cotune.tuning.adaptations import ADAPTATIONS, adaptation_named
+    from cotune.tuning.loop import LoopConfig
+    from cotune.tuning.tune import TuneConfig
+
+    what = adaptation_named(settings.method, adaptation_options(settings))
+    method, how = ADAPTATIONS[settings.method], estimator(settings)
+    if settings.merged is not None and not method.is_mergeable:
+        raise InputError(
+            f"--merged is given, but what method {settings.method} trains is no part of the model's weights; "
+            "leave --merged out"
+        )
+    return TuneConfig(
+        what=what,
+        loop=LoopConfig(
+            epochs=how.epochs if settings.epochs is None else settings.epochs,
+            learning_rate=settings.learning_rate or how.learning_rate or method.learning_rate,
+        ),
+        num_batch_sequences=settings.batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        seed=settings.seed,
+    )

@@ -1,0 +1,55 @@
+"""What `cotune tune` was asked for, in one place: it is written into the run's config and handed to the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Tell = Callable[[str, int, int, str], None]
+"""Hears of progress: stage, done, total, a note."""
+Summary = dict[str, Any]
+"""What is printed at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings:
+    """The arguments of the command, by their names there; None where the method's own default holds."""
+
+    model: str
+    data: str
+    method: str
+    out: Path
+    run: Path
+    merged: Path | None
+    resume: bool
+    epochs: int | None
+    learning_rate: float | None
+    batch_size: int
+    estimator: str
+    zo_eps: float | None
+    directions: int | None
+    dp_epsilon: float | None
+    dp_delta: float | None
+    dp_clip: float | None
+    gradient_checkpointing: bool
+    base_bits: int | None
+    rank: int | None
+    alpha: float | None
+    init: str | None
+    width: int | None
+    virtual_tokens: int | None
+    memory_budget_bytes: int | None
+    family: str
+    side: str
+    side_width: int
+    side_init: str
+    heldout_share: float
+    max_length: int | None
+    template: str | None
+    limit: int | None
+    share: float | None
+    split: str | None
+    dtype: str
+    seed: int

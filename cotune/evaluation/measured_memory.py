@@ -1,0 +1,119 @@
+"""The memory that work really takes: PyTorch's counters on CUDA, the resident set of a child process on a CPU.
+
+The resident set of a process moves with things that are not the work's: libraries whose pages are read when first
+used, memory that the allocator keeps for later, arenas of threads. So the work runs in a child with an allocator that
+gives every larger block back at once, after the same work on something tiny, and the baseline is what is resident
+right before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cotune.errors import CotuneError, InputError
+
+# glibc's: blocks from 64 KiB on have pages of their own, which go when they are freed; one arena for all threads.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+# What the kernel takes as the order to forget the peak.
+_FORGET_PEAK = "5"
+
+
+def resident_peak_bytes(work: Callable[[], object]) -> int:
+    """Bytes by which this process's resident set grew, at most, while `work` ran. Linux only.
+
+    Call it in a child of `run_measured`, after the same work on something tiny.
+
+    Raises:
+        InputError: the system has no such count.
+    """
+    _trim()
+    try:
+        _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
+    except OSError as error:
+        raise InputError(
+            f"the peak of the resident set cannot be reset here ({error.strerror}); measure on Linux, or on CUDA"
+        ) from error
+    before = _resident("VmRSS")
+    work()
+    return max(0, _resident("VmHWM") - before)
+
+
+def cuda_peak_bytes(work: Callable[[], object], device: str = "cuda") -> int:
+    """Bytes that `work` held on a GPU at most beyond what was held before, by PyTorch's own counter.
+
+    Raises:
+        InputError: PyTorch finds no such device.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"device is {device!r}, which PyTorch does not find here; take cpu")
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device) - before)
+
+
+def run_measured(
+    arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float = 600.0
+) -> dict[str, Any]:
+    """Run Python with these arguments in a child whose allocator gives back what is freed.
+
+    Args:
+        arguments: after the interpreter's name; what runs must print one JSON object as its last line.
+        environment: variables to set beside those of the allocator.
+        timeout_s: how long it may take.
+
+    Returns:
+        The object that it printed.
+
+    Raises:
+        CotuneError: it failed, or took too long.
+
+    Example:
+        >>> run_measured(["-c", "print('{\\"peak_bytes\\": 5}')"])
+        {'peak_bytes': 5}
+    """
+    variables = {**os.environ, **ALLOCATOR, **(environment or {})}
+    what = " ".join(arguments[:3])
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False, env=variables
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CotuneError(f"{what} took longer than {timeout_s:g} s; raise timeout_s or measure less") from error
+    try:
+        if done.returncode:
+            raise ValueError(f"exit status {done.returncode}")
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        if not isinstance(found, dict):
+            raise ValueError("its last line is no JSON object")
+    except (ValueError, IndexError) as error:
+        said = " / ".join(done.stderr.strip().splitlines()[-3:])
+        raise CotuneError(f"{what} gave no measurement ({error}): {said or 'it said nothing'}") from error
+    return found
+
+
+def _trim() -> None:
+    """Give free pages back, so that work cannot use them without being counted."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _resident(name: str) -> int:
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise InputError(f"{_STATUS} has no {name}; measure on Linux, or on CUDA")

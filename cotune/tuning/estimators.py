@@ -1,0 +1,264 @@
+"""How an attached model is updated, by name: one entry for each; all of them go with all of `ADAPTATIONS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from cotune.data.batches import EncodedExample
+from cotune.errors import InputError
+from cotune.models.backbone import Backbone
+from cotune.tuning.attached import AttachedConfig, AttachedTuner, Tunable, tune_attached
+from cotune.tuning.forward_gradient import ForwardGradientConfig, tune_forward_gradient
+from cotune.tuning.loop import EpochRecord, LoopProgress
+from cotune.tuning.privacy_account import PrivacyAccount
+from cotune.tuning.private import PrivateConfig, tune_private
+from cotune.tuning.zeroth_order import ZerothOrderConfig, tune_zeroth_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updated:
+    """What a run came to.
+
+    Attributes:
+        params: the trained tensors, on the CPU, by the names of what was tuned.
+        curve: losses by epoch; epoch 0 is the start.
+        best_epoch: the epoch whose parameters these are.
+        account: what was spent of privacy; None where nothing is promised.
+    """
+
+    params: Mapping[str, Tensor]
+    curve: list[EpochRecord]
+    best_epoch: int
+    account: PrivacyAccount | None = None
+
+
+class Estimator(Protocol):
+    """How parameters are updated."""
+
+    learning_rate: ClassVar[float | None]
+    """Where none is given; None for that of what is tuned."""
+    epochs: ClassVar[int]
+    """Where none are given."""
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        fresh: Tunable,
+        examples: Sequence[EncodedExample],
+        config: AttachedConfig,
+        *,
+        heldout: Sequence[EncodedExample],
+        run_dir: Path | None,
+        resume: bool,
+        progress: Callable[[LoopProgress], None] | None,
+    ) -> Updated:
+        """Train; arguments and errors as in `cotune.tuning.tune.tune`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackPropagation:
+    """The gradient, and AdamW."""
+
+    learning_rate: ClassVar[float | None] = None
+    epochs: ClassVar[int] = 3
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        fresh: Tunable,
+        examples: Sequence[EncodedExample],
+        config: AttachedConfig,
+        *,
+        heldout: Sequence[EncodedExample],
+        run_dir: Path | None,
+        resume: bool,
+        progress: Callable[[LoopProgress], None] | None,
+    ) -> Updated:
+        params, result = tune_attached(
+            backbone,
+            fresh,
+            AttachedTuner,
+            examples,
+            config,
+            heldout=heldout,
+            run_dir=run_dir,
+            resume=resume,
+            progress=progress,
+        )
+        return Updated(params=params, curve=result.curve, best_epoch=result.best_epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZerothOrder:
+    """MeZO: two forward passes for each direction, in the memory of inference; see `cotune.tuning.zeroth_order`.
+
+    Attributes:
+        zo_eps: distance that parameters are moved to either side.
+        num_directions: in one step.
+    """
+
+    learning_rate: ClassVar[float | None] = 1e-4
+    epochs: ClassVar[int] = 20
+
+    zo_eps: float = 1e-3
+    num_directions: int = 1
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        fresh: Tunable,
+        examples: Sequence[EncodedExample],
+        config: AttachedConfig,
+        *,
+        heldout: Sequence[EncodedExample],
+        run_dir: Path | None,
+        resume: bool,
+        progress: Callable[[LoopProgress], None] | None,
+    ) -> Updated:
+        result = tune_zeroth_order(
+            backbone,
+            fresh,
+            examples,
+            ZerothOrderConfig(
+                loop=config.loop,
+                zo_eps=self.zo_eps,
+                num_directions=self.num_directions,
+                weight_decay=config.weight_decay,
+                num_batch_sequences=config.num_batch_sequences,
+                seed=config.seed,
+            ),
+            heldout=heldout,
+            run_dir=run_dir,
+            resume=resume,
+            progress=progress,
+        )
+        return Updated(params=result.params, curve=result.curve, best_epoch=result.best_epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardGradient:
+    """FwdLLM: no step before enough directions agree; see `cotune.tuning.forward_gradient`.
+
+    Attributes:
+        zo_eps: distance that parameters are moved to either side.
+        num_directions: that each batch adds, at least 2.
+    """
+
+    learning_rate: ClassVar[float | None] = 1e-2
+    epochs: ClassVar[int] = 20
+
+    zo_eps: float = 1e-2
+    num_directions: int = 4
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        fresh: Tunable,
+        examples: Sequence[EncodedExample],
+        config: AttachedConfig,
+        *,
+        heldout: Sequence[EncodedExample],
+        run_dir: Path | None,
+        resume: bool,
+        progress: Callable[[LoopProgress], None] | None,
+    ) -> Updated:
+        result = tune_forward_gradient(
+            backbone,
+            fresh,
+            examples,
+            ForwardGradientConfig(
+                loop=config.loop,
+                zo_eps=self.zo_eps,
+                num_perturbations=self.num_directions,
+                num_batch_sequences=config.num_batch_sequences,
+                seed=config.seed,
+            ),
+            heldout=heldout,
+            run_dir=run_dir,
+            resume=resume,
+            progress=progress,
+        )
+        return Updated(params=result.params, curve=result.curve, best_epoch=result.best_epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateDescent:
+    """DP-SGD for each text: back-propagation with clipped gradients and noise; see `cotune.tuning.private`.
+
+    Attributes:
+        epsilon: the budget of the whole run.
+        delta: None for a tenth of 1 / texts.
+        clip: the most that one text's gradient counts for.
+    """
+
+    learning_rate: ClassVar[float | None] = 1e-3
+    epochs: ClassVar[int] = 10
+
+    epsilon: float
+    delta: float | None = None
+    clip: float = 1.0
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        fresh: Tunable,
+        examples: Sequence[EncodedExample],
+        config: AttachedConfig,
+        *,
+        heldout: Sequence[EncodedExample],
+        run_dir: Path | None,
+        resume: bool,
+        progress: Callable[[LoopProgress], None] | None,
+    ) -> Updated:
+        result = tune_private(
+            backbone,
+            fresh,
+            examples,
+            PrivateConfig.for_budget(
+                len(examples),
+                epsilon=self.epsilon,
+                delta=self.delta,
+                clip=self.clip,
+                num_part_texts=config.num_batch_sequences,
+                loop=config.loop,
+                weight_decay=config.weight_decay,
+            ),
+            heldout=heldout,
+            run_dir=run_dir,
+            resume=resume,
+            progress=progress,
+        )
+        return Updated(params=result.params, curve=result.curve, best_epoch=result.best_epoch, account=result.account)
+
+
+ESTIMATORS: dict[str, type[BackPropagation] | type[ZerothOrder] | type[ForwardGradient]] = {
+    "backprop": BackPropagation,
+    "zeroth_order": ZerothOrder,
+    "forward_gradient": ForwardGradient,
+}
+
+
+def estimator_named(name: str, *, zo_eps: float | None = None, num_directions: int | None = None) -> Estimator:
+    """The estimator of that name.
+
+    Args:
+        name: a key of `ESTIMATORS`.
+        zo_eps, num_directions: of those that read no gradient; None for their own defaults.
+
+    Raises:
+        InputError: an unknown name, or an option that it does not have.
+    """
+    if name not in ESTIMATORS:
+        raise InputError(f"estimator is {name!r}, expected one of {', '.join(ESTIMATORS)}")
+    given = {"zo_eps": zo_eps, "num_directions": num_directions}
+    chosen = {option: value for option, value in given.items() if value is not None}
+    if name == "backprop" and chosen:
+        raise InputError(f"estimator is 'backprop', which has no {next(iter(chosen))}; leave it out")
+    make: Callable[..., Estimator] = ESTIMATORS[name]
+    return make(**chosen)

@@ -1,0 +1,122 @@
+"""Objectives over generated texts, such as F1 and Rouge-L: no gradient, and none is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call
+from transformers import DynamicCache, PreTrainedModel
+
+from cotune.errors import InputError
+from cotune.tuning.objectives import ExampleLosses
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatch:
+    """Prompts and what should follow.
+
+    Attributes:
+        prompts: token ids, int64, at least one each.
+        references: the texts that a generated one is compared with.
+    """
+
+    prompts: tuple[NDArray[np.int64], ...]
+    references: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(self.prompts) != len(self.references):
+            raise InputError(
+                f"{len(self.prompts)} prompts met {len(self.references)} references, expected as many of each, and one"
+            )
+        if not all(len(prompt) for prompt in self.prompts):
+            raise InputError("a prompt is empty, expected at least one token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextErrors:
+    """1 - score of greedy texts: `cotune.evaluation.token_f1`, `rouge_l`, `exact_match` or any other in [0, 1].
+
+    With a perturbed model each generated token sweeps over the tuned parameters again: prefer an adapter or a mask.
+    """
+
+    metric: Callable[[str, Sequence[str]], float]
+    """Score of a text against its references."""
+    decode: Callable[[Sequence[int]], str]
+    """Token ids to text."""
+    max_new_tokens: int
+    """Longest text."""
+    stop_token_ids: Collection[int] = ()
+    """A text ends before any of them."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+
+    def __call__(self, model: PreTrainedModel, params: Mapping[str, Tensor], batch: TextBatch) -> ExampleLosses:
+        texts = greedy_texts(
+            model, params, batch.prompts, max_new_tokens=self.max_new_tokens, stop_token_ids=self.stop_token_ids
+        )
+        pairs = zip(texts, batch.references, strict=True)
+        errors = [1 - self.metric(self.decode(text), references) for text, references in pairs]
+        sums = torch.tensor(errors, dtype=torch.float64)
+        return ExampleLosses(sums=sums, counts=torch.ones_like(sums))
+
+
+@torch.no_grad()
+def greedy_texts(
+    model: PreTrainedModel,
+    params: Mapping[str, Tensor],
+    prompts: Sequence[NDArray[np.int64]],
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Collection[int] = (),
+) -> list[list[int]]:
+    """The likeliest next token again and again, all prompts in one batch.
+
+    Args:
+        model, params: as in `Objective`.
+        prompts: token ids, at least one each.
+        max_new_tokens: longest text.
+        stop_token_ids: a text ends before any of them.
+
+    Returns:
+        New token ids of each text.
+    """
+    device = next(iter(params.values())).device
+    longest = max(map(len, prompts))
+    ids, mask = (
+        torch.zeros(len(prompts), longest, dtype=torch.int64),
+        torch.zeros(len(prompts), longest, dtype=torch.int64),
+    )
+    for row, prompt in enumerate(prompts):
+        # On the left, so that all texts go on at the same column.
+        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    texts: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    cache = DynamicCache(config=model.config)
+    for _ in range(max_new_tokens):
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        ids = functional_call(model, dict(params), kwargs=inputs).logits[:, -1].argmax(-1, keepdim=True)
+        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+        for row, token in enumerate(ids[:, 0].tolist()):
+            if token in stop_token_ids:
+                running.discard(row)
+            elif row in running:
+                texts[row].append(token)
+        if not running:
+            break
+    return texts

@@ -1,0 +1,92 @@
+"""`cotune tune` and `cotune evaluate` in this process, with every kind of result, on the built-in model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cotune
+from cotune.cli.tune_command import ATTACHED_METHODS, METHODS, RESULT_FILES
+from cotune.tuning.adaptations import ADAPTATIONS
+from cotune.tuning.lora_init import INITS
+
+STARTER = Path(cotune.__file__).parent / "models" / "starter" / "model.safetensors"
+needs_starter = pytest.mark.skipif(
+    not STARTER.is_file(), reason="the starter model has no weights yet; make them with scripts/train_starter.py"
+)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    rows = [{"prompt": f"User: Where is box {i}?\nAssistant:", "completion": f" In room {i % 3}."} for i in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_words_of_the_command_are_those_of_the_tables(run: Any) -> None:
+    assert tuple(ADAPTATIONS) == ATTACHED_METHODS and METHODS[-1] == "side"
+    told = " ".join(run("tune", "--help").out.split())
+    assert all(name in told for name in (*METHODS, *INITS))
+    assert RESULT_FILES.keys() <= set(METHODS)
+
+
+@needs_starter
+@pytest.mark.parametrize(
+    ("method", "options", "kept"),
+    [
+        ("full", ("--merged", "MERGED", "--gradient-checkpointing"), "selected.safetensors"),
+        ("dora", ("--rank", 2, "--init", "orthonormal", "--merged", "MERGED"), "adapter_config.json"),
+        ("lora", ("--rank", 2, "--alpha", 4, "--init", "pissa", "--merged", "MERGED"), "adapter_config.json"),
+        ("soft_prompt", ("--virtual-tokens", 5), "adapter_config.json"),
+        ("prefix", ("--virtual-tokens", 5, "--learning-rate", 0.2, "--gradient-checkpointing"), "adapter_config.json"),
+        ("adapter", ("--width", 3), "bottleneck.safetensors"),
+        ("blocks", ("--memory-budget", "60MB", "--batch-size", 4), "selected.safetensors"),
+    ],
+)
+def test_what_was_tuned_is_judged(
+    tmp_path: Path, texts: Path, run: Any, method: str, options: tuple[object, ...], kept: str
+) -> None:
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    given = [merged if option == "MERGED" else option for option in options]
+    common = ("tune", "starter", texts, "--method", method, "--out", out, "--epochs", 2, *given)
+    outcome = run(*common, "--json")
+    assert outcome.status == 0 and outcome.err == "", outcome.err
+    told = json.loads(outcome.out)
+    assert told["method"] == method and (out / kept).is_file()
+    assert told["heldout_nats_per_token"] < told["base_nats_per_token"]
+    config = json.loads((tmp_path / "out.run" / "config.json").read_text(encoding="utf-8"))["config"]
+    assert config["method"] == method and config["resolved"]["loop"]["epochs"] == 2
+    expected = 0.2 if method == "prefix" else ADAPTATIONS[method].learning_rate
+    assert config["resolved"]["loop"]["learning_rate"] == expected
+
+    limits = ("--limit", 3, "--max-new-tokens", 4, "--json")
+    judged = run("evaluate", "starter", texts, "--adapter", out, *limits)
+    assert judged.status == 0 and judged.err == "", judged.err
+    scores = json.loads(judged.out)
+    base = json.loads(run("evaluate", "starter", texts, *limits).out)
+    assert scores["nats_per_token"] < base["nats_per_token"]
+    if merged in given:
+        whole = json.loads(run("evaluate", merged, texts, *limits).out)
+        assert whole["nats_per_token"] == pytest.approx(scores["nats_per_token"], abs=1e-3)
+    if method == "lora":
+        assert json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 4, "twice the rank of 2"
+        by_other_name = json.loads(run("evaluate", "starter", texts, "--lora", out, *limits).out)
+        assert np.isclose(by_other_name["nats_per_token"], scores["nats_per_token"])
+    if "--merged" not in options:
+        # A run that is over is resumed to the same result.
+        again = run(*common, "--resume", "--json")
+        assert json.loads(again.out) == told
+
+
+@needs_starter
+def test_an_earlier_result_of_another_method_is_kept(tmp_path: Path, texts: Path, run: Any) -> None:
+    out = tmp_path / "out"
+    common = ("tune", "starter", texts, "--epochs", 1, "--out", out)
+    assert run(*common, "--method", "bias").status == 0
+    run(*common, "--method", "lora").check_refusal(f"--out is {out}, which holds something else")
+    assert run(*common, "--method", "full", "--json").status == 0, "another result of the same kind is written over"

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_backbone
+
+from cotune.data.assistant_text import generate_exchanges
+from cotune.data.batches import EncodedExample
+from cotune.data.templates import Example
+from cotune.errors import InputError
+from cotune.models.backbone import Backbone
+from cotune.tuning.adaptations import AdaptationOptions, adaptation_named
+from cotune.tuning.estimators import ESTIMATORS, Estimator, PrivateDescent, estimator_named
+from cotune.tuning.loop import LoopConfig
+from cotune.tuning.personal import encode_examples
+from cotune.tuning.tune import TuneConfig, tune
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def examples(backbone: Backbone) -> list[EncodedExample]:
+    texts = [Example(one.request, " " + one.answer) for one in generate_exchanges(24, seed=1)]
+    return encode_examples(backbone.tokenizer_json, texts, backbone.description, 48)
+
+
+def test_names() -> None:
+    assert list(ESTIMATORS) == ["backprop", "zeroth_order", "forward_gradient"]
+    with pytest.raises(InputError, match="estimator is 'magic', expected one of backprop"):
+        estimator_named("magic")
+    with pytest.raises(InputError, match="'backprop', which has no zo_eps"):
+        estimator_named("backprop", zo_eps=0.1)
+    with pytest.raises(InputError, match="zo_eps is -1"):
+        tune_with(estimator_named("zeroth_order", zo_eps=-1.0), tiny_backbone("llama"), [], 1e-3)
+
+
+def tune_with(
+    estimator: Estimator, backbone: Backbone, examples: list[EncodedExample], learning_rate: float, epochs: int = 8
+) -> list[float | None]:
+    config = TuneConfig(
+        what=adaptation_named("lora", AdaptationOptions(rank=4)),
+        loop=LoopConfig(epochs=epochs, learning_rate=learning_rate),
+    )
+    result = tune(backbone, examples, config, estimator=estimator, heldout=examples)
+    assert (result.account is not None) == isinstance(estimator, PrivateDescent)
+    return [record.heldout_loss for record in result.curve]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "learning_rate"),
+    [
+        (estimator_named("backprop"), 1e-2),
+        (estimator_named("zeroth_order", num_directions=8), 3e-3),
+        (estimator_named("forward_gradient"), 0.3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_estimator_lowers_the_loss(
+    backbone: Backbone, examples: list[EncodedExample], estimator: Estimator, learning_rate: float
+) -> None:
+    losses = tune_with(estimator, backbone, examples, learning_rate)
+    best = min(loss for loss in losses if loss is not None)
+    assert losses[0] is not None and best < losses[0]
+
+
+def test_a_private_run_says_what_it_spent(backbone: Backbone, examples: list[EncodedExample], tmp_path: Path) -> None:
+    pytest.importorskip("opacus", reason="needs cotune[private]")
+    config = TuneConfig(
+        what=adaptation_named("lora", AdaptationOptions(rank=2)), loop=LoopConfig(epochs=1, learning_rate=1e-3)
+    )
+    result = tune(backbone, examples, config, estimator=PrivateDescent(epsilon=8.0), run_dir=tmp_path)
+    assert result.account is not None and 0 < result.account.epsilon <= 8.0

@@ -1,0 +1,115 @@
+"""The forward-only step runs in the memory of inference: bytes as PyTorch's own allocator counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from cotune.data.batches import EncodedExample, TokenBatch
+from cotune.models.adapters import LoraAdapter, LoraShape
+from cotune.tuning import perturbed
+from cotune.tuning.answer_loss import TokenBatches, answer_nats
+from cotune.tuning.gradient import GradientState
+from cotune.tuning.objectives import AnswerNats
+from cotune.tuning.seed_updates import Adam, Momentum, PlainDescent, UpdateRule
+from cotune.tuning.sparse_mask import mask_by_magnitude
+from cotune.tuning.zeroth_order import ZerothOrderConfig, ZerothOrderTuner
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that was allocated at a time beyond what was there before."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    changes = [e.nbytes() for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert changes, "the allocator reports what it does"
+    return int(np.cumsum(changes).max())
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """4.5 M parameters, 18 MB."""
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=2000,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def batch() -> TokenBatch:
+    rng = np.random.default_rng(0)
+    examples = [EncodedExample(rng.integers(3, 2000, 65), 33) for _ in range(4)]
+    (made,) = TokenBatches(examples, 4, pad_token_id=0, seed=0).epoch(0)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In proportion to the model: a block is a sixteenth of a MB here and 4 MB for models a hundred times as large."""
+    monkeypatch.setitem(perturbed.BLOCK_ELEMENTS, "cpu", 2**14)
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def step_bytes(model: PreTrainedModel, batch: TokenBatch, params: Any, mask: Any = None, **config: Any) -> int:
+    tuner = ZerothOrderTuner(model, ZerothOrderConfig(**config), AnswerNats(), mask=mask)
+    state = tuner.init(params)
+    state.learning_rate = 1e-6
+    return peak_bytes(lambda: tuner.step(state, batch))
+
+
+def inference_bytes(model: PreTrainedModel, batch: TokenBatch) -> int:
+    tuner = ZerothOrderTuner(model, ZerothOrderConfig(), AnswerNats())
+    state = tuner.init(dict(model.named_parameters()))
+    return peak_bytes(lambda: tuner.evaluate(state, batch))
+
+
+@pytest.mark.parametrize("rule", [PlainDescent(), Momentum(window=3), Adam(window=3)], ids=lambda r: type(r).__name__)
+def test_all_parameters_at_most_5_percent_above_inference(
+    model: PreTrainedModel, batch: TokenBatch, rule: UpdateRule
+) -> None:
+    weights, inference = weights_bytes(model), inference_bytes(model, batch)
+    step = step_bytes(model, batch, dict(model.named_parameters()), rule=rule, num_directions=2, weight_decay=0.1)
+    assert 0.02 * weights < inference < weights, "activations are neither nothing nor all"
+    assert weights + step < 1.05 * (weights + inference)
+
+
+def test_a_mask_and_an_adapter_at_most_5_percent_above_inference(model: PreTrainedModel, batch: TokenBatch) -> None:
+    weights, inference = weights_bytes(model), inference_bytes(model, batch)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    step = step_bytes(model, batch, params, mask_by_magnitude(params, 0.01))
+    assert weights + step < 1.05 * (weights + inference)
+    adapter = LoraAdapter.fresh(model, LoraShape(rank=2))
+    with adapter.attach(model) as attached:
+        step = step_bytes(attached, batch, adapter.params)
+    assert weights + step < 1.05 * (weights + inference)
+
+
+def test_back_propagation_is_far_above(model: PreTrainedModel, batch: TokenBatch) -> None:
+    """The measure sees what the usual way costs: a gradient and two moments for each parameter, and activations."""
+    state = GradientState.start({name: p.detach() for name, p in model.named_parameters()}, weight_decay=0.0)
+    head = model.get_output_embeddings()
+
+    def descend() -> None:
+        state.optimizer.state.clear()
+        state.descend(answer_nats(model, head, state.params, batch).mean(), max_grad_norm=1.0)
+
+    assert peak_bytes(descend) > 2.5 * weights_bytes(model)
