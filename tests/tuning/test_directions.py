@@ -23,14 +23,14 @@ def test_the_reference_gives_the_authors_known_answers() -> None:
 
 
 @given(seed=SEEDS, counters=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_blocks_are_those_of_the_reference(seed: int, counters: list[int]) -> None:
     expected = [philox_block(seed, [counter & 0xFFFFFFFF, counter >> 32, 0, 0]) for counter in counters]
     assert philox(seed, torch.tensor(counters)).tolist() == expected
 
 
 @given(seed=SEEDS, start=st.integers(0, 2**40), num=st.integers(1, 300))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_signs_are_those_of_the_reference_in_every_type(seed: int, start: int, num: int) -> None:
     expected = reference_signs(seed, start, num)
     direction = Direction(seed)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from philox_reference import reference_signs
-from torch.func import functional_call
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError, NonFiniteLossError
@@ -209,12 +208,6 @@ def test_a_non_finite_loss_changes_nothing(forward_mode: bool) -> None:
     with pytest.raises(NonFiniteLossError, match="the loss at step 1"):
         tuner.step(state, None)
     assert state.params["w"].tolist() == [0, 1, 2, 3, 4] and state.slopes == slopes and state.num_steps == 1
-
-
-def test_functional_call_sees_the_same_model(backbone: Backbone) -> None:
-    ids = torch.tensor([[1, 2, 3]])
-    params = dict(backbone.model.named_parameters())
-    assert torch.equal(functional_call(backbone.model, params, (ids,)).logits, backbone.model(ids).logits)
 
 
 @pytest.mark.parametrize(

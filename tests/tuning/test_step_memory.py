@@ -1,4 +1,4 @@
-"""The forward-only step runs in the memory of inference: bytes as PyTorch's own allocator counts them."""
+"""The forward-only step runs in the memory of inference; bytes as PyTorch's allocator counts them, so repeatable."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ SHAPES = st.lists(st.lists(st.integers(1, 8), min_size=1, max_size=3), min_size=
     masked=st.booleans(),
     fails=st.booleans(),
 )
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 def test_moving_there_and_back_changes_no_bit(
     dtype: torch.dtype, shapes: list[list[int]], zo_eps: float, seed: int, masked: bool, fails: bool
 ) -> None:
@@ -97,7 +97,7 @@ def test_moved_numbers_by_hand(block: int, masked: bool, monkeypatch: pytest.Mon
 
 
 @given(dtype=st.sampled_from(DTYPES), shapes=SHAPES, seed=st.integers(0, 2**31), weight=st.floats(-10, 10))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_updates_are_rounded_once(dtype: torch.dtype, shapes: list[list[int]], seed: int, weight: float) -> None:
     """The short way for one direction, the general way, and NumPy give the same numbers."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,9 +120,9 @@ def test_decay_is_for_matrices_only() -> None:
 
 
 def test_adding_nothing_changes_no_bit() -> None:
-    tensors = {"w": torch.tensor([[-0.0, 0.0]])}
+    tensors = {"w": torch.full((2, 40), -0.0)}
     TunedNumbers(tensors).add([Direction(0)], [0.0])
-    assert torch.signbit(tensors["w"]).tolist() == [[True, False]]
+    assert torch.signbit(tensors["w"]).all(), "whatever z is, -0 does not become +0"
 
 
 def test_whole_tensors_are_not_written_while_they_are_moved() -> None:
