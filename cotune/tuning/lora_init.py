@@ -16,7 +16,6 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
@@ -277,6 +276,9 @@ def _use_corda(calibration: Calibration, config: peft.LoraConfig) -> None:
         for batch in calibration.batches:
             for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
                 model(input_ids=torch.from_numpy(ids[mask == 1][None]).to(model.device), use_cache=False)
+
+    # Only now: it needs attrs, which peft does not declare and nothing else here uses.
+    from peft.tuners.lora.corda import preprocess_corda
 
     preprocess_corda(model, config, run_model=read_texts)
 
