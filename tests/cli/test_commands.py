@@ -338,7 +338,7 @@ def test_an_interrupted_tuning_resumes_to_the_same_plugin(scene: Scene, tmp_path
     """Ctrl-C in the middle of the training of a real process, then `--resume`, against a run without a break."""
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT, encoding="utf-8")
-    arguments = ["device", "tune", str(scene.texts), "--cloud", scene.url, "--epochs", "60", "--heldout-share", "0.4"]
+    arguments = ["device", "tune", str(scene.texts), "--cloud", scene.url, "--epochs", "200", "--heldout-share", "0.4"]
 
     def command(out: str) -> list[str]:
         return [sys.executable, str(script), *arguments, "--out", str(tmp_path / out)]
