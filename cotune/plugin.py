@@ -1,7 +1,7 @@
 """The plugin: a folder with everything personal, bound by digest to the backbone that it was tuned on.
 
     plugin.json                 format version, kind, config, digests, family, gate bias and threshold, training summary
-    plugin.safetensors          the personal tensors: side network, and `gate.weight` where there is a gate
+    plugin.safetensors          the personal tensors: side network, and `gate.*` where there is a gate
     tokenizer.json              public, fetched from the cloud
     output_basis.safetensors    public, fetched from the cloud
 
@@ -37,6 +37,8 @@ MAX_PUBLIC_BYTES = 512 * 2**20
 # safetensors itself refuses larger headers only at 100 MB; a plugin has a few dozen tensors.
 _MAX_HEADER_BYTES = 2**20
 _GATE_WEIGHT = "gate.weight"
+_GATE_LAYER = "gate.layer"
+_GATE_LAYER_BIAS = "gate.layer_bias"
 
 _JSON_FILE = "plugin.json"
 _TENSOR_FILE = "plugin.safetensors"
@@ -46,17 +48,21 @@ _BASIS_FILE = "output_basis.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class GateParameters:
-    """What a plugin keeps of its gate, sigma = 1[weight . f + bias > threshold].
+    """What a plugin keeps of its gate, sigma = 1[weight . u + bias > threshold], u = f or silu(layer f + layer_bias).
 
     Attributes:
-        weight: float32 (hidden,).
+        weight: float32 (hidden,), or (units,) behind a layer.
         bias: added to the score.
         threshold: the score above which the device is asked.
+        layer: float32 (units, hidden), numbers that float16 holds; None for a linear gate.
+        layer_bias: float32 (units,); None for a linear gate.
     """
 
     weight: NDArray[np.float32]
     bias: float
     threshold: float
+    layer: NDArray[np.float32] | None = None
+    layer_bias: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 1 or self.weight.dtype != np.float32:
@@ -65,6 +71,15 @@ class GateParameters:
             raise InputError(
                 f"gate bias {self.bias} and threshold {self.threshold} must be finite; tune the gate again"
             )
+        if (self.layer is None) != (self.layer_bias is None):
+            raise InputError("the gate has a layer without its bias, or a bias without its layer; tune the gate again")
+        if self.layer is not None and (self.layer.ndim != 2 or self.layer.dtype != np.float32):
+            raise InputError(f"gate layer is {self.layer.dtype} {self.layer.shape}, expected float32 (units, hidden)")
+
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """What is kept of it among the plugin's tensors."""
+        found = {_GATE_WEIGHT: self.weight, _GATE_LAYER: self.layer, _GATE_LAYER_BIAS: self.layer_bias}
+        return {name: np.ascontiguousarray(array) for name, array in found.items() if array is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +118,9 @@ class Plugin:
                 raise InputError(f"plugin tensor {name} is {tensor.dtype}, expected float32")
             if not np.isfinite(tensor).all():
                 raise InputError(f"plugin tensor {name} holds nan or inf, expected finite numbers; tune again")
-        if _GATE_WEIGHT in self.tensors:
-            raise InputError(f"{_GATE_WEIGHT} is among the side network's tensors; give it as gate")
+        for name in (_GATE_WEIGHT, _GATE_LAYER, _GATE_LAYER_BIAS):
+            if name in self.tensors:
+                raise InputError(f"{name} is among the side network's tensors; give it as gate")
 
     @property
     def num_parameters(self) -> int:
@@ -177,6 +193,8 @@ class Plugin:
                 weight=tensors.pop(_GATE_WEIGHT),
                 bias=float(_entry(gate_meta, "bias", float, int)),
                 threshold=float(_entry(gate_meta, "threshold", float, int)),
+                layer=tensors.pop(_GATE_LAYER, None),
+                layer_bias=tensors.pop(_GATE_LAYER_BIAS, None),
             )
         digests = _entry(meta, "digests", dict)
         return cls(
@@ -216,7 +234,7 @@ class Plugin:
     def _stored_tensors(self) -> dict[str, NDArray[np.float32]]:
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self.tensors.items()}
         if self.gate is not None:
-            tensors[_GATE_WEIGHT] = np.ascontiguousarray(self.gate.weight)
+            tensors |= self.gate.tensors()
         return tensors
 
 

@@ -1,7 +1,8 @@
 """What a gate should see: the hidden state alone, as in SPA, or also what the base model's logits say of its doubt.
 
-For each choice a gate is trained on texts that the side network has not seen, and its curve of quality against M is
-drawn on the test texts, teacher-forced. Served gates read the hidden state alone.
+For each choice a linear gate and one with a hidden layer are trained by marginal likelihood on texts that the side
+network has not seen, and their curves of quality against M are drawn on the test texts, teacher-forced. Served gates
+read the hidden state alone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from cotune.tuning.side_evaluation import SideEvaluation, evaluate_side
 MARKS = (0.1, 0.25, 0.5)
 TOP_K = 1024
 METHOD = Method(family="parallel")
+SHAPES = {"linear": 0, "16 units": 16}
+GATES = [f"{choice}, {shape}" for shape in SHAPES for choice in GATE_INPUTS]
 
 
 def compare(study: Study, dataset: str, seed: int, plugin: Plugin) -> Value:
@@ -54,9 +57,11 @@ def compare(study: Study, dataset: str, seed: int, plugin: Plugin) -> Value:
         data, heldout = (
             GateData(gate_inputs(features, choice, vocab_size), evaluation) for features, evaluation in (learn, judge)
         )
-        curve = quality_curve(tune_gate(data, GateConfig(seed=seed)).gate, heldout)
-        points = [[point.consult_rate, point.nats_per_token] for point in curve]
-        value[choice] = {str(mark): at(points, mark) for mark in MARKS}
+        for shape, units in SHAPES.items():
+            config = GateConfig(objective="marginal", units=units, seed=seed)
+            curve = quality_curve(tune_gate(data, config).gate, heldout)
+            points = [[point.consult_rate, point.nats_per_token] for point in curve]
+            value[f"{choice}, {shape}"] = {str(mark): at(points, mark) for mark in MARKS}
     return value
 
 
@@ -85,11 +90,10 @@ def build(study: Study) -> Page:
             for seed in range(study.args.seeds)
         ]
         measured[dataset] = {
-            choice: {str(mark): Mean.of([run[choice][str(mark)] for run in runs]) for mark in MARKS}
-            for choice in GATE_INPUTS
+            choice: {str(mark): Mean.of([run[choice][str(mark)] for run in runs]) for mark in MARKS} for choice in GATES
         }
         ends[dataset] = {name: Mean.of([run[name] for run in runs]) for name in ("base", "integration")}
-    datasets, choices = study.args.datasets, list(GATE_INPUTS)
+    datasets, choices = study.args.datasets, GATES
     without = ["base", "integration"]
     columns = {
         f"{dataset}, M {mark}": [str(measured[dataset][choice][str(mark)]) for choice in choices]
@@ -123,7 +127,7 @@ def build(study: Study) -> Page:
             )
         ],
         lines=[
-            f"{dataset}, {choice:16s} " + "  ".join(f"M {mark} {found[choice][str(mark)]!s}" for mark in MARKS)
+            f"{dataset}, {choice:24s} " + "  ".join(f"M {mark} {found[choice][str(mark)]!s}" for mark in MARKS)
             for dataset, found in measured.items()
             for choice in choices
         ],

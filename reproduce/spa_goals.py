@@ -1,8 +1,10 @@
 """The four claims by which cotune measures itself against SPA's, each with its difference and verdict.
 
     gate        SPA at M <= 0.25 is at most 1.0 Rouge-L below Fully Integration (paper: M 0.62, 0.7 below)
-    wall time   Fully Integration is at least as good as LoRA in the cloud with as many parameters, in no more time
-    epochs      with as many epochs it is at most 0.5 Rouge-L below LoRA (paper: SPA is 2.7 to 3.0 below)
+    wall time   Fully Integration is at least as good as LoRA in the cloud with as many parameters, in no more time:
+                its epochs are as many as fit into LoRA's time, both measured in turn on this machine
+    epochs      with as many epochs, and batches as small as its cheap steps allow, it is at most 0.5 Rouge-L below
+                LoRA (paper: SPA is 2.7 to 3.0 below)
     attention   the ladder with attention that starts from the backbone is 3 Rouge-L above the released LST
 
 Differences are of the same test texts, means over seeds, with 95 % intervals from a bootstrap over texts.
@@ -11,17 +13,20 @@ Differences are of the same test texts, means over seeds, with 95 % intervals fr
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 
 from mean import Mean
 from result_folder import grid
-from spa_study import MAX_CONSULT_RATE, Page, Row, Study, plugin_row, rows_of, run_study
-from spa_training import Method
+from spa_study import Page, Row, Study, plugin_row, rows_of, run_study
+from spa_training import MAX_CONSULT_RATE, Method
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section
 
 LORA = Row(name="lora", method=Method(family="lora"))
 SIDES = ("ladder", "attention")
+# Target positions in a step, where epochs are few.
+SMALL_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,6 @@ def claims(study: Study, dataset: str) -> list[Claim]:
     """All claims on one data set, for side networks without and with attention."""
     found = []
     lora = rows_of(study, dataset, LORA)
-    lora_s = study.wall_s(dataset, Method(family="lora"))
 
     def claim(name: str, ours: Row, theirs: Row, least: float, remark: str = "", is_fair: bool = True) -> None:
         pair = [[run["rouge_l_each"] for run in rows_of(study, dataset, row)] for row in (ours, theirs)]
@@ -60,14 +64,24 @@ def claims(study: Study, dataset: str) -> list[Claim]:
     for side in SIDES:
         integration, spa = (plugin_row(mode, side=side) for mode in ("integration", "spa"))
         asked = Mean.of([run["consult_rate"] for run in rows_of(study, dataset, spa)])
-        # The gate was set on other texts; on these it may ask a little more.
-        is_sparing = asked.mean <= MAX_CONSULT_RATE + 0.01
-        claim(f"gate, {side}", spa, integration, -1.0, f"M {asked}", is_sparing)
+        claim(f"gate, {side}", spa, integration, -1.0, f"M {asked}", asked.mean <= MAX_CONSULT_RATE)
         assert integration.method is not None
-        wall_s = study.wall_s(dataset, integration.method)
-        claim(f"wall time, {side}", integration, LORA, 0.0, f"{wall_s:.0f} s against {lora_s:.0f} s", wall_s <= lora_s)
-        short = replace(integration, method=replace(integration.method, epochs=study.args.cloud_epochs))
-        claim(f"epochs, {side}", short, LORA, -0.5, f"{study.args.cloud_epochs} epochs each")
+        timed = study.equal_time(dataset, integration.method, Method(family="lora"))
+        epochs = timed["epochs"]
+        cloud_s, side_s, features_s = (median(timed[what]) for what in ("cloud_s", "side_s", "features_s"))
+        wall_s = features_s + side_s * epochs / study.args.epochs
+        fitting = replace(integration, method=replace(integration.method, epochs=epochs))
+        claim(
+            f"wall time, {side}",
+            integration if epochs == study.args.epochs else fitting,
+            LORA,
+            0.0,
+            f"{epochs} epochs, {wall_s:.1f} s against {cloud_s:.1f} s",
+            wall_s <= cloud_s,
+        )
+        few = replace(integration.method, epochs=study.args.cloud_epochs, batch=SMALL_BATCH)
+        remark = f"{study.args.cloud_epochs} epochs each, batches of {SMALL_BATCH} positions"
+        claim(f"epochs, {side}", replace(integration, method=few), LORA, -0.5, remark)
     released = plugin_row("ladder", side="published")
     claim("attention, serial", plugin_row("ladder", side="attention", init="backbone"), released, 3.0)
     claim("attention, parallel", plugin_row("integration", side="attention"), released, 3.0)

@@ -6,7 +6,6 @@ All methods are judged by the same greedy decoding and the same exact likelihood
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,6 @@ from cotune.plugin import Plugin
 from cotune.tuning.lora import target_nats
 from cotune.tuning.personal import encode_examples
 
-CALIBRATION_ROUNDS = 4
-
 
 def judge_backbone(backbone: Backbone, test: Sequence[Example], max_new_tokens: int, max_length: int) -> dict[str, Any]:
     """What the backbone, as it is now, writes and finds likely."""
@@ -53,52 +50,6 @@ def personal_of(plugin: Plugin) -> Personal:
         output_basis=OutputBasis.from_bytes(plugin.output_basis),
         gate=gate_of(plugin),
     )
-
-
-def calibrated(
-    backbone: Backbone,
-    plugin: Plugin,
-    texts: Sequence[Example],
-    max_consult_rate: float,
-    max_new_tokens: int,
-    max_length: int,
-) -> Plugin:
-    """The plugin with a gate that asks for about so many tokens of the texts that the gated mode itself writes.
-
-    A threshold from teacher-forced texts asks for more or fewer of those: they are other texts. So texts are written
-    with one threshold, which gives the next: the score that the wanted share of their positions exceeds.
-
-    Args:
-        backbone: the cloud.
-        plugin: with a gate.
-        texts: held-out ones, neither trained on nor tested on.
-        max_consult_rate: M, at most.
-        max_new_tokens, max_length: as in judging.
-    """
-    assert plugin.gate is not None
-    encoded = encode_examples(backbone.tokenizer_json, texts, backbone.description, max_length)
-    mode = FAMILIES[plugin.family][1]
-    requests = [_request(each, backbone, mode, max_new_tokens) for each in encoded]
-    # Nobody is asked; a threshold that kept to the rate in the last round replaces it.
-    best, best_rate = np.inf, 0.0
-    threshold = plugin.gate.threshold
-    for _ in range(CALIBRATION_ROUNDS):
-        personal = personal_of(replace(plugin, gate=replace(plugin.gate, threshold=threshold)))
-        assert personal.gate is not None
-        scores: list[float] = []
-        asked: list[bool] = []
-        for one, written in zip(encoded, generate_together(backbone, personal, requests), strict=True):
-            whole = np.array([*one.input_ids[: one.first_target], *written.token_ids], np.int64)
-            hidden = backbone.features(whole, one.first_target, 1).hidden.astype(np.float32)
-            scores += [personal.gate.score(row) for row in hidden]
-            asked += [decision.consulted for decision in written.decisions]
-        rate = float(np.mean(asked))
-        if best_rate <= rate <= max_consult_rate:
-            best, best_rate = threshold, rate
-        threshold = float(np.quantile(scores, 1 - max_consult_rate))
-    if not np.isfinite(best):
-        best = max(scores)
-    return replace(plugin, gate=replace(plugin.gate, threshold=float(best)))
 
 
 def beam_trips(

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cotune.data.templates import Example
+from cotune.device.own_texts import write_texts
 from cotune.models.adapters import LoraShape, rank_for_budget
 from cotune.models.attention_ladder import AttentionLadderConfig
 from cotune.models.backbone import Backbone
@@ -31,6 +33,7 @@ from cotune.plugin import Plugin
 from cotune.tuning.adapter import AdapterConfig, tune_adapter
 from cotune.tuning.backbone_start import ladder_from_backbone
 from cotune.tuning.feature_cache import FeatureCache
+from cotune.tuning.gate import GateConfig
 from cotune.tuning.loop import EpochRecord, LoopConfig
 from cotune.tuning.lora import LoraConfig, target_nats, tune_lora
 from cotune.tuning.personal import PersonalConfig, PublicParts, encode_examples, split_examples, tune_plugin
@@ -41,6 +44,9 @@ from cotune.wire.codec import quantise_int4
 FAMILIES = {"parallel": ("integration", "spa"), "serial": ("ladder", "separation")}
 IN_CLOUD = ("lora", "adapter")
 HELDOUT_SHARE = 0.2
+MAX_CONSULT_RATE = 0.25
+# Gates are set on held-out texts; others may ask a little more.
+AIMED_CONSULT_RATE = 0.98 * MAX_CONSULT_RATE
 ATTENTION_WIDTH = 32
 
 
@@ -57,6 +63,7 @@ class Method:
         down: `shared` frozen projections in the cloud, or `personal` ones on the device, which read whole states.
         bits: of each tap on the wire, 8 or 4.
         epochs: None for the study's.
+        batch: None for the usual; target positions in a step of a side network, texts in one of a cloud method.
     """
 
     family: str
@@ -67,6 +74,7 @@ class Method:
     down: str = "shared"
     bits: int = 8
     epochs: int | None = None
+    batch: int | None = None
 
     @property
     def name(self) -> str:
@@ -86,6 +94,8 @@ class Method:
             words.append(f"int{self.bits} taps")
         if self.epochs is not None:
             words.append(f"{self.epochs} epochs")
+        if self.batch is not None:
+            words.append(f"batches of {self.batch}")
         return ", ".join(words)
 
 
@@ -100,6 +110,7 @@ class Training:
         side_width: of the tap ladder.
         seed: of the split, the initial weights and the order.
         max_length: tokens of one text.
+        has_gate: whether a side network gets one.
     """
 
     method: Method
@@ -109,6 +120,7 @@ class Training:
     side_width: int
     seed: int = 0
     max_length: int = 256
+    has_gate: bool = True
 
     @property
     def loop(self) -> LoopConfig:
@@ -149,6 +161,8 @@ def side_config(cloud: Backbone, training: Training) -> SideConfig:
     """The side network's shape and training, within the budget."""
     method, description = training.method, cloud.description
     config = SideConfig(loop=training.loop, family=method.family, seed=training.seed)
+    if method.batch is not None:
+        config = replace(config, num_batch_positions=method.batch)
     if method.side == "published":
         width = (
             method.width
@@ -175,17 +189,22 @@ def side_config(cloud: Backbone, training: Training) -> SideConfig:
 def train_plugin(
     cloud: Backbone, examples: Sequence[Example], training: Training, cache: Path
 ) -> tuple[Plugin, dict[str, Any]]:
-    """A plugin with its gate, and what its training came to.
+    """A plugin, with its gate if it shall have one, and what its training came to.
 
     Args:
         cloud: from `cloud_for`.
         examples: to learn from.
         training: how.
         cache: folder of features.
+
+    Returns:
+        The plugin, and among others `train_s`: seconds that the side network took, without features and gate.
     """
     method = training.method
     config = PersonalConfig(
         side=side_config(cloud, training),
+        gate=GateConfig.for_family(method.family, seed=training.seed) if training.has_gate else None,
+        max_consult_rate=AIMED_CONSULT_RATE,
         heldout_share=HELDOUT_SHARE,
         max_length=training.max_length,
         seed=training.seed,
@@ -197,8 +216,9 @@ def train_plugin(
     )
     public = PublicParts(tokenizer_json=cloud.tokenizer_json, output_basis=cloud.output_basis)
     network = None
+    encoded = encode_examples(cloud.tokenizer_json, examples, cloud.description, training.max_length)
+    max_new_tokens = max(len(one.input_ids) - one.first_target for one in encoded)
     if method.init == "backbone":
-        encoded = encode_examples(cloud.tokenizer_json, examples, cloud.description, training.max_length)
         network = ladder_from_backbone(cloud, split_examples(encoded, HELDOUT_SHARE, training.seed)[0], config.side)
     started_s = time.perf_counter()
     ends_s: dict[str, float] = {}
@@ -206,12 +226,16 @@ def train_plugin(
     def tell(stage: str, done: int, total: int, note: str) -> None:
         ends_s[stage.partition(",")[0]] = time.perf_counter() - started_s
 
-    result = tune_plugin(cloud, public, examples, config, cache=store, network=network, progress=tell)
+    def write(plugin: Plugin, prompts: Sequence[NDArray[np.int64]]) -> list[list[int]]:
+        limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": cloud.spec.eos_token_ids}
+        return write_texts(cloud, plugin, prompts, **limits)
+
+    result = tune_plugin(cloud, public, examples, config, cache=store, network=network, write=write, progress=tell)
     features_s = ends_s.get("features", 0.0)
     learnt = {
         "num_parameters": result.plugin.num_parameters,
         "side_width": config.side.side_width,
-        "train_s": time.perf_counter() - started_s - features_s,
+        "train_s": result.side_curve[-1].elapsed_s,
         "features_s": features_s,
         "selection_nats": result.summary.get("side_nats_per_token"),
         "certificate_rate": result.summary.get("certificate_rate"),
@@ -227,12 +251,12 @@ def trained_in_cloud(backbone: Backbone, examples: Sequence[Example], training: 
     encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description, training.max_length)
     # As for side networks: one half of what is held out chooses the epoch, the other judges the learning rate.
     train, first, second = split_examples(encoded, HELDOUT_SHARE, training.seed)
-    started_s = time.perf_counter()
     if training.method.family == "lora":
         shape = LoraShape(rank=rank_for_budget(backbone.model, training.budget))
-        lora = tune_lora(
-            backbone, train, LoraConfig(loop=training.loop, shape=shape, seed=training.seed), heldout=first
-        )
+        lora_config = LoraConfig(loop=training.loop, shape=shape, seed=training.seed)
+        if training.method.batch is not None:
+            lora_config = replace(lora_config, num_batch_sequences=training.method.batch)
+        lora = tune_lora(backbone, train, lora_config, heldout=first)
         adapter, curve = lora.adapter, lora.curve
     else:
         width = width_for_budget(backbone.model, training.budget)
@@ -240,11 +264,10 @@ def trained_in_cloud(backbone: Backbone, examples: Sequence[Example], training: 
             backbone, train, AdapterConfig(loop=training.loop, width=width, seed=training.seed), heldout=first
         )
         adapter, curve = bottleneck.adapter, bottleneck.curve
-    train_s = time.perf_counter() - started_s
     with adapter.attach(backbone.model):
         yield {
             "num_parameters": adapter.num_parameters,
-            "train_s": train_s,
+            "train_s": curve[-1].elapsed_s,
             "features_s": 0.0,
             "selection_nats": float(target_nats(backbone, second).mean(dtype=np.float64)),
             "epochs": _losses(curve),

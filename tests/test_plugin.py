@@ -43,16 +43,28 @@ def some_plugin(**changes: Any) -> Plugin:
     return Plugin(**{**fields, **changes})
 
 
+LAYERED = GateParameters(
+    weight=np.array([1.0, -2.0], np.float32),
+    bias=0.5,
+    threshold=0.25,
+    layer=np.array([[1, 2, 3], [4, 5, 6]], np.float32),
+    layer_bias=np.array([0.5, -0.5], np.float32),
+)
+
+
 def assert_equal(left: Plugin, right: Plugin) -> None:
     left_fields, right_fields = dict(vars(left)), dict(vars(right))
     for fields in (left_fields, right_fields):
         fields["tensors"] = {name: (t.dtype, t.shape, t.tobytes()) for name, t in fields["tensors"].items()}
         gate = fields["gate"]
-        fields["gate"] = gate and (gate.weight.tobytes(), gate.bias, gate.threshold)
+        kept = gate and {name: tensor.tobytes() for name, tensor in gate.tensors().items()}
+        fields["gate"] = gate and (kept, gate.bias, gate.threshold)
     assert left_fields == right_fields
 
 
-@pytest.mark.parametrize("changes", [{}, {"gate": None}, {"family": "serial", "training": {}}, {"tensors": {}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gate": None}, {"gate": LAYERED}, {"family": "serial", "training": {}}, {"tensors": {}}]
+)
 def test_a_saved_plugin_loads_as_it_was(changes: dict[str, Any], tmp_path: Path) -> None:
     plugin = some_plugin(**changes)
     plugin.save(tmp_path / "deep" / "plugin")

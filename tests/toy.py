@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.cloud.hosted import HostedModel
-from cotune.generation.gate import Gate
+from cotune.generation.gate import Gate, GateLayer
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import Correction, RowWork, StepFeatures
 from cotune.generation.reference import Personal
@@ -142,6 +142,15 @@ class ToyMemoryState:
 def toy_basis(seed: int = 1) -> OutputBasis:
     rng = np.random.default_rng(seed)
     return OutputBasis.from_matrix(rng.standard_normal((VOCAB, BASIS)).astype(np.float32))
+
+
+def layered_gate(threshold: float = 0.0) -> Gate:
+    """One with a hidden layer."""
+    rng = np.random.default_rng(5)
+    layer = GateLayer(
+        weight=rng.standard_normal((4, HIDDEN)).astype(np.float16), bias=rng.standard_normal(4).astype(np.float32)
+    )
+    return Gate(weight=rng.standard_normal(4).astype(np.float32), threshold=threshold, layer=layer)
 
 
 def toy_gate(threshold: float = 0.0) -> Gate:

@@ -25,9 +25,6 @@ from cotune.wire.frames import BeamCorrect, BeamStep, Frame, Open, Opened, decod
 
 def toy_cloud(frame: Open) -> BeamStream:
     """What a service makes of an `Open`."""
-    gate = None
-    if len(frame.gate_weights):
-        gate = Gate(weight=frame.gate_weights, bias=frame.gate_bias, threshold=frame.gate_threshold)
     config = StreamConfig(
         mode=frame.mode.name.lower(),
         schedule=frame.schedule.name.lower(),
@@ -37,7 +34,7 @@ def toy_cloud(frame: Open) -> BeamStream:
         max_new_tokens=frame.max_new_tokens,
         sampling=Sampling(),
         stop_token_ids=(STOP,),
-        gate=gate,
+        gate=Gate.of_frame(frame),
     )
     options = BeamOptions(num_beams=frame.num_beams, length_penalty=frame.length_penalty)
     return BeamStream(7, frame.prompt_ids, config, options, toy_basis())

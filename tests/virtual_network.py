@@ -207,9 +207,6 @@ class VirtualRun:
 
 
 def _stream_config(frame: Open, stop_token_ids: tuple[int, ...]) -> StreamConfig:
-    gate = None
-    if len(frame.gate_weights):
-        gate = Gate(weight=frame.gate_weights, bias=frame.gate_bias, threshold=frame.gate_threshold)
     return StreamConfig(
         mode=frame.mode.name.lower(),
         schedule=frame.schedule.name.lower(),
@@ -219,7 +216,7 @@ def _stream_config(frame: Open, stop_token_ids: tuple[int, ...]) -> StreamConfig
         max_new_tokens=frame.max_new_tokens,
         sampling=Sampling(temperature=frame.temperature, top_p=frame.top_p, seed=frame.seed),
         stop_token_ids=stop_token_ids,
-        gate=gate,
+        gate=Gate.of_frame(frame),
         deadline_s=frame.deadline_ms / 1e3 if frame.deadline_ms else None,
         taps_from=frame.taps_from,
     )

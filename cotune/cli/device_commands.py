@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -183,7 +184,13 @@ def tune(
     ] = 128,
     tap_step: Annotated[int, typer.Option(help="attention: use every so many taps; each is a block.")] = 1,
     gate: Annotated[bool, typer.Option(help="Train a gate, which mode spa and schedule gated need.")] = True,
-    price_nats: Annotated[float, typer.Option(help="Gate: what a round trip has to bring, nats.")] = 0.05,
+    price_nats: Annotated[
+        float | None,
+        typer.Option(
+            help="Gate: ask where that brings so many nats, by marginal likelihood, instead of where choices differ."
+        ),
+    ] = None,
+    gate_units: Annotated[int, typer.Option(help="Gate: width of its hidden layer; 0 for a linear gate.")] = 16,
     max_consult_rate: Annotated[float, typer.Option(help="Gate: largest share of tokens that ask the device.")] = 0.25,
     top_k: Annotated[int, typer.Option(help="Base logits kept for each training token.")] = 1024,
     max_length: Annotated[int | None, typer.Option(help="Tokens of one text; the model's context if left out.")] = None,
@@ -234,6 +241,9 @@ def tune(
     from cotune.tuning.side import AttentionShape, SideConfig
     from cotune.wire.frames import AssetKind, Hello, encode
 
+    gate_config = replace(GateConfig.for_family(family, seed=seed), units=gate_units)
+    if price_nats is not None:
+        gate_config = replace(gate_config, objective="marginal", price_nats=price_nats)
     config = PersonalConfig(
         side=SideConfig(
             loop=LoopConfig(epochs=epochs, learning_rate=learning_rate),
@@ -243,7 +253,7 @@ def tune(
             attention=AttentionShape.for_side(side, prompt_window=prompt_window, tap_step=tap_step),
             seed=seed,
         ),
-        gate=GateConfig(price_nats=price_nats, seed=seed) if gate else None,
+        gate=gate_config if gate else None,
         max_consult_rate=max_consult_rate,
         heldout_share=heldout_share,
         top_k=top_k,

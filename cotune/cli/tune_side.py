@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 def tune_side_network(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Summary:
     """Train, save, and tell how it went."""
     from cotune.data.templates import common_prompt_format
+    from cotune.device.own_texts import write_texts
     from cotune.tuning.backbone_start import ladder_from_backbone
     from cotune.tuning.feature_cache import FeatureCache
+    from cotune.tuning.gate import GateConfig
     from cotune.tuning.loop import LoopConfig
     from cotune.tuning.personal import PersonalConfig, PublicParts, encode_examples, split_examples, tune_plugin
     from cotune.tuning.side import AttentionShape, SideConfig
@@ -33,6 +35,7 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
             init=settings.side_init,
             seed=settings.seed,
         ),
+        gate=GateConfig.for_family(settings.family, seed=settings.seed),
         heldout_share=settings.heldout_share,
         max_length=settings.max_length,
         prompt_format=common_prompt_format(examples),
@@ -45,8 +48,8 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
     )
     public = PublicParts(tokenizer_json=backbone.tokenizer_json, output_basis=backbone.output_basis)
     network = None
+    encoded = encode_examples(public.tokenizer_json, examples, backbone.description, config.max_length)
     if config.side.init == "backbone":
-        encoded = encode_examples(public.tokenizer_json, examples, backbone.description, config.max_length)
         for_side, _, _ = split_examples(encoded, config.heldout_share, config.seed)
         network = ladder_from_backbone(backbone, for_side, config.side)
     result = tune_plugin(
@@ -56,6 +59,13 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
         config,
         cache=cache,
         network=network,
+        write=lambda plugin, prompts: write_texts(
+            backbone,
+            plugin,
+            prompts,
+            max_new_tokens=max(len(one.input_ids) - one.first_target for one in encoded),
+            stop_token_ids=backbone.spec.eos_token_ids,
+        ),
         run_dir=settings.run,
         resume=settings.resume,
         progress=tell,

@@ -442,14 +442,15 @@ class CloudService:
             )
         if frame.num_beams > 1:
             self._check_beams(frame)
-        if len(frame.gate_weights) not in (0, description.hidden_size):
+        gate = Gate.of_frame(frame)
+        if gate is not None and gate.hidden_size != description.hidden_size:
             raise RefusedError(
                 ErrorCode.MISMATCH,
-                f"the gate has {len(frame.gate_weights)} weights, expected {description.hidden_size}; "
+                f"the gate has {gate.hidden_size} weights, expected {description.hidden_size}; "
                 "was the plugin tuned on another model?",
             )
         needs_gate = frame.schedule is ScheduleCode.GATED or self._stream_config(frame).combination.is_gated
-        if needs_gate and len(frame.gate_weights) == 0:
+        if needs_gate and gate is None:
             raise RefusedError(
                 ErrorCode.BAD_REQUEST,
                 f"mode {frame.mode.name.lower()} with schedule {frame.schedule.name.lower()} needs a gate, "
@@ -496,9 +497,6 @@ class CloudService:
         return BranchingStream(stream, self.config.max_branches)
 
     def _stream_config(self, frame: Open) -> StreamConfig:
-        gate = None
-        if len(frame.gate_weights):
-            gate = Gate(weight=frame.gate_weights, bias=frame.gate_bias, threshold=frame.gate_threshold)
         return StreamConfig(
             mode=frame.mode.name.lower(),
             schedule=frame.schedule.name.lower(),
@@ -508,7 +506,7 @@ class CloudService:
             max_new_tokens=frame.max_new_tokens,
             sampling=Sampling(temperature=frame.temperature, top_p=frame.top_p, seed=frame.seed),
             stop_token_ids=self.model.description.stop_token_ids,
-            gate=gate,
+            gate=Gate.of_frame(frame),
             deadline_s=frame.deadline_ms / 1e3 if frame.deadline_ms else None,
             taps_from=frame.taps_from,
         )

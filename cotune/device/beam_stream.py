@@ -126,9 +126,7 @@ class BeamDeviceStream:
         """The frame that starts this search, or resumes it on a new connection."""
         self._is_opening = True
         gate = self._personal.gate
-        weights, bias, threshold = np.empty(0, np.float32), 0.0, 0.0
-        if gate is not None and (self.request.combination.is_gated or self.schedule == "gated"):
-            weights, bias, threshold = gate.weight, gate.bias, gate.threshold
+        needs_gate = self.request.combination.is_gated or self.schedule == "gated"
         return Open(
             session=self.session,
             mode=ModeCode[self.request.mode.upper()],
@@ -143,9 +141,7 @@ class BeamDeviceStream:
             top_k=0,
             num_beams=self.options.num_beams,
             length_penalty=self.options.length_penalty,
-            gate_weights=weights,
-            gate_bias=bias,
-            gate_threshold=threshold,
+            **({} if gate is None or not needs_gate else gate.open_fields()),
         )
 
     def on_frame(self, frame: Frame) -> list[Frame]:

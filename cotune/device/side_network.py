@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cotune.device.attention_network import AttentionNetwork
 from cotune.device.plugin_tensors import Tensors, check_taps, check_tensors, read_dimension
 from cotune.errors import InputError
-from cotune.generation.gate import Gate
+from cotune.generation.gate import Gate, GateLayer
 from cotune.generation.protocols import Correction
 from cotune.generation.side_state import StatelessCorrector
 from cotune.plugin import Plugin
@@ -143,9 +143,13 @@ def open_side_network(plugin: Plugin) -> SideNetwork | AttentionNetwork:
 
 def gate_of(plugin: Plugin) -> Gate | None:
     """The plugin's gate, where it has one."""
-    if plugin.gate is None:
+    kept = plugin.gate
+    if kept is None:
         return None
-    return Gate(weight=plugin.gate.weight, bias=plugin.gate.bias, threshold=plugin.gate.threshold)
+    layer = None
+    if kept.layer is not None and kept.layer_bias is not None:
+        layer = GateLayer(weight=kept.layer.astype(np.float16), bias=kept.layer_bias)
+    return Gate(weight=kept.weight, bias=kept.bias, threshold=kept.threshold, layer=layer)
 
 
 def _rms_norm(h: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -130,10 +130,6 @@ class DeviceStream:
         self._is_opening = True
         gate = self._personal.gate
         needs_gate = self.request.combination.is_gated or self.schedule == "gated"
-        if not needs_gate or gate is None:
-            weights, bias, threshold = np.empty(0, np.float32), 0.0, 0.0
-        else:
-            weights, bias, threshold = gate.weight, gate.bias, gate.threshold
         return Open(
             session=self.session,
             mode=ModeCode[self.request.mode.upper()],
@@ -151,9 +147,7 @@ class DeviceStream:
             seed=self.request.sampling.seed,
             temperature=self.request.sampling.temperature,
             top_p=self.request.sampling.top_p,
-            gate_weights=weights,
-            gate_bias=bias,
-            gate_threshold=threshold,
+            **({} if gate is None or not needs_gate else gate.open_fields()),
         )
 
     def on_frame(self, frame: Frame) -> list[Frame]:

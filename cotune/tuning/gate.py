@@ -1,13 +1,16 @@
 """Stages 2 and 3 of SPA: a gate that asks the device only where that is worth a round trip.
 
-Stage 2 trains sigma = 1[w . f + b > threshold] by marginal likelihood (Co-LLM, arXiv 2403.03870, equation 1) with a
-price on each round trip:
+Stage 2 trains the score a of sigma = 1[a > threshold], a = w . f + b or the same behind a hidden layer. Two aims:
 
-    L = -log[(1 - pi) p0 + pi p1] + lambda pi ,  pi = sigmoid(a) ,  a = w . f + b
-    dL/da = -pi (1 - pi) (p1 - p0) / p_mix + lambda pi (1 - pi)
+    choice      L = -D log pi - (1 - D) log(1 - pi) ,  pi = sigmoid(a) ,  D = 1 where the first choices differ
+    marginal    L = -log[(1 - pi) p0 + pi p1] + lambda pi   (Co-LLM, arXiv 2403.03870, equation 1, with a price)
+                dL/da = -pi (1 - pi) (p1 - p0) / p_mix + lambda pi (1 - pi)
 
-so the gate opens where (p1 - p0) / p_mix exceeds lambda, `price_nats`. Symbols: p0, p1 are the target's probabilities
-without and with the device; p_mix is their mixture. Stage 3 chooses the threshold from held-out texts.
+`choice` finds where greedy text would become another one, and learns from texts that the side network was trained on
+too, best from those that it writes itself: a text is worth what its rarest right words are, not its mean likelihood.
+`marginal` opens where (p1 - p0) / p_mix exceeds lambda, `price_nats`, and needs texts that are new to the side network:
+on its own ones it looks better than it is. p0, p1 are the target's probabilities without and with the device, p_mix
+their mixture. Stage 3 chooses the threshold from held-out texts.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -25,15 +29,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cotune.errors import InputError
-from cotune.generation.gate import Gate
+from cotune.generation.gate import Gate, GateLayer
 from cotune.tuning.gradient import GradientState, check_descent
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, run_loop
 from cotune.tuning.positions import PositionBatches
 from cotune.tuning.side_evaluation import SideEvaluation
 from cotune.tuning.tuner import Metrics, Params
+from cotune.wire.session_frames import MAX_GATE_UNITS
 
 # Standard deviations below this count as constant features.
 MIN_DEVIATION = 1e-4
+OBJECTIVES = ("choice", "marginal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,12 @@ class GateConfig:
 
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(epochs=30, learning_rate=0.01))
     """Epochs, time and learning rate."""
+    objective: str = "choice"
+    """`choice` or `marginal`, see this module's head."""
+    units: int = 16
+    """Width of the hidden layer; 0 for a linear gate. It travels at the start of each text, 2 bytes a weight."""
     price_nats: float = 0.05
-    """Price of one blocking round trip, nats; 0 asks wherever the device helps at all."""
+    """Of `marginal`: price of one blocking round trip, nats; 0 asks wherever the device helps at all."""
     num_batch_positions: int = 256
     """Target positions in one step."""
     weight_decay: float = 0.1
@@ -51,14 +61,28 @@ class GateConfig:
     max_grad_norm: float = 1.0
     """Total norm that a step's gradient is clipped to."""
     seed: int = 0
-    """Of the order of positions."""
+    """Of the order of positions and the hidden layer's first weights."""
 
     def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective is {self.objective!r}, expected one of {', '.join(OBJECTIVES)}")
+        if not 0 <= self.units <= MAX_GATE_UNITS:
+            raise InputError(f"units is {self.units}, expected 0 to {MAX_GATE_UNITS}")
         if not (math.isfinite(self.price_nats) and self.price_nats >= 0):
             raise InputError(f"price_nats is {self.price_nats}, expected 0 or more")
         if self.num_batch_positions < 1:
             raise InputError(f"num_batch_positions is {self.num_batch_positions}, expected at least 1")
         check_descent(weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
+
+    @classmethod
+    def for_family(cls, family: str, *, seed: int = 0) -> Self:
+        """What suits a side network: one in place of the head is right too seldom to be followed wherever it differs.
+
+        Example:
+            >>> GateConfig.for_family("serial").objective
+            'marginal'
+        """
+        return cls(objective="choice" if family == "parallel" else "marginal", seed=seed)
 
 
 @dataclass(frozen=True)
@@ -69,11 +93,13 @@ class GateBatch:
         hidden: standardised f, float32 (positions, hidden).
         base_nats: -log p0 of the target, float32 (positions,).
         side_nats: -log p1 of the target, float32 (positions,).
+        differs: D, float32 (positions,).
     """
 
     hidden: Tensor
     base_nats: Tensor
     side_nats: Tensor
+    differs: Tensor
 
 
 def marginal_nats(score: Tensor, base_nats: Tensor, side_nats: Tensor, price_nats: float) -> Tensor:
@@ -95,7 +121,10 @@ def marginal_nats(score: Tensor, base_nats: Tensor, side_nats: Tensor, price_nat
 
 
 class GateTuner:
-    """Gradient descent on the marginal likelihood with a price; parameters `weight` (hidden,) and `bias` ()."""
+    """Gradient descent on either aim.
+
+    Parameters: `weight` (hidden,) or (units,), `bias` (), and with a layer `layer` (units, hidden), `layer_bias`.
+    """
 
     def __init__(self, config: GateConfig) -> None:
         self._config = config
@@ -113,7 +142,12 @@ class GateTuner:
         return float(nats.double().sum()), len(nats)
 
     def _nats(self, params: dict[str, Tensor], batch: GateBatch) -> Tensor:
-        score = batch.hidden @ params["weight"] + params["bias"]
+        inputs = batch.hidden
+        if "layer" in params:
+            inputs = F.silu(inputs @ params["layer"].T + params["layer_bias"])
+        score = inputs @ params["weight"] + params["bias"]
+        if self._config.objective == "choice":
+            return F.binary_cross_entropy_with_logits(score, batch.differs, reduction="none")
         return marginal_nats(score, batch.base_nats, batch.side_nats, self._config.price_nats)
 
 
@@ -135,6 +169,14 @@ class GateData:
                 f"there are {len(self.hidden)} hidden states and {len(self.evaluation)} evaluated positions, "
                 "expected the same number, at least 1"
             )
+
+    @classmethod
+    def joined(cls, parts: Sequence[GateData]) -> GateData:
+        """All positions of the parts, in their order."""
+        return cls(
+            np.concatenate([part.hidden for part in parts]),
+            SideEvaluation.joined([part.evaluation for part in parts]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +204,8 @@ def tune_gate(
 ) -> GateResult:
     """Train a gate beside a finished side network.
 
-    Take texts that the side network was not trained on where there are enough: on its own training texts it looks
-    better than it is, and the gate opens too often.
+    For `marginal` take texts that the side network was not trained on: on its own training texts it looks better than
+    it is, and the gate opens too often. For `choice` take all there are.
 
     Args:
         data: positions to learn from.
@@ -190,11 +232,8 @@ def tune_gate(
         resume=resume,
         progress=progress,
     )
-    # w . (f - mean) / deviation + b  =  (w / deviation) . f + (b - w . mean / deviation)
-    weight = result.state.params["weight"].detach().double().numpy() / deviation
-    bias = float(result.state.params["bias"].detach()) - float(weight @ mean)
     return GateResult(
-        gate=Gate(weight=weight.astype(np.float32), bias=bias),
+        gate=_folded(result.state.params, mean, deviation),
         config=config,
         curve=result.curve,
         best_epoch=result.best_epoch,
@@ -290,20 +329,43 @@ def decision_table(gate: Gate, heldout: GateData) -> dict[str, float]:
 
 
 def _scores(gate: Gate, data: GateData) -> NDArray[np.float64]:
-    """w . f + b, float64 (positions,)."""
-    scores: NDArray[np.float64] = data.hidden.astype(np.float64) @ gate.weight.astype(np.float64) + gate.bias
-    return scores
+    """Scores of all positions, float64 (positions,)."""
+    return np.array([gate.score(row) for row in data.hidden.astype(np.float32)])
 
 
 def _first_params(data: GateData, config: GateConfig) -> dict[str, Tensor]:
-    """No direction yet, and the share of positions that are worth their price at an even mixture as first pi."""
-    p0, p1 = data.evaluation.base_probability, data.evaluation.side_probability
-    mixture = np.maximum((p0 + p1) / 2, np.finfo(np.float32).tiny)
-    share = float(np.clip(((p1 - p0) / mixture > config.price_nats).mean(), 0.05, 0.95))
-    return {
-        "weight": torch.zeros(data.hidden.shape[1]),
+    """No direction yet, and as first pi the share of positions that should ask: for an even mixture where it counts."""
+    if config.objective == "choice":
+        asks = data.evaluation.disagrees
+    else:
+        p0, p1 = data.evaluation.base_probability, data.evaluation.side_probability
+        mixture = np.maximum((p0 + p1) / 2, np.finfo(np.float32).tiny)
+        asks = (p1 - p0) / mixture > config.price_nats
+    share = float(np.clip(asks.mean(), 0.05, 0.95))
+    num_inputs = data.hidden.shape[1]
+    params = {
+        "weight": torch.zeros(config.units or num_inputs),
         "bias": torch.tensor(math.log(share / (1 - share))),
     }
+    if config.units:
+        draw = torch.Generator().manual_seed(config.seed)
+        params["layer"] = torch.randn(config.units, num_inputs, generator=draw) / math.sqrt(num_inputs)
+        params["layer_bias"] = torch.zeros(config.units)
+    return params
+
+
+def _folded(params: dict[str, Tensor], mean: NDArray[np.float64], deviation: NDArray[np.float64]) -> Gate:
+    """The gate on raw hidden states: L (f - mean) / deviation + l = (L / deviation) f + (l - (L / deviation) mean)."""
+    first = {name: value.detach().double().numpy() for name, value in params.items()}
+    if "layer" not in first:
+        weight = first["weight"] / deviation
+        return Gate(weight=weight.astype(np.float32), bias=float(first["bias"] - weight @ mean))
+    limit = np.finfo(np.float16).max
+    rounded = np.clip(first["layer"] / deviation, -limit, limit).astype(np.float16)
+    # With the rounded weights, so that rounding moves no mean.
+    layer_bias = first["layer_bias"] - rounded.astype(np.float64) @ mean
+    layer = GateLayer(weight=rounded, bias=layer_bias.astype(np.float32))
+    return Gate(weight=first["weight"].astype(np.float32), bias=float(first["bias"]), layer=layer)
 
 
 def _moments(hidden: NDArray[np.float16]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -319,10 +381,11 @@ def _batches(
     centre, width = torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
     base_nats = torch.from_numpy(data.evaluation.base_nats)
     side_nats = torch.from_numpy(data.evaluation.side_nats)
+    differs = torch.from_numpy(data.evaluation.disagrees).float()
 
     def take(positions: Tensor) -> GateBatch:
         standardised = (hidden[positions].float() - centre) / width
-        return GateBatch(standardised, base_nats[positions], side_nats[positions])
+        return GateBatch(standardised, base_nats[positions], side_nats[positions], differs[positions])
 
     return PositionBatches(len(data.hidden), size, seed=seed, take=take)
 
@@ -330,7 +393,8 @@ def _batches(
 def _fingerprint(data: GateData, heldout: GateData | None, config: GateConfig) -> str:
     state = hashlib.sha256(repr(config).encode())
     for part in (data,) if heldout is None else (data, heldout):
-        for array in (part.hidden, part.evaluation.base_nats, part.evaluation.side_nats):
+        evaluation = part.evaluation
+        for array in (part.hidden, evaluation.base_nats, evaluation.side_nats, evaluation.disagrees):
             state.update(f"{array.shape}".encode())
             state.update(np.ascontiguousarray(array).data)
     return state.hexdigest()

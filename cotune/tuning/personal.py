@@ -1,12 +1,11 @@
 """All three stages of SPA in one call: from texts and a source of features to a plugin with its gate.
 
     stage 1   the side network, consulted everywhere                         cotune.tuning.side
-    stage 2   the gate, by marginal likelihood with a price per round trip   cotune.tuning.gate
-    stage 3   the gate's threshold, from held-out quality against M          cotune.tuning.gate
+    stage 2   the gate, which tells where the device is worth a round trip   cotune.tuning.gate
+    stage 3   the gate's threshold, from held-out quality against M          cotune.tuning.gate, own_texts
 
-The texts are split three ways by a seed: most train the side network; of the rest one half chooses the epoch and
-trains the gate, the other half draws the curve. A gate trained where the side network has learnt by heart opens
-too often.
+The texts are split three ways by a seed: most train the side network; of the rest one half chooses the epoch, the
+other half draws the curve. What the gate learns from is up to its aim, see `cotune.tuning.gate`.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ from cotune.tuning.gate import (
     tune_gate,
 )
 from cotune.tuning.loop import EpochRecord, LoopProgress
-from cotune.tuning.plugin_folder import build_plugin
+from cotune.tuning.own_texts import Writer, own_texts, threshold_for_rate
+from cotune.tuning.plugin_folder import build_plugin, gate_parameters
 from cotune.tuning.side import SideConfig, tune_side
 from cotune.tuning.side_evaluation import evaluate_side
 from cotune.wire.description import CloudDescription
@@ -166,6 +166,7 @@ def tune_plugin(
     *,
     cache: FeatureCache,
     network: SideNetwork | None = None,
+    write: Writer | None = None,
     run_dir: Path | None = None,
     resume: bool = False,
     progress: StageProgress | None = None,
@@ -179,6 +180,9 @@ def tune_plugin(
         config: how.
         cache: where features are kept.
         network: a side network to start from instead of a fresh one, such as that of `ladder_from_backbone`.
+        write: writes texts with a plugin. A gate that aims at choices then learns from what the side network writes,
+            and the threshold is set on what is written with the gate. None: from and on the given texts, which asks
+            a little more or less in texts of its own.
         run_dir: for metrics and checkpoints.
         resume: go on from the checkpoints in `run_dir`.
         progress: told about each stage.
@@ -220,23 +224,6 @@ def tune_plugin(
         resume=resume,
         progress=told_loop("side network"),
     )
-    gate, curve = None, []
-    if config.gate is not None and gate_features is not None and curve_features is not None:
-        family = config.side.family
-
-        def gate_data(part: FeatureSet) -> GateData:
-            return GateData(part.hidden, evaluate_side(part, side.network, public.output_basis, family))
-
-        result: GateResult = tune_gate(
-            gate_data(gate_features),
-            config.gate,
-            run_dir=stage_dir("gate"),
-            resume=resume,
-            progress=told_loop("gate"),
-        )
-        curve = quality_curve(result.gate, gate_data(curve_features))
-        point = choose_threshold(curve, max_consult_rate=config.max_consult_rate)
-        gate = dataclasses.replace(result.gate, threshold=point.threshold)
     summary: dict[str, float] = {}
     if curve_features is not None:
         evaluation = evaluate_side(curve_features, side.network, public.output_basis, config.side.family)
@@ -252,7 +239,7 @@ def tune_plugin(
     }
     plugin = build_plugin(
         side.network,
-        gate,
+        None,
         family=config.side.family,
         backbone_digest=description.backbone_digest,
         projections_digest=description.projections_digest,
@@ -261,4 +248,30 @@ def tune_plugin(
         output_basis=public.output_basis,
         training=training,
     )
+    curve: list[QualityPoint] = []
+    if config.gate is not None and gate_features is not None and curve_features is not None:
+
+        def gate_data(part: FeatureSet) -> GateData:
+            return GateData(part.hidden, evaluate_side(part, side.network, public.output_basis, config.side.family))
+
+        if config.gate.objective == "marginal":
+            learnt_from = gate_data(gate_features)
+        elif write is None:
+            learnt_from = GateData.joined([gate_data(features), gate_data(gate_features)])
+        else:
+            tell("own texts", 0, 1, "")
+            learnt_from = gate_data(collect("own texts", own_texts(write, plugin, [*for_side, *for_gate])))
+        result: GateResult = tune_gate(
+            learnt_from, config.gate, run_dir=stage_dir("gate"), resume=resume, progress=told_loop("gate")
+        )
+        curve = quality_curve(result.gate, gate_data(curve_features))
+        point = choose_threshold(curve, max_consult_rate=config.max_consult_rate)
+        gate = dataclasses.replace(result.gate, threshold=point.threshold)
+        if write is not None:
+            tell("threshold", 0, 1, "from own texts")
+            threshold = threshold_for_rate(
+                write, plugin, gate, source, [*for_gate, *for_curve], config.max_consult_rate
+            )
+            gate = dataclasses.replace(gate, threshold=threshold)
+        plugin = dataclasses.replace(plugin, gate=gate_parameters(gate))
     return PersonalResult(plugin=plugin, network=side.network, side_curve=side.curve, gate_curve=curve, summary=summary)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cotune.generation.gate import Gate
 from cotune.generation.output_basis import OutputBasis
 from cotune.models.side_network import SideNetwork
@@ -40,7 +42,7 @@ def build_plugin(
         kind=network.kind,
         config=network.config_dict(),
         tensors=network.to_arrays(),
-        gate=None if gate is None else GateParameters(weight=gate.weight, bias=gate.bias, threshold=gate.threshold),
+        gate=None if gate is None else gate_parameters(gate),
         backbone_digest=backbone_digest,
         projections_digest=projections_digest,
         tokenizer_digest=tokenizer_digest,
@@ -48,4 +50,16 @@ def build_plugin(
         training=training or {},
         tokenizer_json=tokenizer_json,
         output_basis=output_basis.to_bytes(),
+    )
+
+
+def gate_parameters(gate: Gate) -> GateParameters:
+    """The gate as a plugin keeps it."""
+    layer = gate.layer
+    return GateParameters(
+        weight=gate.weight,
+        bias=gate.bias,
+        threshold=gate.threshold,
+        layer=None if layer is None else layer.weight.astype(np.float32),
+        layer_bias=None if layer is None else layer.bias,
     )

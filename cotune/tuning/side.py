@@ -93,8 +93,8 @@ class SideConfig:
     backbone at hand. Either way the head starts at zero."""
     dropout: float = 0.0
     """Probability inside a rung, in training only."""
-    num_batch_positions: int = 256
-    """Target positions in one step."""
+    num_batch_positions: int = 64
+    """Target positions in one step: more steps in an epoch are worth more than smoother ones (docs/log.md)."""
     weight_decay: float = 0.01
     """AdamW's decoupled decay of all parameters."""
     max_grad_norm: float = 1.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -58,6 +59,12 @@ class SideEvaluation:
         """Where the first choices differ."""
         differs: NDArray[np.bool_] = self.base_argmax != self.side_argmax
         return differs
+
+    @classmethod
+    def joined(cls, parts: Sequence[SideEvaluation]) -> SideEvaluation:
+        """All positions of the parts, in their order."""
+        names = [one.name for one in fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     def summary(self) -> dict[str, float]:
         """Means over all positions: nats per token, q (share of differing choices), accuracies, certificates."""

@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 
 from cotune.wire.payload import PayloadReader
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 KIB = 1024
 MAX_FRAME_BYTES = 2 * KIB * KIB
 HEADER = struct.Struct("<BBHIII")

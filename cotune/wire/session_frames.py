@@ -29,8 +29,9 @@ from cotune.wire.payload import (
 MAX_VOCAB_SIZE = 262_144
 TICKET_BYTES = 16
 MAX_DRAFT_TOKENS = 256
+MAX_GATE_UNITS = 64
 
-_OPEN = struct.Struct("<BBBBHHIQdddd16sIIIIId")
+_OPEN = struct.Struct("<BBBBHHIQdddd16sIIIIIdI")
 _SCALE = struct.Struct("<e")
 _COUNT = struct.Struct("<H")
 _U32 = struct.Struct("<I")
@@ -41,7 +42,8 @@ _TOKEN = np.dtype([("token", "<u4"), ("flags", "u1")])
 class Open(Frame):
     """Device: start a generation, or resume one. Flag bit 0: resume. Epoch: numbers the opens of a connection.
 
-    Payload: 96 bytes as `<BBBBHHIQdddd16sIIIIId`, then prompt ids u32, generated ids u32, gate weights f32.
+    Payload: 100 bytes as `<BBBBHHIQdddd16sIIIIIdI`, then prompt ids u32, generated ids u32, gate weights f32, and where
+    the gate has a hidden layer its weight f16 and bias f32.
 
     Attributes:
         top_k: base logits in each step, 0 for none.
@@ -57,7 +59,9 @@ class Open(Frame):
         length_penalty: of the beam search, -10 to 10.
         prompt_ids: int64 (num_prompt,), at least one.
         generated_ids: int64 (num_generated,), what the device holds, to resume without state on the cloud.
-        gate_weights: float32 (hidden,) or (0,) for no gate.
+        gate_weights: float32 (hidden,), (units,) behind a hidden layer, or (0,) for no gate.
+        gate_layer: float16 (units, hidden), the hidden layer of the gate; (0, 0) for none.
+        gate_layer_bias: float32 (units,), or (0,).
     """
 
     mode: ModeCode
@@ -80,6 +84,8 @@ class Open(Frame):
     length_penalty: float = 1.0
     generated_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     gate_weights: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    gate_layer: NDArray[np.float16] = field(default_factory=lambda: np.empty((0, 0), np.float16))
+    gate_layer_bias: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
     def flag_bits(self) -> int:
         return int(self.resume)
@@ -101,11 +107,24 @@ class Open(Frame):
             raise FrameError(f"open frame: num_beams is {self.num_beams}, expected 0 to {MAX_BEAMS}")
         if not -10 <= self.length_penalty <= 10:
             raise FrameError(f"open frame: length_penalty is {self.length_penalty}, expected -10 to 10")
-        if not np.isfinite(self.gate_weights).all():
-            raise FrameError("open frame: a gate weight is nan or infinite")
+        for array in (self.gate_weights, self.gate_layer, self.gate_layer_bias):
+            if not np.isfinite(array).all():
+                raise FrameError("open frame: a gate weight is nan or infinite")
+        if self.gate_layer.size and len(self.gate_weights) > MAX_GATE_UNITS:
+            raise FrameError(
+                f"open frame: the gate's layer has {len(self.gate_weights)} units, expected at most {MAX_GATE_UNITS}"
+            )
 
     def payload(self) -> bytes:
         gate = vector(self.gate_weights, np.float32, "gate_weights", "open")
+        layer = vector(self.gate_layer.reshape(-1), np.float16, "gate_layer", "open")
+        layer_bias = vector(self.gate_layer_bias, np.float32, "gate_layer_bias", "open")
+        if layer.size and not self.gate_layer.shape[0] == len(gate) == len(layer_bias):
+            raise FrameError(
+                f"open frame: gate_layer is {self.gate_layer.shape}, gate_layer_bias {layer_bias.shape}, expected "
+                f"{len(gate)} rows as in gate_weights"
+            )
+        num_inputs = self.gate_layer.shape[1] if layer.size else 0
         prompt, generated = pack_u32(self.prompt_ids, "open"), pack_u32(self.generated_ids, "open")
         self._check()
         codes = [member(ModeCode, self.mode, "open"), member(ScheduleCode, self.schedule, "open")]
@@ -115,15 +134,19 @@ class Open(Frame):
         counts = (len(self.prompt_ids), len(self.generated_ids), len(gate))
         extras = (self.deadline_ms, self.taps_from)
         ticket = _ticket(self.ticket, "open")
-        fields = (*codes, self.num_beams, *limits, *reals, ticket, *extras, *counts, self.length_penalty)
-        return pack_struct(_OPEN, fields, "open") + prompt + generated + gate.astype("<f4").tobytes()
+        fields = (*codes, self.num_beams, *limits, *reals, ticket, *extras, *counts, self.length_penalty, num_inputs)
+        arrays = [gate.astype("<f4").tobytes()]
+        if num_inputs:
+            arrays += [layer.astype("<f2").tobytes(), layer_bias.astype("<f4").tobytes()]
+        return pack_struct(_OPEN, fields, "open") + prompt + generated + b"".join(arrays)
 
     @classmethod
     def parse(cls, header: Header, payload: PayloadReader) -> Self:
         mode, schedule, answer, num_beams, *rest = payload.unpack(_OPEN)
         top_k, window, max_new_tokens, seed, temperature, top_p, threshold, bias, ticket, *counts = rest
-        deadline_ms, taps_from, *counts, length_penalty = counts
+        deadline_ms, taps_from, *counts, length_penalty, num_inputs = counts
         num_prompt, num_generated, gate_dim = counts
+        num_units = gate_dim if num_inputs else 0
         frame = cls(
             **header.place(),
             resume=bool(header.flags),
@@ -146,6 +169,8 @@ class Open(Frame):
             prompt_ids=payload.u32(num_prompt),
             generated_ids=payload.u32(num_generated),
             gate_weights=payload.array("<f4", gate_dim).astype(np.float32),
+            gate_layer=payload.array("<f2", num_units * num_inputs).astype(np.float16).reshape(num_units, num_inputs),
+            gate_layer_bias=payload.array("<f4", num_units).astype(np.float32),
         )
         frame._check()
         return frame

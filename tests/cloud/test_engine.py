@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
 import pytest
-from toy import ToyBackbone, toy_gate, toy_model
+from toy import ToyBackbone, layered_gate, toy_gate, toy_model
 
 from cotune.cloud.engine import Engine, EngineConfig
 from cotune.cloud.row import Place
@@ -155,16 +155,17 @@ async def test_long_prompts_are_read_in_pieces_beside_others(make: Maker, backbo
     assert all(1 in one for one in backbone.passes[1:9])
 
 
-async def test_gates_of_a_pass_are_asked_at_once(make: Maker) -> None:
+@pytest.mark.parametrize("gate", [toy_gate(), layered_gate(0.3)], ids=["linear", "layer"])
+async def test_gates_of_a_pass_are_asked_at_once(make: Maker, gate: Gate) -> None:
     engine = make()
     plain, gated = ScriptRow("plain", Script(1, 6)), ScriptRow("gated", Script(1, 6))
-    gated.steps.gate = toy_gate()
+    gated.steps.gate = gate
     engine.start(plain)
     engine.start(gated)
     await finish(plain, gated)
     assert plain.fired == [None] * 7
     cursor = ToyBackbone().cursor()
-    expected = [toy_gate().consults(cursor.extend(np.array([token])).hidden) for token in range(7)]
+    expected = [gate.consults(cursor.extend(np.array([token])).hidden) for token in range(7)]
     assert gated.fired == expected
     assert len(set(expected)) == 2
 

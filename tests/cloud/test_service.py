@@ -166,6 +166,14 @@ async def test_features_and_assets_come_as_they_are() -> None:
         ({"max_new_tokens": 600}, "expected at most 512 together"),
         ({"generated_ids": np.arange(3, 30)}, "27 tokens were generated already"),
         ({"gate_weights": np.ones(5, np.float32)}, "the gate has 5 weights, expected 12"),
+        (
+            {
+                "gate_weights": np.ones(2, np.float32),
+                "gate_layer": np.ones((2, 7), np.float16),
+                "gate_layer_bias": np.ones(2, np.float32),
+            },
+            "the gate has 7 weights, expected 12",
+        ),
         ({"mode": ModeCode.SPA}, "needs a gate"),
         ({"schedule": ScheduleCode.GATED}, "needs a gate"),
     ],

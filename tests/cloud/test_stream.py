@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy import STOP, VOCAB, ToyBackbone, toy_basis, toy_personal
+from toy import STOP, VOCAB, ToyBackbone, layered_gate, toy_basis, toy_gate, toy_personal
 from virtual_network import KnowingDrafter, VirtualRun, Weather, drafter_named, toy_prompt
 
 from cotune.cloud.stream import CloudStream, StreamConfig
+from cotune.generation.gate import Gate
 from cotune.generation.modes import MODES
 from cotune.generation.reference import Personal, decide, generate
 from cotune.generation.request import ANSWERS, SCHEDULES, Decision, GenerationRequest
@@ -37,6 +40,7 @@ def _request(mode: str, seed: int, **changes: object) -> GenerationRequest:
     max_branches=st.sampled_from([1, 2, 5]),
     free_rows=st.sampled_from([1, 2, 8]),
     top_k=st.sampled_from([1, 4, 24]),
+    gate=st.sampled_from([toy_gate(), layered_gate()]),
     window=st.sampled_from([1, 2, 32]),
     drafter=st.sampled_from(["own", "perfect", "half", "wrong", "hostile", "lookup"]),
     weather=st.builds(
@@ -57,6 +61,7 @@ def test_token_ids_equal_the_reference(
     strength: float,
     seed: int,
     remembers: bool,
+    gate: Gate,
     max_branches: int,
     free_rows: int,
     top_k: int,
@@ -64,7 +69,8 @@ def test_token_ids_equal_the_reference(
     drafter: str,
     weather: Weather,
 ) -> None:
-    personal, request = toy_personal(strength, remembers=remembers), _request(mode, seed, sampling=sampling)
+    personal = replace(toy_personal(strength, remembers=remembers), gate=gate)
+    request = _request(mode, seed, sampling=sampling)
     expected = generate(ToyBackbone(), personal, request)
     run = VirtualRun(
         personal,

@@ -266,7 +266,7 @@ async def test_a_cloud_that_hosts_another_model_after_a_reconnect_is_refused() -
     ("first", "error", "words"),
     [
         (Error(code=ErrorCode.BUSY, message="full; later"), RefusedError, "the cloud refused: full; later"),
-        (Welcome(version=1, info=WELCOME.info), FrameError, "speaks protocol 1, expected 2; install the same"),
+        (Welcome(version=1, info=WELCOME.info), FrameError, "speaks protocol 1, expected 3; install the same"),
         (Welcome(info={}), FrameError, "has model = None, expected str"),
         (Welcome(info={**WELCOME.info, "num_taps": 0}), FrameError, "num_taps = 0"),
         (Opened(session=1, ticket=bytes(16)), FrameError, "first frame is a Opened, expected a Welcome"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,11 @@ def test_the_gate_comes_along() -> None:
     assert gate is not None
     assert gate.score(np.array([1.0, 1.0], np.float32)) == pytest.approx(-0.5)
     assert (gate.bias, gate.threshold) == (0.5, 0.25)
+    layer = {"layer": np.array([[1, 2], [3, 4]], np.float32), "layer_bias": np.array([0, 1], np.float32)}
+    gate = gate_of(plugin_of(network, gate=replace(parameters, **layer)))
+    assert gate is not None and gate.layer is not None
+    assert gate.layer.weight.dtype == np.float16
+    assert gate.layer.weight.tolist() == [[1, 2], [3, 4]]
 
 
 def test_importing_it_does_not_import_torch() -> None:

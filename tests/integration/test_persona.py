@@ -136,11 +136,11 @@ def test_the_device_has_its_say_in_what_is_written(persona: Persona) -> None:
 def test_no_personal_tensor_is_in_anything_that_was_sent(persona: Persona, family: str) -> None:
     """No 16 bytes of any tensor, in rows or columns, float32, float16 or int8: in tuning, and in every way to generate.
 
-    The gate's vector does travel where the cloud has to apply it, and only there.
+    The gate does travel where the cloud has to apply it, and only there.
     """
     plugin = persona.plugins[family]
-    assert plugin.gate is not None
-    gate = {"gate.weight": plugin.gate.weight}
+    assert plugin.gate is not None and plugin.gate.layer is not None
+    gate = plugin.gate.tensors()
     tuning = SentBytes([frame for connection in persona.tuning for frame in connection.sent])
     assert len(tuning) > 10_000
     assert tuning.leaks({**plugin.tensors, **gate}) == []
@@ -156,6 +156,7 @@ def test_no_personal_tensor_is_in_anything_that_was_sent(persona: Persona, famil
                 assert sent.leaks(plugin.tensors) == []
                 is_sent = mode in ("spa", "separation") or schedule == "gated"
                 assert sent.holds_part_of(plugin.gate.weight.tobytes()) == is_sent
+                assert sent.holds_part_of(plugin.gate.layer.astype("<f2").tobytes()) == is_sent
                 assert bool(sent.leaks(gate)) == is_sent
 
 

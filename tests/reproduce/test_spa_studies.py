@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mean import Mean
 from spa_gate_curve import at
-from spa_judging import calibrated, judge_backbone, judge_plugin
+from spa_judging import judge_backbone, judge_plugin
 from spa_study import plugin_row
 from spa_table4 import CELLS, rates
 from spa_training import Method, Training, cloud_for, parameter_budget, train_plugin, trained_in_cloud
@@ -123,15 +123,6 @@ def test_methods_in_the_cloud_stay_within_the_budget_and_leave_nothing(
         assert 0.5 * training.budget < learnt["num_parameters"] <= training.budget
         assert judge_backbone(backbone, texts[:4], 4, 64)["nats_per_token"] < before
     assert judge_backbone(backbone, texts[:4], 4, 64)["nats_per_token"] == before
-
-
-def test_a_calibrated_gate_keeps_to_the_rate_in_its_own_texts(backbone: Backbone, texts: list[Example]) -> None:
-    plugin = untrained_plugin(backbone)
-    asked = judge_plugin(backbone, plugin, texts[:8], 8, 64)["spa"]["consult_rate"]
-    limit = asked / 2
-    kept = calibrated(backbone, plugin, texts[:8], limit, 8, 64)
-    assert judge_plugin(backbone, kept, texts[:8], 8, 64)["spa"]["consult_rate"] <= limit
-    assert kept.gate is not None and plugin.gate is not None and kept.gate.threshold > plugin.gate.threshold
 
 
 def test_rows_are_named_by_what_sets_them_apart() -> None:

@@ -24,7 +24,13 @@ from cotune.tuning.gate import (
 from cotune.tuning.loop import LoopConfig, LoopProgress
 from cotune.tuning.side_evaluation import SideEvaluation
 
-CONFIG = GateConfig(loop=LoopConfig(epochs=20, learning_rate=0.05, checkpoint_interval_s=0.0), num_batch_positions=80)
+CONFIG = GateConfig(
+    loop=LoopConfig(epochs=20, learning_rate=0.05, checkpoint_interval_s=0.0),
+    objective="marginal",
+    units=0,
+    num_batch_positions=80,
+)
+SHAPES = [(objective, units) for objective in ("marginal", "choice") for units in (0, 16)]
 
 
 def evaluation_of(p0: list[float], p1: list[float], choices: list[tuple[int, int]] | None = None) -> SideEvaluation:
@@ -44,7 +50,8 @@ def draw_data(num: int, seed: int) -> GateData:
     rng = np.random.default_rng(seed)
     hidden = (rng.standard_normal((num, 5)) * [3, 0.1, 1, 20, 0] + [1, 5, 0, -30, 2]).astype(np.float16)
     helps = hidden[:, 0].astype(np.float32) > 1
-    return GateData(hidden, evaluation_of(np.full(num, 0.3).tolist(), np.where(helps, 0.6, 0.1).tolist()))
+    choices = [(0, int(one)) for one in helps]
+    return GateData(hidden, evaluation_of(np.full(num, 0.3).tolist(), np.where(helps, 0.6, 0.1).tolist(), choices))
 
 
 @pytest.mark.parametrize(
@@ -73,8 +80,10 @@ def test_probabilities_of_zero_stay_finite() -> None:
     assert torch.isfinite(score.grad).all()
 
 
-def test_the_gate_learns_where_the_device_helps() -> None:
-    config = replace(CONFIG, loop=LoopConfig(epochs=50, learning_rate=0.05), weight_decay=0.0)
+@pytest.mark.parametrize(("objective", "units"), SHAPES)
+def test_the_gate_learns_where_the_device_helps(objective: str, units: int) -> None:
+    loop = LoopConfig(epochs=50, learning_rate=0.05)
+    config = replace(CONFIG, loop=loop, weight_decay=0.0, objective=objective, units=units)
     result = tune_gate(draw_data(800, 0), config, heldout=draw_data(300, 1))
     heldout = draw_data(300, 2)
     asks = np.array([result.gate.consults(row.astype(np.float32)) for row in heldout.hidden])
@@ -96,6 +105,33 @@ def test_the_folded_gate_scores_raw_hidden_states_like_the_trained_one_scored_st
     mean = data.hidden.astype(np.float64).mean(axis=0).astype(np.float32)
     scores = [trained.score(row.astype(np.float32)) for row in data.hidden]
     assert trained.score(mean) == pytest.approx(np.mean(scores), abs=1e-3)
+
+
+@pytest.mark.parametrize("units", [0, 16])
+def test_the_folded_gate_is_the_trained_one(units: int) -> None:
+    data, heldout = draw_data(400, 0), draw_data(300, 1)
+    result = tune_gate(data, replace(CONFIG, objective="choice", units=units), heldout=heldout)
+    scores = torch.tensor([result.gate.score(row.astype(np.float32)) for row in heldout.hidden])
+    differs = torch.from_numpy(heldout.evaluation.disagrees).double()
+    nats = torch.nn.functional.binary_cross_entropy_with_logits(scores, differs)
+    # float16 weights of the layer move it a little.
+    assert nats.item() == pytest.approx(result.curve[result.best_epoch].heldout_loss, abs=1e-5 if units == 0 else 2e-3)
+
+
+def test_only_a_layer_finds_what_two_features_say_together() -> None:
+    def data(seed: int) -> GateData:
+        hidden = np.random.default_rng(seed).standard_normal((1500, 4)).astype(np.float16)
+        choices = [(0, int(row[0] * row[1] > 0)) for row in hidden]
+        return GateData(hidden, evaluation_of([0.5] * 1500, [0.5] * 1500, choices))
+
+    right = {}
+    for units in (0, 16):
+        config = replace(CONFIG, loop=LoopConfig(epochs=60, learning_rate=0.05), objective="choice", units=units)
+        gate, heldout = tune_gate(data(0), config).gate, data(1)
+        asks = np.array([gate.consults(row.astype(np.float32)) for row in heldout.hidden])
+        right[units] = (asks == heldout.evaluation.disagrees).mean()
+    assert right[0] < 0.6
+    assert right[16] > 0.9
 
 
 def test_units_of_the_hidden_state_do_not_matter() -> None:
@@ -203,7 +239,15 @@ def test_unclear_limits_are_refused(limits: dict[str, float]) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"price_nats": -0.1}, {"num_batch_positions": 0}, {"weight_decay": -1.0}, {"max_grad_norm": 0.0}],
+    [
+        {"objective": "best"},
+        {"units": 65},
+        {"units": -1},
+        {"price_nats": -0.1},
+        {"num_batch_positions": 0},
+        {"weight_decay": -1.0},
+        {"max_grad_norm": 0.0},
+    ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(changes))):

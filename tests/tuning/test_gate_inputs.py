@@ -69,7 +69,8 @@ def doubtful(world: Any) -> tuple[FeatureSet, SideEvaluation]:
 
 @pytest.mark.parametrize("choice", list(GATE_INPUTS))
 def test_quality_against_m_gets_better_with_what_matters(draw_world: Callable[..., Any], choice: str) -> None:
-    config = GateConfig(loop=LoopConfig(epochs=60, learning_rate=0.05), weight_decay=0.0)
+    loop = LoopConfig(epochs=60, learning_rate=0.05)
+    config = GateConfig(loop=loop, weight_decay=0.0, objective="marginal", units=0)
     (features, evaluation), (other, judged) = (doubtful(draw_world(600, seed)) for seed in (0, 1))
     result = tune_gate(GateData(gate_inputs(features, choice, VOCAB), evaluation), config)
     curve = quality_curve(result.gate, GateData(gate_inputs(other, choice, VOCAB), judged))

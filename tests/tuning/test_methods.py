@@ -48,7 +48,7 @@ def side_problem(draw_world: Any, output_basis: OutputBasis, **_: Any) -> Iterat
 def gate_problem(**_: Any) -> Iterator[Problem]:
     rng = np.random.default_rng(0)
     hidden = torch.from_numpy(rng.standard_normal((4, 50, 6)).astype(np.float32))
-    batches = [GateBatch(h, torch.ones(50), torch.where(h[:, 0] > 0, 0.2, 2.0)) for h in hidden]
+    batches = [GateBatch(h, torch.ones(50), torch.where(h[:, 0] > 0, 0.2, 2.0), (h[:, 0] > 0).float()) for h in hidden]
     tuner = METHODS["gate"](GateConfig())  # type: ignore[call-arg,arg-type]
     yield Problem(tuner, {"weight": torch.zeros(6), "bias": torch.tensor(0.0)}, batches)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,23 @@ def place(draw: st.DrawFn) -> dict[str, int]:
 
 
 @st.composite
+def gates(draw: st.DrawFn) -> dict[str, Any]:
+    """None, a linear one, or one with a hidden layer."""
+    num_weights = draw(st.integers(0, 9))
+    weights = draw(floats(num_weights, st.floats(-9, 9, width=32)))
+    if num_weights == 0 or draw(st.booleans()):
+        return {"gate_weights": weights}
+    num_inputs = draw(st.integers(1, 5))
+    layer = draw(floats(num_weights * num_inputs, st.floats(-9, 9, width=16))).astype(np.float16)
+    bias = draw(floats(num_weights, st.floats(-9, 9, width=32)))
+    return {
+        "gate_weights": weights,
+        "gate_layer": layer.reshape(num_weights, num_inputs),
+        "gate_layer_bias": bias,
+    }
+
+
+@st.composite
 def opens(draw: st.DrawFn) -> Open:
     return Open(
         **draw(place()),
@@ -104,7 +122,7 @@ def opens(draw: st.DrawFn) -> Open:
         length_penalty=draw(st.floats(-10, 10)),
         prompt_ids=draw(ids(min_size=1)),
         generated_ids=draw(ids()),
-        gate_weights=draw(floats(draw(st.integers(0, 9)), st.floats(-9, 9, width=32))),
+        **draw(gates()),
     )
 
 
@@ -349,11 +367,14 @@ def test_open_layout_by_hand() -> None:
         prompt_ids=np.array([3]),
         generated_ids=np.array([4]),
         gate_weights=np.array([1.0], dtype=np.float32),
+        gate_layer=np.array([[0.5, -2.0]], dtype=np.float16),
+        gate_layer_bias=np.array([0.25], dtype=np.float32),
     )
     by_hand = bytes([4, 3, 2, 0, 32, 0, 4, 0, 100, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0])
     by_hand += struct.pack("<4d", 0.5, 1.0, 2.0, -1.0) + b"0123456789abcdef"
-    by_hand += bytes([250, 0, 0, 0, 3, 0, 0, 0]) + bytes([1, 0, 0, 0] * 3) + struct.pack("<d", 1.0)
+    by_hand += bytes([250, 0, 0, 0, 3, 0, 0, 0]) + bytes([1, 0, 0, 0] * 3) + struct.pack("<dI", 1.0, 2)
     by_hand += bytes([3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0x80, 0x3F])
+    by_hand += struct.pack("<2ef", 0.5, -2.0, 0.25)
     assert encode(frame) == bytes([3, 1]) + bytes(14) + by_hand
 
 

@@ -51,7 +51,7 @@ def test_a_greeting_of_another_version_still_decodes() -> None:
     hello = decode(raw(1, b"{}", value=7))
     assert isinstance(hello, Hello)
     assert hello.version == 7
-    assert Welcome().version == 2
+    assert Welcome().version == 3
 
 
 def test_greetings_are_compact_and_sorted() -> None:

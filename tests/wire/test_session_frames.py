@@ -56,6 +56,17 @@ def patched(data: bytes, offset: int, layout: str, value: object) -> bytes:
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"gate_threshold": float("inf")}, "gate_threshold is inf"),
         ({"gate_bias": float("-inf")}, "gate_bias is -inf"),
+        ({"gate_layer": np.zeros((1, 3), np.float32)}, "gate_layer must be float16"),
+        ({"gate_layer": np.zeros((2, 3), np.float16)}, r"gate_layer is \(2, 3\)"),
+        ({"gate_layer": np.full((1, 2), np.inf, np.float16), "gate_layer_bias": np.zeros(1, np.float32)}, "infinite"),
+        (
+            {
+                "gate_weights": np.zeros(65, np.float32),
+                "gate_layer": np.zeros((65, 2), np.float16),
+                "gate_layer_bias": np.zeros(65, np.float32),
+            },
+            "65 units, expected at most 64",
+        ),
         ({"window": 0}, "window is 0"),
         ({"window": 2**16}, "out of range"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -98,7 +109,8 @@ def test_open_refuses_to_be_sent(changes: dict[str, Any], message: str) -> None:
         (84, "I", 2**30, "truncated"),
         (88, "d", float("nan"), "length_penalty is nan"),
         (88, "d", -11.0, "length_penalty is -11"),
-        (100, "f", float("nan"), "gate weight is nan"),
+        (96, "I", 1, "truncated"),
+        (104, "f", float("nan"), "gate weight is nan"),
     ],
 )
 def test_open_refuses_what_comes(offset: int, layout: str, value: object, message: str) -> None:

@@ -57,7 +57,7 @@ def tune(folder: DemoFolder, plan: DemoPlan, url: str) -> dict[str, Any]:
                         family=family,
                         seed=plan.seed,
                     ),
-                    gate=GateConfig(seed=plan.seed),
+                    gate=GateConfig.for_family(family, seed=plan.seed),
                     max_consult_rate=plan.max_consult_rate,
                     prompt_format=common_prompt_format(examples),
                     seed=plan.seed,
