@@ -6,8 +6,9 @@ Mode integration, so that no gate plays a part. The number of parameters is what
 from __future__ import annotations
 
 from mean import Mean
+from page import Page
 from result_folder import Point, grid, plot_groups
-from spa_study import Page, Row, Study, plugin_row, rows_of, run_study
+from spa_study import Row, Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section

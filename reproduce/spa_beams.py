@@ -7,9 +7,10 @@ text is the share of steps at which at least one beam asks: 1 - (1 - p)^B if the
 from __future__ import annotations
 
 from mean import Mean
+from page import Page
 from result_folder import grid, plot_lines
 from spa_judging import beam_trips
-from spa_study import Page, Study, run_study
+from spa_study import Study, run_study
 from spa_training import Method
 
 from cotune.evaluation.markup import Html

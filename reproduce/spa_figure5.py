@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mean import Mean
-from spa_study import Page, Study, plugin_row, rows_of, run_study
+from page import Page
+from spa_study import Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.coloured_text import coloured_tokens, legend
 from cotune.evaluation.markup import Html, paragraph

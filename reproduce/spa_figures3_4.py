@@ -6,8 +6,9 @@ The curve is the loss on held-out training texts after every epoch, which all me
 from __future__ import annotations
 
 from mean import Mean
+from page import Page
 from result_folder import Point, plot_lines
-from spa_study import Page, Study, run_study
+from spa_study import Study, run_study
 from spa_training import Method
 
 from cotune.evaluation.report import Section

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from page import Page
 from result_folder import Point, plot_lines
-from spa_study import Page, Study, plugin_row, rows_of, run_study
+from spa_study import Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.report import Section
 

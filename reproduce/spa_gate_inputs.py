@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from cells import Value
 from mean import Mean
+from page import Page
 from result_folder import grid, plot_groups
 from spa_gate_curve import at
-from spa_study import Page, Study, run_study
+from spa_study import Study, run_study
 from spa_training import HELDOUT_SHARE, Method
 
 from cotune.data.batches import EncodedExample

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from cells import Cells, OutOfTimeError, Value
-from result_folder import write_results
+from page import Page, about_run
 from spa_judging import judge_backbone, judge_plugin
 from spa_training import (
     FAMILIES,
@@ -28,11 +25,9 @@ from spa_training import (
     trained_in_cloud,
 )
 
-from cotune.cli.run_folder import versions
 from cotune.data import DEMO_PERSONA, format_answer, format_request, persona_split, read_splits
 from cotune.data.templates import Example
 from cotune.errors import CotuneError, InputError
-from cotune.evaluation.report import Section
 from cotune.models.backbone import Backbone
 from cotune.plugin import Plugin
 
@@ -213,31 +208,31 @@ class Study:
         found = self.search(dataset, method, num_train)
         return min(found, key=lambda rate: found[rate]["selection_nats"])
 
-    def equal_time(self, dataset: str, method: Method, against: Method) -> Value:
-        """How many epochs of a side network take no longer than all epochs of a cloud method, from runs in turn.
+    def times(self, dataset: str, methods: Sequence[Method]) -> Value:
+        """Seconds that training takes at the best learning rate, the methods in turn.
 
         Returns:
-            `epochs`, at most the study's; `cloud_s`, `side_s`, `features_s`: seconds of each run, where `side_s` is
-            that of the study's epochs, and features are made anew each time.
+            By the method's name the seconds of each run; for side networks also NAME, features: features made anew.
         """
-        rates = [self.learning_rate(dataset, one) for one in (method, against)]
-        key = self._key(method, None, what="equal time", against=against.name)
-        return self.cell(dataset, key, lambda: self._time(dataset, method, against, *rates))
+        rates = [self.learning_rate(dataset, method) for method in methods]
+        key = self._key(methods[-1], None, what="times", beside=", ".join(one.name for one in methods[:-1]))
+        return self.cell(dataset, key, lambda: self._time(dataset, methods, rates))
 
-    def _time(self, dataset: str, method: Method, against: Method, rate: float, against_rate: float) -> Value:
+    def _time(self, dataset: str, methods: Sequence[Method], rates: Sequence[float]) -> Value:
         examples = self.data(dataset)[0][: self._num(None)]
-        cloud_s, side_s, features_s = [], [], []
+        taken: dict[str, list[float]] = {}
         for _ in range(TIMED_RUNS):
-            with trained_in_cloud(self.backbone, examples, self._training(against, against_rate, 0)) as learnt:
-                cloud_s.append(learnt["train_s"])
-            training = replace(self._training(method, rate, 0), has_gate=False)
-            with TemporaryDirectory() as folder:
-                _, learnt = train_plugin(self.cloud(method), examples, training, Path(folder))
-            side_s.append(learnt["train_s"])
-            features_s.append(learnt["features_s"])
-        left_s = median(cloud_s) - median(features_s)
-        epochs = max(1, min(training.epochs, int(training.epochs * left_s / median(side_s))))
-        return {"epochs": epochs, "cloud_s": cloud_s, "side_s": side_s, "features_s": features_s}
+            for method, rate in zip(methods, rates, strict=True):
+                training = replace(self._training(method, rate, 0), has_gate=False)
+                if method.family in IN_CLOUD:
+                    with trained_in_cloud(self.backbone, examples, training) as learnt:
+                        taken.setdefault(method.name, []).append(learnt["train_s"])
+                    continue
+                with TemporaryDirectory() as folder:
+                    _, learnt = train_plugin(self.cloud(method), examples, training, Path(folder))
+                taken.setdefault(method.name, []).append(learnt["train_s"])
+                taken.setdefault(f"{method.name}, features", []).append(learnt["features_s"])
+        return dict(taken)
 
     def runs(self, dataset: str, method: Method, num_train: int | None = None) -> list[Value]:
         """One judged run for each seed, at the best learning rate."""
@@ -338,37 +333,13 @@ class Study:
 
     def describe(self) -> dict[str, Any]:
         """Settings, versions and machine, so that the numbers can be judged and repeated."""
-        args = {name: value for name, value in vars(self.args).items() if not isinstance(value, Path)}
-        args["model"] = self.model_name
-        device = torch.cuda.get_device_name() if self.args.device.startswith("cuda") else platform.machine()
-        return {
-            "config": args,
-            "parameter_budget": self.budget,
-            "backbone_parameters": sum(p.numel() for p in self.backbone.model.parameters()),
-            "versions": versions(),
-            "hardware": {"device": device, "cores": os.cpu_count(), "threads": self.args.threads},
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """What a study found.
-
-    Attributes:
-        title, lead: of its page.
-        expected, measured: what the paper says, and what came.
-        sections: tables and plots.
-        deviations: beside those that all studies have.
-        lines: for the terminal.
-    """
-
-    title: str
-    lead: str
-    expected: Mapping[str, Any]
-    measured: Mapping[str, Any]
-    sections: Sequence[Section]
-    deviations: Sequence[str] = ()
-    lines: Sequence[str] = ()
+        return about_run(
+            {**vars(self.args), "model": self.model_name},
+            device=self.args.device,
+            threads=self.args.threads,
+            parameter_budget=self.budget,
+            backbone_parameters=sum(p.numel() for p in self.backbone.model.parameters()),
+        )
 
 
 def run_study(name: str, description: str, build: Callable[[Study], Page]) -> None:
@@ -380,20 +351,12 @@ def run_study(name: str, description: str, build: Callable[[Study], Page]) -> No
         sys.exit(str(error))
     except CotuneError as error:
         sys.exit(f"error: {error}")
-    out = study.args.out or HERE / "results" / study.model_name / name
-    write_results(
-        out,
-        title=page.title,
-        lead=f"{page.lead} Model {study.model_name}, data {', '.join(study.args.datasets)}.",
+    page.publish(
+        study.args.out or HERE / "results" / study.model_name / name,
         about=study.describe(),
-        expected=page.expected,
-        measured=page.measured,
-        sections=page.sections,
-        deviations=(*DEVIATIONS, *page.deviations),
+        lead=f"Model {study.model_name}, data {', '.join(study.args.datasets)}.",
+        deviations=DEVIATIONS,
     )
-    for line in page.lines:
-        print(line)
-    print(f"report: {out / 'report.html'}")
 
 
 def rows_of(study: Study, dataset: str, row: Row, num_train: int | None = None) -> list[Value]:

@@ -16,9 +16,10 @@ from typing import Any
 
 from cells import Value
 from mean import Mean
+from page import Page
 from result_folder import grid, plot_groups
 from spa_paper import TABLE_1
-from spa_study import Page, Row, Study, plugin_row, rows_of, run_study
+from spa_study import Row, Study, plugin_row, rows_of, run_study
 from spa_training import Method
 
 from cotune.errors import CotuneError

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from cells import OutOfTimeError
 from mean import Mean
+from page import Page
 from result_folder import Point, grid, plot_groups
 from spa_paper import TABLE_2, TABLE_2_REMARK
-from spa_study import Page, Row, Study, plugin_row, rows_of, run_study
+from spa_study import Row, Study, plugin_row, rows_of, run_study
 from spa_training import Method
 
 from cotune.evaluation.markup import Html
@@ -47,13 +49,17 @@ SCORES = (
 Found = dict[str, dict[str, dict[str, Mean]]]
 
 
-def measure(study: Study) -> Found:
-    """Means of scores by row and data set."""
+def measure(study: Study) -> tuple[Found, list[str]]:
+    """Means of scores by row and data set, row by row, and what the budget left out."""
     found: Found = {name: {} for name in NAMES}
-    for dataset in study.args.datasets:
-        for row in ROWS:
-            found[row.name][dataset] = means(rows_of(study, dataset, row))
-    return found
+    unfinished = []
+    for row in ROWS:
+        for dataset in study.args.datasets:
+            try:
+                found[row.name][dataset] = means(rows_of(study, dataset, row))
+            except OutOfTimeError:
+                unfinished.append(f"{row.name} on {dataset}")
+    return found, unfinished
 
 
 def means(runs: list[dict[str, Any]]) -> dict[str, Mean]:
@@ -73,13 +79,15 @@ def sections(study: Study, found: Found) -> list[Section]:
         },
     }
     bars: dict[str, list[Point | None]] = {
-        name: [found[name][dataset]["rouge_l"].point() for dataset in datasets] for name in DRAWN
+        name: [found[name][dataset]["rouge_l"].point() if dataset in found[name] else None for dataset in datasets]
+        for name in DRAWN
     }
     cost = {
         "trained parameters": [
-            f"{found[name][datasets[0]]['num_parameters'].mean:,.0f}" if name != "base" else "0" for name in NAMES
+            next((f"{one['num_parameters'].mean:,.0f}" for one in found[name].values() if "num_parameters" in one), "0")
+            for name in NAMES
         ],
-        **{f"{dataset}, training s": [seconds(found[name][dataset]) for name in NAMES] for dataset in datasets},
+        **{f"{dataset}, training s": [seconds(found[name].get(dataset, {})) for name in NAMES] for dataset in datasets},
     }
     return [
         Section(
@@ -128,7 +136,7 @@ def sections(study: Study, found: Found) -> list[Section]:
 def column(found: Found, datasets: list[str], score: str) -> dict[str, list[str]]:
     """A score by data set, in the order of the rows."""
     return {
-        dataset: [str(found[name][dataset][score]) if score in found[name][dataset] else "" for name in NAMES]
+        dataset: [str(found[name][dataset][score]) if score in found[name].get(dataset, {}) else "" for name in NAMES]
         for dataset in datasets
     }
 
@@ -142,7 +150,7 @@ def seconds(scores: dict[str, Mean]) -> str:
 
 def build(study: Study) -> Page:
     """The whole table."""
-    found = measure(study)
+    found, unfinished = measure(study)
     return Page(
         title="SPA, table 2: four modes",
         lead="Four ways to combine side network and backbone, beside the base model and LoRA in the cloud.",
@@ -151,9 +159,9 @@ def build(study: Study) -> Page:
         sections=sections(study, found),
         deviations=(TABLE_2_REMARK,),
         lines=[
-            f"{name:24s} " + "  ".join(f"{d} {found[name][d]['rouge_l']!s}" for d in study.args.datasets)
-            for name in NAMES
+            f"{name:24s} " + "  ".join(f"{d} {one['rouge_l']!s}" for d, one in found[name].items()) for name in NAMES
         ],
+        unfinished=unfinished,
     )
 
 

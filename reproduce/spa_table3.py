@@ -7,9 +7,10 @@ all of the training texts.
 from __future__ import annotations
 
 from mean import Mean
+from page import Page
 from result_folder import grid, plot_lines
 from spa_paper import TABLE_3, TABLE_5
-from spa_study import Page, Study, plugin_row, rows_of, run_study
+from spa_study import Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section

@@ -7,9 +7,10 @@ The paper gives two rates of what is a table of two by two. Here is all of it, o
 from __future__ import annotations
 
 from mean import Mean
+from page import Page
 from result_folder import grid
 from spa_paper import TABLE_4, TABLE_4_REMARK
-from spa_study import Page, Study, plugin_row, rows_of, run_study
+from spa_study import Study, plugin_row, rows_of, run_study
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section

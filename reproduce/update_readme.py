@@ -45,11 +45,13 @@ def number(mean: dict[str, Any], digits: int = 1) -> str:
 def by_mode(measured: Measured) -> str:
     datasets = list(measured["base"])
 
-    def cell(scores: Measured) -> str:
+    def cell(scores: Measured | None) -> str:
+        if scores is None:
+            return ""
         asked = scores.get("consult_rate")
         return number(scores["rouge_l"]) + (f" ({asked['mean']:.2f})" if asked is not None else "")
 
-    rows = [[name, *(cell(found[dataset]) for dataset in datasets)] for name, found in measured.items()]
+    rows = [[name, *(cell(found.get(dataset)) for dataset in datasets)] for name, found in measured.items()]
     return markdown(["method", *datasets], rows)
 
 

@@ -54,7 +54,7 @@ class GateConfig:
     """Width of the hidden layer; 0 for a linear gate. It travels at the start of each text, 2 bytes a weight."""
     price_nats: float = 0.05
     """Of `marginal`: price of one blocking round trip, nats; 0 asks wherever the device helps at all."""
-    num_batch_positions: int = 256
+    num_batch_positions: int = 64
     """Target positions in one step."""
     weight_decay: float = 0.1
     """AdamW's decoupled decay, on standardised hidden states."""

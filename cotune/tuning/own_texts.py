@@ -24,6 +24,8 @@ from cotune.wire.features import FeatureSource
 # opens. See `cotune.device.own_texts.write_texts`.
 Writer = Callable[[Plugin, Sequence[NDArray[np.int64]]], Sequence[Sequence[int]]]
 ROUNDS = 6
+# Of the rate that was asked for: near enough.
+ENOUGH = 0.94
 
 
 def own_texts(write: Writer, plugin: Plugin, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
@@ -73,10 +75,13 @@ def threshold_for_rate(
         ]
         scores = np.array([gate.score(row) for row in np.concatenate(hidden).astype(np.float32)])
         largest = float(scores.max())
-        if (scores > threshold).mean() > max_consult_rate:
+        rate = float((scores > threshold).mean())
+        if rate > max_consult_rate:
             too_low = max(too_low, threshold)
         else:
             best = min(best, threshold)
+            if rate >= ENOUGH * max_consult_rate:
+                break
         threshold = float(np.quantile(scores, 1 - max_consult_rate * 0.98**number))
         if not too_low < threshold < best:
             threshold = (too_low + min(best, largest)) / 2 if np.isfinite(too_low) else float(scores.min())
