@@ -47,14 +47,22 @@ def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneS
     if settings.merged is not None:
         result.adapter.merge(backbone.model).save_model(settings.merged, backbone.model, backbone.tokenizer_json)
     heldout = {record.epoch: record.heldout_loss for record in result.curve}
+    before, after = heldout.get(0), heldout.get(result.best_epoch)
     return {
         "num_parameters": result.num_trained,
-        "base_nats_per_token": heldout.get(0),
-        "heldout_nats_per_token": heldout.get(result.best_epoch),
+        **_judged(settings.objective, before, after),
         "best_epoch": result.best_epoch,
         **({} if settings.merged is None else {"merged": str(settings.merged)}),
         **({} if result.account is None else _spent(result.account)),
     }
+
+
+def _judged(objective: str, before: float | None, after: float | None) -> Summary:
+    """Held-out losses, or the score that was raised."""
+    if objective == "nats":
+        return {"base_nats_per_token": before, "heldout_nats_per_token": after}
+    scores = {f"base_{objective}": before, f"heldout_{objective}": after}
+    return {name: None if loss is None else 1 - loss for name, loss in scores.items()}
 
 
 def estimator(settings: TuneSettings) -> Estimator:
@@ -63,10 +71,23 @@ def estimator(settings: TuneSettings) -> Estimator:
     Raises:
         InputError: an unknown name, or options that do not go with it.
     """
+    from cotune.evaluation.text_metrics import exact_match, rouge_l, token_f1
     from cotune.tuning.estimators import PrivateDescent, estimator_named
+    from cotune.tuning.text_objectives import TextScore
 
     if settings.dp_epsilon is None:
-        return estimator_named(settings.estimator, zo_eps=settings.zo_eps, num_directions=settings.directions)
+        scores = {"rouge_l": rouge_l, "token_f1": token_f1, "exact_match": exact_match}
+        name = settings.objective
+        return estimator_named(
+            settings.estimator,
+            zo_eps=settings.zo_eps,
+            num_directions=settings.directions,
+            rule=settings.zo_rule,
+            sparse_share=settings.sparse_share,
+            sparse_by=settings.sparse_by,
+            score=TextScore(name=name, metric=scores[name]) if name in scores else None,
+            forward_mode=settings.forward_mode or None,
+        )
     if settings.estimator != "backprop":
         raise InputError(
             f"--estimator is {settings.estimator!r} and --dp-epsilon is given, expected backprop; leave one of them out"

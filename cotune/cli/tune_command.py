@@ -22,6 +22,7 @@ ATTACHED_METHODS = (
 )
 METHODS = (*ATTACHED_METHODS, "side")
 ESTIMATOR_NAMES = ("backprop", "zeroth_order", "forward_gradient")
+OBJECTIVES = ("nats", "rouge_l", "token_f1", "exact_match")
 SIDES = ("ladder", "attention")
 SIDE_INITS = ("random", "backbone")
 # The file that tells that a folder holds a result; peft's methods all have the same.
@@ -66,6 +67,23 @@ def tune(
     directions: Annotated[
         int | None, typer.Option(help="zeroth_order: in a step, 1 if left out. forward_gradient: in a batch, 4.")
     ] = None,
+    zo_rule: Annotated[
+        str | None, typer.Option(help="zeroth_order: plain, momentum or adam, whose moments cost no memory.")
+    ] = None,
+    sparse_share: Annotated[
+        float | None,
+        typer.Option(help="zeroth_order, forward_gradient: tune the best part of the numbers only, such as 0.01."),
+    ] = None,
+    sparse_by: Annotated[
+        str | None, typer.Option(help="With --sparse-share: chosen by gradient (16 backward passes) or magnitude.")
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(help=f"zeroth_order: what gets better, the likelihood or a score; {', '.join(OBJECTIVES)}."),
+    ] = "nats",
+    forward_mode: Annotated[
+        bool, typer.Option("--forward-mode", help="forward_gradient: exact derivatives in one pass, more memory.")
+    ] = False,
     dp_epsilon: Annotated[
         float | None, typer.Option(help="Differential privacy of each text, for the whole run; needs cotune[private].")
     ] = None,
@@ -127,6 +145,10 @@ def tune(
 
         cotune tune starter my-texts.jsonl --method lora --estimator zeroth_order --directions 4 --out my-zo-lora
 
+        cotune tune starter my-texts.jsonl --method lora --estimator zeroth_order --objective rouge_l --out my-zo-lora
+
+        cotune tune ./my-llama my-texts.jsonl --method full --estimator zeroth_order --sparse-share 0.01 --out my-zo
+
         cotune tune starter my-texts.jsonl --method lora --dp-epsilon 8 --out my-private-lora
 
         cotune tune ./my-llama my-texts.jsonl --method soft_prompt --virtual-tokens 30 --out my-prompt
@@ -149,6 +171,11 @@ def tune(
         estimator=estimator,
         zo_eps=zo_eps,
         directions=directions,
+        zo_rule=zo_rule,
+        sparse_share=sparse_share,
+        sparse_by=sparse_by,
+        objective=objective,
+        forward_mode=forward_mode,
         dp_epsilon=dp_epsilon,
         dp_delta=dp_delta,
         dp_clip=dp_clip,
@@ -226,17 +253,31 @@ def _check(settings: TuneSettings) -> None:
         estimator="backprop",
         zo_eps=None,
         directions=None,
+        zo_rule=None,
+        sparse_share=None,
+        sparse_by=None,
+        objective="nats",
+        forward_mode=False,
         dp_epsilon=None,
         dp_delta=None,
         dp_clip=None,
     ):
         raise InputError(
             "--method is 'side', which has none of --merged, --gradient-checkpointing, --base-bits, --rank, --alpha, "
-            "--init, --width, --virtual-tokens, --memory-budget, --estimator, --zo-eps, --directions and --dp-epsilon; "
-            "leave them out"
+            "--init, --width, --virtual-tokens, --memory-budget, --estimator and its options, and --dp-epsilon; leave "
+            "them out"
         )
     if settings.estimator not in ESTIMATOR_NAMES:
         raise InputError(f"--estimator is {settings.estimator!r}, expected one of {', '.join(ESTIMATOR_NAMES)}")
+    if settings.objective not in OBJECTIVES:
+        raise InputError(f"--objective is {settings.objective!r}, expected one of {', '.join(OBJECTIVES)}")
+    if settings.objective != "nats" and settings.estimator != "zeroth_order":
+        raise InputError(
+            f"--objective is {settings.objective!r} and --estimator {settings.estimator!r}, expected zeroth_order, which "
+            "needs no gradient of it"
+        )
+    if settings.sparse_by is not None and settings.sparse_share is None:
+        raise InputError("--sparse-by is given without --sparse-share; give that too, or leave it out")
     if settings.dp_epsilon is None and (settings.dp_delta is not None or settings.dp_clip is not None):
         raise InputError("--dp-delta or --dp-clip is given without --dp-epsilon; give that too, or leave them out")
     if settings.base_bits is not None and settings.merged is not None:
@@ -268,6 +309,11 @@ def _print_summary(summary: Summary, num_texts: int) -> None:
             f"held-out loss {summary['base_nats_per_token']:.3f} (start) -> "
             f"{summary['heldout_nats_per_token']:.3f} nats per token"
         )
+    for score in OBJECTIVES[1:]:
+        if summary.get(f"heldout_{score}") is not None:
+            stderr.print(
+                f"held-out {score} {summary[f'base_{score}']:.3f} (start) -> {summary[f'heldout_{score}']:.3f}"
+            )
     if "privacy" in summary:
         stderr.print(escape(str(summary["privacy"])))
         for assumption in summary["privacy_assumptions"]:

@@ -30,6 +30,11 @@ class TuneSettings:
     estimator: str
     zo_eps: float | None
     directions: int | None
+    zo_rule: str | None
+    sparse_share: float | None
+    sparse_by: str | None
+    objective: str
+    forward_mode: bool
     dp_epsilon: float | None
     dp_delta: float | None
     dp_clip: float | None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from cotune.tuning.forward_gradient import ForwardGradientConfig, tune_forward_g
 from cotune.tuning.loop import EpochRecord, LoopProgress
 from cotune.tuning.privacy_account import PrivacyAccount
 from cotune.tuning.private import PrivateConfig, tune_private
+from cotune.tuning.seed_updates import Adam, Momentum, PlainDescent, UpdateRule
+from cotune.tuning.sparse_mask import SparseMask, choose_mask
+from cotune.tuning.text_objectives import TextScore
 from cotune.tuning.zeroth_order import ZerothOrderConfig, tune_zeroth_order
 
 
@@ -101,6 +104,10 @@ class ZerothOrder:
     Attributes:
         zo_eps: distance that parameters are moved to either side.
         num_directions: in one step.
+        rule: a key of `RULES`; momentum and Adam forms without moments in memory.
+        sparse_share: tune this part of the numbers only; None for all.
+        sparse_by: how they are chosen, see `cotune.tuning.sparse_mask`.
+        score: of greedy answers, raised instead of their likelihood.
     """
 
     learning_rate: ClassVar[float | None] = 1e-4
@@ -108,6 +115,10 @@ class ZerothOrder:
 
     zo_eps: float = 1e-3
     num_directions: int = 1
+    rule: str = "plain"
+    sparse_share: float | None = None
+    sparse_by: str = "gradient"
+    score: TextScore | None = None
 
     def __call__(
         self,
@@ -129,10 +140,13 @@ class ZerothOrder:
                 loop=config.loop,
                 zo_eps=self.zo_eps,
                 num_directions=self.num_directions,
+                rule=rule_named(self.rule),
                 weight_decay=config.weight_decay,
                 num_batch_sequences=config.num_batch_sequences,
                 seed=config.seed,
             ),
+            mask=_mask(backbone, fresh, examples, self.sparse_share, self.sparse_by),
+            score=self.score,
             heldout=heldout,
             run_dir=run_dir,
             resume=resume,
@@ -148,6 +162,8 @@ class ForwardGradient:
     Attributes:
         zo_eps: distance that parameters are moved to either side.
         num_directions: that each batch adds, at least 2.
+        forward_mode: exact derivatives in one pass instead of differences; needs more memory.
+        sparse_share, sparse_by: as of `ZerothOrder`.
     """
 
     learning_rate: ClassVar[float | None] = 1e-2
@@ -155,6 +171,9 @@ class ForwardGradient:
 
     zo_eps: float = 1e-2
     num_directions: int = 4
+    forward_mode: bool = False
+    sparse_share: float | None = None
+    sparse_by: str = "gradient"
 
     def __call__(
         self,
@@ -176,9 +195,11 @@ class ForwardGradient:
                 loop=config.loop,
                 zo_eps=self.zo_eps,
                 num_perturbations=self.num_directions,
+                forward_mode=self.forward_mode,
                 num_batch_sequences=config.num_batch_sequences,
                 seed=config.seed,
             ),
+            mask=_mask(backbone, fresh, examples, self.sparse_share, self.sparse_by),
             heldout=heldout,
             run_dir=run_dir,
             resume=resume,
@@ -244,21 +265,48 @@ ESTIMATORS: dict[str, type[BackPropagation] | type[ZerothOrder] | type[ForwardGr
 }
 
 
-def estimator_named(name: str, *, zo_eps: float | None = None, num_directions: int | None = None) -> Estimator:
+RULES: dict[str, Callable[[], UpdateRule]] = {"plain": PlainDescent, "momentum": Momentum, "adam": Adam}
+
+
+def rule_named(name: str) -> UpdateRule:
+    """The update rule of that name, with its own settings.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in RULES:
+        raise InputError(f"rule is {name!r}, expected one of {', '.join(RULES)}")
+    return RULES[name]()
+
+
+def estimator_named(name: str, **options: Any) -> Estimator:
     """The estimator of that name.
 
     Args:
         name: a key of `ESTIMATORS`.
-        zo_eps, num_directions: of those that read no gradient; None for their own defaults.
+        options: of its own, such as `zo_eps`; None for its default.
 
     Raises:
         InputError: an unknown name, or an option that it does not have.
+
+    Example:
+        >>> estimator_named("zeroth_order", zo_eps=1e-2, num_directions=None).num_directions
+        1
     """
     if name not in ESTIMATORS:
         raise InputError(f"estimator is {name!r}, expected one of {', '.join(ESTIMATORS)}")
-    given = {"zo_eps": zo_eps, "num_directions": num_directions}
-    chosen = {option: value for option, value in given.items() if value is not None}
-    if name == "backprop" and chosen:
-        raise InputError(f"estimator is 'backprop', which has no {next(iter(chosen))}; leave it out")
+    chosen = {option: value for option, value in options.items() if value is not None}
     make: Callable[..., Estimator] = ESTIMATORS[name]
+    known = [field.name for field in fields(ESTIMATORS[name])]
+    for option in chosen:
+        if option not in known:
+            raise InputError(f"estimator is {name!r}, which has no {option}; leave it out")
+    if chosen.get("rule") is not None:
+        rule_named(chosen["rule"])
     return make(**chosen)
+
+
+def _mask(
+    backbone: Backbone, fresh: Tunable, examples: Sequence[EncodedExample], share: float | None, by: str
+) -> SparseMask | None:
+    return None if share is None else choose_mask(backbone, fresh, examples, share, by)

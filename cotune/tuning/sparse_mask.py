@@ -11,7 +11,7 @@ Deviation: the mask is over the given parameters only, and counts them all toget
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import InputError
+from cotune.models.backbone import Backbone
+from cotune.tuning.answer_loss import TokenBatches, answer_nats
+from cotune.tuning.attached import Attachable
 
 BatchT = TypeVar("BatchT")
 MASK_FILE = "sparse_mask.safetensors"
+CRITERIA = ("gradient", "magnitude")
+# That a mask by gradient looks at; it needs the memory of a backward pass over one of them.
+NUM_TEXTS = 16
 _FORMAT = "cotune sparse mask 1"
 
 
@@ -155,6 +162,40 @@ def mask_by_gradient(
     if not num_batches:
         raise InputError("there are no batches to choose by, expected at least one")
     return _best(squares.__getitem__, params, fraction)
+
+
+def choose_mask(
+    backbone: Backbone, fresh: Attachable, examples: Sequence[EncodedExample], fraction: float, by: str
+) -> SparseMask:
+    """The mask of something that attaches to a model.
+
+    Args:
+        backbone: as before afterwards.
+        fresh: what is to be tuned.
+        examples: of which the first `NUM_TEXTS` are read, for `gradient`.
+        fraction: share of its numbers.
+        by: a name of `CRITERIA`.
+
+    Raises:
+        InputError: an unknown name, an impossible fraction, no example to choose by, or by magnitude where something
+            starts at zero, as half of LoRA does.
+    """
+    if by not in CRITERIA:
+        raise InputError(f"the criterion of a mask is {by!r}, expected one of {', '.join(CRITERIA)}")
+    if by == "magnitude":
+        for name, tensor in fresh.params.items():
+            if not bool(tensor.any()):
+                raise InputError(
+                    f"{name} starts at zero, so that a mask by magnitude would leave it out; choose by gradient"
+                )
+        return mask_by_magnitude(fresh.params, fraction)
+    batches = TokenBatches(examples[:NUM_TEXTS], 1, pad_token_id=backbone.spec.pad_token_id, seed=0)
+    with fresh.attach(backbone.model) as model:
+
+        def loss(params: dict[str, Tensor], batch: TokenBatch) -> Tensor:
+            return answer_nats(model, model.get_output_embeddings(), params, batch).mean()
+
+        return mask_by_gradient(fresh.params, fraction, loss, batches.epoch(0))
 
 
 def _best(score: Callable[[str], Tensor], params: Mapping[str, Tensor], fraction: float) -> SparseMask:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel
 
+from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
-from cotune.tuning.objectives import ExampleLosses
+from cotune.tuning.objectives import ExampleBatches, ExampleLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,42 @@ class TextBatch:
             )
         if not all(len(prompt) for prompt in self.prompts):
             raise InputError("a prompt is empty, expected at least one token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextScore:
+    """A score of generated texts, by its name.
+
+    Attributes:
+        name: for fingerprints and words.
+        metric: of a text against its references, in [0, 1], higher is better.
+    """
+
+    name: str
+    metric: Callable[[str, Sequence[str]], float] = field(repr=False)
+
+    def objective(self, examples: Sequence[EncodedExample], tokenizer: Tokenizer, stop: Collection[int]) -> TextErrors:
+        """1 - score, for texts as long as the longest answer of the examples."""
+        longest = max(len(one.input_ids) - one.first_target for one in examples)
+
+        def decode(token_ids: Sequence[int]) -> str:
+            text: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
+            return text.strip()
+
+        return TextErrors(metric=self.metric, decode=decode, max_new_tokens=longest, stop_token_ids=stop)
+
+    def batches(
+        self, examples: Sequence[EncodedExample], num_batch_examples: int, errors: TextErrors, *, seed: int
+    ) -> ExampleBatches[EncodedExample, TextBatch]:
+        """The prompts of the examples, and their answers as references."""
+
+        def collate(chosen: Sequence[EncodedExample]) -> TextBatch:
+            return TextBatch(
+                prompts=tuple(one.input_ids[: one.first_target] for one in chosen),
+                references=tuple((errors.decode(one.input_ids[one.first_target :].tolist()),) for one in chosen),
+            )
+
+        return ExampleBatches(examples, num_batch_examples, collate, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,23 +20,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cotune.data.batches import EncodedExample, TokenBatch
+from cotune.data.batches import EncodedExample
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.models.backbone import Backbone
 from cotune.tuning.answer_loss import TokenBatches, digest_examples
 from cotune.tuning.attached import Attachable
 from cotune.tuning.directions import Direction, direction_seed
 from cotune.tuning.in_place import InPlaceState, InPlaceTuner, Slope, tune_in_place
-from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
+from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress, LoopResult
 from cotune.tuning.objectives import AnswerNats, ExampleLosses, Objective
 from cotune.tuning.perturbed import representable
 from cotune.tuning.scalar_noise import ScalarNoise
 from cotune.tuning.seed_updates import PlainDescent, UpdateRule
 from cotune.tuning.sparse_mask import SparseMask
-from cotune.tuning.tuner import BatchT, Metrics
+from cotune.tuning.text_objectives import TextScore
+from cotune.tuning.tuner import Batches, BatchT, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,7 @@ def tune_zeroth_order(
     *,
     mask: SparseMask | None = None,
     scalar_noise: ScalarNoise | None = None,
+    score: TextScore | None = None,
     heldout: Sequence[EncodedExample] = (),
     run_dir: Path | None = None,
     resume: bool = False,
@@ -198,7 +201,7 @@ def tune_zeroth_order(
 ) -> ZerothOrderResult:
     """Tune anything that attaches to a model, on answers; the backbone is as before afterwards.
 
-    For other objectives, such as `ChoiceNats` or `TextErrors`, call `tune_in_place` with a `ZerothOrderTuner`.
+    For other objectives, such as `ChoiceNats`, call `tune_in_place` with a `ZerothOrderTuner`.
 
     Args:
         backbone: of any architecture; serves nobody else meanwhile.
@@ -207,6 +210,7 @@ def tune_zeroth_order(
         config: how to tune.
         mask: of the tuned numbers; None tunes all.
         scalar_noise: makes the slopes private, see `cotune.tuning.scalar_noise`.
+        score: of greedy answers, raised instead of their likelihood; losses are 1 - score. None: nats per token.
         heldout: examples to judge each epoch by; the best epoch wins, and a copy of its parameters is kept. Empty: the
             last one does, and there is no copy.
         run_dir: for metrics and checkpoints.
@@ -227,23 +231,42 @@ def tune_zeroth_order(
         config,
         mask and mask.digest(),
         scalar_noise,
+        score,
         backbone.spec.backbone_digest,
         digest_examples(examples, heldout),
     )
 
-    def make_tuner(model: PreTrainedModel) -> ZerothOrderTuner[TokenBatch]:
-        return ZerothOrderTuner(model, config, AnswerNats(), mask=mask, scalar_noise=scalar_noise)
+    def tune_on(
+        objective: Objective[BatchT], batches: Batches[BatchT], judged: Batches[BatchT] | None
+    ) -> tuple[dict[str, Tensor], LoopResult[InPlaceState]]:
+        def make_tuner(model: PreTrainedModel) -> ZerothOrderTuner[BatchT]:
+            return ZerothOrderTuner(model, config, objective, mask=mask, scalar_noise=scalar_noise)
 
-    params, result = tune_in_place(
-        backbone.model,
-        fresh,
-        make_tuner,
-        TokenBatches(examples, size, pad_token_id=pad_token_id, seed=config.seed),
-        config.loop,
-        heldout=TokenBatches(heldout, size, pad_token_id=pad_token_id, seed=0) if heldout else None,
-        fingerprint=hashlib.sha256(repr(about).encode()).hexdigest(),
-        run_dir=run_dir,
-        resume=resume,
-        progress=progress,
-    )
+        return tune_in_place(
+            backbone.model,
+            fresh,
+            make_tuner,
+            batches,
+            config.loop,
+            heldout=judged,
+            fingerprint=hashlib.sha256(repr(about).encode()).hexdigest(),
+            run_dir=run_dir,
+            resume=resume,
+            progress=progress,
+        )
+
+    if score is None:
+        params, result = tune_on(
+            AnswerNats(),
+            TokenBatches(examples, size, pad_token_id=pad_token_id, seed=config.seed),
+            TokenBatches(heldout, size, pad_token_id=pad_token_id, seed=0) if heldout else None,
+        )
+    else:
+        tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
+        errors = score.objective([*examples, *heldout], tokenizer, backbone.spec.eos_token_ids)
+        params, result = tune_on(
+            errors,
+            score.batches(examples, size, errors, seed=config.seed),
+            score.batches(heldout, size, errors, seed=0) if heldout else None,
+        )
     return ZerothOrderResult(params=params, config=config, curve=result.curve, best_epoch=result.best_epoch)

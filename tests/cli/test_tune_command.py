@@ -90,3 +90,30 @@ def test_an_earlier_result_of_another_method_is_kept(tmp_path: Path, texts: Path
     assert run(*common, "--method", "bias").status == 0
     run(*common, "--method", "lora").check_refusal(f"--out is {out}, which holds something else")
     assert run(*common, "--method", "full", "--json").status == 0, "another result of the same kind is written over"
+
+
+@needs_starter
+def test_a_score_gets_better_without_a_gradient(tmp_path: Path, texts: Path, run: Any) -> None:
+    options = ("--estimator", "zeroth_order", "--objective", "token_f1", "--zo-rule", "momentum", "--sparse-share", 0.5)
+    common = ("tune", "starter", texts, "--method", "lora", "--limit", 10, "--max-length", 64, "--epochs", 1)
+    outcome = run(*common, "--out", tmp_path / "out", *options, "--json")
+    assert outcome.status == 0 and outcome.err == "", outcome.err
+    told = json.loads(outcome.out)
+    assert 0 <= told["base_token_f1"] <= told["heldout_token_f1"] <= 1
+    assert "heldout_nats_per_token" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--objective", "bleu"), "--objective is 'bleu', expected one of nats, rouge_l, token_f1, exact_match"),
+        (("--objective", "rouge_l"), "--objective is 'rouge_l' and --estimator 'backprop', expected zeroth_order"),
+        (("--sparse-by", "gradient"), "--sparse-by is given without --sparse-share"),
+        (("--method", "side", "--zo-rule", "adam"), "--method is 'side', which has none of"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    tmp_path: Path, texts: Path, run: Any, options: tuple[str, ...], words: str
+) -> None:
+    run("tune", "starter", texts, "--out", tmp_path / "out", *options).check_refusal(words)
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,8 @@ from cotune.tuning.adaptations import AdaptationOptions, adaptation_named
 from cotune.tuning.estimators import ESTIMATORS, Estimator, PrivateDescent, estimator_named
 from cotune.tuning.loop import LoopConfig
 from cotune.tuning.personal import encode_examples
+from cotune.tuning.sparse_mask import choose_mask
+from cotune.tuning.text_objectives import TextScore
 from cotune.tuning.tune import TuneConfig, tune
 
 
@@ -36,6 +38,10 @@ def test_names() -> None:
         estimator_named("backprop", zo_eps=0.1)
     with pytest.raises(InputError, match="zo_eps is -1"):
         tune_with(estimator_named("zeroth_order", zo_eps=-1.0), tiny_backbone("llama"), [], 1e-3)
+    with pytest.raises(InputError, match="'zeroth_order', which has no forward_mode"):
+        estimator_named("zeroth_order", forward_mode=True)
+    with pytest.raises(InputError, match="rule is 'sgd', expected one of plain, momentum, adam"):
+        estimator_named("zeroth_order", rule="sgd")
 
 
 def tune_with(
@@ -55,7 +61,11 @@ def tune_with(
     [
         (estimator_named("backprop"), 1e-2),
         (estimator_named("zeroth_order", num_directions=8), 3e-3),
+        (estimator_named("zeroth_order", num_directions=4, rule="momentum"), 3e-3),
+        (estimator_named("zeroth_order", num_directions=4, rule="adam"), 3e-3),
+        (estimator_named("zeroth_order", num_directions=4, sparse_share=0.1), 1e-2),
         (estimator_named("forward_gradient"), 0.3),
+        (estimator_named("forward_gradient", forward_mode=True, num_directions=2, sparse_share=0.2), 0.3),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -74,3 +84,36 @@ def test_a_private_run_says_what_it_spent(backbone: Backbone, examples: list[Enc
     )
     result = tune(backbone, examples, config, estimator=PrivateDescent(epsilon=8.0), run_dir=tmp_path)
     assert result.account is not None and 0 < result.account.epsilon <= 8.0
+
+
+def test_a_score_is_raised_without_a_gradient(backbone: Backbone, examples: list[EncodedExample]) -> None:
+    """A score that likes short texts, which no likelihood would teach."""
+    short = TextScore(name="short", metric=lambda text, references: 1 / (1 + len(text)))
+    losses = tune_with(
+        estimator_named("zeroth_order", num_directions=4, score=short), backbone, examples[:4], 3e-2, epochs=3
+    )
+    assert losses[0] is not None and min(loss for loss in losses if loss is not None) < losses[0] <= 1
+
+
+def test_a_mask_leaves_all_other_numbers_alone(backbone: Backbone, examples: list[EncodedExample]) -> None:
+    what = adaptation_named("bias", AdaptationOptions())
+    fresh = what.fresh(backbone, examples, seed=0)
+    mask = choose_mask(backbone, fresh, examples, 0.05, "gradient")
+    config = TuneConfig(what=what, loop=LoopConfig(epochs=1, learning_rate=1e-2))
+    estimator = estimator_named("zeroth_order", sparse_share=0.05)
+    tuned = estimator(backbone, fresh, examples, config, heldout=(), run_dir=None, resume=False, progress=None).params
+    changed = {name: (tuned[name] != before).nonzero()[:, 0].tolist() for name, before in fresh.params.items()}
+    expected = {name: places.tolist() for name, places in mask.indices.items()}
+    assert {name: places for name, places in changed.items() if places} == expected
+    with pytest.raises(InputError, match="criterion of a mask is 'luck'"):
+        choose_mask(backbone, fresh, examples, 0.05, "luck")
+
+
+def test_a_mask_by_magnitude_is_refused_where_something_starts_at_zero(
+    backbone: Backbone, examples: list[EncodedExample]
+) -> None:
+    lora = adaptation_named("lora", AdaptationOptions()).fresh(backbone, examples, seed=0)
+    with pytest.raises(InputError, match="starts at zero"):
+        choose_mask(backbone, lora, examples, 0.05, "magnitude")
+    norms = adaptation_named("bias", AdaptationOptions()).fresh(backbone, examples, seed=0)
+    assert choose_mask(backbone, norms, examples, 0.05, "magnitude").num_numbers >= 1
