@@ -273,8 +273,8 @@ def _check(settings: TuneSettings) -> None:
         raise InputError(f"--objective is {settings.objective!r}, expected one of {', '.join(OBJECTIVES)}")
     if settings.objective != "nats" and settings.estimator != "zeroth_order":
         raise InputError(
-            f"--objective is {settings.objective!r} and --estimator {settings.estimator!r}, expected zeroth_order, which "
-            "needs no gradient of it"
+            f"--objective is {settings.objective!r} and --estimator {settings.estimator!r}, expected zeroth_order, "
+            "which needs no gradient of it"
         )
     if settings.sparse_by is not None and settings.sparse_share is None:
         raise InputError("--sparse-by is given without --sparse-share; give that too, or leave it out")
