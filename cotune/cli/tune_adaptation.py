@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cotune.cli.tune_settings import Summary, Tell, TuneSettings
+from cotune.cli.tune_settings import Summary, Tell, TuneSettings, spent
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from cotune.models.backbone import Backbone
     from cotune.tuning.adaptations import AdaptationOptions
     from cotune.tuning.estimators import Estimator
-    from cotune.tuning.privacy_account import PrivacyAccount
     from cotune.tuning.tune import TuneConfig
 
 # Starts that do not look at the texts, which is what a private run needs.
@@ -53,7 +52,7 @@ def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneS
         **_judged(settings.objective, before, after),
         "best_epoch": result.best_epoch,
         **({} if settings.merged is None else {"merged": str(settings.merged)}),
-        **({} if result.account is None else _spent(result.account)),
+        **({} if result.account is None else spent(result.account)),
     }
 
 
@@ -98,12 +97,6 @@ def estimator(settings: TuneSettings) -> Estimator:
             "private texts before the private run; take another one"
         )
     return PrivateDescent(epsilon=settings.dp_epsilon, delta=settings.dp_delta, clip=settings.dp_clip or 1.0)
-
-
-def _spent(account: PrivacyAccount) -> Summary:
-    from cotune.tuning.privacy_account import ASSUMPTIONS
-
-    return {"privacy": account.summary(), "privacy_assumptions": list(ASSUMPTIONS)}
 
 
 def adaptation_options(settings: TuneSettings) -> AdaptationOptions:

@@ -151,6 +151,8 @@ def tune(
 
         cotune tune starter my-texts.jsonl --method lora --dp-epsilon 8 --out my-private-lora
 
+        cotune tune starter my-texts.jsonl --method side --dp-epsilon 8 --out my-private-plugin
+
         cotune tune ./my-llama my-texts.jsonl --method soft_prompt --virtual-tokens 30 --out my-prompt
 
         cotune tune ./my-llama my-texts.jsonl --method blocks --memory-budget 2GB --out my-blocks
@@ -258,14 +260,10 @@ def _check(settings: TuneSettings) -> None:
         sparse_by=None,
         objective="nats",
         forward_mode=False,
-        dp_epsilon=None,
-        dp_delta=None,
-        dp_clip=None,
     ):
         raise InputError(
             "--method is 'side', which has none of --merged, --gradient-checkpointing, --base-bits, --rank, --alpha, "
-            "--init, --width, --virtual-tokens, --memory-budget, --estimator and its options, and --dp-epsilon; leave "
-            "them out"
+            "--init, --width, --virtual-tokens, --memory-budget, and --estimator with its options; leave them out"
         )
     if settings.estimator not in ESTIMATOR_NAMES:
         raise InputError(f"--estimator is {settings.estimator!r}, expected one of {', '.join(ESTIMATOR_NAMES)}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cotune.tuning.privacy_account import PrivacyAccount
 
 Tell = Callable[[str, int, int, str], None]
 """Hears of progress: stage, done, total, a note."""
@@ -58,3 +61,10 @@ class TuneSettings:
     split: str | None
     dtype: str
     seed: int
+
+
+def spent(account: PrivacyAccount) -> Summary:
+    """What a private run says of itself."""
+    from cotune.tuning.privacy_account import ASSUMPTIONS
+
+    return {"privacy": account.summary(), "privacy_assumptions": list(ASSUMPTIONS)}

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cotune.cli.tune_settings import Summary, Tell, TuneSettings
+from cotune.cli.tune_settings import Summary, Tell, TuneSettings, spent
+from cotune.errors import InputError
 
 if TYPE_CHECKING:
+    from cotune.data.batches import EncodedExample
     from cotune.data.templates import Example
     from cotune.models.backbone import Backbone
+    from cotune.tuning.feature_cache import FeatureCache
+    from cotune.tuning.personal import PersonalConfig, PublicParts
 
 
 def tune_side_network(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Summary:
-    """Train, save, and tell how it went."""
+    """Train, save, and tell how it went.
+
+    Raises:
+        InputError: a private run from the backbone, which would look at the texts first.
+    """
     from cotune.data.templates import common_prompt_format
     from cotune.device.own_texts import write_texts
     from cotune.tuning.backbone_start import ladder_from_backbone
@@ -22,6 +30,11 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
     from cotune.tuning.personal import PersonalConfig, PublicParts, encode_examples, split_examples, tune_plugin
     from cotune.tuning.side import AttentionShape, SideConfig
 
+    if settings.dp_epsilon is not None and settings.side_init == "backbone":
+        raise InputError(
+            "--dp-epsilon is given, but --side-init backbone looks at the private texts before the private run; take "
+            "random"
+        )
     loop = LoopConfig(
         epochs=15 if settings.epochs is None else settings.epochs,
         learning_rate=1e-2 if settings.learning_rate is None else settings.learning_rate,
@@ -47,8 +60,10 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
         projections_digest=backbone.projections.digest,
     )
     public = PublicParts(tokenizer_json=backbone.tokenizer_json, output_basis=backbone.output_basis)
-    network = None
     encoded = encode_examples(public.tokenizer_json, examples, backbone.description, config.max_length)
+    if settings.dp_epsilon is not None:
+        return _tune_privately(backbone, public, encoded, config, cache, settings, tell)
+    network = None
     if config.side.init == "backbone":
         for_side, _, _ = split_examples(encoded, config.heldout_share, config.seed)
         network = ladder_from_backbone(backbone, for_side, config.side)
@@ -76,3 +91,69 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
         "base_nats_per_token": result.summary.get("base_nats_per_token"),
         "heldout_nats_per_token": result.summary.get("side_nats_per_token"),
     }
+
+
+def _tune_privately(
+    backbone: Backbone,
+    public: PublicParts,
+    encoded: list[EncodedExample],
+    config: PersonalConfig,
+    cache: FeatureCache,
+    settings: TuneSettings,
+    tell: Tell,
+) -> Summary:
+    """Every text counts and none judges: what held-out texts or a gate decide is not covered by the promise."""
+    from cotune.tuning.feature_cache import collect_features
+    from cotune.tuning.plugin_folder import build_plugin
+    from cotune.tuning.private import PrivateConfig, tune_side_private
+
+    def told(done: int, total: int) -> None:
+        tell("features", done, total, "")
+
+    features = collect_features(
+        cache,
+        backbone,
+        encoded,
+        config.top_k,
+        lambda p: told(p.num_done, p.num_sequences),
+        prompt_window=config.side.prompt_window,
+    )
+    assert settings.dp_epsilon is not None
+    private = PrivateConfig.for_budget(
+        len(encoded),
+        epsilon=settings.dp_epsilon,
+        delta=settings.dp_delta,
+        clip=settings.dp_clip or 1.0,
+        loop=config.side.loop,
+        weight_decay=config.side.weight_decay,
+    )
+    side, account = tune_side_private(
+        features,
+        public.output_basis,
+        config.side,
+        private,
+        run_dir=settings.run / "side",
+        resume=settings.resume,
+        progress=lambda p: tell("side network", p.step, p.num_steps, f"loss {p.loss:.3f}"),
+    )
+    description = backbone.description
+    plugin = build_plugin(
+        side.network,
+        None,
+        family=config.side.family,
+        backbone_digest=description.backbone_digest,
+        projections_digest=description.projections_digest,
+        tokenizer_digest=description.tokenizer_digest,
+        tokenizer_json=public.tokenizer_json,
+        output_basis=public.output_basis,
+        training={
+            "num_examples": len(encoded),
+            "num_target_tokens": len(features),
+            "epochs": config.side.loop.epochs,
+            "seed": config.seed,
+            "prompt_format": config.prompt_format,
+            "privacy": account.summary(),
+        },
+    )
+    plugin.save(settings.out)
+    return {"num_parameters": plugin.num_parameters, "heldout_nats_per_token": None, **spent(account)}

@@ -11,6 +11,7 @@ import pytest
 
 import cotune
 from cotune.cli.tune_command import ATTACHED_METHODS, METHODS, RESULT_FILES
+from cotune.plugin import Plugin
 from cotune.tuning.adaptations import ADAPTATIONS
 from cotune.tuning.lora_init import INITS
 
@@ -101,6 +102,20 @@ def test_a_score_gets_better_without_a_gradient(tmp_path: Path, texts: Path, run
     told = json.loads(outcome.out)
     assert 0 <= told["base_token_f1"] <= told["heldout_token_f1"] <= 1
     assert "heldout_nats_per_token" not in told
+
+
+@needs_starter
+def test_a_private_plugin_has_no_gate_and_says_what_it_spent(tmp_path: Path, texts: Path, run: Any) -> None:
+    pytest.importorskip("opacus", reason="needs cotune[private]")
+    common = ("tune", "starter", texts, "--method", "side", "--limit", 12, "--epochs", 1, "--out", tmp_path / "out")
+    outcome = run(*common, "--dp-epsilon", 4, "--json")
+    assert outcome.status == 0 and outcome.err == "", outcome.err
+    told = json.loads(outcome.out)
+    assert "epsilon" in told["privacy"] and told["privacy_assumptions"]
+    plugin = Plugin.load(tmp_path / "out")
+    assert plugin.gate is None and plugin.training["privacy"] == told["privacy"]
+    again = run(*common, "--dp-epsilon", 4, "--side", "attention", "--side-init", "backbone")
+    again.check_refusal("--side-init backbone looks at the private texts")
 
 
 @pytest.mark.parametrize(
