@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from cotune.cli.tune_settings import Summary, Tell, TuneSettings, spent
 from cotune.errors import InputError
@@ -71,7 +72,7 @@ def estimator(settings: TuneSettings) -> Estimator:
         InputError: an unknown name, or options that do not go with it.
     """
     from cotune.evaluation.text_metrics import exact_match, rouge_l, token_f1
-    from cotune.tuning.estimators import PrivateDescent, estimator_named
+    from cotune.tuning.estimators import PrivateDescent, PrivateZerothOrder, estimator_named
     from cotune.tuning.text_objectives import TextScore
 
     if settings.dp_epsilon is None:
@@ -87,16 +88,28 @@ def estimator(settings: TuneSettings) -> Estimator:
             score=TextScore(name=name, metric=scores[name]) if name in scores else None,
             forward_mode=settings.forward_mode or None,
         )
-    if settings.estimator != "backprop":
+    if settings.estimator == "forward_gradient":
         raise InputError(
-            f"--estimator is {settings.estimator!r} and --dp-epsilon is given, expected backprop; leave one of them out"
+            "--estimator is 'forward_gradient' and --dp-epsilon is given, expected backprop or zeroth_order: its gate "
+            "looks at the texts without noise"
+        )
+    if settings.sparse_share is not None or settings.objective != "nats":
+        raise InputError(
+            "--dp-epsilon is given with --sparse-share or --objective, which it does not cover; leave them out"
         )
     if settings.method == "blocks" or (settings.init or "default") not in INITS_WITHOUT_DATA:
         raise InputError(
             f"--dp-epsilon is given, but --method {settings.method} --init {settings.init or 'default'} looks at the "
             "private texts before the private run; take another one"
         )
-    return PrivateDescent(epsilon=settings.dp_epsilon, delta=settings.dp_delta, clip=settings.dp_clip or 1.0)
+    budget: dict[str, Any] = {"epsilon": settings.dp_epsilon, "delta": settings.dp_delta, "clip": settings.dp_clip or 1.0}
+    given = {"zo_eps": settings.zo_eps, "num_directions": settings.directions, "rule": settings.zo_rule}
+    if settings.estimator == "backprop":
+        # Refuses the options of other estimators.
+        estimator_named("backprop", **given)
+        return PrivateDescent(**budget)
+    make: Callable[..., Estimator] = PrivateZerothOrder
+    return make(**budget, **{name: value for name, value in given.items() if value is not None})
 
 
 def adaptation_options(settings: TuneSettings) -> AdaptationOptions:

@@ -17,6 +17,7 @@ from cotune.tuning.forward_gradient import ForwardGradientConfig, tune_forward_g
 from cotune.tuning.loop import EpochRecord, LoopProgress
 from cotune.tuning.privacy_account import PrivacyAccount
 from cotune.tuning.private import PrivateConfig, tune_private
+from cotune.tuning.private_zeroth_order import tune_private_zeroth_order
 from cotune.tuning.seed_updates import Adam, Momentum, PlainDescent, UpdateRule
 from cotune.tuning.sparse_mask import SparseMask, choose_mask
 from cotune.tuning.text_objectives import TextScore
@@ -241,6 +242,65 @@ class PrivateDescent:
             backbone,
             fresh,
             examples,
+            PrivateConfig.for_budget(
+                len(examples),
+                epsilon=self.epsilon,
+                delta=self.delta,
+                clip=self.clip,
+                num_part_texts=config.num_batch_sequences,
+                loop=config.loop,
+                weight_decay=config.weight_decay,
+            ),
+            heldout=heldout,
+            run_dir=run_dir,
+            resume=resume,
+            progress=progress,
+        )
+        return Updated(params=result.params, curve=result.curve, best_epoch=result.best_epoch, account=result.account)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateZerothOrder:
+    """DP-ZO for each text: noisy scalars along public directions; see `cotune.tuning.private_zeroth_order`.
+
+    Attributes:
+        epsilon, delta: as of `PrivateDescent`.
+        clip: the most that one text's slope counts for.
+        zo_eps, num_directions, rule: as of `ZerothOrder`.
+    """
+
+    learning_rate: ClassVar[float | None] = 1e-4
+    epochs: ClassVar[int] = 20
+
+    epsilon: float
+    delta: float | None = None
+    clip: float = 1.0
+    zo_eps: float = 1e-3
+    num_directions: int = 1
+    rule: str = "plain"
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        fresh: Tunable,
+        examples: Sequence[EncodedExample],
+        config: AttachedConfig,
+        *,
+        heldout: Sequence[EncodedExample],
+        run_dir: Path | None,
+        resume: bool,
+        progress: Callable[[LoopProgress], None] | None,
+    ) -> Updated:
+        result = tune_private_zeroth_order(
+            backbone,
+            fresh,
+            examples,
+            ZerothOrderConfig(
+                zo_eps=self.zo_eps,
+                num_directions=self.num_directions,
+                rule=rule_named(self.rule),
+                seed=config.seed,
+            ),
             PrivateConfig.for_budget(
                 len(examples),
                 epsilon=self.epsilon,

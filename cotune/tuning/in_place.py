@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Generic, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -119,6 +119,9 @@ class InPlaceState:
                 tensor.copy_(params[name])
 
 
+InPlaceT = TypeVar("InPlaceT", bound=InPlaceState)
+
+
 class InPlaceTuner(Generic[BatchT]):
     """The half of a `Tuner` that all forward-only methods have.
 
@@ -145,7 +148,7 @@ class InPlaceTuner(Generic[BatchT]):
 def tune_in_place(
     model: PreTrainedModel,
     fresh: Attachable,
-    make_tuner: Callable[[PreTrainedModel], Tuner[InPlaceState, BatchT]],
+    make_tuner: Callable[[PreTrainedModel], Tuner[InPlaceT, BatchT]],
     batches: Batches[BatchT],
     loop: LoopConfig,
     *,
@@ -154,7 +157,7 @@ def tune_in_place(
     run_dir: Path | None = None,
     resume: bool = False,
     progress: Callable[[LoopProgress], None] | None = None,
-) -> tuple[dict[str, Tensor], LoopResult[InPlaceState]]:
+) -> tuple[dict[str, Tensor], LoopResult[InPlaceT]]:
     """Attach, train in place, and take what was learnt; the model is as before afterwards, also on error.
 
     Where `fresh` has no copy of its own, as parameters of the model itself, what they were waits on disk meanwhile.

@@ -118,6 +118,17 @@ def test_a_private_plugin_has_no_gate_and_says_what_it_spent(tmp_path: Path, tex
     again.check_refusal("--side-init backbone looks at the private texts")
 
 
+@needs_starter
+def test_zeroth_order_can_be_private(tmp_path: Path, texts: Path, run: Any) -> None:
+    pytest.importorskip("opacus", reason="needs cotune[private]")
+    common = ("tune", "starter", texts, "--limit", 12, "--epochs", 1, "--dp-epsilon", 4, "--out", tmp_path / "out")
+    outcome = run(*common, "--estimator", "zeroth_order", "--directions", 2, "--json")
+    assert outcome.status == 0 and outcome.err == "", outcome.err
+    assert "epsilon" in json.loads(outcome.out)["privacy"]
+    run(*common, "--estimator", "forward_gradient").check_refusal("its gate looks at the texts without noise")
+    run(*common, "--zo-eps", 0.1).check_refusal("'backprop', which has no zo_eps")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
