@@ -5,6 +5,7 @@ The curve is the loss on held-out training texts after every epoch, which all me
 
 from __future__ import annotations
 
+from cells import OutOfTimeError
 from mean import Mean
 from page import Page
 from result_folder import Point, plot_lines
@@ -24,11 +25,15 @@ LINES = {
 def build(study: Study) -> Page:
     """One plot for each data set."""
     measured: dict[str, dict[str, list[Mean]]] = {}
-    sections = []
+    sections, unfinished = [], []
     for dataset in study.args.datasets:
         curves: dict[str, list[Point]] = {}
         for label, method in LINES.items():
-            runs = study.runs(dataset, method)
+            try:
+                runs = study.runs(dataset, method)
+            except OutOfTimeError:
+                unfinished.append(f"{label} on {dataset}")
+                continue
             epochs = min(len(run["epochs"]) for run in runs)
             losses = [Mean.of([run["epochs"][i][2] for run in runs]) for i in range(epochs)]
             measured.setdefault(dataset, {})[label] = losses
@@ -49,6 +54,7 @@ def build(study: Study) -> Page:
             for dataset, curves in measured.items()
             for label, losses in curves.items()
         ],
+        unfinished=unfinished,
     )
 
 

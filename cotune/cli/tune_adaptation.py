@@ -102,7 +102,8 @@ def estimator(settings: TuneSettings) -> Estimator:
             f"--dp-epsilon is given, but --method {settings.method} --init {settings.init or 'default'} looks at the "
             "private texts before the private run; take another one"
         )
-    budget: dict[str, Any] = {"epsilon": settings.dp_epsilon, "delta": settings.dp_delta, "clip": settings.dp_clip or 1.0}
+    clip = settings.dp_clip or 1.0
+    budget: dict[str, Any] = {"epsilon": settings.dp_epsilon, "delta": settings.dp_delta, "clip": clip}
     given = {"zo_eps": settings.zo_eps, "num_directions": settings.directions, "rule": settings.zo_rule}
     if settings.estimator == "backprop":
         # Refuses the options of other estimators.
