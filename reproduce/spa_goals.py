@@ -120,7 +120,7 @@ def build(study: Study) -> Page:
             "difference, Rouge-L": [
                 f"{one.difference.mean:.2f} ({one.difference.low:.2f} to {one.difference.high:.2f})" for one in found
             ],
-            "claim": [f"at least {one.least:g}" for one in found],
+            "needed": [f"at least {one.least:g}" for one in found],
             "with": [one.remark for one in found],
             "verdict": ["holds" if one.holds else "missed" for one in found],
         }
