@@ -88,6 +88,10 @@ def plot_lines(
                     axes.plot((x, x), (low, high), color=colour, linewidth=1.0)
         if is_log_x:
             axes.set_xscale("log")
+            # Matplotlib's own labels are TeX, which an SVG of words shows as it is written.
+            places = sorted({x for points in lines.values() for x, *_ in points})
+            axes.set_xticks(places, [f"{place:g}" for place in places])
+            axes.minorticks_off()
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.figure.legend(loc="outside lower left", ncols=2, handlelength=2.2, columnspacing=1.4)
