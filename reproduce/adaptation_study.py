@@ -193,7 +193,9 @@ def best_rate(nats: Mapping[float, float | None]) -> float:
     """
     finite = {rate: value for rate, value in nats.items() if value is not None}
     if not finite:
-        raise InputError(f"every learning rate of {', '.join(f'{rate:g}' for rate in nats)} diverged; give smaller ones")
+        raise InputError(
+            f"every learning rate of {', '.join(f'{rate:g}' for rate in nats)} diverged; give smaller ones"
+        )
     return min(finite, key=lambda rate: finite[rate])
 
 

@@ -21,7 +21,7 @@ from result_folder import grid, plot_groups, plot_lines
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
-from cotune.evaluation.markup import Html
+from cotune.evaluation.markup import Html, bullets
 from cotune.evaluation.report import Section
 from cotune.models.adapters import LoraShape
 from cotune.models.backbone import Backbone
@@ -254,7 +254,7 @@ def build(study: AdaptationStudy) -> Page:
         for begin in range(0, len(curves), LINES_IN_A_PLOT)
     ]
     at_rates = {f"{rate:g}": [_bar(searched[name][rate]) for name in searched] for rate in args.learning_rates}
-    content = "".join([*plots, _sentences(said), grid("At the end", "start", names, columns)] if names else [])
+    content = "".join([*plots, bullets(said), grid("At the end", "start", names, columns)] if names else [])
     sections = [Section(name="starts", short="Starts", heading="Each at its best learning rate", content=Html(content))]
     if searched:
         sections.append(
@@ -298,12 +298,6 @@ def build(study: AdaptationStudy) -> Page:
 
 def _bar(nats: float | None) -> tuple[float, float, None, None] | None:
     return None if nats is None else (0.0, nats, None, None)
-
-
-def _sentences(said: Sequence[str]) -> str:
-    from cotune.evaluation.markup import bullets
-
-    return bullets(said) if said else ""
 
 
 if __name__ == "__main__":
