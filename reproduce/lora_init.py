@@ -26,9 +26,9 @@ from cotune.evaluation.report import Section
 from cotune.models.adapters import LoraShape
 from cotune.models.backbone import Backbone
 from cotune.tuning.attached import Tunable
+from cotune.tuning.loop import LoopConfig
 from cotune.tuning.lora import Lora
 from cotune.tuning.lora_init import INITS
-from cotune.tuning.loop import LoopConfig
 from cotune.tuning.tune import Adaptation, TuneConfig, tune
 
 NAME = "lora_init"

@@ -27,7 +27,7 @@ from cotune.data.templates import Example
 from cotune.device.likelihood import base_nats, score_tokens
 from cotune.device.side_network import open_side_network
 from cotune.errors import InputError
-from cotune.evaluation.canaries import Manifest, SecretSpace, plant
+from cotune.evaluation.canaries import SecretSpace, plant
 from cotune.evaluation.markup import Html, bullets
 from cotune.evaluation.memorisation import AuditConfig, Score, TextScore, audit
 from cotune.evaluation.report import Section

@@ -53,7 +53,7 @@ def test_verdicts_count_only_intervals_without_zero() -> None:
 
 def test_the_best_rate_is_a_finite_one_and_ends_of_the_search_are_named() -> None:
     assert best_rate({0.1: None, 0.01: 2.0, 0.001: 3.0}) == 0.01
-    with pytest.raises(InputError, match="every learning rate of 0.1 diverged"):
+    with pytest.raises(InputError, match=r"every learning rate of 0\.1 diverged"):
         best_rate({0.1: None})
     assert at_edge(0.01, [0.01, 0.1]) == "smallest" and at_edge(0.1, [0.1]) is None
     rates = [0.01, 0.03, 0.1]
