@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from cotune.evaluation.measured_memory import cuda_peak_bytes, resident_peak_byt
 from cotune.evaluation.report import Section
 from cotune.evaluation.svg import INK, render_svg, series_colour
 from cotune.models.backbone import Backbone
+from cotune.models.low_bit import is_low_bit
 from cotune.tuning.adaptations import ADAPTATIONS, AdaptationOptions
 from cotune.tuning.estimators import BackPropagation, Estimator, ForwardGradient, ZerothOrder
 from cotune.tuning.loop import LoopConfig, LoopProgress
@@ -39,6 +40,7 @@ from cotune.tuning.tune import TuneConfig, tune
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from transformers import PreTrainedModel
 
 NAME = "survey_combinations"
 WHAT = ("full", "lora", "adapter", "soft_prompt", "bias")
@@ -257,9 +259,17 @@ def measure_memory(one: Combination, args: argparse.Namespace) -> Value:
     work(1, 4)
     peak = partial(cuda_peak_bytes, device=args.device) if args.device.startswith("cuda") else resident_peak_bytes
     above = peak(lambda: work(MEMORY_STEPS * args.batch_size, length - 1))
-    tensors = [*backbone.model.parameters(), *backbone.model.buffers()]
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return {"above_bytes": above, "weight_bytes": weights, "length": length}
+    return {"above_bytes": above, "weight_bytes": weight_bytes(backbone.model), "length": length}
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Of the parameters and buffers, with the scales of 4-bit blocks, which bitsandbytes keeps beside them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if is_low_bit(model):
+        import bitsandbytes as bnb
+
+        tensors += [one.quant_state.absmax for one in model.parameters() if isinstance(one, bnb.nn.Params4bit)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Runs:
@@ -344,7 +354,7 @@ def step_seconds(ends_s: Sequence[tuple[int, float]]) -> float | None:
         >>> step_seconds([(1, 1.0), (1, 3.0), (2, 9.0), (2, 11.0)])
         2.0
     """
-    taken = [b - a for (before, a), (epoch, b) in zip(ends_s, ends_s[1:], strict=False) if before == epoch]
+    taken = [b - a for (before, a), (epoch, b) in pairwise(ends_s) if before == epoch]
     return median(taken) if taken else None
 
 
