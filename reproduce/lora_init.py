@@ -17,11 +17,11 @@ from adaptation_study import AdaptationStudy, best_rate, edge_notes, make_parser
 from cells import OutOfTimeError, Value
 from mean import Mean
 from page import Page
-from result_folder import grid, plot_groups, plot_lines
+from result_folder import Point, grid, plot_lines
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
-from cotune.evaluation.markup import Html, bullets
+from cotune.evaluation.markup import Html, bullets, join
 from cotune.evaluation.report import Section
 from cotune.models.adapters import LoraShape
 from cotune.models.backbone import Backbone
@@ -243,18 +243,26 @@ def build(study: AdaptationStudy) -> Page:
         for rate in args.learning_rates
     }
     curves = {name: [mean.point(epoch) for epoch, mean in enumerate(rows[name]["curve"])] for name in names}
-    plots = [
-        plot_lines(
-            f"curves_{begin}",
-            "Means over seeds with 95 % intervals; epoch 0 is before any step.",
-            dict(list(curves.items())[begin : begin + LINES_IN_A_PLOT]),
-            x_label="epoch",
-            y_label="held-out nats per token",
-        )
-        for begin in range(0, len(curves), LINES_IN_A_PLOT)
-    ]
-    at_rates = {f"{rate:g}": [_bar(searched[name][rate]) for name in searched] for rate in args.learning_rates}
-    content = "".join([*plots, bullets(said), grid("At the end", "start", names, columns)] if names else [])
+    courses = {
+        name: [(rate, nats, None, None) for rate, nats in found.items() if nats is not None]
+        for name, found in searched.items()
+    }
+    plots = plots_of(
+        "curves",
+        "Means over seeds with 95 % intervals; epoch 0 is before any step.",
+        curves,
+        x_label="epoch",
+        y_label="held-out nats per token",
+    )
+    rate_plots = plots_of(
+        "rates",
+        "Held-out training texts, seed 0.",
+        courses,
+        x_label="learning rate, log scale",
+        y_label="held-out nats per token",
+        is_log_x=True,
+    )
+    content = plots + bullets(said) + grid("At the end", "start", names, columns) if names else ""
     sections = [Section(name="starts", short="Starts", heading="Each at its best learning rate", content=Html(content))]
     if searched:
         sections.append(
@@ -263,14 +271,7 @@ def build(study: AdaptationStudy) -> Page:
                 short="Rates",
                 heading="The same learning rate for all",
                 content=Html(
-                    plot_groups(
-                        "rates",
-                        "Held-out training texts, seed 0.",
-                        list(searched),
-                        at_rates,
-                        y_label="held-out nats per token",
-                    )
-                    + grid("Nats per held-out training token, seed 0", "start", list(searched), by_rate)
+                    rate_plots + grid("Nats per held-out training token, seed 0", "start", list(searched), by_rate)
                 ),
             )
         )
@@ -296,8 +297,14 @@ def build(study: AdaptationStudy) -> Page:
     )
 
 
-def _bar(nats: float | None) -> tuple[float, float, None, None] | None:
-    return None if nats is None else (0.0, nats, None, None)
+def plots_of(name: str, caption: str, lines: Mapping[str, Sequence[Point]], **options: Any) -> Html:
+    """As many plots as needed, because colours tell only so many lines apart; the first line is in each of them."""
+    first, *others = lines.items() if lines else [("", [])]
+    step = LINES_IN_A_PLOT - 1
+    parts = [others[begin : begin + step] for begin in range(0, max(1, len(others)), step)]
+    return join(
+        plot_lines(f"{name}_{number}", caption, dict([first, *part]), **options) for number, part in enumerate(parts)
+    )
 
 
 if __name__ == "__main__":

@@ -317,7 +317,8 @@ def build(study: AdaptationStudy) -> Page:
         "reproduced": [worded(rows[n]["extracted"], 3) for n in names],
         "held-out texts reproduced": [worded(rows[n]["extracted_heldout"], 3) for n in names],
     }
-    lines = {n: [rows[n]["bits"][t].point(int(t)) for t in all_times if t != "0"] for n in names}
+    # What is before tuning is in the table: it does not depend on copies, and seven lines are all that colours tell apart.
+    lines = {n: [rows[n]["bits"][t].point(int(t)) for t in all_times if t != "0"] for n in finished}
     most_bits = math.log2(1 + args.candidates)
     caption = (
         f"Means over seeds with 95 % intervals; {most_bits:.2f} bits is the most that {args.candidates} candidates can "
@@ -327,7 +328,7 @@ def build(study: AdaptationStudy) -> Page:
         plot_lines(
             "exposure",
             caption,
-            {"before tuning" if n == BEFORE else n: points for n, points in lines.items()},
+            lines,
             x_label="copies of a canary, log scale",
             y_label="exposure, bits",
             is_log_x=True,
