@@ -21,7 +21,7 @@ from result_folder import Point, grid, plot_lines
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
-from cotune.evaluation.markup import Html, bullets, join
+from cotune.evaluation.markup import NO_HTML, Html, bullets, join
 from cotune.evaluation.report import Section
 from cotune.models.adapters import LoraShape
 from cotune.models.backbone import Backbone
@@ -299,7 +299,9 @@ def build(study: AdaptationStudy) -> Page:
 
 def plots_of(name: str, caption: str, lines: Mapping[str, Sequence[Point]], **options: Any) -> Html:
     """As many plots as needed, because colours tell only so many lines apart; the first line is in each of them."""
-    first, *others = lines.items() if lines else [("", [])]
+    if not lines:
+        return NO_HTML
+    first, *others = lines.items()
     step = LINES_IN_A_PLOT - 1
     parts = [others[begin : begin + step] for begin in range(0, max(1, len(others)), step)]
     return join(

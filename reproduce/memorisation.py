@@ -317,7 +317,7 @@ def build(study: AdaptationStudy) -> Page:
         "reproduced": [worded(rows[n]["extracted"], 3) for n in names],
         "held-out texts reproduced": [worded(rows[n]["extracted_heldout"], 3) for n in names],
     }
-    # What is before tuning is in the table: it does not depend on copies, and seven lines are all that colours tell apart.
+    # What was before tuning is in the table only: colours tell seven lines apart.
     lines = {n: [rows[n]["bits"][t].point(int(t)) for t in all_times if t != "0"] for n in finished}
     most_bits = math.log2(1 + args.candidates)
     caption = (
