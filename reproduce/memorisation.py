@@ -47,6 +47,8 @@ NAME = "memorisation"
 SIDE, AUDITED = "side", "tuned"
 SIDE_RATE = 1e-2
 BEFORE = "before"
+# Texts in one pass of the backbone; all of their logits are in memory.
+FEATURE_TEXTS = 8
 EXPECTED = {
     "arXiv 1802.08232": "exposure grows with the number of times that a canary is in the training texts; "
     "with DP-SGD it stays where it was, at every epsilon that was tried",
@@ -131,13 +133,13 @@ def side_scores(backbone: Backbone, plugin: Plugin) -> Score:
 
     def score(examples: Sequence[Example]) -> dict[str, list[TextScore]]:
         found: dict[str, list[TextScore]] = {AUDITED: [], BASE: []}
-        for one in encode_examples(backbone.tokenizer_json, examples, backbone.description):
-            features = backbone.features(one.input_ids, one.first_target, vocab)
-            found[AUDITED].append(
-                TextScore(*score_tokens(features, personal, "integration", start=one.first_target, num_lead=0))
-            )
-            written = np.asarray(features.top_logits).argmax(axis=1)
-            found[BASE].append(TextScore(base_nats(features), written == features.target_ids))
+        encoded = encode_examples(backbone.tokenizer_json, examples, backbone.description)
+        for begin in range(0, len(encoded), FEATURE_TEXTS):
+            part = [(one.input_ids, one.first_target) for one in encoded[begin : begin + FEATURE_TEXTS]]
+            for (_, first), features in zip(part, backbone.features_batch(part, vocab), strict=True):
+                found[AUDITED].append(TextScore(*score_tokens(features, personal, "integration", start=first)))
+                written = np.asarray(features.top_logits).argmax(axis=1)
+                found[BASE].append(TextScore(base_nats(features), written == features.target_ids))
         return found
 
     return score
