@@ -218,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
         "--rate-factors",
         type=float,
         nargs="+",
-        default=[0.3, 1.0, 3.0, 10.0],
+        default=[0.03, 0.3, 1.0, 3.0, 10.0],
         help="searched for what and how on whole weights, times the product's own rate (default: %(default)s)",
     )
     made.add_argument(
