@@ -486,7 +486,7 @@ def build(study: AdaptationStudy) -> Page:
             *edge_notes(rates, {name: list(found) for name, found in searched.items()}),
             f"Every combination sees each text {args.epochs} times: few for methods without gradients, which are made "
             "for many more steps. Low-bit combinations take the learning rate of whole weights.",
-            "What is tuned and bits make no pair of their own, because low-bit weights are never tuned themselves: what "
+            "What is tuned and bits make no pair of their own, as low-bit weights are never tuned themselves: what "
             "bits save alone is seen with the same parameters tuned, against how these are updated.",
             f"Memory is that of {MEMORY_STEPS} steps of {args.batch_size} random texts of {args.memory_length} tokens "
             "(fewer where the context ends), in a child process after the same on one short text.",
