@@ -130,6 +130,54 @@ def by_beams(measured: Measured) -> str:
     return markdown(["data", "1 beam", "2 beams", "4 beams"], rows)
 
 
+def by_start(measured: Measured) -> str:
+    rows = [
+        [
+            name,
+            f"{measured['rates'][name]:g}",
+            number(row["nats"], 3),
+            "" if row["difference"] is None else number(row["difference"], 3),
+            f"{row['start_s']:.2f}",
+        ]
+        for name, row in measured["starts"].items()
+    ]
+    return markdown(["start", "learning rate", "nats", "less the default's", "start, s"], rows)
+
+
+def by_way(measured: Measured) -> str:
+    times = list(measured["ways"]["before"]["bits"])
+    rows = [
+        [name, number(row["heldout_nats"], 3), *(number(row["bits"][one]) for one in times)]
+        for name, row in measured["ways"].items()
+    ]
+    return markdown(["tuned", "held-out nats", *(f"{one} times" for one in times)], rows)
+
+
+def by_combination(measured: Measured) -> str:
+    rows = [
+        [
+            name,
+            f"{row['weight_mb']:.1f}",
+            f"{row['above_mb']:.1f}",
+            number(row["nats"], 3),
+            "" if row["step_s"] is None else f"{row['step_s']:.3f}",
+        ]
+        for name, row in measured["combinations"].items()
+    ]
+    rows += [[name, "", "", f"not run: {reason}", ""] for name, reason in measured["refused"].items()]
+    return markdown(["what, how, bits", "weights MB", "peak above MB", "nats", "s a step"], rows)
+
+
+def setting(config: Measured) -> str:
+    """What a study was run with, in words."""
+    args, budget = config["config"], config.get("parameter_budget")
+    trained = "" if budget is None else f", of which methods train at most {budget:,}"
+    return (
+        f"{config['backbone_parameters']:,} parameters{trained}; {args['num_train']} training texts, "
+        f"{args['num_test']} test texts, {args['seeds']} seeds."
+    )
+
+
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 # In this order: the words over a table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
@@ -144,6 +192,9 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "spa_ablations": ("Nats per test token of mode integration", by_setting),
     "spa_gate_inputs": ("Nats per test token at M = 0.25 by what the gate sees", by_input),
     "spa_beams": ("Steps that wait for the device, and in brackets if gates were independent", by_beams),
+    "lora_init": ("Nats per held-out token, each LoRA start at its best learning rate, ± 95 % over seeds", by_start),
+    "memorisation": ("Exposure in bits of canaries by their copies, ± 95 % over seeds", by_way),
+    "survey_combinations": ("Memory, nats per held-out token and time of each combination", by_combination),
 }
 
 
@@ -151,19 +202,15 @@ def parts(root: Path) -> Iterator[str]:
     """The Markdown of all results under a folder, model after model."""
     for model in sorted(folder for folder in root.iterdir() if folder.is_dir()):
         yield f"## {model.name}"
-        config = None
+        told = None
         for study, (words, table) in TABLES.items():
             path = model / study / "measured.json"
             if not path.is_file():
                 continue
-            if config is None:
-                config = json.loads((model / study / "config.json").read_text(encoding="utf-8"))
-                args = config["config"]
-                yield (
-                    f"{config['backbone_parameters']:,} parameters, of which methods train at most "
-                    f"{config['parameter_budget']:,}; {args['num_train']} training texts, {args['num_test']} test "
-                    f"texts, {args['seeds']} seeds."
-                )
+            config = json.loads((model / study / "config.json").read_text(encoding="utf-8"))
+            if setting(config) != told:
+                told = setting(config)
+                yield told
             yield f"### {study}\n\n{words}.\n\n{table(json.loads(path.read_text(encoding='utf-8')))}"
 
 

@@ -217,6 +217,7 @@ class PrivateDescent:
         epsilon: the budget of the whole run.
         delta: None for a tenth of 1 / texts.
         clip: the most that one text's gradient counts for.
+        secret_seed: of noise and sampling; leave it out where texts are private, see `PrivateConfig`.
     """
 
     learning_rate: ClassVar[float | None] = 1e-3
@@ -225,6 +226,7 @@ class PrivateDescent:
     epsilon: float
     delta: float | None = None
     clip: float = 1.0
+    secret_seed: int | None = None
 
     def __call__(
         self,
@@ -250,6 +252,7 @@ class PrivateDescent:
                 num_part_texts=config.num_batch_sequences,
                 loop=config.loop,
                 weight_decay=config.weight_decay,
+                secret_seed=self.secret_seed,
             ),
             heldout=heldout,
             run_dir=run_dir,
