@@ -77,7 +77,7 @@ def test_the_command_writes_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "tiny"
     backbone.model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(backbone.tokenizer_json)
-    ways = ["lora", "lora, mezo", "side", "soft prompt", "full"]
+    ways = ["lora", "side", "full"]
     has_opacus = find_spec("opacus") is not None
     command = [sys.executable, str(REPRODUCE / "memorisation.py"), "--model", str(folder), "--num-train", "10"]
     command += ["--num-test", "2", "--seeds", "1", "--epochs", "1", "--forward-epochs", "1", "--max-length", "64"]
