@@ -22,7 +22,7 @@ from cotune.errors import InputError
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
 from cotune.tuning.attached import Tunable
-from cotune.tuning.choice_objectives import ChoiceBatch, ChoiceErrors, ChoiceExample, ChoiceNats
+from cotune.tuning.choice_objectives import ChoiceBatch, ChoiceErrors, ChoiceExample, ChoiceNats, choice_scores
 from cotune.tuning.full import Full
 from cotune.tuning.gradient import GradientState
 from cotune.tuning.in_place import tune_in_place
@@ -235,8 +235,10 @@ def judge(backbone: Backbone, examples: Sequence[ChoiceExample]) -> dict[str, fl
     batches = ExampleBatches(examples, JUDGED_AT_ONCE, _collate(backbone), seed=0)
     errors = nats = 0.0
     for batch in batches.epoch(0):
-        errors += float(ChoiceErrors()(backbone.model, params, batch).sums.sum())
-        nats += float(ChoiceNats()(backbone.model, params, batch).sums.sum())
+        scores = choice_scores(backbone.model, params, batch)
+        labels = torch.from_numpy(batch.labels).to(scores.device)
+        errors += float((scores.argmax(1) != labels).sum())
+        nats -= float(scores.log_softmax(-1).gather(1, labels[:, None]).sum())
     return {"errors": errors / len(examples), "nats": nats / len(examples)}
 
 
