@@ -387,7 +387,7 @@ def deviations_of(args: argparse.Namespace) -> list[str]:
         f"MeZO takes {args.steps:,} steps here, the paper 20,000; learning rates are larger in turn and fall as a "
         "cosine, the paper's are constant.",
         "The models are decoders of the settings' size; the paper's k-shot study has an encoder of 355 M parameters "
-        "that fills a gap. Here the label word ends the prompt, and where the paper's template needs a gap, it is our own.",
+        "that fills a gap. Here the label word ends the prompt, and where the paper's template needs a gap it is ours.",
         f"The best of {args.checks} checks is taken by the objective on the questions to choose by, the learning rate "
         f"by their accuracy, then nats, {'on the first draw' if args.search == 'first' else 'on each draw'}.",
         "Directions have signs, not Gaussian numbers; parameters are exact between updates.",
