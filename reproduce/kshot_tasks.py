@@ -39,19 +39,20 @@ class Prompt:
     """The label word of each label, with the space in front of it."""
 
 
-_SENTIMENT = Prompt(template="{text} It was", words={"negative": " terrible", "positive": " great"})
-# As in MeZO's study, but that the label word is the last one: these models read from left to right.
+_SENTIMENT = Prompt(template="{text} It was", words={"negative": " bad", "positive": " great"})
+# As in MeZO's study, but that the label word is the last one, as these models read from left to right, and words are
+# such that a small vocabulary has few tokens for them: of a sum over tokens the longer word has less by itself.
 PROMPTS: dict[str, Prompt] = {
     "sst2": _SENTIMENT,
     "cr": _SENTIMENT,
-    "subj": Prompt(template="{text} This is", words={"objective": " objective", "subjective": " subjective"}),
+    "subj": Prompt(template="{text} This is a", words={"objective": " fact", "subjective": " feeling"}),
     "trec": Prompt(
         template="{text} The answer is a",
         words={
-            "abbreviation": " short form",
-            "description": " description",
+            "abbreviation": " word",
+            "description": " reason",
             "entity": " thing",
-            "human": " person",
+            "human": " name",
             "location": " place",
             "number": " number",
         },
@@ -105,10 +106,12 @@ def load_kshot(root: Path | None, task: str, seed: int, num_test: int) -> KShot:
         return make_kshot(seed, num_test)
     if root is None:
         raise InputError(f"--data-root is not given and {task} is a folder there; give it, or take --tasks {MADE}")
-    folder = next((one for one in (root / task, root / "kshot16" / task) if one.is_dir()), None)
+    # A folder of that name alone may be the whole set, with splits of its own.
+    folder = next((one for one in (root / "kshot16" / task, root / task) if (one / f"seed{seed}").is_dir()), None)
     if folder is None:
         raise InputError(
-            f"{root} has no folder {task} or kshot16/{task}; give the folder of the k-shot sets, or take --tasks {MADE}"
+            f"{root} has no folder {task}/seed{seed} or kshot16/{task}/seed{seed}; give the folder of the k-shot sets, "
+            f"or take --tasks {MADE}"
         )
     words = PROMPTS[task].words
     train, validation = (_read(folder / f"seed{seed}" / f"{part}.jsonl", words) for part in _PARTS[:2])
