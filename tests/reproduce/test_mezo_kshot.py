@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kshot_tasks import K, MADE, PROMPTS, ChoiceEncoder, Labelled, load_kshot, make_kshot
+from kshot_tasks import MADE, PROMPTS, ChoiceEncoder, K, Labelled, load_kshot, make_kshot
 from kshot_training import LEARNERS, Course, StepBatches, judge, judge_adapted, learn, stepping
 from mean import Mean
 from mezo_kshot import best_rate, order_of
