@@ -68,7 +68,8 @@ def test_a_case_takes_a_step_in_about_the_memory_predicted(name: str, scene: Sce
     if not cost.gradients:
         # Moved weights are made in blocks of at most so many bytes as this tiny model never has.
         inference = predict_cost(scene.shape, "inference", scene.load)
-        assert 0.9 * inference.activations <= found <= 1.1 * cost.activations
+        most = min(cost.activations, inference.activations + inference.weights)
+        assert 0.9 * inference.activations <= found <= 1.1 * most
         return
     # What is made before the step is not counted here, so a step takes less than all; the benchmark itself counts it.
     assert 0.9 * cost.activations <= found <= 1.1 * (cost.activations + cost.gradients) + cost.optimizer
@@ -147,16 +148,6 @@ def test_a_shape_is_a_name_or_a_config() -> None:
     assert config_of("llama-7b").num_hidden_layers == 32
     with pytest.raises(InputError, match="shape is 'no-such', expected one of llama-49m"):
         config_of("no-such")
-
-
-@pytest.mark.parametrize("name", ["mezo", "mezo, lora", "forward gradient"])
-def test_forward_only_cases_step_and_inference_is_the_model_s_own(name: str, scene: Scene) -> None:
-    model = scene.model()
-    before = {key: tensor.clone() for key, tensor in model.named_parameters()}
-    with CASES[name].run(scene, model) as step:
-        step()
-    assert model.named_parameters() is not None and before.keys() == dict(model.named_parameters()).keys()
-    assert not any(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.skipif(not can_run(CASES["qlora, 4 bits"]), reason="bitsandbytes is not installed")
