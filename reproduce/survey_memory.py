@@ -429,15 +429,6 @@ def build(study: Study) -> Page:
     shapes = {name: shape_rows(study, name, unfinished) for name in study.args.shapes}
     verdicts = verdicts_of(rows)
     names = list(rows)
-    measured_bars = {
-        "measured": [_point(row["measured_above_mb"]) for row in rows.values()],
-        "predicted": [_point(row["predicted_above_mb"]) for row in rows.values()],
-    }
-    quality = Html("")
-    if any(row["nats"] is not None for row in rows.values()):
-        bars = {"nats": [None if row["nats"] is None else row["nats"].point() for row in rows.values()]}
-        caption = "Test texts, mean over seeds, 95 % intervals" + ("" if base is None else f"; base model {base:.3f}")
-        quality = Html(plot_groups("nats", caption + ".", names, bars, y_label="nats per token"))
     return Page(
         title="Memory, quality and time of tuning on one device",
         lead=f"{study.args.batch} texts of {study.args.length} tokens in a measured step, {study.args.dtype}.",
@@ -449,14 +440,7 @@ def build(study: Study) -> Page:
                 short="Methods",
                 heading="Full, PEFT and MEFT",
                 content=Html(
-                    plot_groups(
-                        "memory",
-                        "Peak above the weights; a missing bar was not measured or is not known to the planner.",
-                        names,
-                        measured_bars,
-                        y_label="MB above the weights",
-                    )
-                    + quality
+                    plots(rows, base)
                     + grid(
                         "Memory above the weights, time of a step, and quality on test texts",
                         "method",
@@ -488,12 +472,35 @@ def build(study: Study) -> Page:
         ],
         deviations=DEVIATIONS,
         lines=[
-            f"{name:20s} {_number(row['measured_above_mb'], 0):>8s} MB, predicted {_number(row['predicted_above_mb'], 0):>8s}, "
-            f"{_number(row['step_ms'], 0):>6s} ms, {'' if row['nats'] is None else row['nats']!s} nats"
+            f"{name:20s} {_number(row['measured_above_mb'], 0):>8s} MB, predicted "
+            f"{_number(row['predicted_above_mb'], 0):>8s}, {_number(row['step_ms'], 0):>6s} ms, "
+            f"{'' if row['nats'] is None else row['nats']!s} nats"
             for name, row in rows.items()
         ],
         unfinished=unfinished,
     )
+
+
+def plots(rows: dict[str, dict[str, Any]], base: float | None) -> Html:
+    """Memory and quality, PEFT and MEFT apart, each beside full tuning."""
+    made = ""
+    for group in ("PEFT", "MEFT"):
+        names = [name for name, row in rows.items() if row["group"] in ("full", group)]
+        # One below the other: there are many of them.
+        labels = [name.replace(", ", ",\n").replace(" + ", "\n+ ").replace("_", "\n") for name in names]
+        memory = {
+            what: [_point(rows[name][f"{what}_above_mb"]) for name in names] for what in ("measured", "predicted")
+        }
+        if any(point is not None for bars in memory.values() for point in bars):
+            caption = f"{group}: peak above the weights; where a bar is missing, it was not measured or not predicted."
+            made += plot_groups(f"memory-{group}", caption, labels, memory, y_label="MB above the weights")
+        nats = [None if rows[name]["nats"] is None else rows[name]["nats"].point() for name in names]
+        if any(point is not None for point in nats):
+            caption = f"{group}: test texts, mean over seeds, 95 % intervals" + (
+                "." if base is None else f"; base model {base:.3f}."
+            )
+            made += plot_groups(f"nats-{group}", caption, labels, {"nats": nats}, y_label="nats per token")
+    return Html(made)
 
 
 def verdicts_of(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
