@@ -130,6 +130,34 @@ def by_beams(measured: Measured) -> str:
     return markdown(["data", "1 beam", "2 beams", "4 beams"], rows)
 
 
+def by_task(measured: Measured) -> str:
+    accuracy = measured["accuracy"]
+    methods = dict.fromkeys(method for found in accuracy.values() for method in found)
+    rows = [
+        [method, *(number(found[method]) if method in found else "" for found in accuracy.values())]
+        for method in methods
+    ]
+    return markdown(["method", *accuracy], rows)
+
+
+def by_cost(measured: Measured) -> str:
+    def rounded(value: float | None) -> str:
+        return "" if value is None else f"{value:,.0f}"
+
+    rows = [
+        [
+            name,
+            found["group"],
+            rounded(found["measured_above_mb"]),
+            rounded(found["predicted_above_mb"]),
+            rounded(found["step_ms"]),
+            "" if found["nats"] is None else number(found["nats"], 3),
+        ]
+        for name, found in measured["methods"].items()
+    ]
+    return markdown(["method", "kind", "MB above the weights", "predicted", "ms a step", "nats per test token"], rows)
+
+
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 # In this order: the words over a table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
@@ -144,7 +172,26 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "spa_ablations": ("Nats per test token of mode integration", by_setting),
     "spa_gate_inputs": ("Nats per test token at M = 0.25 by what the gate sees", by_input),
     "spa_beams": ("Steps that wait for the device, and in brackets if gates were independent", by_beams),
+    "survey_memory": ("Peak memory, time of a step and quality; quality is mean ± 95 % over seeds", by_cost),
+    "mezo_kshot": ("Accuracy with 16 texts of each class, %, mean ± 95 % over five draws", by_task),
 }
+
+
+def heading(config: Measured) -> str:
+    """What the numbers of a model are of; the budget and the texts are those of SPA's studies.
+
+    Example:
+        >>> heading({"backbone_parameters": 2_000_000, "config": {}})
+        '2,000,000 parameters.'
+    """
+    words = f"{config['backbone_parameters']:,} parameters"
+    if "parameter_budget" not in config:
+        return f"{words}."
+    args = config["config"]
+    return (
+        f"{words}, of which methods train at most {config['parameter_budget']:,}; {args['num_train']} training texts, "
+        f"{args['num_test']} test texts, {args['seeds']} seeds."
+    )
 
 
 def parts(root: Path) -> Iterator[str]:
@@ -158,12 +205,7 @@ def parts(root: Path) -> Iterator[str]:
                 continue
             if config is None:
                 config = json.loads((model / study / "config.json").read_text(encoding="utf-8"))
-                args = config["config"]
-                yield (
-                    f"{config['backbone_parameters']:,} parameters, of which methods train at most "
-                    f"{config['parameter_budget']:,}; {args['num_train']} training texts, {args['num_test']} test "
-                    f"texts, {args['seeds']} seeds."
-                )
+                yield heading(config)
             yield f"### {study}\n\n{words}.\n\n{table(json.loads(path.read_text(encoding='utf-8')))}"
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from method_memory import CASES
-from survey_memory import ROWS, above_weights, predict, verdicts_of
+from survey_memory import ROWS, Study, above_weights, make_parser, predict, verdicts_of
 
+from cotune.errors import InputError
 from cotune.evaluation.method_cost import METHODS
 from cotune.evaluation.model_shape import KNOWN_SHAPES, ModelShape
 from cotune.evaluation.workload import Workload
@@ -99,7 +100,6 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path) 
 
 
 def test_missing_data_is_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPRODUCE / "survey_memory.py"), "--data-root", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].endswith("has no folder sciq; give --dataset, or leave --data-root out")
+    args = make_parser().parse_args(["--data-root", str(tmp_path)])
+    with pytest.raises(InputError, match="has no folder sciq; give --dataset, or leave --data-root out"):
+        Study(args)
