@@ -81,7 +81,7 @@ def test_goals_are_held_against_what_was_measured() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is Linux's")
 def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path) -> None:
     command = [sys.executable, str(REPRODUCE / "survey_memory.py"), "--methods", "lora", "side", "mezo, lora", "ia3"]
-    command += ["--num-train", "12", "--num-test", "3", "--epochs", "1", "--side-epochs", "1", "--forward-epochs", "1"]
+    command += ["--num-train", "24", "--num-test", "3", "--epochs", "1", "--side-epochs", "1", "--forward-epochs", "1"]
     command += ["--seeds", "1", "--batch", "2", "--length", "16", "--max-length", "48", "--shapes", "llama-7b"]
     command += ["--cells", str(tmp_path / "cells"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     first = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
