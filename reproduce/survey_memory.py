@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from cells import Cells, OutOfTimeError, Value
 from mean import Mean
+from numpy.typing import NDArray
 from page import Page, about_run
 from result_folder import grid, plot_groups
 from spa_judging import personal_of
@@ -339,7 +340,8 @@ class Study:
             has_gate=False,
         )
         plugin, learnt = train_plugin(self.backbone, self.train, training, self.args.cache / "features")
-        personal, nats = personal_of(plugin), []
+        personal = personal_of(plugin)
+        nats: list[NDArray[np.float64]] = []
         for each in self.encoded(self.test):
             first = first_position(each.first_target, personal.corrector.prompt_window)
             features = self.backbone.features(each.input_ids, first, self.backbone.spec.vocab_size)
