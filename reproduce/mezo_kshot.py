@@ -181,7 +181,7 @@ class Study:
         command += ["--batch", str(args.batch), "--backprop-batch", str(args.backprop_batch)]
         command += ["--max-length", str(args.max_length), "--num-test", "1", "--zo-eps", str(args.zo_eps)]
         command += [] if args.data_root is None else ["--data-root", str(args.data_root)]
-        key = {"what": "memory", "batch": size}
+        key = {"what": "memory", "batch": size, "device": args.device}
         return self._cell(task, method, self.seeds[0], key, lambda: run_measured(command))
 
     def measure(self, task: str, method: str) -> int:
