@@ -206,6 +206,11 @@ class Study:
         self.args = args
         self.load = Workload(batch=args.batch, length=args.length, dtype=args.dtype)
         self.train, self.test = self._read()
+        least = round(2 / HELDOUT_SHARE)
+        if len(self.train) < least:
+            raise InputError(
+                f"there are {len(self.train)} training texts, expected at least {least}, so that some are held out"
+            )
         self.cells = Cells(args.cells, budget_minutes=args.budget_minutes, tell=lambda line: print(line, flush=True))
         self.folder = find_model_folder(args.model)
         self.backbone = Backbone.from_pretrained(args.model, dtype=args.dtype, device=args.device)
