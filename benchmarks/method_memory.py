@@ -2,25 +2,32 @@
 
 Random weights in a Llama's layers: memory does not depend on what they say. Each method runs three steps in a child
 process of its own, after the same steps on a tiny model; what counts is the child's peak beyond what was resident
-with the weights loaded. A method is one entry of `CASES`; times are taken in turns in one process.
+with the weights loaded. A method is one entry of `CASES`; times are taken in turns in one process. A shape is one of
+`SHAPES`, a published model's of `model_shapes`, or the config.json of a model.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import statistics
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from measurement import Spread, Target, Timed, describe_machine, finish, interleave, make_parser, time_call
-from model_shapes import random_model
+from model_shapes import SHAPES as PUBLISHED
+from model_shapes import named_config, random_model, read_config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,8 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch
+from cotune.errors import CotuneError, InputError
 from cotune.evaluation.measured_memory import cuda_peak_bytes, resident_peak_bytes, run_measured
-from cotune.evaluation.method_cost import MethodCost, MethodSettings, predict_cost
+from cotune.evaluation.method_cost import MethodCost, MethodSettings, predict_cost, quantised_bytes
 from cotune.evaluation.model_shape import ModelShape
 from cotune.evaluation.side_cost import SideSettings
 from cotune.evaluation.workload import Workload
@@ -37,13 +45,22 @@ from cotune.generation.output_basis import OutputBasis
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
 from cotune.models.bottleneck import BottleneckAdapter
+from cotune.models.low_bit import keep_differentiable, low_bit_placement
+from cotune.models.selected import SelectedParameters, all_names
+from cotune.models.weights import load_model
 from cotune.tuning.adapter import AdapterConfig, AdapterTuner
 from cotune.tuning.answer_loss import answer_nats
 from cotune.tuning.attached import Attachable, AttachedConfig, AttachedTuner
 from cotune.tuning.feature_set import FeatureSet
+from cotune.tuning.forward_gradient import ForwardGradientConfig, ForwardGradientTuner
 from cotune.tuning.gradient import GradientState
+from cotune.tuning.gradient_checkpointing import gradient_checkpointing
+from cotune.tuning.in_place import InPlaceState
 from cotune.tuning.lora import LoraConfig, LoraTuner
+from cotune.tuning.objectives import AnswerNats
 from cotune.tuning.side import SideConfig, SideTuner, fresh_network, side_batches
+from cotune.tuning.tuner import Tuner
+from cotune.tuning.zeroth_order import ZerothOrderConfig, ZerothOrderTuner
 from cotune.wire.features import SequenceFeatures
 
 EXAMPLES = """  python benchmarks/method_memory.py                       # two shapes, about ten minutes on one core
@@ -74,9 +91,25 @@ class Scene:
     batch: TokenBatch
     seed: int = 0
 
-    def model(self) -> PreTrainedModel:
-        """A model with random weights, frozen."""
-        return random_model(self.config, self.device, self.dtype, self.seed).eval().requires_grad_(False)
+    def model(self, base_bits: int | None = None) -> PreTrainedModel:
+        """A model with random weights, frozen.
+
+        Args:
+            base_bits: of the linear layers, 4 or 8; None for whole ones.
+
+        Raises:
+            InputError: bits without bitsandbytes.
+        """
+        if base_bits is None:
+            return random_model(self.config, self.device, self.dtype, self.seed).eval().requires_grad_(False)
+        dtype = self.load.dtype
+        placement = low_bit_placement(base_bits, dtype=dtype, device=self.device)
+        # By way of a folder, as `cotune tune --base-bits` loads it.
+        with TemporaryDirectory() as folder:
+            random_model(self.config, "cpu", self.dtype, self.seed).save_pretrained(folder)
+            model = load_model(Path(folder), dtype=dtype, device=self.device, placement=placement)
+        keep_differentiable(model)
+        return model.eval().requires_grad_(False)
 
     @property
     def shape(self) -> ModelShape:
@@ -98,11 +131,17 @@ class Case:
 
     run: Run
     """Everything that the method makes is made inside, and counts."""
-    predicted: str
-    """The planner's word for it."""
+    predicted: str | None
+    """The planner's word for it; None where it has none."""
     has_checkpoints: bool = False
+    base_bits: int | None = None
+    """Of the model's linear layers; None for whole ones."""
     needs_model: bool = True
     """Whether a model is in the process; its weights do not count."""
+
+    def model(self, scene: Scene) -> PreTrainedModel | None:
+        """What is there before anything counts."""
+        return scene.model(self.base_bits) if self.needs_model else None
 
 
 @contextmanager
@@ -165,16 +204,46 @@ def run_attached(
     """As `cotune tune` runs it."""
     assert model is not None
     fresh = make(model)
-    with fresh.attach(model) as attached:
+    with fresh.attach(model) as attached, gradient_checkpointing(model, enabled=chunked):
         tuner = tuner_class(attached, config)
         state: GradientState = tuner.init({name: tensor.to(scene.device) for name, tensor in fresh.params.items()})
         state.learning_rate = 1e-4
 
-        def step() -> None:
-            with checkpoints(model) if chunked else nullcontext():
-                tuner.step(state, scene.batch)
+        yield lambda: tuner.step(state, scene.batch)
 
-        yield step
+
+@contextmanager
+def run_forward_only(
+    scene: Scene,
+    model: PreTrainedModel | None,
+    *,
+    make: Callable[[PreTrainedModel], Attachable],
+    make_tuner: Callable[[PreTrainedModel], Tuner[InPlaceState, TokenBatch]],
+) -> Iterator[Step]:
+    """As `cotune tune --estimator` runs it: the state is the model's own parameters."""
+    assert model is not None
+    fresh = make(model)
+    with fresh.attach(model) as attached:
+        tuner = make_tuner(attached)
+        state = tuner.init(fresh.params)
+        state.learning_rate = 1e-9
+        yield lambda: tuner.step(state, scene.batch)
+
+
+def zeroth_order(model: PreTrainedModel) -> Tuner[InPlaceState, TokenBatch]:
+    return ZerothOrderTuner(model, ZerothOrderConfig(), AnswerNats())
+
+
+def forward_gradient(model: PreTrainedModel) -> Tuner[InPlaceState, TokenBatch]:
+    return ForwardGradientTuner(model, ForwardGradientConfig(), AnswerNats())
+
+
+def whole_model(model: PreTrainedModel) -> Attachable:
+    return SelectedParameters.of(model, all_names(model))
+
+
+def fresh_lora(model: PreTrainedModel) -> Attachable:
+    return LoraAdapter.fresh(model, LoraShape(rank=MethodSettings().rank))
 
 
 @contextmanager
@@ -222,6 +291,15 @@ def dora_config() -> Any:
 
     return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM, r=MethodSettings().rank, use_dora=True, target_modules="all-linear"
+    )
+
+
+def ia3_config() -> Any:
+    import peft
+
+    inner = "down_proj"
+    return peft.IA3Config(
+        task_type=peft.TaskType.CAUSAL_LM, target_modules=["k_proj", "v_proj", inner], feedforward_modules=[inner]
     )
 
 
@@ -310,7 +388,7 @@ def checkpoints(model: PreTrainedModel) -> Iterator[None]:
 def lora_case(*, chunked: bool = False) -> Run:
     return partial(
         run_attached,
-        make=lambda model: LoraAdapter.fresh(model, LoraShape(rank=MethodSettings().rank)),
+        make=fresh_lora,
         tuner_class=LoraTuner,
         config=LoraConfig(),
         chunked=chunked,
@@ -335,21 +413,60 @@ CASES: dict[str, Case] = {
     "norms": Case(run=partial(run_own, choose=norms_and_biases, chunked=False), predicted="norms"),
     "blocks": Case(run=partial(run_own, choose=last_two_blocks, chunked=False), predicted="blocks"),
     "lora": Case(run=lora_case(), predicted="lora"),
+    "lora + checkpoints": Case(run=lora_case(chunked=True), predicted="lora", has_checkpoints=True),
+    "qlora, 4 bits": Case(run=lora_case(), predicted="qlora", base_bits=4),
+    "ia3 (peft)": Case(run=partial(run_peft, make_config=ia3_config), predicted=None),
     "dora (peft)": Case(run=partial(run_peft, make_config=dora_config), predicted="dora"),
     "adapter": Case(run=adapter_case(), predicted="adapter"),
     "soft prompt (peft)": Case(run=partial(run_peft, make_config=soft_prompt_config), predicted="soft_prompt"),
     "prefix (peft)": Case(run=partial(run_peft, make_config=prefix_config), predicted="prefix"),
     "side": Case(run=run_side, predicted="side", needs_model=False),
     "side, features here": Case(run=run_side_local, predicted="side_local"),
+    "mezo": Case(
+        run=partial(run_forward_only, make=whole_model, make_tuner=zeroth_order),
+        predicted="zeroth_order",
+    ),
+    "mezo, lora": Case(
+        run=partial(run_forward_only, make=fresh_lora, make_tuner=zeroth_order), predicted="zeroth_order_lora"
+    ),
+    "forward gradient": Case(
+        run=partial(run_forward_only, make=whole_model, make_tuner=forward_gradient),
+        predicted="forward_gradient",
+    ),
 }
+
+
+def can_run(case: Case) -> bool:
+    """Whether what it needs is installed."""
+    return case.base_bits is None or importlib.util.find_spec("bitsandbytes") is not None
 
 
 # Whose steps are timed unless others are asked for.
 TIMED = ("inference", "full", "lora", "adapter", "side", "side, features here")
 
 
-def make_scene(sizes: dict[str, Any], *, dtype: str, device: str, batch: int, length: int, seed: int) -> Scene:
-    config = AutoConfig.for_model(
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of a shape.
+
+    Args:
+        name: of `SHAPES` or `model_shapes.SHAPES`, a config.json, or a folder with one.
+
+    Raises:
+        InputError: there is no such shape or file.
+    """
+    if name in SHAPES:
+        return sized(SHAPES[name])
+    if name in PUBLISHED:
+        return named_config(name)
+    if Path(name).exists():
+        return read_config(Path(name))
+    known = ", ".join([*SHAPES, *PUBLISHED])
+    raise InputError(f"shape is {name!r}, expected one of {known}, or a config.json of transformers")
+
+
+def sized(sizes: dict[str, Any]) -> PreTrainedConfig:
+    """A Llama of these sizes."""
+    return AutoConfig.for_model(
         "llama",
         hidden_size=sizes["D"],
         intermediate_size=sizes["F"],
@@ -360,45 +477,66 @@ def make_scene(sizes: dict[str, Any], *, dtype: str, device: str, batch: int, le
         max_position_embeddings=4096,
         tie_word_embeddings=sizes.get("tied", False),
     )
-    ids = np.random.default_rng(seed).integers(0, sizes["V"], (batch, length + 1))
+
+
+def make_scene(config: PreTrainedConfig, *, dtype: str, device: str, batch: int, length: int, seed: int) -> Scene:
+    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length + 1))
     labels = ids.copy()
     labels[:, 0] = -100
     tokens = TokenBatch(input_ids=ids, attention_mask=np.ones_like(ids), labels=labels)
     return Scene(config=config, dtype=getattr(torch, dtype), device=device, batch=tokens, seed=seed)
 
 
-def measure_peak(case: Case, args: argparse.Namespace, sizes: dict[str, Any]) -> int:
-    """Bytes beyond the weights, in this process."""
+def measure_steps(case: Case, args: argparse.Namespace, config: PreTrainedConfig) -> dict[str, Any]:
+    """In this process: `peak_bytes` beyond the weights, and the median `step_s` of the steps in which it was found.
+
+    `args` has dtype, device, seed, batch, length and steps.
+    """
     options = {"dtype": args.dtype, "device": args.device, "seed": args.seed}
+    seconds: list[float] = []
 
     def steps(scene: Scene, model: PreTrainedModel | None) -> None:
+        seconds.clear()
         with case.run(scene, model) as step:
             for _ in range(args.steps):
-                step()
+                started_s = time.perf_counter()
+                finished(step, args.device)
+                seconds.append(time.perf_counter() - started_s)
 
     # The same on a tiny model: what is loaded at the first use of anything must not count.
-    tiny = make_scene(TINY, batch=2, length=16, **options)
-    steps(tiny, tiny.model() if case.needs_model else None)
-    scene = make_scene(sizes, batch=args.batch, length=args.length, **options)
-    model = scene.model() if case.needs_model else None
+    tiny = make_scene(sized(TINY), batch=2, length=16, **options)
+    steps(tiny, case.model(tiny))
+    scene = make_scene(config, batch=args.batch, length=args.length, **options)
+    model = case.model(scene)
     peak = cuda_peak_bytes if args.device.startswith("cuda") else resident_peak_bytes
-    return peak(lambda: steps(scene, model))
+    return {"peak_bytes": peak(lambda: steps(scene, model)), "step_s": statistics.median(seconds)}
 
 
 def base_bytes(case: Case, scene: Scene) -> int:
     """Of the model that is loaded before anything counts."""
-    return scene.load.number_bytes * scene.shape.num_parameters if case.needs_model else 0
+    if not case.needs_model:
+        return 0
+    if case.base_bits is not None:
+        return quantised_bytes(scene.shape, scene.load, case.base_bits)
+    return scene.load.number_bytes * scene.shape.num_parameters
 
 
-def predict(case: Case, scene: Scene) -> MethodCost:
+def predict(case: Case, scene: Scene) -> MethodCost | None:
+    """By the planner, where it knows the method."""
+    if case.predicted is None:
+        return None
     return predict_cost(scene.shape, case.predicted, scene.load, has_checkpoints=case.has_checkpoints)
+
+
+def scene_of(name: str, args: argparse.Namespace) -> Scene:
+    return make_scene(
+        config_of(name), dtype=args.dtype, device=args.device, batch=args.batch, length=args.length, seed=args.seed
+    )
 
 
 def measure_shape(name: str, args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:
     """All methods on one shape."""
-    scene = make_scene(
-        SHAPES[name], dtype=args.dtype, device=args.device, batch=args.batch, length=args.length, seed=args.seed
-    )
+    scene = scene_of(name, args)
     rows: dict[str, Any] = {}
     for method in methods:
         case = CASES[method]
@@ -408,37 +546,34 @@ def measure_shape(name: str, args: argparse.Namespace, methods: list[str]) -> di
         peaks = [run_measured(arguments)["peak_bytes"] for _ in range(args.runs)]
         cost, base = predict(case, scene), base_bytes(case, scene)
         above = Spread.of([peak / 1e6 for peak in peaks])
-        rows[method] = {
-            "base_mb": base / 1e6,
-            "measured_above_mb": above,
-            "predicted_above_mb": (cost.peak - base) / 1e6,
-            "ratio_above": (cost.peak - base) / 1e6 / above.median,
-            "ratio_whole": cost.peak / 1e6 / (above.median + base / 1e6),
-            "predicted": cost,
-        }
-        print(f"{name} {method}: {above.median:.0f} MB above the weights, predicted {(cost.peak - base) / 1e6:.0f}")
+        rows[method] = {"base_mb": base / 1e6, "measured_above_mb": above}
+        predicted = ""
+        if cost is not None:
+            rows[method] |= {
+                "predicted_above_mb": (cost.peak - base) / 1e6,
+                "ratio_above": (cost.peak - base) / 1e6 / above.median,
+                "ratio_whole": cost.peak / 1e6 / (above.median + base / 1e6),
+                "predicted": cost,
+            }
+            predicted = f", predicted {(cost.peak - base) / 1e6:.0f}"
+        print(f"{name} {method}: {above.median:.0f} MB above the weights{predicted}")
     return {"num_parameters": scene.shape.num_parameters, "methods": rows}
 
 
 def measure_times(name: str, args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:
     """Seconds of a step, the methods in turns, so that noise hits all alike."""
-    scene = make_scene(
-        SHAPES[name], dtype=args.dtype, device=args.device, batch=args.batch, length=args.length, seed=args.seed
-    )
+    scene = scene_of(name, args)
     with ExitStack() as alive:
         calls: dict[str, Timed] = {}
         for method in methods:
-            model = scene.model() if CASES[method].needs_model else None
-            step = alive.enter_context(CASES[method].run(scene, model))
+            step = alive.enter_context(CASES[method].run(scene, CASES[method].model(scene)))
             calls[method] = time_call(partial(finished, step, args.device))
         times = interleave(calls, runs=args.timed_runs, calls_per_run=1, warm_up=1)
     for method, found in times.items():
         cost, seconds = predict(CASES[method], scene), found["ms"].median / 1e3
-        found |= {
-            "tokens_per_s": scene.load.num_tokens / seconds,
-            "gflop": cost.flops / 1e9,
-            "gflop_per_s": cost.flops / seconds / 1e9,
-        }
+        found["tokens_per_s"] = scene.load.num_tokens / seconds
+        if cost is not None:
+            found |= {"gflop": cost.flops / 1e9, "gflop_per_s": cost.flops / seconds / 1e9}
     return times
 
 
@@ -452,6 +587,8 @@ def targets_of(name: str, memory: dict[str, Any], times: dict[str, Any]) -> list
     """The goals that these methods are held against."""
     found = []
     for method, row in memory.items():
+        if "ratio_above" not in row:
+            continue
         error = 100 * abs(row["ratio_above"] - 1)
         found.append(
             Target(
@@ -465,7 +602,8 @@ def targets_of(name: str, memory: dict[str, Any], times: dict[str, Any]) -> list
             what = f"{name}, {side}: peak above the weights, of full tuning's"
             found.append(Target(what=what, measured=share, limit=25, unit="%"))
     for method in memory:
-        if "inference" in memory and method in CASES and CASES[method].predicted.startswith("zeroth_order"):
+        word = CASES[method].predicted if method in CASES else None
+        if "inference" in memory and word is not None and word.startswith("zeroth_order"):
             share = 100 * (_whole_mb(memory[method]) / _whole_mb(memory["inference"]) - 1)
             found.append(Target(what=f"{name}, {method}: memory above inference's", measured=share, limit=5, unit="%"))
     if {"lora", "side", "side, features here"} <= times.keys():
@@ -490,11 +628,11 @@ def show(name: str, memory: dict[str, Any], times: dict[str, Any]) -> None:
             method,
             f"{row['base_mb']:.0f}",
             f"{row['measured_above_mb'].median:.0f}",
-            f"{row['predicted_above_mb']:.0f}",
-            f"{row['ratio_above']:.3f}",
-            f"{row['ratio_whole']:.3f}",
+            f"{row['predicted_above_mb']:.0f}" if "predicted_above_mb" in row else "",
+            f"{row['ratio_above']:.3f}" if "ratio_above" in row else "",
+            f"{row['ratio_whole']:.3f}" if "ratio_whole" in row else "",
             "" if timed is None else f"{timed['ms'].median:.0f}",
-            "" if timed is None else f"{timed['gflop_per_s']:.0f}",
+            "" if timed is None or "gflop_per_s" not in timed else f"{timed['gflop_per_s']:.0f}",
         )
     Console().print(table)
 
@@ -502,7 +640,11 @@ def show(name: str, memory: dict[str, Any], times: dict[str, Any]) -> None:
 def main() -> None:
     """Entry point."""
     parser = make_parser("method_memory", __doc__ or "", EXAMPLES)
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated (default: all but small)")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        help=f"of {', '.join([*SHAPES, *PUBLISHED])}, or a config.json; may be repeated (default: the first two)",
+    )
     parser.add_argument("--method", action="append", choices=CASES, help="may be repeated (default: all)")
     parser.add_argument("--batch", type=int, default=4, help="texts in a step (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a text (default: %(default)s)")
@@ -517,19 +659,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child is not None:
-        peak = measure_peak(CASES[args.child], args, SHAPES[args.shape[0]])
-        print(json.dumps({"peak_bytes": peak}))
+        try:
+            found = measure_steps(CASES[args.child], args, config_of(args.shape[0]))
+        except CotuneError as error:
+            sys.exit(f"error: {error}")
+        print(json.dumps(found))
         return
     machine = describe_machine()
     args.shape = args.shape or [name for name in SHAPES if name != "small"]
-    args.method = args.method or list(CASES)
+    args.method = args.method or [name for name, case in CASES.items() if can_run(case)]
     args.time = args.time if args.time is not None else [name for name in TIMED if name in args.method]
     results: dict[str, Any] = {}
     targets: list[Target] = []
     for name in args.shape:
         memory = measure_shape(name, args, args.method)
         times = measure_times(name, args, args.time) if args.time else {}
-        results[name] = {"sizes": SHAPES[name], **memory, "times": times}
+        results[name] = {"sizes": SHAPES.get(name), **memory, "times": times}
         targets += targets_of(name, memory["methods"], times)
         show(name, memory["methods"], times)
     finish("method_memory", args, machine, results, targets)

@@ -169,13 +169,45 @@ def by_combination(measured: Measured) -> str:
 
 
 def setting(config: Measured) -> str:
-    """What a study was run with, in words."""
+    """What a study was run with, in words, as far as it has such a setting.
+
+    Example:
+        >>> setting({"backbone_parameters": 2_000_000, "parameter_budget": 1_000, "config": {"seeds": 3}})
+        '2,000,000 parameters, of which methods train at most 1,000; 3 seeds.'
+    """
     args, budget = config["config"], config.get("parameter_budget")
     trained = "" if budget is None else f", of which methods train at most {budget:,}"
-    return (
-        f"{config['backbone_parameters']:,} parameters{trained}; {args['num_train']} training texts, "
-        f"{args['num_test']} test texts, {args['seeds']} seeds."
-    )
+    counts = {"num_train": "training texts", "num_test": "test texts", "seeds": "seeds"}
+    told = ", ".join(f"{args[name]} {words}" for name, words in counts.items() if isinstance(args.get(name), int))
+    return f"{config['backbone_parameters']:,} parameters{trained}{'; ' if told else ''}{told}."
+
+
+def by_task(measured: Measured) -> str:
+    accuracy = measured["accuracy"]
+    methods = dict.fromkeys(method for found in accuracy.values() for method in found)
+    rows = [
+        [method, *(number(found[method]) if method in found else "" for found in accuracy.values())]
+        for method in methods
+    ]
+    return markdown(["method", *accuracy], rows)
+
+
+def by_cost(measured: Measured) -> str:
+    def rounded(value: float | None) -> str:
+        return "" if value is None else f"{value:,.0f}"
+
+    rows = [
+        [
+            name,
+            found["group"],
+            rounded(found["measured_above_mb"]),
+            rounded(found["predicted_above_mb"]),
+            rounded(found["step_ms"]),
+            "" if found["nats"] is None else number(found["nats"], 3),
+        ]
+        for name, found in measured["methods"].items()
+    ]
+    return markdown(["method", "kind", "MB above the weights", "predicted", "ms a step", "nats per test token"], rows)
 
 
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
@@ -195,6 +227,8 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "lora_init": ("Nats per held-out token, each LoRA start at its best learning rate, ± 95 % over seeds", by_start),
     "memorisation": ("Exposure in bits of canaries by their copies, ± 95 % over seeds", by_way),
     "survey_combinations": ("Memory, nats per held-out token and time of each combination", by_combination),
+    "survey_memory": ("Peak memory, time of a step and quality; quality is mean ± 95 % over seeds", by_cost),
+    "mezo_kshot": ("Accuracy with 16 texts of each class, %, mean ± 95 % over five draws", by_task),
 }
 
 

@@ -16,30 +16,34 @@ from method_memory import (
     TINY,
     Scene,
     base_bytes,
+    can_run,
     checkpoints,
+    config_of,
     make_scene,
-    measure_peak,
+    measure_steps,
     predict,
+    sized,
     targets_of,
 )
 
+from cotune.errors import InputError
 from cotune.evaluation.allocations import count_allocations
 from cotune.evaluation.method_cost import METHODS, predict_cost
 
 
 @pytest.fixture
 def scene() -> Scene:
-    return make_scene(TINY, dtype="float32", device="cpu", batch=2, length=32, seed=0)
+    return make_scene(sized(TINY), dtype="float32", device="cpu", batch=2, length=32, seed=0)
 
 
 def test_every_case_is_a_word_of_the_planner() -> None:
-    assert {case.predicted for case in CASES.values()} <= set(METHODS)
+    assert {case.predicted for case in CASES.values()} - {None} <= set(METHODS)
     assert set(TIMED) <= set(CASES)
 
 
 def test_shapes_have_the_sizes_that_they_are_named_after() -> None:
     def millions(name: str) -> float:
-        scene = make_scene(SHAPES[name], dtype="float32", device="cpu", batch=1, length=1, seed=0)
+        scene = make_scene(sized(SHAPES[name]), dtype="float32", device="cpu", batch=1, length=1, seed=0)
         return scene.shape.num_parameters / 1e6
 
     assert millions("llama-49m") == pytest.approx(49.3, abs=0.1)
@@ -49,12 +53,24 @@ def test_shapes_have_the_sizes_that_they_are_named_after() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_takes_a_step_in_about_the_memory_predicted(name: str, scene: Scene) -> None:
     case = CASES[name]
-    model = scene.model() if case.needs_model else None
-    with case.run(scene, model) as step:
+    if not can_run(case):
+        pytest.skip("bitsandbytes is not installed")
+    with case.run(scene, case.model(scene)) as step:
         step()
         found = count_allocations(step).peak_bytes
     cost = predict(case, scene)
+    if cost is None:
+        # Not known to the planner: it keeps what LoRA keeps or less, and more than one inference.
+        lora, inference = (predict_cost(scene.shape, word, scene.load) for word in ("lora", "inference"))
+        assert inference.activations < found < lora.activations + lora.gradients + lora.optimizer
+        return
     assert cost.method == case.predicted
+    if not cost.gradients:
+        # Moved weights are made in blocks of at most so many bytes as this tiny model never has.
+        inference = predict_cost(scene.shape, "inference", scene.load)
+        most = min(cost.activations, inference.activations + inference.weights)
+        assert 0.9 * inference.activations <= found <= 1.1 * most
+        return
     # What is made before the step is not counted here, so a step takes less than all; the benchmark itself counts it.
     assert 0.9 * cost.activations <= found <= 1.1 * (cost.activations + cost.gradients) + cost.optimizer
 
@@ -112,15 +128,31 @@ def test_a_peak_beyond_the_weights_is_measured() -> None:
     """In this process, and so roughly; the benchmark itself takes a child for each method."""
     args = argparse.Namespace(dtype="float32", device="cpu", seed=0, batch=2, length=64, steps=2)
     sizes = {**TINY, "V": 20_000}
-    scene = make_scene(sizes, dtype="float32", device="cpu", batch=2, length=64, seed=0)
+    scene = make_scene(sized(sizes), dtype="float32", device="cpu", batch=2, length=64, seed=0)
     logits = 128 * 20_000 * 4
-    assert measure_peak(CASES["inference"], args, sizes) > logits
+    found = measure_steps(CASES["inference"], args, sized(sizes))
+    assert found["peak_bytes"] > logits and found["step_s"] > 0
     assert base_bytes(CASES["inference"], scene) == 4 * scene.shape.num_parameters
     assert base_bytes(CASES["side"], scene) == 0
 
 
 def test_the_scene_is_the_same_for_a_seed(scene: Scene) -> None:
-    again = make_scene(TINY, dtype="float32", device="cpu", batch=2, length=32, seed=0)
+    again = make_scene(sized(TINY), dtype="float32", device="cpu", batch=2, length=32, seed=0)
     assert (again.batch.input_ids == scene.batch.input_ids).all()
     assert torch.equal(again.model().lm_head.weight, scene.model().lm_head.weight)
     assert predict_cost(scene.shape, "lora", scene.load) == predict_cost(again.shape, "lora", again.load)
+
+
+def test_a_shape_is_a_name_or_a_config() -> None:
+    assert config_of("small").hidden_size == 128
+    assert config_of("llama-7b").num_hidden_layers == 32
+    with pytest.raises(InputError, match="shape is 'no-such', expected one of llama-49m"):
+        config_of("no-such")
+
+
+@pytest.mark.skipif(not can_run(CASES["qlora, 4 bits"]), reason="bitsandbytes is not installed")
+def test_a_base_of_four_bits_is_about_an_eighth_of_a_whole_one(scene: Scene) -> None:
+    case = CASES["qlora, 4 bits"]
+    assert base_bytes(case, scene) < 4 * scene.shape.num_parameters
+    names = {type(module).__name__ for module in scene.model(4).modules()}
+    assert "Linear4bit" in names
