@@ -321,11 +321,21 @@ def test_tune_a_side_network_that_starts_from_the_backbone(scene: Scene, run: An
     assert told["heldout_nats_per_token"] <= told["base_nats_per_token"] + 1e-6
 
 
-# A device that saves its run all the time instead of every ten seconds.
+# A device that saves its run all the time instead of every ten seconds. Where PAUSE names a file, it makes
+# that and waits, in the middle of the training.
 IMPATIENT = """
-import sys
+import os, pathlib, sys, time
+from cotune.tuning.checkpoint import Checkpoint
 from cotune.tuning.loop import LoopConfig
 LoopConfig.__init__.__kwdefaults__["checkpoint_interval_s"] = 0.0
+save, saved = Checkpoint.save, []
+def pausing(self, *args):
+    save(self, *args)
+    saved.append(self)
+    if "PAUSE" in os.environ and len(saved) == 25:
+        pathlib.Path(os.environ["PAUSE"]).touch()
+        time.sleep(60)
+Checkpoint.save = pausing
 from cotune.cli.main import main
 sys.argv[0] = "cotune"
 main()
@@ -338,20 +348,20 @@ def test_an_interrupted_tuning_resumes_to_the_same_plugin(scene: Scene, tmp_path
     """Ctrl-C in the middle of the training of a real process, then `--resume`, against a run without a break."""
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT, encoding="utf-8")
-    arguments = ["device", "tune", str(scene.texts), "--cloud", scene.url, "--epochs", "200", "--heldout-share", "0.4"]
+    arguments = ["device", "tune", str(scene.texts), "--cloud", scene.url, "--epochs", "40", "--heldout-share", "0.4"]
 
     def command(out: str) -> list[str]:
         return [sys.executable, str(script), *arguments, "--out", str(tmp_path / out)]
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    def start(*arguments: str, **more: str) -> subprocess.Popen[str]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(arguments, text=True, env={**ENVIRONMENT, **more}, **pipes)
 
-    broken = start(*command("broken"))
-    checkpoint = tmp_path / "broken.run" / "side" / "checkpoint.safetensors"
-    deadline_s = time.monotonic() + 60
-    while not checkpoint.is_file() and broken.poll() is None and time.monotonic() < deadline_s:
-        time.sleep(0.005)
-    time.sleep(0.1)
+    paused = tmp_path / "paused"
+    broken = start(*command("broken"), PAUSE=str(paused))
+    deadline_s = time.monotonic() + 120
+    while not paused.is_file() and broken.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.05)
     broken.send_signal(signal.SIGINT)
     out, err = broken.communicate(timeout=30)
     assert broken.returncode == 130

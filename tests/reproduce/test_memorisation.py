@@ -95,6 +95,3 @@ def test_the_command_writes_its_folder(tmp_path: Path) -> None:
     assert measured["ways"]["full"]["train_nats"]["mean"] < measured["ways"]["before"]["train_nats"]["mean"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "exposure, bits" in page and "Members told apart".lower() in page.lower()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert again.returncode == 0 and "memorisation-tiny-persona:" in first.stdout
-    assert "memorisation-tiny-persona:" not in again.stdout

@@ -98,6 +98,3 @@ def test_the_command_writes_its_folder(tmp_path: Path) -> None:
     assert 0 < row["nats"]["mean"] != row["base_nats"]["mean"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert measured["said"].split(",")[0] in page and "MB at the peak, weights included" in page
-    again = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert again.returncode == 0 and "survey_combinations-tiny-persona:" in first.stdout
-    assert "survey_combinations-tiny-persona:" not in again.stdout
