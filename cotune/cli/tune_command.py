@@ -23,6 +23,8 @@ ATTACHED_METHODS = (
 METHODS = (*ATTACHED_METHODS, "side")
 ESTIMATOR_NAMES = ("backprop", "zeroth_order", "forward_gradient")
 OBJECTIVES = ("nats", "rouge_l", "token_f1", "exact_match")
+ZO_RULES = ("plain", "momentum", "adam")
+SPARSE_CRITERIA = ("gradient", "magnitude")
 SIDES = ("ladder", "attention")
 SIDE_INITS = ("random", "backbone")
 # The file that tells that a folder holds a result; peft's methods all have the same.
@@ -274,6 +276,14 @@ def _check(settings: TuneSettings) -> None:
             f"--objective is {settings.objective!r} and --estimator {settings.estimator!r}, expected zeroth_order, "
             "which needs no gradient of it"
         )
+    for option, value, known in (
+        ("--zo-rule", settings.zo_rule, ZO_RULES),
+        ("--sparse-by", settings.sparse_by, SPARSE_CRITERIA),
+    ):
+        if value is not None and value not in known:
+            raise InputError(f"{option} is {value!r}, expected one of {', '.join(known)}")
+    if settings.sparse_share is not None and not 0 < settings.sparse_share <= 1:
+        raise InputError(f"--sparse-share is {settings.sparse_share}, expected above 0 and at most 1, such as 0.01")
     if settings.sparse_by is not None and settings.sparse_share is None:
         raise InputError("--sparse-by is given without --sparse-share; give that too, or leave it out")
     if settings.dp_epsilon is None and (settings.dp_delta is not None or settings.dp_clip is not None):

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import cotune
-from cotune.cli.tune_command import ATTACHED_METHODS, METHODS, RESULT_FILES
+from cotune.cli.tune_command import ATTACHED_METHODS, METHODS, RESULT_FILES, SPARSE_CRITERIA, ZO_RULES
 from cotune.plugin import Plugin
 from cotune.tuning.adaptations import ADAPTATIONS
+from cotune.tuning.estimators import RULES
 from cotune.tuning.lora_init import INITS
+from cotune.tuning.sparse_mask import CRITERIA
 
 STARTER = Path(cotune.__file__).parent / "models" / "starter" / "model.safetensors"
 needs_starter = pytest.mark.skipif(
@@ -31,6 +33,7 @@ def texts(tmp_path: Path) -> Path:
 
 def test_the_words_of_the_command_are_those_of_the_tables(run: Any) -> None:
     assert tuple(ADAPTATIONS) == ATTACHED_METHODS and METHODS[-1] == "side"
+    assert (tuple(RULES), CRITERIA) == (ZO_RULES, SPARSE_CRITERIA)
     told = " ".join(run("tune", "--help").out.split())
     assert all(name in told for name in (*METHODS, *INITS))
     assert RESULT_FILES.keys() <= set(METHODS)
@@ -135,6 +138,9 @@ def test_zeroth_order_can_be_private(tmp_path: Path, texts: Path, run: Any) -> N
         (("--objective", "bleu"), "--objective is 'bleu', expected one of nats, rouge_l, token_f1, exact_match"),
         (("--objective", "rouge_l"), "--objective is 'rouge_l' and --estimator 'backprop', expected zeroth_order"),
         (("--sparse-by", "gradient"), "--sparse-by is given without --sparse-share"),
+        (("--sparse-by", "luck"), "--sparse-by is 'luck', expected one of gradient, magnitude"),
+        (("--sparse-share", "3"), "--sparse-share is 3.0, expected above 0 and at most 1"),
+        (("--zo-rule", "sgd"), "--zo-rule is 'sgd', expected one of plain, momentum, adam"),
         (("--method", "side", "--zo-rule", "adam"), "--method is 'side', which has none of"),
     ],
 )
