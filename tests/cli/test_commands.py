@@ -324,7 +324,9 @@ def test_tune_a_side_network_that_starts_from_the_backbone(scene: Scene, run: An
 # A device that saves its run all the time instead of every ten seconds. Where PAUSE names a file, it makes
 # that and waits, in the middle of the training.
 IMPATIENT = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
+# Whoever runs tests in the background of a shell has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from cotune.tuning.checkpoint import Checkpoint
 from cotune.tuning.loop import LoopConfig
 LoopConfig.__init__.__kwdefaults__["checkpoint_interval_s"] = 0.0

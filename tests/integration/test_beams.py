@@ -29,7 +29,7 @@ from cotune.wire.websocket import connect
 
 pytestmark = pytest.mark.integration
 
-EAGER = ClientConfig(timeout_s=20, first_backoff_s=0.002, max_backoff_s=0.02, max_attempts=1000)
+EAGER = ClientConfig(timeout_s=20, first_backoff_s=0.002, max_backoff_s=0.05, max_attempts=2000)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ SAMPLINGS = {
     "sampled": Sampling(temperature=0.9, seed=17),
     "top_p": Sampling(temperature=1.1, top_p=0.8, seed=2**63 + 5),
 }
-EAGER = ClientConfig(timeout_s=20, first_backoff_s=0.002, max_backoff_s=0.02, max_attempts=1000)
+EAGER = ClientConfig(timeout_s=20, first_backoff_s=0.002, max_backoff_s=0.05, max_attempts=2000)
 # How much larger delta has to be on a trained backbone, whose first choice is far ahead of the others.
 RATIOS = {"LlamaForCausalLM": (0.1, 0.4, 1.0), "GPT2LMHeadModel": (0.1, 0.4, 1.0), "starter": (0.8, 1.2, 1.8)}
 
