@@ -14,7 +14,6 @@ import json
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from measurement import Spread, Target, Timed, describe_machine, finish, interle
 from model_shapes import named_config, random_model, read_config
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch
@@ -43,24 +41,29 @@ from cotune.generation.output_basis import OutputBasis
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.anatomy import decoder_layers
 from cotune.models.backbone import Backbone
-from cotune.models.bottleneck import BottleneckAdapter
 from cotune.models.low_bit import keep_differentiable, low_bit_placement
-from cotune.models.selected import SelectedParameters, all_names, bias_and_norm_names, block_names
+from cotune.models.selected import SelectedParameters, all_names, block_names
 from cotune.models.weights import load_model
-from cotune.tuning.adapter import AdapterConfig, AdapterTuner
+from cotune.tuning.adapter import Bottlenecks
 from cotune.tuning.answer_loss import answer_nats
-from cotune.tuning.attached import Attachable, AttachedConfig, AttachedTuner
+from cotune.tuning.attached import Attachable, AttachedTuner
+from cotune.tuning.bias import BiasAndNorms
 from cotune.tuning.feature_set import FeatureSet
 from cotune.tuning.forward_gradient import ForwardGradientConfig, ForwardGradientTuner
 from cotune.tuning.full import Full
 from cotune.tuning.gradient import GradientState
 from cotune.tuning.gradient_checkpointing import gradient_checkpointing
+from cotune.tuning.ia3 import Ia3
 from cotune.tuning.in_place import InPlaceState
-from cotune.tuning.lora import LoraConfig, LoraTuner
+from cotune.tuning.lora import Lora
 from cotune.tuning.objectives import AnswerNats
+from cotune.tuning.p_tuning import PTuning
+from cotune.tuning.prefix import Prefix
 from cotune.tuning.side import SideConfig, SideTuner, fresh_network, side_batches
-from cotune.tuning.tune import TuneConfig
+from cotune.tuning.soft_prompt import SoftPrompt
+from cotune.tuning.tune import Adaptation, TuneConfig
 from cotune.tuning.tuner import Tuner
+from cotune.tuning.vera import Vera
 from cotune.tuning.zeroth_order import ZerothOrderConfig, ZerothOrderTuner
 from cotune.wire.features import SequenceFeatures
 
@@ -132,8 +135,8 @@ class Case:
 
     run: Run
     """Everything that the method makes is made inside, and counts."""
-    predicted: str | None
-    """The planner's word for it; None where it has none."""
+    predicted: str
+    """The planner's word for it."""
     has_checkpoints: bool = False
     base_bits: int | None = None
     """Of the model's linear layers; None for whole ones."""
@@ -163,15 +166,13 @@ def run_attached(
     model: PreTrainedModel | None,
     *,
     make: Callable[[PreTrainedModel], Attachable],
-    tuner_class: type[AttachedTuner],
-    config: AttachedConfig,
     chunked: bool = False,
 ) -> Iterator[Step]:
     """As `cotune tune` runs it."""
     assert model is not None
     fresh = make(model)
     with fresh.attach(model) as attached, gradient_checkpointing(model, enabled=chunked):
-        tuner = tuner_class(attached, config)
+        tuner = AttachedTuner(attached, TuneConfig(what=Full()))
         state: GradientState = tuner.init(fresh.params)
         state.learning_rate = 1e-4
 
@@ -208,10 +209,6 @@ def whole_model(model: PreTrainedModel) -> Attachable:
     return SelectedParameters.of(model, all_names(model))
 
 
-def norms_and_biases(model: PreTrainedModel) -> Attachable:
-    return SelectedParameters.of(model, bias_and_norm_names(model))
-
-
 def last_two_blocks(model: PreTrainedModel) -> Attachable:
     num_layers = len(decoder_layers(model))
     return SelectedParameters.of(model, block_names(model, [num_layers - 2, num_layers - 1]))
@@ -219,63 +216,6 @@ def last_two_blocks(model: PreTrainedModel) -> Attachable:
 
 def fresh_lora(model: PreTrainedModel) -> Attachable:
     return LoraAdapter.fresh(model, LoraShape(rank=MethodSettings().rank))
-
-
-@contextmanager
-def run_peft(scene: Scene, model: PreTrainedModel | None, *, make_config: Callable[[], Any]) -> Iterator[Step]:
-    """A method of peft with its own forward pass; logits at the targets only, as everywhere here."""
-    import peft
-
-    assert model is not None
-    with warnings.catch_warnings():
-        # peft asks transformers 5 by an old name.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        wrapped = peft.get_peft_model(model, make_config()).eval()
-    chosen = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=1e-4, fused=True)
-    ids = torch.from_numpy(scene.batch.input_ids).to(scene.device)
-    length = ids.shape[1] - 1
-    # A soft prompt stands before the text: only the text's own positions have targets.
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][:, -length:].flatten(0, 1),))
-
-    def step() -> None:
-        inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1]), "use_cache": False}
-        # Without a name of their own, the logits go before the backward pass.
-        nn.functional.cross_entropy(wrapped(**inputs).logits.float(), ids[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(chosen, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    yield step
-
-
-def prefix_config() -> Any:
-    from peft import PrefixTuningConfig, TaskType
-
-    return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=MethodSettings().num_virtual_tokens)
-
-
-def soft_prompt_config() -> Any:
-    from peft import PromptTuningConfig, TaskType
-
-    return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=MethodSettings().num_virtual_tokens)
-
-
-def dora_config() -> Any:
-    import peft
-
-    return peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM, r=MethodSettings().rank, use_dora=True, target_modules="all-linear"
-    )
-
-
-def ia3_config() -> Any:
-    import peft
-
-    inner = "down_proj"
-    return peft.IA3Config(
-        task_type=peft.TaskType.CAUSAL_LM, target_modules=["k_proj", "v_proj", inner], feedforward_modules=[inner]
-    )
 
 
 def examples_of(batch: TokenBatch) -> list[EncodedExample]:
@@ -346,46 +286,34 @@ def random_features(scene: Scene, settings: SideSettings, rng: np.random.Generat
     )
 
 
-def own_case(choose: Callable[[PreTrainedModel], Attachable], *, chunked: bool = False) -> Run:
-    """Some of the model's own parameters; what they were waits on disk, which no step sees."""
-    return partial(
-        run_attached, make=choose, tuner_class=AttachedTuner, config=TuneConfig(what=Full()), chunked=chunked
-    )
+def tuned(what: Adaptation, *, chunked: bool = False) -> Run:
+    """With gradients; what the model's own parameters were waits on disk, which no step sees."""
+    return attached_case(lambda model: what.fresh(Backbone.from_model(model, b"{}"), [], seed=0), chunked=chunked)
 
 
-def lora_case(*, chunked: bool = False) -> Run:
-    return partial(
-        run_attached,
-        make=fresh_lora,
-        tuner_class=LoraTuner,
-        config=LoraConfig(),
-        chunked=chunked,
-    )
+def attached_case(make: Callable[[PreTrainedModel], Attachable], *, chunked: bool = False) -> Run:
+    return partial(run_attached, make=make, chunked=chunked)
 
 
-def adapter_case() -> Run:
-    return partial(
-        run_attached,
-        make=lambda model: BottleneckAdapter.fresh(model, MethodSettings().width),
-        tuner_class=AdapterTuner,
-        config=AdapterConfig(),
-    )
-
-
+SETTINGS = MethodSettings()
+LORA = Lora(shape=LoraShape(rank=SETTINGS.rank))
+DORA = Lora(shape=LoraShape(rank=SETTINGS.rank, use_dora=True))
 CASES: dict[str, Case] = {
     "inference": Case(run=run_inference, predicted="inference"),
-    "full": Case(run=own_case(whole_model), predicted="full"),
-    "full + checkpoints": Case(run=own_case(whole_model, chunked=True), predicted="full", has_checkpoints=True),
-    "norms": Case(run=own_case(norms_and_biases), predicted="norms"),
-    "blocks": Case(run=own_case(last_two_blocks), predicted="blocks"),
-    "lora": Case(run=lora_case(), predicted="lora"),
-    "lora + checkpoints": Case(run=lora_case(chunked=True), predicted="lora", has_checkpoints=True),
-    "qlora, 4 bits": Case(run=lora_case(), predicted="qlora", base_bits=4),
-    "ia3 (peft)": Case(run=partial(run_peft, make_config=ia3_config), predicted=None),
-    "dora (peft)": Case(run=partial(run_peft, make_config=dora_config), predicted="dora"),
-    "adapter": Case(run=adapter_case(), predicted="adapter"),
-    "soft prompt (peft)": Case(run=partial(run_peft, make_config=soft_prompt_config), predicted="soft_prompt"),
-    "prefix (peft)": Case(run=partial(run_peft, make_config=prefix_config), predicted="prefix"),
+    "full": Case(run=tuned(Full()), predicted="full"),
+    "full + checkpoints": Case(run=tuned(Full(), chunked=True), predicted="full", has_checkpoints=True),
+    "norms": Case(run=tuned(BiasAndNorms()), predicted="norms"),
+    "blocks": Case(run=attached_case(last_two_blocks), predicted="blocks"),
+    "lora": Case(run=tuned(LORA), predicted="lora"),
+    "lora + checkpoints": Case(run=tuned(LORA, chunked=True), predicted="lora", has_checkpoints=True),
+    "qlora, 4 bits": Case(run=tuned(LORA), predicted="qlora", base_bits=4),
+    "dora": Case(run=tuned(DORA), predicted="dora"),
+    "ia3": Case(run=tuned(Ia3()), predicted="ia3"),
+    "vera": Case(run=tuned(Vera()), predicted="vera"),
+    "adapter": Case(run=tuned(Bottlenecks(width=SETTINGS.width)), predicted="adapter"),
+    "soft prompt": Case(run=tuned(SoftPrompt(num_virtual_tokens=SETTINGS.num_virtual_tokens)), predicted="soft_prompt"),
+    "p-tuning": Case(run=tuned(PTuning(num_virtual_tokens=SETTINGS.num_virtual_tokens)), predicted="p_tuning"),
+    "prefix": Case(run=tuned(Prefix(num_virtual_tokens=SETTINGS.num_virtual_tokens)), predicted="prefix"),
     "side": Case(run=run_side, predicted="side", needs_model=False),
     "side, features here": Case(run=run_side_local, predicted="side_local"),
     "mezo": Case(
@@ -487,10 +415,8 @@ def base_bytes(case: Case, scene: Scene) -> int:
     return scene.load.number_bytes * scene.shape.num_parameters
 
 
-def predict(case: Case, scene: Scene) -> MethodCost | None:
-    """By the planner, where it knows the method."""
-    if case.predicted is None:
-        return None
+def predict(case: Case, scene: Scene) -> MethodCost:
+    """By the planner."""
     return predict_cost(scene.shape, case.predicted, scene.load, has_checkpoints=case.has_checkpoints)
 
 
@@ -512,17 +438,16 @@ def measure_shape(name: str, args: argparse.Namespace, methods: list[str]) -> di
         peaks = [run_measured(arguments)["peak_bytes"] for _ in range(args.runs)]
         cost, base = predict(case, scene), base_bytes(case, scene)
         above = Spread.of([peak / 1e6 for peak in peaks])
-        rows[method] = {"base_mb": base / 1e6, "measured_above_mb": above}
-        predicted = ""
-        if cost is not None:
-            rows[method] |= {
-                "predicted_above_mb": (cost.peak - base) / 1e6,
-                "ratio_above": (cost.peak - base) / 1e6 / above.median,
-                "ratio_whole": cost.peak / 1e6 / (above.median + base / 1e6),
-                "predicted": cost,
-            }
-            predicted = f", predicted {(cost.peak - base) / 1e6:.0f}"
-        print(f"{name} {method}: {above.median:.0f} MB above the weights{predicted}")
+        predicted_mb = (cost.peak - base) / 1e6
+        rows[method] = {
+            "base_mb": base / 1e6,
+            "measured_above_mb": above,
+            "predicted_above_mb": predicted_mb,
+            "ratio_above": predicted_mb / above.median,
+            "ratio_whole": cost.peak / 1e6 / (above.median + base / 1e6),
+            "predicted": cost,
+        }
+        print(f"{name} {method}: {above.median:.0f} MB above the weights, predicted {predicted_mb:.0f}")
     return {"num_parameters": scene.shape.num_parameters, "methods": rows}
 
 
@@ -538,8 +463,7 @@ def measure_times(name: str, args: argparse.Namespace, methods: list[str]) -> di
     for method, found in times.items():
         cost, seconds = predict(CASES[method], scene), found["ms"].median / 1e3
         found["tokens_per_s"] = scene.load.num_tokens / seconds
-        if cost is not None:
-            found |= {"gflop": cost.flops / 1e9, "gflop_per_s": cost.flops / seconds / 1e9}
+        found |= {"gflop": cost.flops / 1e9, "gflop_per_s": cost.flops / seconds / 1e9}
     return times
 
 
@@ -553,8 +477,6 @@ def targets_of(name: str, memory: dict[str, Any], times: dict[str, Any]) -> list
     """The goals that these methods are held against."""
     found = []
     for method, row in memory.items():
-        if "ratio_above" not in row:
-            continue
         error = 100 * abs(row["ratio_above"] - 1)
         found.append(
             Target(
@@ -568,8 +490,7 @@ def targets_of(name: str, memory: dict[str, Any], times: dict[str, Any]) -> list
             what = f"{name}, {side}: peak above the weights, of full tuning's"
             found.append(Target(what=what, measured=share, limit=25, unit="%"))
     for method in memory:
-        word = CASES[method].predicted if method in CASES else None
-        if "inference" in memory and word is not None and word.startswith("zeroth_order"):
+        if "inference" in memory and CASES[method].predicted.startswith("zeroth_order"):
             share = 100 * (_whole_mb(memory[method]) / _whole_mb(memory["inference"]) - 1)
             found.append(Target(what=f"{name}, {method}: memory above inference's", measured=share, limit=5, unit="%"))
     if {"lora", "side", "side, features here"} <= times.keys():
@@ -594,11 +515,11 @@ def show(name: str, memory: dict[str, Any], times: dict[str, Any]) -> None:
             method,
             f"{row['base_mb']:.0f}",
             f"{row['measured_above_mb'].median:.0f}",
-            f"{row['predicted_above_mb']:.0f}" if "predicted_above_mb" in row else "",
-            f"{row['ratio_above']:.3f}" if "ratio_above" in row else "",
-            f"{row['ratio_whole']:.3f}" if "ratio_whole" in row else "",
+            f"{row['predicted_above_mb']:.0f}",
+            f"{row['ratio_above']:.3f}",
+            f"{row['ratio_whole']:.3f}",
             "" if timed is None else f"{timed['ms'].median:.0f}",
-            "" if timed is None or "gflop_per_s" not in timed else f"{timed['gflop_per_s']:.0f}",
+            "" if timed is None else f"{timed['gflop_per_s']:.0f}",
         )
     Console().print(table)
 

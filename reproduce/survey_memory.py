@@ -65,7 +65,7 @@ class Row:
     Attributes:
         group: full, PEFT or MEFT.
         case: of `benchmarks/method_memory.py`, what is measured.
-        planned: the planner's word; None where it has none.
+        planned: the planner's word.
         has_checkpoints: gradient checkpointing.
         method: of `ADAPTATIONS`; None for the side network.
         estimator: of `ESTIMATORS`.
@@ -75,7 +75,7 @@ class Row:
 
     group: str
     case: str
-    planned: str | None
+    planned: str
     method: str | None
     learning_rates: tuple[float, ...]
     estimator: str = "backprop"
@@ -90,15 +90,13 @@ ROWS: dict[str, Row] = {
     "adapter": Row(group="PEFT", case="adapter", planned="adapter", method="adapter", learning_rates=_LORA_RATES),
     "soft_prompt": Row(
         group="PEFT",
-        case="soft prompt (peft)",
+        case="soft prompt",
         planned="soft_prompt",
         method="soft_prompt",
         learning_rates=(1e-2, 3e-2, 1e-1),
     ),
-    "prefix": Row(
-        group="PEFT", case="prefix (peft)", planned="prefix", method="prefix", learning_rates=(3e-3, 1e-2, 3e-2)
-    ),
-    "ia3": Row(group="PEFT", case="ia3 (peft)", planned=None, method="ia3", learning_rates=(3e-3, 1e-2, 3e-2)),
+    "prefix": Row(group="PEFT", case="prefix", planned="prefix", method="prefix", learning_rates=(3e-3, 1e-2, 3e-2)),
+    "ia3": Row(group="PEFT", case="ia3", planned="ia3", method="ia3", learning_rates=(3e-3, 1e-2, 3e-2)),
     "bias": Row(group="PEFT", case="norms", planned="norms", method="bias", learning_rates=(1e-3, 3e-3, 1e-2)),
     "side": Row(group="MEFT", case="side", planned="side", method=None, learning_rates=_LORA_RATES),
     "side, local": Row(
@@ -142,10 +140,10 @@ DEVIATIONS = (
     "still far fewer steps than MeZO's 20,000.",
     "The learning rate of every method is the one with the least held-out loss, seed 0.",
     "Memory and time are of random texts of one length, all of them targets, random weights in the model's shape. "
-    "What full and bias were before waits on disk. soft prompt, prefix and IA3 go through peft's own forward pass.",
+    "What full and bias were before waits on disk.",
     "side has no model in its process: its features come from elsewhere; 'side, local' makes them anew in each step. "
     "They learn the same. A step's time is the median of a process's steps.",
-    "LoRA with checkpoints learns what LoRA learns, so its quality is LoRA's. IA3 is no word of the planner.",
+    "LoRA with checkpoints learns what LoRA learns, so its quality is LoRA's.",
 )
 
 
@@ -370,11 +368,9 @@ def above_weights(cost: MethodCost, shape: ModelShape, load: Workload) -> int:
     return cost.peak - load.number_bytes * shape.num_parameters
 
 
-def predict(name: str, shape: ModelShape, load: Workload) -> MethodCost | None:
-    """What `cotune plan` says of a row, as it is measured; None where it knows nothing."""
+def predict(name: str, shape: ModelShape, load: Workload) -> MethodCost:
+    """What `cotune plan` says of a row, as it is measured."""
     row = ROWS[name]
-    if row.planned is None:
-        return None
     return predict_cost(shape, row.planned, load, has_checkpoints=row.has_checkpoints)
 
 
@@ -384,8 +380,8 @@ def shape_rows(study: Study, shape_name: str, unfinished: list[str]) -> dict[str
     for name in study.args.methods:
         cost = predict(name, shape, study.load)
         rows[name] = {
-            "whole_mb": None if cost is None else cost.peak / 1e6,
-            "predicted_above_mb": None if cost is None else above_weights(cost, shape, study.load) / 1e6,
+            "whole_mb": cost.peak / 1e6,
+            "predicted_above_mb": above_weights(cost, shape, study.load) / 1e6,
             "measured_above_mb": None,
         }
         if study.args.measure_shapes and study.can_run(name):
@@ -409,7 +405,7 @@ def build(study: Study) -> Page:
     for name in study.methods:
         cost = predict(name, shape, study.load)
         row: dict[str, Any] = {"group": ROWS[name].group, "measured_above_mb": None, "step_ms": None, "nats": None}
-        row["predicted_above_mb"] = None if cost is None else above_weights(cost, shape, study.load) / 1e6
+        row["predicted_above_mb"] = above_weights(cost, shape, study.load) / 1e6
         try:
             found = study.measured(name, str(study.folder))
             row |= {"measured_above_mb": found["peak_bytes"] / 1e6, "step_ms": 1000 * found["step_s"]}
@@ -515,7 +511,7 @@ def verdicts_of(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     for name, row in rows.items():
         measured, predicted = row["measured_above_mb"], row["predicted_above_mb"]
-        if measured and predicted is not None:
+        if measured:
             off = 100 * abs(predicted / measured - 1)
             found.append({"what": f"{name}: prediction off the peak", "measured": off, "limit": 15.0, "unit": "%"})
     return [{**one, "holds": one["measured"] <= one["limit"]} for one in found]

@@ -26,7 +26,7 @@ def test_a_row_is_measured_predicted_and_tuned_as_the_same_method(name: str) -> 
     row = ROWS[name]
     case = CASES[row.case]
     assert (case.predicted, case.has_checkpoints, case.base_bits) == (row.planned, row.has_checkpoints, row.base_bits)
-    assert row.planned is None or row.planned in METHODS
+    assert row.planned in METHODS
     assert row.method is None or row.method in ADAPTATIONS
     assert row.estimator in ESTIMATORS and row.group in ("full", "PEFT", "MEFT")
 
@@ -35,15 +35,13 @@ def test_weights_that_are_loaded_first_are_not_counted() -> None:
     load = Workload(batch=2, length=32)
     for name in ROWS:
         cost = predict(name, SHAPE, load)
-        if cost is None:
-            assert name == "ia3"
-        elif name == "side":
+        if name == "side":
             assert above_weights(cost, SHAPE, load) == cost.peak
         else:
             assert 0 < above_weights(cost, SHAPE, load) < cost.peak
     # 601,344 bytes of weights, 256,000 of activations.
     mezo = predict("mezo, lora", SHAPE, load)
-    assert mezo is not None and above_weights(mezo, SHAPE, load) == mezo.peak - 601_344
+    assert above_weights(mezo, SHAPE, load) == mezo.peak - 601_344
 
 
 def test_at_seven_billion_the_forward_only_methods_need_the_least() -> None:
@@ -52,19 +50,18 @@ def test_at_seven_billion_the_forward_only_methods_need_the_least() -> None:
     above = {}
     for name in ("full", "lora", "lora + checkpoints", "mezo, lora"):
         cost = predict(name, shape, load)
-        assert cost is not None
         above[name] = above_weights(cost, shape, load)
     assert above["mezo, lora"] < above["lora + checkpoints"] < above["lora"] < above["full"]
 
 
 def test_goals_are_held_against_what_was_measured() -> None:
-    def row(measured: float | None, predicted: float | None, step_ms: float | None) -> dict[str, float | None]:
+    def row(measured: float | None, predicted: float, step_ms: float | None) -> dict[str, float | None]:
         return {"measured_above_mb": measured, "predicted_above_mb": predicted, "step_ms": step_ms}
 
     rows = {
         "full": row(200.0, 180.0, 10.0),
         "lora": row(150.0, 100.0, 8.0),
-        "side": row(40.0, None, 5.0),
+        "side": row(40.0, 38.0, 5.0),
         "side, local": row(None, 30.0, None),
     }
     found = {one["what"]: (one["measured"], one["holds"]) for one in verdicts_of(rows)}
@@ -73,6 +70,7 @@ def test_goals_are_held_against_what_was_measured() -> None:
         "side: time of LoRA's": (62.5, False),
         "full: prediction off the peak": (pytest.approx(10.0), True),
         "lora: prediction off the peak": (pytest.approx(100 / 3), False),
+        "side: prediction off the peak": (pytest.approx(5.0), True),
     }
 
 
@@ -91,7 +89,7 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(
     assert measured["methods"].keys() == {"side", "mezo, lora", "ia3"}
     for row in measured["methods"].values():
         assert row["measured_above_mb"] > 0 and row["step_ms"] > 0 and row["nats"]["mean"] > 0
-    assert measured["methods"]["ia3"]["predicted_above_mb"] is None
+    assert all(row["predicted_above_mb"] > 0 for row in measured["methods"].values())
     assert measured["shapes"]["llama-7b"]["mezo, lora"]["whole_mb"] > 25_000
     assert "llama-7b" in (tmp_path / "out" / "report.html").read_text()
     cells = {path.name: path.read_text() for path in (tmp_path / "cells").iterdir()}
