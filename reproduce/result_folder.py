@@ -48,12 +48,12 @@ def write_results(
     write_json(folder / "config.json", {**known["about"], "deviations": known["deviations"]})
     write_json(folder / "expected.json", known["expected"])
     write_json(folder / "measured.json", known["measured"])
-    settings = [(name, json.dumps(value)) for name, value in known["about"]["config"].items()]
+    settings = [(name, _words(value)) for name, value in known["about"]["config"].items()]
     last = Section(
         name="setting",
         short="Setting",
         heading="How it was measured",
-        content=Html(bullets(deviations) + facts([*settings, ("hardware", json.dumps(known["about"]["hardware"]))])),
+        content=Html(bullets(deviations) + facts([*settings, ("hardware", _words(known["about"]["hardware"]))])),
     )
     page = render_page(title, lead, [*sections, last], as_json=json.dumps(known, indent=1, ensure_ascii=False))
     write_page(folder / "report.html", page)
@@ -125,6 +125,17 @@ def plot_groups(
         axes.figure.legend(loc="outside lower left", ncols=3, handlelength=1.2, columnspacing=1.2)
 
     return figure(render_svg(name, described, 3.2, draw), caption)
+
+
+def _words(value: Any) -> str:
+    """A setting as people read it."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    return str(value)
 
 
 def _plain(value: Any) -> Any:

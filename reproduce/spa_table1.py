@@ -100,13 +100,14 @@ def build(study: Study) -> Page:
     words["m"] = "M"
     columns: dict[str, list[str]] = {}
     for key, head in words.items():
-        columns[head] = [f"{measured[name][key]:.2f}" for name in names]
-        columns[f"{head}, paper"] = [f"{TABLE_1[name][key]:g}" for name in names]
+        columns[head] = [f"{measured[name][key]:.2f} ({TABLE_1[name][key]:g})" for name in names]
     columns["bytes a token"] = [f"{measured[name]['bytes_per_token']:,.0f}" for name in names]
     for dataset in datasets:
-        columns[f"Rouge-L, {dataset}"] = [str(measured[name]["rouge_l"][dataset]) for name in names]
-        if dataset in TABLE_1["LoRA"]:
-            columns[f"Rouge-L, {dataset}, paper"] = [f"{TABLE_1[name][dataset]:.2f}" for name in names]
+        columns[f"Rouge-L, {dataset}"] = [
+            str(measured[name]["rouge_l"][dataset])
+            + (f" ({TABLE_1[name][dataset]:.2f})" if dataset in TABLE_1[name] else "")
+            for name in names
+        ]
     bars = {
         part: [(0.0, measured[name][f"{part}_s"], None, None) for name in names] for part in ("inference", "network")
     }
@@ -122,7 +123,7 @@ def build(study: Study) -> Page:
                 heading="Times for 50 tokens, and quality",
                 content=Html(
                     plot_groups("times", "Medians of five texts.", names, bars, y_label="seconds for 50 tokens")
-                    + grid("Measured, and what the paper states for Llama-7B", "method", names, columns)
+                    + grid("Measured, and in brackets what the paper states for Llama-7B", "method", names, columns)
                 ),
             )
         ],
