@@ -83,8 +83,9 @@ def judge_plugin(
 ) -> dict[str, Any]:
     """By mode of the plugin's family: what it writes and finds likely, how often the device is asked and decides.
 
-    Also, as `teacher_forced` and `free_running`, the shares of tokens by two facts: the gate asks, and the
-    device's choice is another one than the base model's (SPA, table 4).
+    Without a gate there is only the mode that asks for every token. With one also, as `teacher_forced` and
+    `free_running`, the shares of tokens by two facts: the gate asks, and the device's choice is another one than the
+    base model's (SPA, table 4).
     """
     encoded = encode_examples(backbone.tokenizer_json, test, backbone.description, max_length)
     personal = personal_of(plugin)
@@ -98,6 +99,8 @@ def judge_plugin(
         for each, first in zip(encoded, firsts, strict=True)
     ]
     for mode in FAMILIES[plugin.family]:
+        if MODES[mode].is_gated and personal.gate is None:
+            continue
         nats = [
             token_nats(one, personal, mode, start=first, num_lead=lead)
             for one, first, lead in zip(features, firsts, leads, strict=True)
@@ -110,7 +113,7 @@ def judge_plugin(
             "consult_rate": float(np.mean([d.consulted for d in decisions])),
             "changed_rate": float(np.mean([d.changed for d in decisions])),
         }
-        if mode == FAMILIES[plugin.family][1]:
+        if MODES[mode].is_gated:
             own = [
                 EncodedExample(np.array([*each.input_ids[: each.first_target], *one.token_ids]), each.first_target)
                 for each, one in zip(encoded, made, strict=True)

@@ -265,6 +265,8 @@ class Study:
             side_width=self.args.side_width,
             seed=seed,
             max_length=self.args.max_length,
+            # Claims about few epochs are about the side network alone.
+            has_gate=method.epochs is None,
         )
 
     def _key(self, method: Method, num_train: int | None, **more: Any) -> dict[str, Any]:
