@@ -259,10 +259,7 @@ def walk_blocks(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_s
         >>> for block in walk_blocks(model, texts.input_ids):  # doctest: +SKIP
         ...     print(block.name, {name: s.num_rows for name, s in block.statistics().items()})
     """
-    _check_model(model)
-    _check_ids(model, input_ids)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, expected at least 1")
+    check_walk(model, input_ids, batch_size=batch_size)
     layers = decoder_layers(model)
     names = {module: name for name, module in model.named_modules()}
     passes = _Passes(batch_size)
@@ -277,7 +274,7 @@ def walk_blocks(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_s
 class PackedLike(Protocol):
     """A weight in a compressed form, such as `cotune.models.packed_weights.PackedWeight`."""
 
-    def dequantise(self) -> NDArray[np.float32]:
+    def dequantised(self) -> NDArray[np.float32]:
         """The weight (out, in) that it stands for."""
         ...
 
@@ -330,7 +327,7 @@ def compress_linears(
     Example:
         >>> compress_linears(model, texts.input_ids, lambda weight, _: weight.bfloat16().float())  # doctest: +SKIP
     """
-    names = set(_chosen_linears(model, skip))
+    names = set(chosen_linears(model, skip))
     packed: dict[str, PackedT] = {}
     num_done = 0
     for block in walk_blocks(model, input_ids, batch_size=batch_size):
@@ -362,7 +359,7 @@ def compress_weights(
     Example:
         >>> compress_weights(model, lambda weight: weight.bfloat16().float())  # doctest: +SKIP
     """
-    linears = _chosen_linears(model, skip)
+    linears = chosen_linears(model, skip)
     packed: dict[str, PackedT] = {}
     for index, (name, linear) in enumerate(linears.items()):
         result = compress_weight(linear.weight.detach().float().clone())
@@ -391,7 +388,7 @@ def reconstruction_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
     return of_lost / of_whole if of_whole > 0 else 0.0
 
 
-def _chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> dict[str, nn.Linear]:
+def chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> dict[str, nn.Linear]:
     """Linear layers of all blocks by name, but for those in `skip`."""
     _check_model(model)
     unknown = set(skip)
@@ -412,6 +409,14 @@ def _chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> dict[str, 
     if not chosen:
         raise InputError(f"{type(model).__name__} has no linear layer to compress in its blocks; skip fewer")
     return chosen
+
+
+def check_walk(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_size: int) -> None:
+    """Raise `InputError` where `walk_blocks` would refuse its arguments."""
+    _check_model(model)
+    _check_ids(model, input_ids)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, expected at least 1")
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -450,7 +455,7 @@ def _check_ids(model: PreTrainedModel, input_ids: NDArray[np.int64]) -> None:
 
 def _values(name: str, linear: nn.Linear, result: Tensor | PackedLike) -> Tensor:
     """What a compressed weight is in the layer's number type."""
-    new = result if isinstance(result, Tensor) else torch.from_numpy(result.dequantise())
+    new = result if isinstance(result, Tensor) else torch.from_numpy(result.dequantised())
     shape = linear.weight.shape
     if new.shape != shape or not bool(new.isfinite().all()):
         problem = f"of shape {tuple(new.shape)}" if new.shape != shape else "with numbers that are not finite"
