@@ -7,7 +7,8 @@ FLAP (arXiv 2312.11983) without its subtraction of means. `refit` repairs D.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cotune.compression.calibration import LayerProgress, LayerStatistics, reconstruction_error, walk_blocks
-from cotune.compression.llama_blocks import keep_rows, llama_blocks, most_important, set_weight
+from cotune.compression.llama_blocks import MULTIPLE, keep_rows, kept_size, llama_blocks, most_important, set_weight
+from cotune.compression.pruner import Amount, Facts, refuse_skip, share_of, texts_of
 from cotune.compression.refit import DAMPING, refit
 from cotune.errors import InputError
 
@@ -76,3 +78,41 @@ def lost_share(weight: Tensor, new: Tensor, kept: Tensor, statistics: LayerStati
     spread = weight.new_zeros(weight.shape)
     spread[:, kept] = new
     return reconstruction_error(weight, spread, statistics.gram)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """`slice_channels` by a share of the channels."""
+
+    repairs: bool = True
+    """Whether those that stay make up for those that go."""
+    damping: float = DAMPING
+    """Of that, see `refit`."""
+    multiple: int = MULTIPLE
+    """The new number is a multiple of this."""
+
+    def prune(
+        self,
+        model: PreTrainedModel,
+        amount: Amount,
+        input_ids: NDArray[np.int64] | None,
+        *,
+        skip: Collection[str] = (),
+        batch_size: int = 4,
+        on_layer: Callable[[LayerProgress], None] | None = None,
+    ) -> Facts:
+        """See `Pruner`. `amount` is a share."""
+        refuse_skip(skip)
+        share, ids = share_of(amount), texts_of(input_ids)
+        llama_blocks(model)
+        num_kept = kept_size(int(model.config.intermediate_size), share, multiple=self.multiple)
+        slice_channels(
+            model,
+            ids,
+            num_kept,
+            repairs=self.repairs,
+            damping=self.damping,
+            batch_size=batch_size,
+            on_layer=on_layer,
+        )
+        return {"intermediate_size": num_kept}

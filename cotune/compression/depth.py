@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from cotune.compression.calibration import check_walk
+from cotune.compression.calibration import LayerProgress, check_walk
+from cotune.compression.pruner import Amount, Facts, count_of, refuse_skip, texts_of
 from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
 
@@ -91,9 +93,35 @@ def drop_blocks(model: PreTrainedModel, blocks: Collection[int]) -> None:
         for part in layer.modules():
             # Attention finds its keys and values in the cache by it.
             if "layer_idx" in vars(part):
-                part.layer_idx = index
+                vars(part)["layer_idx"] = index
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None)
     if types is not None:
         config.layer_types = [kind for index, kind in enumerate(types) if index not in gone]
     config.num_hidden_layers = len(layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """`drop_blocks` of those with the lowest influence."""
+
+    def prune(
+        self,
+        model: PreTrainedModel,
+        amount: Amount,
+        input_ids: NDArray[np.int64] | None,
+        *,
+        skip: Collection[str] = (),
+        batch_size: int = 4,
+        on_layer: Callable[[LayerProgress], None] | None = None,
+    ) -> Facts:
+        """See `Pruner`. `amount` is a number of blocks; `on_layer` is not called."""
+        refuse_skip(skip)
+        num, ids = count_of(amount), texts_of(input_ids)
+        num_blocks = len(decoder_layers(model))
+        if num >= num_blocks:
+            raise InputError(f"{num} blocks are to go, expected 1 to {num_blocks - 1}: the model has {num_blocks}")
+        influence = block_influence(model, ids, batch_size=batch_size)
+        dropped = lowest_blocks(influence, num)
+        drop_blocks(model, dropped)
+        return {"block_influence": influence, "dropped_blocks": dropped}

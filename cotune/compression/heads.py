@@ -7,7 +7,8 @@ residual stream, as in `channels`; `refit` repairs that projection. Heads keep t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 
 from cotune.compression.calibration import LayerProgress, walk_blocks
 from cotune.compression.channels import column_importance, lost_share
-from cotune.compression.llama_blocks import keep_rows, llama_blocks, most_important, set_weight
+from cotune.compression.llama_blocks import keep_rows, kept_size, llama_blocks, most_important, set_weight
+from cotune.compression.pruner import Amount, Facts, refuse_skip, share_of, texts_of
 from cotune.compression.refit import DAMPING, refit
 from cotune.errors import InputError
 from cotune.models.anatomy import attention_shape
@@ -92,3 +94,40 @@ def check_heads(model: PreTrainedModel, num_kept: int) -> None:
 def _places(kept: Tensor, size: int) -> Tensor:
     """Indices of all rows of the groups `kept`, of `size` rows each."""
     return (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """`slice_heads` by a share of the key-value heads."""
+
+    repairs: bool = True
+    """Whether those that stay make up for those that go."""
+    damping: float = DAMPING
+    """Of that, see `refit`."""
+
+    def prune(
+        self,
+        model: PreTrainedModel,
+        amount: Amount,
+        input_ids: NDArray[np.int64] | None,
+        *,
+        skip: Collection[str] = (),
+        batch_size: int = 4,
+        on_layer: Callable[[LayerProgress], None] | None = None,
+    ) -> Facts:
+        """See `Pruner`. `amount` is a share."""
+        refuse_skip(skip)
+        share, ids = share_of(amount), texts_of(input_ids)
+        llama_blocks(model)
+        _, kv_heads, _ = attention_shape(model)
+        num_kept = kept_size(kv_heads, share, multiple=1)
+        slice_heads(
+            model,
+            ids,
+            num_kept,
+            repairs=self.repairs,
+            damping=self.damping,
+            batch_size=batch_size,
+            on_layer=on_layer,
+        )
+        return {"num_attention_heads": int(model.config.num_attention_heads), "num_key_value_heads": num_kept}

@@ -17,8 +17,10 @@ sqrt(d s / k), s the mean share of |x|^2 at that norm which is left in the k num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,19 +29,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cotune.compression.calibration import check_walk
-from cotune.compression.llama_blocks import llama_blocks, set_weight
+from cotune.compression.calibration import LayerProgress, check_walk
+from cotune.compression.llama_blocks import MULTIPLE, kept_size, llama_blocks, set_weight
+from cotune.compression.pruner import Amount, Facts, refuse_skip, share_of, texts_of
 from cotune.errors import InputError
 from cotune.models.anatomy import output_embedding
 
 
-def slice_hidden(
-    model: PreTrainedModel,
-    input_ids: NDArray[np.int64],
-    num_kept: int,
-    *,
-    batch_size: int = 4,
-) -> None:
+def slice_hidden(model: PreTrainedModel, input_ids: NDArray[np.int64], num_kept: int, *, batch_size: int = 4) -> None:
     """Make the residual stream `num_kept` numbers wide, in place. Heads keep their number and dimension.
 
     A head that shares its weight with the embedding gets one of its own, since the last norm's scales go into the head
@@ -65,16 +62,21 @@ def slice_hidden(
     hidden = int(model.config.hidden_size)
     norms = _norms(model)
     gram = torch.zeros(hidden, hidden, dtype=torch.float64, device=model.device)
-    for _, normed in _normed_states(model, norms, input_ids, batch_size):
-        gram += normed.T @ normed
+
+    def add_products(norm: nn.Module, normed: Tensor) -> None:
+        gram.add_(normed.T @ normed)
+
+    _watch_norms(model, norms, input_ids, batch_size, add_products)
     rotation = principal_axes(gram)[:, :num_kept]
-    squares = dict.fromkeys(norms, 0.0)
-    wholes = dict.fromkeys(norms, 0.0)
-    for norm, normed in _normed_states(model, norms, input_ids, batch_size):
-        squares[norm] += float((normed @ rotation).square().sum())
-        wholes[norm] += float(normed.square().sum())
+    left, whole = dict.fromkeys(norms, 0.0), dict.fromkeys(norms, 0.0)
+
+    def add_squares(norm: nn.Module, normed: Tensor) -> None:
+        left[norm] += float((normed @ rotation).square().sum())
+        whole[norm] += float(normed.square().sum())
+
+    _watch_norms(model, norms, input_ids, batch_size, add_squares)
     for norm in norms:
-        scale = (hidden / num_kept * squares[norm] / wholes[norm]) ** 0.5
+        scale = (hidden / num_kept * left[norm] / whole[norm]) ** 0.5
         norm.weight = nn.Parameter(
             torch.full((num_kept,), scale).to(norm.weight), requires_grad=norm.weight.requires_grad
         )
@@ -153,22 +155,24 @@ def _fold(norm: Any, readers: tuple[nn.Linear, ...]) -> None:
     norm.weight.fill_(1)
 
 
-def _normed_states(
-    model: PreTrainedModel, norms: list[Any], input_ids: NDArray[np.int64], batch_size: int
-) -> Iterator[tuple[Any, Tensor]]:
-    """What each norm puts out, float64 (tokens, hidden), batch by batch."""
-    for ids in torch.split(torch.from_numpy(input_ids), batch_size):
-        seen: list[tuple[Any, Tensor]] = []
+@torch.no_grad()
+def _watch_norms(
+    model: PreTrainedModel,
+    norms: list[Any],
+    input_ids: NDArray[np.int64],
+    batch_size: int,
+    take: Callable[[nn.Module, Tensor], None],
+) -> None:
+    """Show `take` what each norm puts out for each batch, float64 (tokens, hidden)."""
 
-        def keep(norm: nn.Module, arguments: tuple[Any, ...], output: Tensor, seen: list[Any] = seen) -> None:
-            seen.append((norm, output))
+    def show(norm: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        take(norm, output.reshape(-1, output.shape[-1]).double())
 
-        with ExitStack() as stack, torch.no_grad():
-            for norm in norms:
-                stack.callback(norm.register_forward_hook(keep).remove)
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_hook(show).remove)
+        for ids in torch.split(torch.from_numpy(input_ids), batch_size):
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
-        for norm, output in seen:
-            yield norm, output.reshape(-1, output.shape[-1]).double()
 
 
 @torch.no_grad()
@@ -189,3 +193,30 @@ def _rotate(model: PreTrainedModel, rotation: Tensor) -> None:
                 writer.bias = nn.Parameter(
                     (rotation.T @ writer.bias.double()).to(writer.bias), requires_grad=writer.bias.requires_grad
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenSize:
+    """`slice_hidden` by a share of the width."""
+
+    multiple: int = MULTIPLE
+    """The new width is a multiple of this (see `llama_blocks.MULTIPLE`) and of the number of heads."""
+
+    def prune(
+        self,
+        model: PreTrainedModel,
+        amount: Amount,
+        input_ids: NDArray[np.int64] | None,
+        *,
+        skip: Collection[str] = (),
+        batch_size: int = 4,
+        on_layer: Callable[[LayerProgress], None] | None = None,
+    ) -> Facts:
+        """See `Pruner`. `amount` is a share; `on_layer` is not called."""
+        refuse_skip(skip)
+        share, ids = share_of(amount), texts_of(input_ids)
+        llama_blocks(model)
+        step = math.lcm(self.multiple, int(model.config.num_attention_heads))
+        num_kept = kept_size(int(model.config.hidden_size), share, multiple=step)
+        slice_hidden(model, ids, num_kept, batch_size=batch_size)
+        return {"hidden_size": num_kept}

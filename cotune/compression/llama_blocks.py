@@ -16,6 +16,9 @@ from cotune.models.anatomy import decoder_layers
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Blocks of the form x + O attention(Q, K, V of norm(x)), then x + D (silu(G norm(x)) * U norm(x))."""
 
+MULTIPLE = 32
+"""Sizes stay multiples of this, which low-bit kernels with groups of 32 weights need."""
+
 
 @dataclass(frozen=True)
 class LlamaBlock:
@@ -89,7 +92,7 @@ def set_weight(linear: nn.Linear, weight: Tensor) -> None:
     linear.out_features, linear.in_features = weight.shape
 
 
-def _like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new.to(old).clone(memory_format=torch.contiguous_format), requires_grad=old.requires_grad)
 
 
