@@ -75,18 +75,19 @@ def slice_hidden(model: PreTrainedModel, input_ids: NDArray[np.int64], num_kept:
         whole[norm] += float(normed.square().sum())
 
     _watch_norms(model, norms, input_ids, batch_size, add_squares)
+    eps = float(model.config.rms_norm_eps) * hidden / num_kept
     for norm in norms:
         scale = (hidden / num_kept * left[norm] / whole[norm]) ** 0.5
         norm.weight = nn.Parameter(
             torch.full((num_kept,), scale).to(norm.weight), requires_grad=norm.weight.requires_grad
         )
-        norm.variance_epsilon *= hidden / num_kept
+        norm.variance_epsilon = eps
     _rotate(model, rotation)
     config = model.config
     # Set before the hidden size, from which transformers derives it otherwise.
     config.head_dim = _head_dim(model)
     config.hidden_size = num_kept
-    config.rms_norm_eps = config.rms_norm_eps * hidden / num_kept
+    config.rms_norm_eps = eps
 
 
 @torch.no_grad()
