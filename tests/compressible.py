@@ -14,7 +14,7 @@ VOCAB = 50
 
 
 def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """A random model of three blocks, the same each time."""
+    """A random model of three blocks, the same each time; settings that are None are left out."""
     shape: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -27,6 +27,7 @@ def tiny_model(architecture: str = "llama", dtype: torch.dtype = torch.float32, 
         "pad_token_id": 0,
         **changes,
     }
+    shape = {name: value for name, value in shape.items() if value is not None}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape))

@@ -202,6 +202,17 @@ def test_each_text_gives_a_piece_before_any_gives_a_second_one() -> None:
         cut(10)
 
 
+def test_texts_and_their_pieces_come_in_an_order_drawn_by_the_seed() -> None:
+    def cut(texts: list[str], seed: int) -> list[int]:
+        return CalibrationTexts.from_texts(texts, words(), num_texts=5, length=2, seed=seed).input_ids[:, 0].tolist()
+
+    short, long = [text(start, 2) for start in range(10, 20, 2)], [text(10, 10)]
+    for texts in (short, long):
+        orders = [cut(texts, seed) for seed in range(4)]
+        assert len({tuple(order) for order in orders}) == 4
+        assert all(sorted(order) == list(range(10, 20, 2)) for order in orders)
+
+
 def test_the_end_of_a_text_can_be_marked() -> None:
     texts = CalibrationTexts.from_texts([text(10, 3)] * 2, words(), num_texts=1, length=8, eos_token_id=99)
     assert texts.input_ids.tolist() == [[10, 11, 12, 99, 10, 11, 12, 99]]

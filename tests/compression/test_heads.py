@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressible import VOCAB, tiny_model
 from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cotune.compression.calibration import LayerProgress
 from cotune.compression.heads import Heads, slice_heads
@@ -52,6 +53,17 @@ def test_a_group_that_adds_nothing_goes_and_nothing_changes(architecture: str, i
     assert torch.equal(kept.q_proj.weight, dense.q_proj.weight[[*range(8), *range(16, 24)]])
     assert torch.equal(kept.k_proj.weight, dense.k_proj.weight[[*range(4), *range(8, 12)]])
     assert torch.equal(kept.v_proj.weight, dense.v_proj.weight[[*range(4), *range(8, 12)]])
+
+
+def test_a_head_keeps_its_dimension_where_the_config_did_not_say_it(input_ids: Ids) -> None:
+    model = tiny_model("qwen2", head_dim=None)
+    assert "head_dim" not in model.config.to_dict()
+    slice_heads(model, input_ids, 1)
+    again = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_dict()))
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        ids = torch.from_numpy(input_ids)
+        assert torch.equal(again.eval()(ids).logits, model(ids).logits)
 
 
 def test_repair_loses_less(input_ids: Ids) -> None:

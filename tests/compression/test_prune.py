@@ -92,6 +92,17 @@ def test_what_was_pruned_reloads_to_the_same_logits(name: str, amount: Amount, s
     assert rows.top_logits.shape[0] == 8
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "channels", "depth"])
+def test_a_model_with_one_weight_for_embedding_and_head_reloads_too(name: str, source: Path, tmp_path: Path) -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    report = prune(model, SMALL.get(name, name), 1 if name == "depth" else 0.25, TEXTS)
+    save_model(tmp_path / "pruned", model, source=str(source))
+    again = Backbone.from_pretrained(str(tmp_path / "pruned"))
+    assert torch.equal(logits(again.model), logits(model))
+    assert again.spec.num_parameters == report.new_num_parameters
+    assert again.model.config.tie_word_embeddings == (name != "hidden_size")
+
+
 def test_every_method_is_tried() -> None:
     assert {name for name, _ in CASES} == set(PRUNERS)
 

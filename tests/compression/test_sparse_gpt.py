@@ -70,6 +70,14 @@ def test_the_size_of_a_block_does_not_matter_to_groups() -> None:
         )
 
 
+def test_blocks_add_up_to_the_share_of_the_layer() -> None:
+    weight, statistics = correlated_layer(2)
+    by_row = prune_by_sparse_gpt(weight, statistics, RowSparsity(0.3), block_size=5)
+    assert set((by_row == 0).sum(1).tolist()) == {5}
+    by_layer = prune_by_sparse_gpt(weight, statistics, LayerSparsity(0.3), block_size=5)
+    assert int((by_layer == 0).sum()) == 58
+
+
 def test_by_hand() -> None:
     """X^T X = [[3, 1], [1, 3]], inverse [[3, -1], [-1, 3]] / 8.
 

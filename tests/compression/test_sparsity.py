@@ -23,6 +23,13 @@ def test_rows_lose_the_same_number_and_the_lowest(scores: torch.Tensor, share: f
         assert sorted(row)[:num] == sorted(score for score, gone in zip(row, goes, strict=True) if gone)
 
 
+def test_half_a_weight_is_rounded_up() -> None:
+    assert int(RowSparsity(0.5).pruned(torch.rand(1, 5)).sum()) == 3
+    assert int(LayerSparsity(0.5).pruned(torch.rand(3, 5)).sum()) == 8
+    # 0.29 * 50 = 14.499999999999998 in floating point.
+    assert int(RowSparsity(0.29).pruned(torch.rand(1, 50)).sum()) == 15
+
+
 def test_a_layer_loses_its_lowest_wherever_they_are(scores: torch.Tensor) -> None:
     scores[2] += 1
     pruned = LayerSparsity(0.5).pruned(scores)
