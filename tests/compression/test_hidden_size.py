@@ -10,7 +10,7 @@ import torch
 from compressible import VOCAB, tiny_model
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cotune.compression.hidden_size import HiddenSize, fold_norms, principal_axes, slice_hidden
 from cotune.errors import InputError
@@ -95,6 +95,14 @@ def test_a_stream_of_few_dimensions_loses_nothing(input_ids: Ids) -> None:
     assert config.rms_norm_eps == pytest.approx(1e-5 * 32 / 12)
     assert model.model.norm.variance_epsilon == config.rms_norm_eps
     assert model.model.embed_tokens.embedding_dim == model.lm_head.in_features == 12
+
+
+def test_a_head_keeps_its_dimension_where_the_config_did_not_say_it(input_ids: Ids) -> None:
+    model = tiny_model("qwen2", head_dim=None)
+    slice_hidden(model, input_ids, 16)
+    again = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_dict()))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again.eval(), input_ids), logits(model, input_ids))
 
 
 def test_axes_and_norms_by_their_formulas(input_ids: Ids) -> None:
