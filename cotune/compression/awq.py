@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Awq:
     """How many values of alpha are tried: 0, 1 / num_alphas, and so on. The first is round-to-nearest."""
     max_clip: float = 0.5
     """The most that is cut of a group's range, in steps of a twentieth of the range; 0 for no clipping."""
-    needs_texts = True
+    needs_texts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.num_alphas < 1:
@@ -173,7 +173,7 @@ def channel_scales(mean_size: Tensor, alpha: float) -> Tensor:
 
 def _rounding_error(weight: Tensor, scales: Tensor, gram: Tensor, grid: Grid) -> float:
     scaled = weight.double() * scales
-    lost = (scaled - torch.from_numpy(round_to_nearest(scaled, grid).dequantised())) / scales
+    lost = (scaled - grid.rounded(scaled)) / scales
     return float(((lost @ gram) * lost).sum())
 
 
@@ -257,7 +257,9 @@ class _Observed:
             inputs: Tensor = arguments[0]
             sizes = inputs.detach().abs().flatten(0, -2).double().sum(0)
             self._sizes[name] = self._sizes[name] + sizes if name in self._sizes else sizes
-            self.norms |= {name: writer for tensor, writer in self._written if tensor is inputs}
+            for tensor, writer in self._written:
+                if tensor is inputs:
+                    self.norms[name] = writer
 
         return look
 

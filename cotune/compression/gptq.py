@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,9 +41,9 @@ class Gptq:
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a share of its mean (section 3.3, step 3)."""
     orders_by_activation: bool = False
-    """Whether columns go in descending order of their inputs' squares ("act order" of the released code) and not from the
+    """Whether columns go in descending order of their inputs' squares ("act order" of the released code), not from the
     first to the last. Then the groups' scales come from the weights as they were."""
-    needs_texts = True
+    needs_texts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.damping) and self.damping > 0):
@@ -120,4 +121,5 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         raise InputError(
             f"the Hessian with damping {damping} has no inverse; take a larger damping, or more calibration texts"
         )
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor

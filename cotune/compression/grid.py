@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cotune.errors import InputError
 from cotune.models.packed_weights import BITS, GROUP_SIZES, PackedWeight, num_groups
@@ -45,7 +46,7 @@ class Grid:
             raise InputError(f"bits are {self.bits!r}, expected one of {', '.join(map(str, BITS))}")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise InputError(
-                f"group_size is {self.group_size!r}, expected {', '.join(map(str, GROUP_SIZES))}, or None for whole rows"
+                f"group_size is {self.group_size!r}, expected one of {GROUP_SIZES}, or None for a whole row"
             )
 
     def group_size_of(self, num_in: int) -> int:
@@ -57,7 +58,7 @@ class Grid:
         num_in = weight.shape[1]
         size = self.group_size_of(num_in)
         groups = num_groups(num_in, size)
-        return torch.nn.functional.pad(weight, (0, groups * size - num_in)).unflatten(1, (groups, size))
+        return pad(weight, (0, groups * size - num_in)).reshape(-1, groups, size)
 
     def fit(self, weight: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
         """Scales and zero points of the groups of a weight (out, in).
@@ -92,6 +93,12 @@ class Grid:
     def codes(self, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """The nearest codes, of scales and zero points that broadcast with the weights."""
         return (weight.double() / scales).round().add(zeros).clamp(0, 2**self.bits - 1)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The nearest weight (out, in) of the grid that is fitted to it, float64."""
+        num_in = weight.shape[1]
+        scales, zeros = (self.spread(of_groups, num_in) for of_groups in self.fit(weight))
+        return scales * (self.codes(weight, scales, zeros) - zeros)
 
     def spread(self, of_groups: Tensor, num_in: int) -> Tensor:
         """What each group has, (out, num_groups), for each weight, (out, in)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -161,10 +161,10 @@ def quantise(
     errors: dict[str, float | None] = {}
 
     def note(progress: LayerProgress) -> None:
-        if calibration is not None:
-            errors[f"{progress.name}.weight"] = progress.error
+        error = None if calibration is None else progress.error
+        errors[f"{progress.name}.weight"] = error
         if on_layer is not None:
-            on_layer(progress)
+            on_layer(replace(progress, error=error))
 
     # The way through the blocks needs a token at least, also where nothing is learnt from it.
     input_ids = np.zeros((1, 1), np.int64) if calibration is None else calibration.input_ids

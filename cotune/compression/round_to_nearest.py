@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> PackedWeight:
 class RoundToNearest:
     """Quantise every linear layer of a model by itself. The yardstick that others are held against."""
 
-    needs_texts = False
+    needs_texts: ClassVar[bool] = False
 
     def quantise_linears(
         self,
