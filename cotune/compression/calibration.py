@@ -330,28 +330,47 @@ def compress_linears(
     Example:
         >>> compress_linears(model, texts.input_ids, lambda weight, _: weight.bfloat16().float())  # doctest: +SKIP
     """
-    names = chosen_linears(model, skip)
+    names = set(chosen_linears(model, skip))
     packed: dict[str, PackedT] = {}
     num_done = 0
     for block in walk_blocks(model, input_ids, batch_size=batch_size):
         chosen = [name for name in block.linears if name in names]
         statistics = block.statistics(chosen, needs_gram=needs_gram) if chosen else {}
         for name in chosen:
-            weight = block.linears[name].weight
-            old = weight.detach().float().clone()
-            result = compress_layer(old.clone(), statistics[name])
+            linear, own = block.linears[name], statistics[name]
+            result = compress_layer(linear.weight.detach().float().clone(), own)
+            new = _values(name, linear, result)
+            error = reconstruction_error(linear.weight.detach(), new, own.gram) if needs_gram and on_layer else None
+            linear.weight.data.copy_(new)
             if not isinstance(result, Tensor):
                 packed[name] = result
-            new = result if isinstance(result, Tensor) else torch.from_numpy(result.dequantised())
-            _check_weight(name, new, old)
-            with torch.no_grad():
-                weight.copy_(new)
-            error = None
             if on_layer is not None:
-                if needs_gram:
-                    error = reconstruction_error(old, weight.detach(), statistics[name].gram)
                 on_layer(LayerProgress(name=name, index=num_done, num_layers=len(names), error=error))
             num_done += 1
+    return packed
+
+
+def compress_weights(
+    model: PreTrainedModel,
+    compress_weight: Callable[[Tensor], Tensor | PackedT],
+    *,
+    skip: Collection[str] = (),
+    on_layer: Callable[[LayerProgress], None] | None = None,
+) -> dict[str, PackedT]:
+    """As `compress_linears`, for methods that look at a layer's weight alone and need no texts.
+
+    Example:
+        >>> compress_weights(model, lambda weight: weight.bfloat16().float())  # doctest: +SKIP
+    """
+    linears = chosen_linears(model, skip)
+    packed: dict[str, PackedT] = {}
+    for index, (name, linear) in enumerate(linears.items()):
+        result = compress_weight(linear.weight.detach().float().clone())
+        linear.weight.data.copy_(_values(name, linear, result))
+        if not isinstance(result, Tensor):
+            packed[name] = result
+        if on_layer is not None:
+            on_layer(LayerProgress(name=name, index=index, num_layers=len(linears), error=None))
     return packed
 
 
@@ -372,26 +391,27 @@ def reconstruction_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
     return of_lost / of_whole if of_whole > 0 else 0.0
 
 
-def chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> set[str]:
+def chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> dict[str, nn.Linear]:
+    """Linear layers of all blocks by name, but for those in `skip`."""
     _check_model(model)
     unknown = set(skip)
-    names: set[str] = set()
+    chosen: dict[str, nn.Linear] = {}
     module_names = {module: name for name, module in model.named_modules()}
     for layer in decoder_layers(model):
         for part, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 name = f"{module_names[layer]}.{part}"
                 if name not in skip and part not in skip:
-                    names.add(name)
+                    chosen[name] = module
                 unknown -= {name, part}
     if unknown:
         raise InputError(
             f"skip names {sorted(unknown)[0]!r}, expected linear layers of the model's blocks, such as "
             "'mlp.down_proj' or 'model.layers.0.mlp.down_proj'"
         )
-    if not names:
+    if not chosen:
         raise InputError(f"{type(model).__name__} has no linear layer to compress in its blocks; skip fewer")
-    return names
+    return chosen
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -428,12 +448,16 @@ def _check_ids(model: PreTrainedModel, input_ids: NDArray[np.int64]) -> None:
         )
 
 
-def _check_weight(name: str, new: Tensor, old: Tensor) -> None:
-    if new.shape != old.shape or not bool(new.isfinite().all()):
-        problem = f"of shape {tuple(new.shape)}" if new.shape != old.shape else "with numbers that are not finite"
+def _values(name: str, linear: nn.Linear, result: Tensor | PackedLike) -> Tensor:
+    """What a compressed weight is in the layer's number type."""
+    new = result if isinstance(result, Tensor) else torch.from_numpy(result.dequantised())
+    shape = linear.weight.shape
+    if new.shape != shape or not bool(new.isfinite().all()):
+        problem = f"of shape {tuple(new.shape)}" if new.shape != shape else "with numbers that are not finite"
         raise InputError(
-            f"the compressed weight of {name} came {problem}, expected finite numbers of shape {tuple(old.shape)}"
+            f"the compressed weight of {name} came {problem}, expected finite numbers of shape {tuple(shape)}"
         )
+    return new.to(linear.weight)
 
 
 class _Passes:

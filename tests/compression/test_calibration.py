@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressible import VOCAB, tiny_model
 from numpy.typing import NDArray
 from tiny_models import tokenizer_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cotune.compression.calibration import (
     CalibrationTexts,
@@ -27,29 +28,7 @@ from cotune.compression.calibration import (
 from cotune.errors import DataError, InputError
 
 Ids = NDArray[np.int64]
-VOCAB, LENGTH = 50, 9
-
-
-def tiny(architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    shape: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 16,
-        "pad_token_id": 0,
-        **changes,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape))
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval()
+LENGTH = 9
 
 
 @pytest.fixture
@@ -82,7 +61,7 @@ def seen_by_hooks(model: PreTrainedModel, input_ids: Ids) -> dict[str, Tensor]:
 def test_statistics_are_those_of_hooks_on_the_whole_model(
     architecture: str, dtype: torch.dtype, input_ids: Ids
 ) -> None:
-    model = tiny(architecture, dtype)
+    model = tiny_model(architecture, dtype)
     expected = seen_by_hooks(model, input_ids)
     walked: list[str] = []
     for block in walk_blocks(model, input_ids, batch_size=2):
@@ -100,7 +79,7 @@ def test_statistics_are_those_of_hooks_on_the_whole_model(
 
 
 def test_the_model_is_as_before_and_layers_with_the_same_input_share_its_statistics(input_ids: Ids) -> None:
-    model = tiny()
+    model = tiny_model()
     before = model(torch.from_numpy(input_ids)).logits
     block = next(iter(walk_blocks(model, input_ids)))
     statistics = block.statistics()
@@ -113,7 +92,7 @@ def test_the_model_is_as_before_and_layers_with_the_same_input_share_its_statist
 
 
 def test_squared_norms_can_be_had_without_gram_matrices(input_ids: Ids) -> None:
-    block = next(iter(walk_blocks(tiny(), input_ids)))
+    block = next(iter(walk_blocks(tiny_model(), input_ids)))
     name = "model.layers.0.mlp.down_proj"
     alone = block.statistics([name], needs_gram=False)
     torch.testing.assert_close(alone[name].squared_norms, block.statistics()[name].squared_norms)
@@ -124,7 +103,7 @@ def test_squared_norms_can_be_had_without_gram_matrices(input_ids: Ids) -> None:
 
 def test_later_blocks_read_what_compressed_blocks_put_out(input_ids: Ids) -> None:
     """A block whose two output layers are zero passes its input on: the next block's inputs are known by hand."""
-    model, reference = tiny(), tiny()
+    model, reference = tiny_model(), tiny_model()
     read: dict[str, LayerStatistics] = {}
     order = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
 
@@ -164,7 +143,7 @@ class Packed:
 
 
 def test_packed_weights_come_back_by_name_and_their_values_are_in_the_model(input_ids: Ids) -> None:
-    model = tiny(dtype=torch.bfloat16)
+    model = tiny_model(dtype=torch.bfloat16)
     head = model.lm_head.weight.clone()
     seen: list[LayerProgress] = []
     packed = compress_linears(
@@ -180,7 +159,7 @@ def test_packed_weights_come_back_by_name_and_their_values_are_in_the_model(inpu
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight.float(), one.codes / 2)
     assert torch.equal(
-        model.model.layers[0].mlp.up_proj.weight, tiny(dtype=torch.bfloat16).model.layers[0].mlp.up_proj.weight
+        model.model.layers[0].mlp.up_proj.weight, tiny_model(dtype=torch.bfloat16).model.layers[0].mlp.up_proj.weight
     )
     assert torch.equal(model.lm_head.weight, head)
 
@@ -249,7 +228,7 @@ def test_bad_input_is_one_clear_sentence(input_ids: Ids) -> None:
         CalibrationTexts.from_texts(["w1"], words(), num_texts=0)
     with pytest.raises(InputError, match="neither gram nor squared_norms"):
         LayerStatistics(None, 3)
-    model = tiny()
+    model = tiny_model()
     cases: list[tuple[str, dict[str, Any]]] = [
         (r"input_ids are int64 \(45,\)", {"ids": input_ids.ravel()}),
         (r"input_ids are int32", {"ids": input_ids.astype(np.int32)}),
@@ -268,7 +247,7 @@ def test_bad_input_is_one_clear_sentence(input_ids: Ids) -> None:
         run(model, input_ids, skip=[*parts, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"])
     with pytest.raises(InputError, match="training mode"):
         run(model.train(), input_ids)
-    broken = tiny()
+    broken = tiny_model()
     with torch.no_grad():
         broken.model.embed_tokens.weight.fill_(float("inf"))
     with pytest.raises(InputError, match="reads numbers that are not finite"):
@@ -280,7 +259,7 @@ class OtherLinear(nn.Linear):
 
 
 def test_layers_that_are_not_plain_are_refused(input_ids: Ids) -> None:
-    model = tiny()
+    model = tiny_model()
     model.model.layers[1].mlp.up_proj = OtherLinear(32, 48, bias=False)
     with pytest.raises(InputError, match=r"such as model.layers.1.mlp.up_proj, .*merge the adapter first"):
         run(model, input_ids)
