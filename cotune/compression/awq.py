@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +55,6 @@ class Awq:
     """How many values of alpha are tried: 0, 1 / num_alphas, and so on. The first is round-to-nearest."""
     max_clip: float = 0.5
     """The most that is cut of a group's range, in steps of a twentieth of the range; 0 for no clipping."""
-    needs_texts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.num_alphas < 1:
@@ -66,7 +65,7 @@ class Awq:
     def quantise_linears(
         self,
         model: PreTrainedModel,
-        input_ids: NDArray[np.int64],
+        input_ids: NDArray[np.int64] | None,
         grid: Grid,
         *,
         skip: Collection[str] = (),
@@ -78,6 +77,8 @@ class Awq:
         Raises:
             InputError: also where scales cannot move from layer to layer without changing what a block computes.
         """
+        if input_ids is None:
+            raise InputError("no calibration texts came, which awq learns from; give some, or take rtn")
         names = chosen_linears(model, skip)
         packed: dict[str, PackedWeight] = {}
         for block in walk_blocks(model, input_ids, batch_size=batch_size):

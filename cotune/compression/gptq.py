@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +42,6 @@ class Gptq:
     orders_by_activation: bool = False
     """Whether columns go in descending order of their inputs' squares ("act order" of the released code), not from the
     first to the last. Then the groups' scales come from the weights as they were."""
-    needs_texts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.damping) and self.damping > 0):
@@ -88,7 +86,7 @@ class Gptq:
     def quantise_linears(
         self,
         model: PreTrainedModel,
-        input_ids: NDArray[np.int64],
+        input_ids: NDArray[np.int64] | None,
         grid: Grid,
         *,
         skip: Collection[str] = (),
@@ -96,6 +94,8 @@ class Gptq:
         on_layer: Callable[[LayerProgress], None] | None = None,
     ) -> dict[str, PackedWeight]:
         """See `Quantiser`."""
+        if input_ids is None:
+            raise InputError("no calibration texts came, which gptq learns from; give some, or take rtn")
 
         def compress_layer(weight: Tensor, statistics: LayerStatistics) -> PackedWeight:
             return self.quantise_layer(weight, statistics, grid)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,13 +25,10 @@ from cotune.models.packed_weights import PackedWeight
 class Quantiser(Protocol):
     """A way to quantise the linear layers of a model's decoder blocks. Its settings are its fields."""
 
-    needs_texts: ClassVar[bool]
-    """Whether it learns from calibration texts; if not, any token will do."""
-
     def quantise_linears(
         self,
         model: PreTrainedModel,
-        input_ids: NDArray[np.int64],
+        input_ids: NDArray[np.int64] | None,
         grid: Grid,
         *,
         skip: Collection[str] = (),
@@ -40,7 +37,10 @@ class Quantiser(Protocol):
     ) -> dict[str, PackedWeight]:
         """Give the layers the values of the packed weights, which come back by layer.
 
-        Arguments as of `compress_linears`.
+        Arguments as of `compress_linears`; `input_ids` are None where there are no texts.
+
+        Raises:
+            InputError: as there; or it learns from texts and there are none.
         """
         ...
 
@@ -154,20 +154,16 @@ def quantise(
     """
     quantiser = quantiser_named(how) if isinstance(how, str) else how
     grid = Grid(bits=bits, group_size=group_size, is_symmetric=is_symmetric)
-    if calibration is None and quantiser.needs_texts:
-        raise InputError(f"calibration is None, expected texts for {_name_of(quantiser)}; give some, or take rtn")
     ends = _ends(model, grid, embedding_bits, head_bits)
     _check_finite(model)
     errors: dict[str, float | None] = {}
 
     def note(progress: LayerProgress) -> None:
-        error = None if calibration is None else progress.error
-        errors[f"{progress.name}.weight"] = error
+        errors[f"{progress.name}.weight"] = progress.error
         if on_layer is not None:
-            on_layer(replace(progress, error=error))
+            on_layer(progress)
 
-    # The way through the blocks needs a token at least, also where nothing is learnt from it.
-    input_ids = np.zeros((1, 1), np.int64) if calibration is None else calibration.input_ids
+    input_ids = None if calibration is None else calibration.input_ids
     by_layer = quantiser.quantise_linears(model, input_ids, grid, skip=skip, batch_size=batch_size, on_layer=note)
     packed = {f"{name}.weight": weight for name, weight in by_layer.items()}
     for name, own_grid in ends.items():

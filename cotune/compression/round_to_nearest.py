@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cotune.compression.calibration import LayerProgress, LayerStatistics, compress_linears
+from cotune.compression.calibration import LayerProgress, LayerStatistics, compress_linears, compress_weights
 from cotune.compression.grid import Grid
 from cotune.models.packed_weights import PackedWeight
 
@@ -38,19 +37,19 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> PackedWeight:
 class RoundToNearest:
     """Quantise every linear layer of a model by itself. The yardstick that others are held against."""
 
-    needs_texts: ClassVar[bool] = False
-
     def quantise_linears(
         self,
         model: PreTrainedModel,
-        input_ids: NDArray[np.int64],
+        input_ids: NDArray[np.int64] | None,
         grid: Grid,
         *,
         skip: Collection[str] = (),
         batch_size: int = 4,
         on_layer: Callable[[LayerProgress], None] | None = None,
     ) -> dict[str, PackedWeight]:
-        """See `Quantiser`."""
+        """See `Quantiser`. Texts only serve to say what each layer loses."""
+        if input_ids is None:
+            return compress_weights(model, lambda weight: round_to_nearest(weight, grid), skip=skip, on_layer=on_layer)
 
         def compress_layer(weight: Tensor, statistics: LayerStatistics) -> PackedWeight:
             return round_to_nearest(weight, grid)
