@@ -1,12 +1,13 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): round one column after another, and let the rest make up for the error.
 
 With the Hessian of a layer's squared output error, H = 2 X^T X, of inputs X (rows, in), quantising column q of a weight
-changes the columns that are still whole by (equations 2 and 3 of the paper)
+changes the columns that are still whole by (equation 2 of the paper)
 
     delta = -(w_q - quant(w_q)) / [H_F^-1]_qq * (H_F^-1)_{:,q}
 
-where F are the columns that are left. All inverses that this needs are rows of one upper Cholesky factor of H^-1
-(section 3.3, step 3), and the updates of columns outside the block of 128 at hand are done at once (step 2).
+where F are the columns that are left. All that this needs of the inverses are rows of one upper Cholesky factor of H^-1
+(step 3 of the algorithm), and the columns outside the block of 128 at hand are updated once for all of it (step 2). A
+factor of H cancels, so that X^T X serves as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from cotune.compression.calibration import LayerProgress, LayerStatistics, compress_linears
 from cotune.compression.grid import Grid
+from cotune.compression.sparse_gpt import inverse_factor
 from cotune.errors import InputError
 from cotune.models.packed_weights import PackedWeight
 
@@ -34,18 +36,18 @@ class Gptq:
     """GPTQ over every linear layer of a model.
 
     Raises:
-        InputError: a damping that is not positive.
+        InputError: a damping below 0.
     """
 
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a share of its mean (section 3.3, step 3)."""
+    """Added to the Hessian's diagonal, as a share of its mean (step 3)."""
     orders_by_activation: bool = False
     """Whether columns go in descending order of their inputs' squares ("act order" of the released code), not from the
     first to the last. Then the groups' scales come from the weights as they were."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.damping) and self.damping > 0):
-            raise InputError(f"damping is {self.damping}, expected a positive number such as 0.01")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise InputError(f"damping is {self.damping}, expected 0 or more, such as 0.01")
 
     def quantise_layer(self, weight: Tensor, statistics: LayerStatistics, grid: Grid) -> PackedWeight:
         """Quantise a weight (out, in) for inputs with these statistics.
@@ -61,7 +63,7 @@ class Gptq:
         order = torch.arange(num_in)
         if self.orders_by_activation:
             order = statistics.squared_norms.argsort(descending=True, stable=True)
-        factor = inverse_factor(statistics.gram[order][:, order], self.damping)
+        factor = inverse_factor(statistics.gram[order][:, order], damping=self.damping)
         left = weight.double()[:, order]
         codes = torch.empty_like(left)
         scales, zeros = grid.fit(weight)
@@ -101,25 +103,3 @@ class Gptq:
             return self.quantise_layer(weight, statistics, grid)
 
         return compress_linears(model, input_ids, compress_layer, skip=skip, batch_size=batch_size, on_layer=on_layer)
-
-
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor U of H^-1 = U^T U, for the damped H = 2 X^T X.
-
-    Args:
-        gram: X^T X, float64 (in, in).
-        damping: as in `Gptq`.
-
-    Raises:
-        InputError: H is not positive definite.
-    """
-    hessian = 2 * gram
-    diagonal = hessian.diagonal()
-    hessian = hessian + torch.diag(torch.where(diagonal == 0, 1.0, 0.0) + damping * diagonal.mean())
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if failed:
-        raise InputError(
-            f"the Hessian with damping {damping} has no inverse; take a larger damping, or more calibration texts"
-        )
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return factor
