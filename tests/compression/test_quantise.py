@@ -54,7 +54,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 def test_bits_are_as_asked_for_layer_by_layer_and_come_back_the_same(
     source: Path, tmp_path: Path, how: str, bits: int, group_size: int | None, is_symmetric: bool, dtype: str
 ) -> None:
-    model = tiny_model(dtype=getattr(torch, dtype))
+    model = Backbone.from_pretrained(str(source), dtype=dtype).model
     before = logits(model)
     report = quantise(
         model,
@@ -79,7 +79,7 @@ def test_bits_are_as_asked_for_layer_by_layer_and_come_back_the_same(
             assert max(len(row.unique()) for row in group) <= 2**expected_bits
         assert (layer.output_error is None) == (layer.name in (EMBEDDING, HEAD))
     changed = float((logits(model) - before).norm() / before.norm())
-    assert 0 < changed < {8: 0.1, 4: 0.5, 3: 1.0}[bits]
+    assert 0 < changed < {8: 0.1, 4: 0.7, 3: 1.2}[bits]
 
     digest = save_quantised(tmp_path / "out", model, report.packed, method=report.method, source=str(source))
     loaded = Backbone.from_pretrained(str(tmp_path / "out"), dtype=dtype)

@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(durable, "write_new", full)
     (tmp_path / "here").mkdir()
-    with pytest.raises(InputError, match="cannot be written to .*: No space left on device"):
+    with pytest.raises(InputError, match=r"cannot be written to .*: No space left on device"):
         save_quantised(tmp_path / "here" / "out", model, report.packed, method="rtn", source=str(source))
     assert list((tmp_path / "here").iterdir()) == []
 
