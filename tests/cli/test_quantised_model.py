@@ -31,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    rows = [{"request": each.request, "answer": each.answer} for each in generate_exchanges(5, seed=1)]
+    rows = [{"request": each.request, "answer": each.answer} for each in generate_exchanges(3, seed=1)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path / "texts.jsonl"
 
@@ -39,7 +39,7 @@ def texts(tmp_path: Path) -> Path:
 def test_it_is_evaluated_and_tuned_as_its_numbers_are(
     run: Run, folders: tuple[Path, Path], texts: Path, tmp_path: Path
 ) -> None:
-    ours, theirs = (json.loads(run("evaluate", model, texts, "--max-new-tokens", 4, "--json").out) for model in folders)
+    ours, theirs = (json.loads(run("evaluate", model, texts, "--max-new-tokens", 1, "--json").out) for model in folders)
     assert ours["nats_per_token"] == theirs["nats_per_token"] > 0
     adapters = []
     for model in folders:
