@@ -87,6 +87,36 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     sync(folder.parent)
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write to; at the end it is called `folder`, after an error it is gone.
+
+    For what is too large to be in memory whole, as `write_folder` wants it. All files are readable by their owner
+    alone. A process that is killed on the way leaves a hidden folder, which `remove_unfinished` removes.
+
+    Raises:
+        OSError: the disk refuses, or `folder` holds something already.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "model"
+        >>> with filling(folder) as unfinished:
+        ...     _ = (unfinished / "weights").write_bytes(b"many")
+        >>> (folder / "weights").read_bytes(), [path.name for path in folder.parent.iterdir()]
+        (b'many', ['model'])
+    """
+    fresh = Path(tempfile.mkdtemp(prefix=_unfinished_prefix(folder.name), dir=folder.parent))
+    try:
+        yield fresh
+        for path in fresh.iterdir():
+            path.chmod(OWNER_ONLY)
+            sync(path)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    sync(folder.parent)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder; whoever looks meanwhile sees all of it or nothing.
 

@@ -259,10 +259,7 @@ def walk_blocks(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_s
         >>> for block in walk_blocks(model, texts.input_ids):  # doctest: +SKIP
         ...     print(block.name, {name: s.num_rows for name, s in block.statistics().items()})
     """
-    _check_model(model)
-    _check_ids(model, input_ids)
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, expected at least 1")
+    check_walk(model, input_ids, batch_size=batch_size)
     layers = decoder_layers(model)
     names = {module: name for name, module in model.named_modules()}
     passes = _Passes(batch_size)
@@ -412,6 +409,14 @@ def chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> dict[str, n
     if not chosen:
         raise InputError(f"{type(model).__name__} has no linear layer to compress in its blocks; skip fewer")
     return chosen
+
+
+def check_walk(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_size: int) -> None:
+    """Raise `InputError` where `walk_blocks` would refuse its arguments."""
+    _check_model(model)
+    _check_ids(model, input_ids)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, expected at least 1")
 
 
 def _check_model(model: PreTrainedModel) -> None:

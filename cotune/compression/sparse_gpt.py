@@ -8,11 +8,18 @@ needed: with U upper and H^-1 = U^T U, U_cc^2 = F_cc, and row c of U is F_c / U_
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
-from cotune.compression.calibration import LayerStatistics
-from cotune.compression.sparsity import Sparsity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cotune.compression.calibration import LayerProgress, LayerStatistics, compress_linears
+from cotune.compression.pruner import Amount, Facts, check_layers, sparsity_of, texts_of
+from cotune.compression.sparsity import LayerSparsity, Sparsity
 from cotune.errors import InputError
 
 BLOCK_SIZE = 128
@@ -101,3 +108,34 @@ def inverse_factor(gram: Tensor, *, damping: float) -> Tensor:
         f"the inputs' Gram matrix of {len(gram)} dimensions cannot be inverted with a damping of {damping}; "
         "take a larger damping or more calibration texts"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseGpt:
+    """Over every linear layer of a model's blocks."""
+
+    block_size: int = BLOCK_SIZE
+    """Columns that are decided at once."""
+    damping: float = DAMPING
+    """Added to the diagonal of X^T X, as a share of its mean."""
+
+    def prune(
+        self,
+        model: PreTrainedModel,
+        amount: Amount,
+        input_ids: NDArray[np.int64] | None,
+        *,
+        skip: Collection[str] = (),
+        batch_size: int = 4,
+        on_layer: Callable[[LayerProgress], None] | None = None,
+    ) -> Facts:
+        """See `Pruner`. A share is of each block of columns, all rows together."""
+        sparsity = sparsity_of(amount, LayerSparsity)
+        check_layers(model, sparsity, skip)
+        ids = texts_of(input_ids)
+
+        def compress_layer(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+            return prune_by_sparse_gpt(weight, statistics, sparsity, block_size=self.block_size, damping=self.damping)
+
+        compress_linears(model, ids, compress_layer, skip=skip, batch_size=batch_size, on_layer=on_layer)
+        return {}

@@ -158,7 +158,7 @@ def parse_group(text: str) -> GroupSparsity:
 
 def share_of_zeros(weight: Tensor) -> float:
     """How sparse a matrix is, 0 to 1."""
-    return 1 - int(weight.count_nonzero()) / weight.numel()
+    return (weight.numel() - int(weight.count_nonzero())) / weight.numel()
 
 
 def _lowest(scores: Tensor, num: int) -> Tensor:
