@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cotune.compression.awq import Awq
-from cotune.compression.calibration import CalibrationTexts, LayerProgress
+from cotune.compression.calibration import CalibrationTexts, LayerProgress, check_finite
 from cotune.compression.gptq import Gptq
 from cotune.compression.grid import Grid
 from cotune.compression.round_to_nearest import RoundToNearest, round_to_nearest
@@ -155,7 +155,7 @@ def quantise(
     quantiser = quantiser_named(how) if isinstance(how, str) else how
     grid = Grid(bits=bits, group_size=group_size, is_symmetric=is_symmetric)
     ends = _ends(model, grid, embedding_bits, head_bits)
-    _check_finite(model)
+    check_finite(model)
     errors: dict[str, float | None] = {}
 
     def note(progress: LayerProgress) -> None:
@@ -221,9 +221,3 @@ def _ends(model: PreTrainedModel, grid: Grid, embedding_bits: int | None, head_b
                 "embedding and head are one weight; give one of them"
             )
     return found
-
-
-def _check_finite(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise InputError(f"{name} holds nan or inf, expected finite weights; copy the model again")

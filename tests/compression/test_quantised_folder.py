@@ -11,7 +11,6 @@ from compressible import tiny_model
 from safetensors.torch import load_file
 from tiny_models import tokenizer_json
 
-from cotune import durable
 from cotune.compression.quantise import quantise
 from cotune.compression.quantised_folder import save_quantised
 from cotune.errors import InputError
@@ -76,15 +75,14 @@ def test_whole_weights_take_16_bits_where_these_hold_them(source: Path, tmp_path
 def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     report = quantise(model, "rtn")
-    write, left = durable.write_new, [2]
+    write = Path.write_bytes
 
-    def full(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-        left[0] -= 1
-        if left[0] < 0:
+    def full(path: Path, data: bytes) -> int:
+        if path.name == "packed.json":
             raise OSError(28, "No space left on device")
-        write(path, data, mode=mode)
+        return write(path, data)
 
-    monkeypatch.setattr(durable, "write_new", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     (tmp_path / "here").mkdir()
     with pytest.raises(InputError, match=r"cannot be written to .*: No space left on device"):
         save_quantised(tmp_path / "here" / "out", model, report.packed, method="rtn", source=str(source))
