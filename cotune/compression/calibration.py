@@ -419,6 +419,13 @@ def check_walk(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_si
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
 
 
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise `InputError` where a weight is nan or inf."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"{name} holds nan or inf, expected finite weights; copy the model again")
+
+
 def _check_model(model: PreTrainedModel) -> None:
     if is_low_bit(model):
         raise InputError("the model's weights are in low bits already; load it without base_bits")

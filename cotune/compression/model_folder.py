@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,21 +51,44 @@ def save_model(folder: Path | str, model: PreTrainedModel, *, source: str, dtype
         >>> prune(backbone.model, "depth", 2, texts)  # doctest: +SKIP
         >>> save_model("my-model-6-blocks", backbone.model, source="my-model")  # doctest: +SKIP
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}, or none")
+    tensors = model_tensors(model)
+    stored_as = DTYPES[dtype] if dtype is not None else _exact_dtype(model, tensors)
+    tensors = {name: _stored(tensor, stored_as) for name, tensor in tensors.items()}
+
+    def write_weights(unfinished: Path) -> None:
+        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    return write_model(folder, model, write_weights, source=source, dtype=stored_as, num_bytes=num_bytes)
+
+
+def write_model(
+    folder: Path | str,
+    model: PreTrainedModel,
+    write_weights: Callable[[Path], None],
+    *,
+    source: str,
+    dtype: torch.dtype,
+    num_bytes: int,
+) -> str:
+    """As `save_model`, with weights in whatever files `write_weights` writes into the folder that it is given.
+
+    Args:
+        dtype: that the config says of the weights.
+        num_bytes: of these files, about.
+    """
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists, expected a new folder; choose another place or remove it")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}, or none")
-    tensors = _tensors(model)
-    stored_as = DTYPES[dtype] if dtype is not None else _exact_dtype(model, tensors)
-    tensors = {name: _stored(tensor, stored_as) for name, tensor in tensors.items()}
     source_folder = find_model_folder(source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(folder, tensors)
+        _check_room(folder, num_bytes)
         with filling(folder) as unfinished:
-            save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-            _save_configs(model, stored_as, unfinished)
+            write_weights(unfinished)
+            _save_configs(model, dtype, unfinished)
             for name in _companions(model, source_folder):
                 shutil.copyfile(source_folder / name, unfinished / name)
     except (OSError, SafetensorError) as error:
@@ -73,7 +97,7 @@ def save_model(folder: Path | str, model: PreTrainedModel, *, source: str, dtype
     return digest_folder(folder)
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def model_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """All that a file holds, tied ones once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in tied}
@@ -92,8 +116,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
-def _check_room(folder: Path, tensors: dict[str, Tensor]) -> None:
-    needed = sum(tensor.nbytes for tensor in tensors.values())
+def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise InputError(

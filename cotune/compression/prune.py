@@ -6,11 +6,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cotune.compression.calibration import CalibrationTexts, LayerProgress
+from cotune.compression.calibration import CalibrationTexts, LayerProgress, check_finite
 from cotune.compression.channels import Channels
 from cotune.compression.depth import Depth
 from cotune.compression.heads import Heads
@@ -139,7 +138,7 @@ def prune(
         >>> prune(backbone.model, "channels", 0.25, texts).share_of_parameters  # doctest: +SKIP
     """
     pruner = pruner_named(how) if isinstance(how, str) else how
-    _check_finite(model)
+    check_finite(model)
     before = {module: (name, _shape(module)) for name, module in model.named_modules() if _is_matrix(module)}
     num_parameters = int(model.num_parameters())
     errors: dict[str, float | None] = {}
@@ -201,9 +200,3 @@ def _weight(module: nn.Module) -> Tensor:
 def _shape(module: nn.Module) -> tuple[int, int]:
     rows, columns = _weight(module).shape
     return rows, columns
-
-
-def _check_finite(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise InputError(f"{name} holds nan or inf, expected finite weights; copy the model again")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
@@ -18,6 +20,8 @@ from cotune.models import Backbone
 from cotune.models.adapter_folder import load_adapter
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.low_bit import dequantised, is_low_bit, low_bit_placement, original_weights
+from cotune.models.packed_folder import packed_files
+from cotune.models.packed_weights import PackedWeight
 from cotune.models.peft_adapter import PeftAdapter
 from cotune.models.selected import SelectedParameters, all_names
 from cotune.tuning.answer_loss import answer_nats
@@ -160,3 +164,47 @@ def test_what_needs_whole_weights_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="expected one of them"):
         Backbone.from_pretrained(str(folder), base_bits=4, device_map="auto")
     assert isinstance(SoftPrompt(num_virtual_tokens=2).fresh(low, EXAMPLES, seed=0), PeftAdapter)
+
+
+NF4_LEVELS = (
+    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
+)
+
+
+@needs_bitsandbytes
+def test_four_bits_are_nf4(folder: Path) -> None:
+    """The nearest of QLoRA's 16 levels (arXiv 2305.14314, appendix E), times the largest of a block of 64."""
+    whole, low = Backbone.from_pretrained(str(folder)), Backbone.from_pretrained(str(folder), base_bits=4)
+    name = "model.layers.1.mlp.down_proj"
+    blocks = whole.model.get_parameter(f"{name}.weight").detach().reshape(-1, 64, 1)
+    levels = torch.tensor(NF4_LEVELS)
+    largest = blocks.abs().amax(1, keepdim=True)
+    expected = levels[(blocks / largest - levels).abs().argmin(-1)] * largest[..., 0]
+    found = dequantised(low.model.get_submodule(name)).reshape(-1, 64)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_bitsandbytes
+def test_a_quantised_folder_can_be_the_base_of_low_bits(folder: Path, tmp_path: Path) -> None:
+    """Its weights are rounded again, from the numbers that they stand for."""
+    name = "model.layers.0.mlp.up_proj"
+    model = Backbone.from_pretrained(str(folder)).model
+    rng = np.random.default_rng(0)
+    weight = PackedWeight(
+        codes=rng.integers(0, 8, (128, 64), np.uint8),
+        scales=np.full((128, 1), 2.0**-6, np.float32),
+        zeros=np.full((128, 1), 4, np.uint8),
+        bits=3,
+        group_size=64,
+    )
+    rest = {key: tensor for key, tensor in model.state_dict().items() if key != f"{name}.weight"}
+    shutil.copytree(folder, tmp_path / "packed")
+    for file, data in packed_files({f"{name}.weight": weight}, method="rtn", whole=save(rest)).items():
+        (tmp_path / "packed" / file).write_bytes(data)
+    low = Backbone.from_pretrained(str(tmp_path / "packed"), base_bits=4)
+    values = dequantised(low.model.get_submodule(name))
+    numbers = torch.from_numpy(weight.dequantised())
+    assert 0 < float((values - numbers).norm() / numbers.norm()) < 0.2
+    whole = dict(original_weights(str(tmp_path / "packed"), [f"{name}.weight"]))
+    assert torch.equal(whole[f"{name}.weight"], numbers)

@@ -1,0 +1,105 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): round one column after another, and let the rest make up for the error.
+
+With the Hessian of a layer's squared output error, H = 2 X^T X, of inputs X (rows, in), quantising column q of a weight
+changes the columns that are still whole by (equation 2 of the paper)
+
+    delta = -(w_q - quant(w_q)) / [H_F^-1]_qq * (H_F^-1)_{:,q}
+
+where F are the columns that are left. All that this needs of the inverses are rows of one upper Cholesky factor of H^-1
+(step 3 of the algorithm), and the columns outside the block of 128 at hand are updated once for all of it (step 2). A
+factor of H cancels, so that X^T X serves as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cotune.compression.calibration import LayerProgress, LayerStatistics, compress_linears
+from cotune.compression.grid import Grid
+from cotune.compression.sparse_gpt import inverse_factor
+from cotune.errors import InputError
+from cotune.models.packed_weights import PackedWeight
+
+_BLOCK_SIZE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq:
+    """GPTQ over every linear layer of a model.
+
+    Raises:
+        InputError: a damping below 0.
+    """
+
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a share of its mean (step 3)."""
+    orders_by_activation: bool = False
+    """Whether columns go in descending order of their inputs' squares ("act order" of the released code), not from the
+    first to the last. Then the groups' scales come from the weights as they were."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise InputError(f"damping is {self.damping}, expected 0 or more, such as 0.01")
+
+    def quantise_layer(self, weight: Tensor, statistics: LayerStatistics, grid: Grid) -> PackedWeight:
+        """Quantise a weight (out, in) for inputs with these statistics.
+
+        A group's scale is fitted when its first column comes up, to the weights as they are by then. Inputs that were
+        never other than zero leave their columns to rounding.
+
+        Raises:
+            InputError: see `Grid.fit`; or the Hessian cannot be inverted.
+        """
+        num_in = weight.shape[1]
+        size = grid.group_size_of(num_in)
+        order = torch.arange(num_in)
+        if self.orders_by_activation:
+            order = statistics.squared_norms.argsort(descending=True, stable=True)
+        factor = inverse_factor(statistics.gram[order][:, order], damping=self.damping)
+        left = weight.double()[:, order]
+        codes = torch.empty_like(left)
+        scales, zeros = grid.fit(weight)
+        for start in range(0, num_in, _BLOCK_SIZE):
+            end = min(start + _BLOCK_SIZE, num_in)
+            errors = torch.empty_like(left[:, start:end])
+            for i in range(start, end):
+                group = int(order[i]) // size
+                if i % size == 0 and i > 0 and not self.orders_by_activation:
+                    fitted = grid.fit(left[:, i : i + size])
+                    scales[:, group], zeros[:, group] = fitted[0][:, 0], fitted[1][:, 0]
+                scale, zero = scales[:, group], zeros[:, group]
+                codes[:, i] = grid.codes(left[:, i], scale, zero)
+                error = (left[:, i] - scale * (codes[:, i] - zero)) / factor[i, i]
+                left[:, i:end] -= error[:, None] * factor[i, i:end]
+                errors[:, i - start] = error
+            left[:, end:] -= errors @ factor[start:end, end:]
+        in_place = torch.empty_like(codes)
+        in_place[:, order] = codes
+        return grid.pack(in_place, scales, zeros)
+
+    def quantise_linears(
+        self,
+        model: PreTrainedModel,
+        input_ids: NDArray[np.int64] | None,
+        grid: Grid,
+        *,
+        skip: Collection[str] = (),
+        batch_size: int = 4,
+        on_layer: Callable[[LayerProgress], None] | None = None,
+    ) -> dict[str, PackedWeight]:
+        """See `Quantiser`."""
+        if input_ids is None:
+            raise InputError("no calibration texts came, which gptq learns from; give some, or take rtn")
+
+        def compress_layer(weight: Tensor, statistics: LayerStatistics) -> PackedWeight:
+            return self.quantise_layer(weight, statistics, grid)
+
+        return compress_linears(model, input_ids, compress_layer, skip=skip, batch_size=batch_size, on_layer=on_layer)
