@@ -87,6 +87,38 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     sync(folder.parent)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into; at the end it is called `folder`, after an error it is gone.
+
+    For files that are too large to hold in memory as `write_folder` does. A process that is killed on the way leaves a
+    hidden folder beside it, which `remove_unfinished` removes.
+
+    Args:
+        folder: what it is called at the end; nothing is there yet, or an empty folder.
+
+    Raises:
+        OSError: the disk refuses, or `folder` holds something already.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "model"
+        >>> with new_folder(folder) as unfinished:
+        ...     _ = (unfinished / "weights").write_bytes(b"all of them")
+        >>> [file.name for file in folder.iterdir()], [file.name for file in folder.parent.iterdir()]
+        (['weights'], ['model'])
+    """
+    fresh = Path(tempfile.mkdtemp(prefix=_unfinished_prefix(folder.name), dir=folder.parent))
+    try:
+        yield fresh
+        for path in [*fresh.rglob("*"), fresh]:
+            sync(path)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    sync(folder.parent)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder; whoever looks meanwhile sees all of it or nothing.
 
