@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from cotune.errors import InputError
+from cotune.models.packed_folder import is_packed, read_packed
 from cotune.models.weights import DTYPES, find_model_folder
 
 BITS = (4, 8)
@@ -96,7 +97,7 @@ def dequantised(layer: nn.Module) -> Tensor:
 
 
 def original_weights(model: str, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights from a model's folder, one after another.
+    """The whole weights from a model's folder, one after another; quantised ones as the numbers they stand for.
 
     Args:
         model: folder, hub name or `starter`.
@@ -107,9 +108,14 @@ def original_weights(model: str, names: Sequence[str]) -> Iterator[tuple[str, Te
     """
     folder = find_model_folder(model)
     index = folder / "model.safetensors.index.json"
+    wanted = set(names)
+    packed = {name: w for name, w in read_packed(folder) if name in wanted} if is_packed(folder) else {}
     try:
         files = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
         for name in names:
+            if name in packed:
+                yield name, torch.from_numpy(packed[name].dequantised())
+                continue
             with safe_open(folder / files.get(name, "model.safetensors"), framework="pt") as file:
                 yield name, file.get_tensor(name).to(torch.float32)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -92,7 +92,7 @@ class PackedWeight:
     def size_bytes(self) -> int:
         """Bytes in a file: packed codes, float16 scales, and packed zero points where it is not symmetric."""
         num_out, num_in = self.shape
-        groups = self.scales.shape[1]
+        groups = num_groups(num_in, self.group_size)
         zeros = 0 if self.is_symmetric else packed_row_bytes(groups, self.bits)
         return num_out * (packed_row_bytes(num_in, self.bits) + 2 * groups + zeros)
 

@@ -14,11 +14,19 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from cotune.errors import InputError
+from cotune.models.packed_folder import PACKED_FILE, is_packed, read_contents, read_packed
 
 STARTER = "starter"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,6 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _INDEX_FILE = "model.safetensors.index.json"
 _WEIGHT_FILE = "model.safetensors"
 _TOKENIZER_FILE = "tokenizer.json"
+_GENERATION_FILE = "generation_config.json"
 _CHUNK_BYTES = 2**24
 _ALIGNMENT_BYTES = 64
 
@@ -50,7 +59,7 @@ def _download(model: str) -> Path:
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or not model
     if looks_like_path:
         raise InputError(f"{model!r} is no folder; give a Hugging Face model folder, a hub name or {STARTER}")
-    patterns = ["*.json", "model*.safetensors"]
+    patterns = ["*.json", "model*.safetensors", PACKED_FILE]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -85,6 +94,8 @@ def read_tokenizer(folder: Path) -> bytes:
 def load_model(folder: Path, *, dtype: str, device: str, placement: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Load a causal LM from safetensors, without remote code and without chatter.
 
+    Of a folder with quantised weights, see `packed_folder`, these are in memory as `dtype` too.
+
     Args:
         folder: of the model.
         dtype: of the weights in memory.
@@ -92,21 +103,27 @@ def load_model(folder: Path, *, dtype: str, device: str, placement: Mapping[str,
         placement: options of transformers' `from_pretrained` that place it on several devices.
 
     Raises:
-        InputError: an unknown dtype, an unsupported architecture, or weights that do not fit the config.
+        InputError: an unknown dtype, an unsupported architecture, weights that do not fit the config, or damaged
+            quantised ones.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    options = {
+        "dtype": DTYPES[dtype],
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "local_files_only": True,
+        "output_loading_info": True,
+        **(placement or {}),
+    }
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=DTYPES[dtype],
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                **(placement or {}),
-            )
+            if is_packed(folder):
+                model, report = _load_packed(folder, DTYPES[dtype], options)
+            else:
+                model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
@@ -121,6 +138,28 @@ def load_model(folder: Path, *, dtype: str, device: str, placement: Mapping[str,
         return model
     _align(model)
     return _to_device(model, device)
+
+
+def _load_packed(folder: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """As `AutoModelForCausalLM.from_pretrained`, with the quantised weights worked out."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{type(config).__name__} is the config of no causal language model")
+    packed = {name: torch.from_numpy(weight.dequantised()).to(dtype) for name, weight in read_packed(folder)}
+    whole = load_file(folder / _WEIGHT_FILE)
+    if both := sorted(packed.keys() & whole.keys()):
+        raise InputError(f"{folder} holds {both[0]} quantised and whole, expected one of them; copy the model again")
+    model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=whole | packed, **options
+    )
+    if foreign := sorted(packed.keys() & set(report["unexpected_keys"])):
+        raise InputError(
+            f"{folder} holds the quantised weight {foreign[0]}, which a {type(model).__name__} of its config.json does "
+            "not have; copy the model again"
+        )
+    if (folder / _GENERATION_FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model, report
 
 
 def _check_placed(model: PreTrainedModel) -> None:
@@ -170,14 +209,20 @@ def quiet() -> Iterator[None]:
 def digest_folder(folder: Path) -> str:
     """SHA-256, hex, over name, dtype, shape and bytes of every stored tensor, by name.
 
-    Over the tensors as they are stored, so that neither the dtype at load time nor the cut into files matters.
+    Over the tensors as they are stored, so that neither the dtype at load time nor the cut into files matters. Of
+    quantised weights, over their bits and groups first and then over codes, scales and zero points.
 
     Raises:
         InputError: a weight file is missing or is no safetensors file.
     """
+    state = hashlib.sha256()
     index = folder / _INDEX_FILE
     names = [_WEIGHT_FILE]
-    if index.is_file():
+    if is_packed(folder):
+        names.append(PACKED_FILE)
+        for name, shape in sorted(read_contents(folder).weights.items()):
+            state.update(json.dumps([name, shape.bits, shape.group_size, shape.shape, shape.is_symmetric]).encode())
+    elif index.is_file():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -190,7 +235,6 @@ def digest_folder(folder: Path) -> str:
         except (OSError, ValueError, struct.error) as error:
             raise InputError(f"{path} is no safetensors file ({error}); copy the model again") from error
         places |= {tensor: (path, start, entry) for tensor, entry in header.items() if tensor != "__metadata__"}
-    state = hashlib.sha256()
     for tensor in sorted(places):
         path, start, entry = places[tensor]
         first, last = entry["data_offsets"]

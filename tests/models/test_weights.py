@@ -180,7 +180,7 @@ def test_a_hub_name_is_downloaded_without_pickles_and_code(folder: Path, monkeyp
 
     monkeypatch.setattr(weights, "snapshot_download", download)
     assert Backbone.from_pretrained("someone/tiny").spec.name == "someone/tiny"
-    assert asked == {"someone/tiny": {"allow_patterns": ["*.json", "model*.safetensors"]}}
+    assert asked == {"someone/tiny": {"allow_patterns": ["*.json", "model*.safetensors", "packed.safetensors"]}}
 
 
 def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
