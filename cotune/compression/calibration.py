@@ -277,7 +277,7 @@ def walk_blocks(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_s
 class PackedLike(Protocol):
     """A weight in a compressed form, such as `cotune.models.packed_weights.PackedWeight`."""
 
-    def dequantise(self) -> NDArray[np.float32]:
+    def dequantised(self) -> NDArray[np.float32]:
         """The weight (out, in) that it stands for."""
         ...
 
@@ -330,7 +330,7 @@ def compress_linears(
     Example:
         >>> compress_linears(model, texts.input_ids, lambda weight, _: weight.bfloat16().float())  # doctest: +SKIP
     """
-    names = _chosen_linears(model, skip)
+    names = chosen_linears(model, skip)
     packed: dict[str, PackedT] = {}
     num_done = 0
     for block in walk_blocks(model, input_ids, batch_size=batch_size):
@@ -342,7 +342,7 @@ def compress_linears(
             result = compress_layer(old.clone(), statistics[name])
             if not isinstance(result, Tensor):
                 packed[name] = result
-            new = result if isinstance(result, Tensor) else torch.from_numpy(result.dequantise())
+            new = result if isinstance(result, Tensor) else torch.from_numpy(result.dequantised())
             _check_weight(name, new, old)
             with torch.no_grad():
                 weight.copy_(new)
@@ -372,7 +372,7 @@ def reconstruction_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
     return of_lost / of_whole if of_whole > 0 else 0.0
 
 
-def _chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> set[str]:
+def chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> set[str]:
     _check_model(model)
     unknown = set(skip)
     names: set[str] = set()

@@ -12,7 +12,7 @@ where F are the columns that are left. All inverses that this needs are rows of 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cotune.compression.calibration import LayerStatistics, OnLayer, compress_linears
+from cotune.compression.calibration import LayerProgress, LayerStatistics, compress_linears
 from cotune.compression.grid import Grid
 from cotune.errors import InputError
 from cotune.models.packed_weights import PackedWeight
@@ -92,16 +92,14 @@ class Gptq:
         *,
         skip: Collection[str] = (),
         batch_size: int = 4,
-        on_layer: OnLayer | None = None,
+        on_layer: Callable[[LayerProgress], None] | None = None,
     ) -> dict[str, PackedWeight]:
         """See `Quantiser`."""
 
         def compress_layer(weight: Tensor, statistics: LayerStatistics) -> PackedWeight:
             return self.quantise_layer(weight, statistics, grid)
 
-        return compress_linears(
-            model, input_ids, compress_layer, skip=skip, batch_size=batch_size, on_layer=on_layer
-        )
+        return compress_linears(model, input_ids, compress_layer, skip=skip, batch_size=batch_size, on_layer=on_layer)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cotune.compression.calibration import LayerStatistics, OnLayer, compress_linears
+from cotune.compression.calibration import LayerProgress, LayerStatistics, compress_linears
 from cotune.compression.grid import Grid
 from cotune.models.packed_weights import PackedWeight
 
@@ -47,13 +47,11 @@ class RoundToNearest:
         *,
         skip: Collection[str] = (),
         batch_size: int = 4,
-        on_layer: OnLayer | None = None,
+        on_layer: Callable[[LayerProgress], None] | None = None,
     ) -> dict[str, PackedWeight]:
         """See `Quantiser`."""
 
         def compress_layer(weight: Tensor, statistics: LayerStatistics) -> PackedWeight:
             return round_to_nearest(weight, grid)
 
-        return compress_linears(
-            model, input_ids, compress_layer, skip=skip, batch_size=batch_size, on_layer=on_layer
-        )
+        return compress_linears(model, input_ids, compress_layer, skip=skip, batch_size=batch_size, on_layer=on_layer)

@@ -158,7 +158,7 @@ class Packed:
     def __init__(self, weight: Tensor) -> None:
         self.codes = (weight * 2).round()
 
-    def dequantise(self) -> NDArray[np.float32]:
+    def dequantised(self) -> NDArray[np.float32]:
         values: NDArray[np.float32] = (self.codes / 2).numpy()
         return values
 
