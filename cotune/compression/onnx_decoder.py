@@ -93,12 +93,13 @@ class OnnxDecoder:
         }
         binding = self._session.io_binding()
         try:
+            binding.bind_output("logits")  # outputs come back in the order in which they are bound
             for name, value in inputs.items():
-                binding.bind_cpu_input(name, value)
+                # bind_cpu_input knows no inputs that may be left out.
+                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
             for name, buffer in self._buffers.items():
                 binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
                 binding.bind_ortvalue_output(f"present.{name}", buffer)
-            binding.bind_output("logits")
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise _refused(self._graph, error) from error

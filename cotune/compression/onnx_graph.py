@@ -51,7 +51,7 @@ class GraphParts:
 
     def tensor(self, name: str, array: NDArray[Any]) -> str:
         """Keep a constant; its name."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if array.nbytes < _INLINE_BYTES:
             self.tensors.append(numpy_helper.from_array(array, name))
             return name
