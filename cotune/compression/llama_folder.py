@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from cotune.errors import InputError
 from cotune.models.packed_folder import is_packed, read_packed
 from cotune.models.packed_weights import PackedWeight
-from cotune.models.weights import find_model_folder
+from cotune.models.weights import digest_folder, find_model_folder
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 LAYER_MODULES = (
@@ -142,6 +142,11 @@ class LlamaFolder:
     def packed(self) -> dict[str, PackedWeight]:
         """The quantised weights by name; empty where the folder has none."""
         return dict(read_packed(self.path)) if is_packed(self.path) else {}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, hex, of its weights; see `digest_folder`."""
+        return digest_folder(self.path)
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of that name, quantised or whole."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from cotune.compression.llama_folder import LlamaFolder
 from cotune.durable import new_folder
 from cotune.errors import InputError
-from cotune.models.weights import digest_folder, read_tokenizer
+from cotune.models.weights import read_tokenizer
 
 FORMAT = 1
 DESCRIPTION_FILE = "offline.json"
@@ -84,7 +84,7 @@ def describe(
         "end_ids": list(shape.end_ids),
         "bos_id": shape.bos_id,
         "adapter_modules": {name: {"in": num_in, "out": out} for name, (out, num_in) in adapter_modules.items()},
-        "source_digest": digest_folder(source.path),
+        "source_digest": source.digest,
         "tokenizer_digest": hashlib.sha256(read_tokenizer(source.path)).hexdigest(),
     }
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ METADATA_KEY = "cotune.export"
 _ADAPTER_NAMES = tuple(name.rpartition(".")[2] for name in LAYER_MODULES)
 _GENAI_TYPES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 _GRAPH_BYTES, _LAYER_BYTES = 2**17, 2**15  # of the graph without its weights, at most
-_SMALLEST_BLOCK = 16
+_SMALLEST_BLOCK, _HEAD_MULTIPLE = 16, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,11 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
     config = config or OnnxExportConfig()
     check_onnx()
     source = LlamaFolder(model, context=config.context)
+    if source.shape.head_dim % _HEAD_MULTIPLE:
+        raise InputError(
+            f"{model} has heads of {source.shape.head_dim} numbers, expected a multiple of {_HEAD_MULTIPLE}, as "
+            "onnxruntime's attention on a CPU; export it to GGUF"
+        )
     written = WrittenWeights(source, config.rounding)
     modules = source.shape.module_shapes()
     chosen = {name: modules[name] for name in modules if name.rpartition(".")[2] in config.adapter_modules}
@@ -93,6 +98,25 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
         (folder / GENAI_FILE).write_text(json.dumps(genai_config(source.shape), indent=1) + "\n", encoding="utf-8")
         describe(folder, source, runtime="onnx", bits=_bits(written), adapter_modules=chosen)
         _try_out(folder, source.shape)
+
+
+def read_config(exported: Path) -> OnnxExportConfig:
+    """How a folder was exported, from its graph.
+
+    Raises:
+        InputError: it holds no graph of this exporter.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = exported / GRAPH_FILE
+    try:
+        found = {entry.key: entry.value for entry in onnx.load(str(path), load_external_data=False).metadata_props}
+        return OnnxExportConfig.from_json(found[METADATA_KEY])
+    except (OSError, KeyError, ValueError, TypeError, DecodeError) as error:
+        raise InputError(
+            f"{path} is no graph that cotune exported ({type(error).__name__}); name a folder of `export_onnx`"
+        ) from error
 
 
 def num_export_bytes(written: WrittenWeights) -> int:
