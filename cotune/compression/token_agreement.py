@@ -139,6 +139,26 @@ def compare_tokens(
     return _compare(reference_model(WrittenWeights(folder, config.rounding)), exported, folder, encoded, max_new_tokens)
 
 
+def cause_of(
+    source: NDArray[np.float32], exported: NDArray[np.float32], with_floats: NDArray[np.float32]
+) -> str:
+    """Why logits of one position differ.
+
+    Args:
+        source: logits (vocab,) of the source.
+        exported: of the graph as it is.
+        with_floats: of the graph with float32 activations.
+
+    Example:
+        >>> cause_of(np.array([0.0, 2.0]), np.array([0.0, 2.1]), np.array([0.0, 2.0001]))
+        'int8 activations'
+    """
+    allowed = _SUMS_DIFFER_BY * float(source.std())
+    if float(np.abs(with_floats - source).max()) > allowed:
+        return UNEXPLAINED
+    return INT8_ACTIVATIONS if float(np.abs(exported - source).max()) > allowed else ORDER_OF_SUMS
+
+
 def reference_model(written: WrittenWeights) -> PreTrainedModel:
     """The source in PyTorch, float32, with the weights that an export holds."""
     model = load_model(written.folder.path, dtype="float32", device="cpu").eval()
@@ -205,13 +225,6 @@ def _difference(
     exported: NDArray[np.float32],
     with_floats: NDArray[np.float32],
 ) -> Difference:
-    spread = float(source.std())
-    if float(np.abs(with_floats - source).max()) > _SUMS_DIFFER_BY * spread:
-        cause = UNEXPLAINED
-    elif float(np.abs(exported - source).max()) > _SUMS_DIFFER_BY * spread:
-        cause = INT8_ACTIVATIONS
-    else:
-        cause = ORDER_OF_SUMS
     return Difference(
         prompt=prompt,
         position=position,
@@ -220,8 +233,8 @@ def _difference(
         source_margin=float(source[mine] - source[other]),
         exported_margin=float(exported[other] - exported[mine]),
         largest_error=float(np.abs(exported - source).max()),
-        spread=spread,
-        cause=cause,
+        spread=float(source.std()),
+        cause=cause_of(source, exported, with_floats),
     )
 
 
