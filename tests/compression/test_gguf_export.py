@@ -132,7 +132,7 @@ def test_qwen_s_rows_stay_in_order(tmp_path: Path) -> None:
     assert metadata(path)["general.architecture"] == "qwen2"
 
 
-@pytest.mark.parametrize(("kind", "largest_error"), [("F32", 0.0), ("F16", 2**-11), ("Q8_0", 0.5 / 127), ("Q4_0", 0.13)])
+@pytest.mark.parametrize(("kind", "largest_error"), [("F32", 0.0), ("F16", 0), ("Q8_0", 0.5 / 127), ("Q4_0", 1 / 8)])
 def test_weights_differ_by_their_format_s_rounding_alone(kind: str, largest_error: float, tmp_path: Path) -> None:
     model = save_llama(tmp_path / "source", intermediate_size=64, tie_word_embeddings=True)
     found = dict(read_back(exported(tmp_path, kind)).named_parameters())
@@ -145,8 +145,7 @@ def test_weights_differ_by_their_format_s_rounding_alone(kind: str, largest_erro
         largest = parameter.reshape(-1, 32).abs().amax(1, keepdim=True)
         errors.append(float((difference.reshape(-1, 32) / largest).max()))
     # Scales are float16 themselves.
-    assert all(0 <= error <= largest_error * 1.002 for error in errors)
-    assert max(errors) >= largest_error / 2
+    assert largest_error / 2 <= max(errors) <= largest_error + (0 if kind == "F32" else 2**-11)
 
 
 def test_rows_that_are_no_multiple_of_a_block_become_f16(tmp_path: Path) -> None:
@@ -159,40 +158,33 @@ def test_rows_that_are_no_multiple_of_a_block_become_f16(tmp_path: Path) -> None
     assert kinds["output_norm.weight"] == "F32"
 
 
-@pytest.mark.parametrize(
-    ("bits", "symmetric", "kind", "largest_error"),
-    [
-        (3, True, "Q4_0", 0.0),
-        (4, True, "Q4_0", 0.0),
-        (8, True, "Q8_0", 0.0),
-        (3, False, "Q4_1", 1e-3),
-        (4, False, "Q4_1", 1e-3),
-        (8, False, "Q8_0", 5e-3),
-    ],
-)
-@pytest.mark.parametrize("group_size", [32, 64, None])
-def test_a_quantised_folder_s_own_codes_are_written(
-    bits: int, symmetric: bool, kind: str, largest_error: float, group_size: int | None, tmp_path: Path
-) -> None:
+def test_a_quantised_folder_s_own_codes_are_written(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    model = save_llama(source, hidden_size=128)
-    grid = Grid(bits=bits, group_size=group_size, is_symmetric=symmetric)
-    names = [f"model.layers.{i}.self_attn.{which}_proj.weight" for i in (0, 1) for which in "qkv"]
-    packed = {name: round_to_nearest(model.get_parameter(name), grid) for name in names}
+    model = save_llama(source)
+    grids = {"q_proj": Grid(bits=4, is_symmetric=True), "k_proj": Grid(bits=8, is_symmetric=True)}
+    # Rows of 48 and groups of 32: a block would cross the border of a group.
+    grids |= {"v_proj": Grid(bits=3), "down_proj": Grid(bits=4)}
+    packed = {
+        name: round_to_nearest(parameter, grid)
+        for name, parameter in model.named_parameters()
+        for last, grid in grids.items()
+        if name.endswith(f"{last}.weight")
+    }
     whole = {name: tensor for name, tensor in model.state_dict().items() if name not in packed}
     model.save_pretrained(source, state_dict=whole)
     for name, data in packed_files(packed, method="rtn", whole=(source / "model.safetensors").read_bytes()).items():
         (source / name).write_bytes(data)
     path = exported(tmp_path)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-    assert kinds["blk.1.attn_q.weight"] == kind
-    assert kinds["blk.1.ffn_up.weight"] == "F32"
+    names = ("attn_q", "attn_k", "attn_v", "ffn_down", "ffn_up")
+    assert [kinds[f"blk.1.{name}.weight"] for name in names] == ["Q4_0", "Q8_0", "Q4_1", "F16", "F32"]
     found = dict(read_back(path).named_parameters())
     for name, weight in packed.items():
         expected = weight.dequantised()
+        is_exact = name.endswith(("q_proj.weight", "k_proj.weight"))
         error = np.abs(found[name].numpy() - expected).max() / np.abs(expected).max()
-        assert error <= largest_error
-    assert json.loads((path.parent / "offline.json").read_bytes())["bits"] == bits
+        assert error == 0 if is_exact else 0 < error < 1e-3
+    assert json.loads((path.parent / "offline.json").read_bytes())["bits"] == 8
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
