@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
 from tiny_models import VOCAB, tokenizer_json
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 CONTEXT = 64
 _SHAPE: dict[str, Any] = {

@@ -132,4 +132,4 @@ def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return codes
     padded = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-    return padded[:, ::2] | padded[:, 1::2] << 4
+    return padded[:, ::2] | padded[:, 1::2] << np.uint8(4)

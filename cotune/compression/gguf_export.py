@@ -1,8 +1,8 @@
 """Export to GGUF for llama.cpp: an offline model folder with `model.gguf`, the tokenizer and `offline.json`.
 
 F32, F16, Q8_0 and Q4_0 are written here, one tensor at a time; norms and biases stay float32, and a tensor whose rows
-are no multiple of 32 becomes F16. The weights of a quantised folder are written as they are, see `gguf_weights`. K-quants,
-such as Q4_K_M, are made by llama.cpp itself of an F16 file, where llama-cpp-python is installed.
+are no multiple of 32 becomes F16. The weights of a quantised folder are written as they are, see `gguf_weights`.
+K-quants, such as Q4_K_M, are made by llama.cpp itself of an F16 file, where llama-cpp-python is installed.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def check_k_quants(source: LlamaFolder, kind: str) -> None:
     """
     if source.packed:
         raise InputError(
-            f"kind is {kind} and {source.path} is quantised already, expected a whole model to round once; take one, or "
-            "kind Q4_0 or Q8_0, which keep the folder's own codes"
+            f"kind is {kind} and {source.path} is quantised already, expected a whole model to round once; take one, "
+            "or kind Q4_0 or Q8_0, which keep the folder's own codes"
         )
     if importlib.util.find_spec("llama_cpp") is None:
         raise InputError(
@@ -216,9 +216,7 @@ def _stored(source: LlamaFolder, module: str, packed: PackedWeight | None, kind:
     return stored
 
 
-def _write(
-    path: Path, source: LlamaFolder, tokenizer: GgufTokenizer, planned: list[_Planned], kind: str
-) -> None:
+def _write(path: Path, source: LlamaFolder, tokenizer: GgufTokenizer, planned: list[_Planned], kind: str) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, ARCHITECTURES[source.shape.architecture])

@@ -1,7 +1,8 @@
 """What GGUF calls the tensors of the Llama family, and in which order it wants the rows of queries and keys.
 
 transformers rotates the first half of a head against the second; llama.cpp's architecture `llama` rotates neighbours,
-so that rows of q and k, and of the B of their adapters, go from (half, pair) to (pair, half). Its `qwen2` rotates halves.
+so that rows of q and k, and of the B of their adapters, go from (half, pair) to (pair, half). Its `qwen2` rotates
+halves.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def in_gguf_blocks(weight: PackedWeight) -> tuple[NDArray[np.uint8], Kind]:
         codes = codes + np.uint8(_MIDDLE_4 - 2 ** (weight.bits - 1))
     else:
         heads.append(_float16_bytes(-scales * weight.zeros[:, groups]))
-    halves = codes[:, :, : BLOCK // 2] | codes[:, :, BLOCK // 2 :] << 4
+    halves = codes[:, :, : BLOCK // 2] | codes[:, :, BLOCK // 2 :] << np.uint8(4)
     return _rows([*heads, halves]), Kind.Q4_0 if weight.is_symmetric else Kind.Q4_1
 
 

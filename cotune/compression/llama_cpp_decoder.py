@@ -1,7 +1,7 @@
 """An exported GGUF file, run by llama.cpp here, to hold it against its source; and K-quants, which it makes itself.
 
-llama-cpp-python is no dependency: it compiles for a quarter of an hour. Built with its defaults on a processor with AMX it
-crashes at the first product of any quantised model, so that the extra buffers that AMX needs are switched off.
+llama-cpp-python is no dependency: it compiles for a quarter of an hour. Built with its defaults on a processor with AMX
+it crashes at the first product of any quantised model, so that the extra buffers that AMX needs are switched off.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def quantise_by_llama_cpp(whole: Path, out: Path, kind: str) -> None:
 def _installed() -> ModuleType:
     if importlib.util.find_spec("llama_cpp") is None:
         raise InputError(
-            "running a GGUF file needs llama-cpp-python, which is not installed; install it (it compiles for a quarter of "
-            "an hour), or export to ONNX"
+            "running a GGUF file needs llama-cpp-python, which is not installed; install it (it compiles for a quarter "
+            "of an hour), or export to ONNX"
         )
     return importlib.import_module("llama_cpp")
 

@@ -273,7 +273,7 @@ def _tensor_files(folder: Path) -> Mapping[str, Path]:
             return {name: folder / Path(file).name for name, file in placed.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is no index of weight files ({error}); copy the model again") from error
-    return {name: folder / _WEIGHT_FILE for name in _names_in(folder / _WEIGHT_FILE)}
+    return dict.fromkeys(_names_in(folder / _WEIGHT_FILE), folder / _WEIGHT_FILE)
 
 
 def _names_in(path: Path) -> Iterator[str]:

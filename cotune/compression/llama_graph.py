@@ -14,7 +14,8 @@ Inputs and outputs, with batch 1 on a device:
     past_key_values.I.key, .value, present.I.key, .value
                          float32 (batch, kv_heads, past, head_dim). Bound to the same buffer of the whole context, keys
                          and values are appended in place; otherwise `present` has `total` positions
-    first_logit          int64 (1,), may be left out: logits from this position of the call on; 0 for all, -1 for the last
+    first_logit          int64 (1,), may be left out: logits from this position of the call on; 0 for all, -1 for the
+                         last
     MODULE.lora_A, .lora_B
                          float32 (in, rank) and (rank, out), may be left out: y = W x + (x A) B. The scale is in B, each
                          module has a rank of its own, and without an adapter it is 0
@@ -224,7 +225,9 @@ class LlamaGraph:
         rank = f"{module}.rank"
         a = self.parts.input(f"{module}.lora_A", _FLOAT, [num_in, rank], np.zeros((num_in, 0), np.float32))
         b = self.parts.input(f"{module}.lora_B", _FLOAT, [rank, num_out], np.zeros((0, num_out), np.float32))
-        return self.parts.node("MatMul", [self.parts.node("MatMul", [x, a], f"{module}.low_rank"), b], f"{module}.delta")
+        return self.parts.node(
+            "MatMul", [self.parts.node("MatMul", [x, a], f"{module}.low_rank"), b], f"{module}.delta"
+        )
 
     def _bias(self, modules: Sequence[str]) -> NDArray[np.float32] | None:
         biases = {module: self.read_vector(f"{module}.bias") for module in modules}

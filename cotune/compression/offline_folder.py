@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cotune.compression.llama_folder import LlamaFolder
 from cotune.durable import new_folder
@@ -88,6 +89,24 @@ def describe(
         "tokenizer_digest": hashlib.sha256(read_tokenizer(source.path)).hexdigest(),
     }
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `describe` wrote.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = folder / DESCRIPTION_FILE
+    try:
+        described = json.loads(path.read_bytes())
+        if described["format"] != FORMAT:
+            raise ValueError(f"format {described['format']!r:.20}")
+        return {name: described[name] for name in ("runtime", "context", "source_digest")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}), expected the folder of an exported model; export the model again"
+        ) from error
 
 
 def _digest(path: Path) -> str:

@@ -5,18 +5,19 @@ Devices run it with `cotune.device.offline`, which needs neither torch nor trans
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from cotune.compression.llama_folder import LlamaShape
 from cotune.errors import InputError
 
+onnxruntime: Any = importlib.import_module("onnxruntime")  # it has no types
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -104,8 +105,8 @@ class OnnxDecoder:
         except Exception as error:
             raise _refused(self._graph, error) from error
         self.length = total
-        logits: NDArray[np.float32] = binding.get_outputs()[0].numpy()
-        return logits[0]
+        logits: NDArray[np.float32] = binding.get_outputs()[0].numpy()[0]
+        return logits
 
 
 def _with_activations(graph: Path, activation_bits: int) -> bytes:

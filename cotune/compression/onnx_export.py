@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cotune.compression.llama_folder import HEAD, LAYER_MODULES, LlamaFolder, LlamaShape
+from cotune.compression.llama_folder import LAYER_MODULES, LlamaFolder, LlamaShape
 from cotune.compression.offline_folder import describe, offline_folder
 from cotune.compression.written_weights import WHOLE, Rounding, WrittenWeights
 from cotune.errors import InputError
@@ -107,13 +107,12 @@ def read_config(exported: Path) -> OnnxExportConfig:
         InputError: it holds no graph of this exporter.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     path = exported / GRAPH_FILE
     try:
         found = {entry.key: entry.value for entry in onnx.load(str(path), load_external_data=False).metadata_props}
         return OnnxExportConfig.from_json(found[METADATA_KEY])
-    except (OSError, KeyError, ValueError, TypeError, DecodeError) as error:
+    except Exception as error:  # protobuf's have no class of their own in common with others
         raise InputError(
             f"{path} is no graph that cotune exported ({type(error).__name__}); name a folder of `export_onnx`"
         ) from error

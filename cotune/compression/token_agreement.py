@@ -6,16 +6,17 @@ differ anyway, so the rest is judged on the source's text: at which share of pos
 chosen the same token.
 
 Where they differ, the same graph is asked again with float32 activations. If that agrees with the source, rounding
-activations to int8 is the cause; if not, but logits differ by no more than sums in another order do, it is that. Anything
-else is no rounding, and called so.
+activations to int8 is the cause; if not, but logits differ by no more than sums in another order do, it is that.
+Anything else is no rounding, and called so. llama.cpp rounds activations in every quantised format and cannot be asked
+otherwise; there, logits that differ by up to a tenth of their spread are put down to it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
+from cotune.compression.gguf_export import MODEL_FILE, check_gguf
 from cotune.compression.llama_folder import LlamaFolder
-from cotune.compression.offline_folder import DESCRIPTION_FILE
-from cotune.compression.onnx_export import GRAPH_FILE, OnnxExportConfig, check_onnx, read_config
+from cotune.compression.offline_folder import read_description
+from cotune.compression.onnx_export import GRAPH_FILE, check_onnx, read_config
 from cotune.compression.written_weights import WrittenWeights
 from cotune.errors import InputError
 from cotune.models.weights import load_model, read_tokenizer
@@ -35,6 +37,24 @@ INT8_ACTIVATIONS, ORDER_OF_SUMS, UNEXPLAINED = "int8 activations", "order of sum
 
 _SUMS_DIFFER_BY = 1e-3
 """Of the spread of a position's logits: what float32 sums in another order may differ by."""
+_LLAMA_CPP_DIFFERS_BY = 0.1
+"""The same of llama.cpp with its rounded activations."""
+
+
+class Decoder(Protocol):
+    """One text in an exported model, as `OnnxDecoder` and `LlamaCppDecoder` are."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from index `length` on."""
+        ...
+
+    def extend(self, token_ids: Sequence[int], *, first_logit: int = 0) -> NDArray[np.float32]:
+        """Append tokens; logits float32 (seq, vocab), of those from `first_logit` on."""
+        ...
+
+
+Explain = Callable[[Sequence[int], NDArray[np.float32], NDArray[np.float32]], str]
+"""From a text, and the source's and the exported model's logits (vocab,) behind it, to the cause of a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,22 +129,23 @@ class TokenAgreement:
 def compare_tokens(
     source: str | Path, exported: Path, prompts: Sequence[str], *, max_new_tokens: int = 32
 ) -> TokenAgreement:
-    """Hold an exported ONNX folder against the model that it was made of.
+    """Hold an exported folder against the model that it was made of.
 
     Args:
-        source: the model, as it was given to `export_onnx`.
+        source: the model, as it was given to `export_onnx` or `export_gguf`.
         exported: the offline folder.
         prompts: texts to go on from.
         max_new_tokens: of each.
 
     Raises:
-        InputError: there are no prompts, or one is too long; the folder is no ONNX export, or another model's.
+        InputError: there are no prompts, or one is too long; the folder is no export, or another model's; what runs it
+            is not installed.
 
     Example:
         >>> print(compare_tokens("starter", Path("starter-int4"), ["User: hello"]))  # doctest: +SKIP
         1 of 1 texts are the same token by token, ...
     """
-    config, folder = _matching(source, exported)
+    folder, runtime = _matching(source, exported)
     tokenizer = Tokenizer.from_str(read_tokenizer(folder.path).decode())
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
     room = folder.shape.context - max_new_tokens
@@ -136,12 +157,11 @@ def compare_tokens(
             )
     if not encoded:
         raise InputError("prompts are none, expected at least one text")
-    return _compare(reference_model(WrittenWeights(folder, config.rounding)), exported, folder, encoded, max_new_tokens)
+    model, decoder, explain = _RUNTIMES[runtime](exported, folder)
+    return _compare(model, decoder, explain, encoded, max_new_tokens)
 
 
-def cause_of(
-    source: NDArray[np.float32], exported: NDArray[np.float32], with_floats: NDArray[np.float32]
-) -> str:
+def cause_of(source: NDArray[np.float32], exported: NDArray[np.float32], with_floats: NDArray[np.float32]) -> str:
     """Why logits of one position differ.
 
     Args:
@@ -170,26 +190,62 @@ def reference_model(written: WrittenWeights) -> PreTrainedModel:
     return model
 
 
-def _matching(source: str | Path, exported: Path) -> tuple[OnnxExportConfig, LlamaFolder]:
-    check_onnx()
-    config = read_config(exported)
-    folder = LlamaFolder(source, context=config.context)
-    described = json.loads((exported / DESCRIPTION_FILE).read_bytes())
+def _matching(source: str | Path, exported: Path) -> tuple[LlamaFolder, str]:
+    """The source as it was exported, and the runtime."""
+    described = read_description(exported)
+    runtime = described["runtime"]
+    if runtime not in _RUNTIMES:
+        raise InputError(f"{exported} is for the runtime {runtime!r:.40}, expected {' or '.join(_RUNTIMES)}")
+    folder = LlamaFolder(source, context=described["context"])
     if described["source_digest"] != folder.digest:
         raise InputError(
             f"{exported} was made of the model {described['source_digest'][:12]}, {source} is {folder.digest[:12]}; "
             "name the model that it was made of, or export again"
         )
-    return config, folder
+    return folder, runtime
+
+
+def _open_onnx(exported: Path, folder: LlamaFolder) -> tuple[PreTrainedModel, Decoder, Explain]:
+    check_onnx()
+    from cotune.compression.onnx_decoder import OnnxDecoder
+
+    graph = exported / GRAPH_FILE
+    exact: list[OnnxDecoder] = []
+
+    def explain(text: Sequence[int], mine: NDArray[np.float32], theirs: NDArray[np.float32]) -> str:
+        if not exact:
+            exact.append(OnnxDecoder(graph, folder.shape, activation_bits=32))
+        exact[0].truncate(0)
+        return cause_of(mine, theirs, exact[0].extend(text, first_logit=-1)[0])
+
+    model = reference_model(WrittenWeights(folder, read_config(exported).rounding))
+    return model, OnnxDecoder(graph, folder.shape), explain
+
+
+def _open_gguf(exported: Path, folder: LlamaFolder) -> tuple[PreTrainedModel, Decoder, Explain]:
+    check_gguf()
+    from cotune.compression.gguf_model import load_gguf
+    from cotune.compression.llama_cpp_decoder import LlamaCppDecoder
+
+    def explain(text: Sequence[int], mine: NDArray[np.float32], theirs: NDArray[np.float32]) -> str:
+        error = float(np.abs(theirs - mine).max())
+        if error > _LLAMA_CPP_DIFFERS_BY * float(mine.std()):
+            return UNEXPLAINED
+        return cause_of(mine, theirs, mine)
+
+    decoder = LlamaCppDecoder(exported / MODEL_FILE, folder.shape)
+    return load_gguf(exported / MODEL_FILE, folder), decoder, explain
+
+
+_RUNTIMES: dict[str, Callable[[Path, LlamaFolder], tuple[PreTrainedModel, Decoder, Explain]]] = {
+    "onnx": _open_onnx,
+    "gguf": _open_gguf,
+}
 
 
 def _compare(
-    model: PreTrainedModel, exported: Path, folder: LlamaFolder, prompts: Sequence[list[int]], max_new_tokens: int
+    model: PreTrainedModel, decoder: Decoder, explain: Explain, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> TokenAgreement:
-    from cotune.compression.onnx_decoder import OnnxDecoder
-
-    decoder = OnnxDecoder(exported / GRAPH_FILE, folder.shape)
-    exact: OnnxDecoder | None = None
     differences: list[Difference] = []
     num_same, largest_error = 0, 0.0
     for index, prompt in enumerate(prompts):
@@ -200,13 +256,9 @@ def _compare(
         largest_error = max(largest_error, float(np.abs(theirs - logits).max()))
         written = _exported_greedy(decoder, prompt, max_new_tokens)
         at = next((i for i, pair in enumerate(zip(tokens, written, strict=True)) if pair[0] != pair[1]), None)
-        if at is None:
-            continue
-        if exact is None:
-            exact = OnnxDecoder(exported / GRAPH_FILE, folder.shape, activation_bits=32)
-        exact.truncate(0)
-        with_floats = exact.extend([*prompt, *tokens[:at]], first_logit=-1)[0]
-        differences.append(_difference(index, at, tokens[at], written[at], logits[at], theirs[at], with_floats))
+        if at is not None:
+            cause = explain([*prompt, *tokens[:at]], logits[at], theirs[at])
+            differences.append(_difference(index, at, int(tokens[at]), written[at], logits[at], theirs[at], cause))
     return TokenAgreement(
         num_prompts=len(prompts),
         num_tokens=len(prompts) * max_new_tokens,
@@ -223,7 +275,7 @@ def _difference(
     other: int,
     source: NDArray[np.float32],
     exported: NDArray[np.float32],
-    with_floats: NDArray[np.float32],
+    cause: str,
 ) -> Difference:
     return Difference(
         prompt=prompt,
@@ -234,7 +286,7 @@ def _difference(
         exported_margin=float(exported[other] - exported[mine]),
         largest_error=float(np.abs(exported - source).max()),
         spread=float(source.std()),
-        cause=cause_of(source, exported, with_floats),
+        cause=cause,
     )
 
 
@@ -253,7 +305,7 @@ def _greedy(
     return stacked.argmax(1), stacked
 
 
-def _exported_greedy(decoder: OnnxDecoder, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+def _exported_greedy(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """Token by token, as a device does."""
     decoder.truncate(0)
     tokens: list[int] = []

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama_folders import save_llama
 from numpy.typing import NDArray
+from tiny_models import tokenizer_json
 from transformers import PreTrainedModel
 
 from cotune.compression.gguf_export import GgufExportConfig, export_gguf
@@ -20,8 +22,6 @@ from cotune.compression.llama_folder import LlamaFolder
 from cotune.compression.round_to_nearest import round_to_nearest
 from cotune.errors import InputError
 from cotune.models.packed_folder import packed_files
-from llama_folders import save_llama
-from tiny_models import tokenizer_json
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -211,7 +211,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
 def test_k_quants_need_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_llama(tmp_path / "source")
     monkeypatch.setitem(__import__("sys").modules, "llama_cpp", None)
-    with pytest.raises(InputError, match="kind is Q4_K_M, which llama.cpp makes itself, and llama-cpp-python is not"):
+    with pytest.raises(InputError, match=r"kind is Q4_K_M, which llama.cpp makes itself, and llama-cpp-python is not"):
         exported(tmp_path, "Q4_K_M")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_tokens import BOS, EOS, byte_tokenizer
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 import cotune.models
-from byte_tokens import BOS, EOS, byte_tokenizer
 from cotune.compression.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_gguf_tokenizer
 from cotune.errors import InputError
 
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MERGES = (("a", "b"), ("ab", "c"))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from llama_folders import save_llama
 
 from cotune.compression.gguf_export import GgufExportConfig, export_gguf
 from cotune.compression.llama_cpp_decoder import LlamaCppDecoder
 from cotune.compression.llama_folder import LlamaFolder
 from cotune.errors import InputError
-from llama_folders import save_llama
 
 pytest.importorskip("gguf", reason="gguf is not installed")
 

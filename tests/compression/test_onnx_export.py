@@ -14,6 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from llama_folders import CONTEXT, save_llama
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -25,7 +26,6 @@ from cotune.compression.token_agreement import reference_model
 from cotune.compression.written_weights import Rounding, WrittenWeights
 from cotune.errors import InputError
 from cotune.models.packed_folder import packed_files
-from llama_folders import CONTEXT, save_llama
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

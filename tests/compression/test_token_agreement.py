@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from llama_folders import save_llama
 
+from cotune.compression.gguf_export import GgufExportConfig, export_gguf
 from cotune.compression.onnx_export import OnnxExportConfig, export_onnx
 from cotune.compression.token_agreement import (
     INT8_ACTIVATIONS,
@@ -20,7 +23,6 @@ from cotune.compression.token_agreement import (
 )
 from cotune.compression.written_weights import Rounding
 from cotune.errors import InputError
-from llama_folders import save_llama
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -89,8 +91,33 @@ def test_an_export_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out" / "offline.json"
     described = json.loads(path.read_bytes())
     path.write_text(json.dumps({**described, "source_digest": "0" * 64}))
-    with pytest.raises(InputError, match="was made of the model 000000000000, .* is "):
+    with pytest.raises(InputError, match=r"was made of the model 000000000000, .* is "):
         compare_tokens(tmp_path / "source", tmp_path / "out", PROMPTS)
+
+
+def test_a_gguf_file_is_held_against_its_own_weights(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    save_llama(tmp_path / "source", intermediate_size=64)
+    for kind in ("F32", "Q4_0"):
+        export_gguf(tmp_path / "source", tmp_path / kind, GgufExportConfig(kind=kind))
+        found = compare_tokens(tmp_path / "source", tmp_path / kind, PROMPTS, max_new_tokens=24)
+        assert found.is_explained
+        assert found.agrees or kind == "Q4_0"
+
+
+def test_without_llama_cpp_a_gguf_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    save_llama(tmp_path / "source")
+    export_gguf(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(InputError, match="needs llama-cpp-python"):
+        compare_tokens(tmp_path / "source", tmp_path / "out", PROMPTS)
+
+
+def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
+    save_llama(tmp_path / "source")
+    with pytest.raises(InputError, match=r"offline.json cannot be read .* expected the folder of an exported model"):
+        compare_tokens(tmp_path / "source", tmp_path / "source", PROMPTS)
 
 
 @pytest.mark.parametrize(
