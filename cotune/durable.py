@@ -88,11 +88,14 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write to; at the end it is called `folder`, after an error it is gone.
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into; at the end it is called `folder`, after an error it is gone.
 
-    For what is too large to be in memory whole, as `write_folder` wants it. All files are readable by their owner
-    alone. A process that is killed on the way leaves a hidden folder, which `remove_unfinished` removes.
+    For files that are too large to hold in memory as `write_folder` does; they are readable by their owner alone. A
+    process that is killed on the way leaves a hidden folder beside it, which `remove_unfinished` removes.
+
+    Args:
+        folder: what it is called at the end; nothing is there yet, or an empty folder.
 
     Raises:
         OSError: the disk refuses, or `folder` holds something already.
@@ -100,16 +103,18 @@ def filling(folder: Path) -> Iterator[Path]:
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "model"
-        >>> with filling(folder) as unfinished:
-        ...     _ = (unfinished / "weights").write_bytes(b"many")
-        >>> (folder / "weights").read_bytes(), [path.name for path in folder.parent.iterdir()]
-        (b'many', ['model'])
+        >>> with new_folder(folder) as unfinished:
+        ...     _ = (unfinished / "weights").write_bytes(b"all of them")
+        >>> [file.name for file in folder.iterdir()], [file.name for file in folder.parent.iterdir()]
+        (['weights'], ['model'])
     """
     fresh = Path(tempfile.mkdtemp(prefix=_unfinished_prefix(folder.name), dir=folder.parent))
     try:
         yield fresh
-        for path in fresh.iterdir():
-            path.chmod(OWNER_ONLY)
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                path.chmod(OWNER_ONLY)
+        for path in [*fresh.rglob("*"), fresh]:
             sync(path)
         fresh.rename(folder)
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.durable import remove_folder, remove_unfinished, replacing, write_folder, write_new
+from cotune.durable import new_folder, remove_folder, remove_unfinished, replacing, write_folder, write_new
 
 
 def names(folder: Path) -> list[str]:
@@ -86,6 +86,32 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="no space"):
         write_folder(tmp_path / "f", {"a": b"1"})
     assert names(tmp_path) == []
+
+
+def test_a_new_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "f") as unfinished:
+        (unfinished / "a").write_bytes(b"1")
+        (unfinished / "deeper").mkdir()
+        (unfinished / "deeper" / "b").write_bytes(b"2")
+        assert not (tmp_path / "f").exists()
+    assert names(tmp_path) == ["f"]
+    assert (tmp_path / "f" / "deeper" / "b").read_bytes() == b"2"
+    assert (tmp_path / "f").stat().st_mode & 0o077 == 0
+
+
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "f") as unfinished:
+        (unfinished / "a").write_bytes(b"1")
+        raise RuntimeError
+    assert names(tmp_path) == []
+
+
+def test_a_new_folder_takes_no_folder_s_place(tmp_path: Path) -> None:
+    write_folder(tmp_path / "f", {"a": b"old"})
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "f") as unfinished:
+        (unfinished / "a").write_bytes(b"new")
+    assert names(tmp_path) == ["f"]
+    assert (tmp_path / "f" / "a").read_bytes() == b"old"
 
 
 def test_a_removed_folder_goes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cotune.durable import filling
+from cotune.durable import new_folder
 from cotune.errors import InputError
 from cotune.models.projections import FILE_NAME as PROJECTIONS_FILE
 from cotune.models.weights import DTYPES, digest_folder, find_model_folder
@@ -86,7 +86,7 @@ def write_model(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _check_room(folder, num_bytes)
-        with filling(folder) as unfinished:
+        with new_folder(folder) as unfinished:
             write_weights(unfinished)
             _save_configs(model, dtype, unfinished)
             for name in _companions(model, source_folder):

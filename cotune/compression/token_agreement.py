@@ -1,0 +1,316 @@
+"""Does an exported model write what its source writes?
+
+The source is run in PyTorch, in float32 with exactly the weights that the export holds: rounded weights as what their
+codes stand for. Greedy tokens of both are compared prompt by prompt, up to the first that differs. From there on texts
+differ anyway, so the rest is judged on the source's text: at which share of positions the exported model would have
+chosen the same token.
+
+Where they differ, the same graph is asked again with float32 activations. If that agrees with the source, rounding
+activations to int8 is the cause; if not, but logits differ by no more than sums in another order do, it is that.
+Anything else is no rounding, and called so. llama.cpp rounds activations in every quantised format and cannot be asked
+otherwise; there, logits that differ by up to a tenth of their spread are put down to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import DynamicCache, PreTrainedModel
+
+from cotune.compression.gguf_export import MODEL_FILE, check_gguf
+from cotune.compression.llama_folder import LlamaFolder
+from cotune.compression.offline_folder import read_description
+from cotune.compression.onnx_export import GRAPH_FILE, check_onnx, read_config
+from cotune.compression.written_weights import WrittenWeights
+from cotune.errors import InputError
+from cotune.models.weights import load_model, read_tokenizer
+
+INT8_ACTIVATIONS, ORDER_OF_SUMS, UNEXPLAINED = "int8 activations", "order of sums", "unexplained"
+"""Why two tokens differ."""
+
+_SUMS_DIFFER_BY = 1e-3
+"""Of the spread of a position's logits: what float32 sums in another order may differ by."""
+_LLAMA_CPP_DIFFERS_BY = 0.1
+"""The same of llama.cpp with its rounded activations."""
+
+
+class Decoder(Protocol):
+    """One text in an exported model, as `OnnxDecoder` and `LlamaCppDecoder` are."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from index `length` on."""
+        ...
+
+    def extend(self, token_ids: Sequence[int], *, first_logit: int = 0) -> NDArray[np.float32]:
+        """Append tokens; logits float32 (seq, vocab), of those from `first_logit` on."""
+        ...
+
+
+Explain = Callable[[Sequence[int], NDArray[np.float32], NDArray[np.float32]], str]
+"""From a text, and the source's and the exported model's logits (vocab,) behind it, to the cause of a difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The first token of a prompt's answer that is another one.
+
+    Attributes:
+        prompt: which prompt, counted from 0.
+        position: which token of the answer, counted from 0.
+        source_token, exported_token: what each wrote.
+        source_margin: logit of its own token minus that of the other one, in the source.
+        exported_margin: the same in the exported model, of its own token.
+        largest_error: between the two models' logits at this position.
+        spread: standard deviation of the source's logits there.
+        cause: one of the three above.
+    """
+
+    prompt: int
+    position: int
+    source_token: int
+    exported_token: int
+    source_margin: float
+    exported_margin: float
+    largest_error: float
+    spread: float
+    cause: str
+
+    def __str__(self) -> str:
+        return (
+            f"prompt {self.prompt}, token {self.position}: {self.source_token} became {self.exported_token}; margins "
+            f"{self.source_margin:.3g} and {self.exported_margin:.3g}, logits differ by up to "
+            f"{self.largest_error:.3g} of a spread of {self.spread:.3g}: {self.cause}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenAgreement:
+    """What came out.
+
+    Attributes:
+        num_prompts, num_tokens: prompts, and tokens of the source's answers.
+        num_same: positions of the source's text where the exported model chooses the same token.
+        largest_error: between logits at any of them.
+        differences: the first of each prompt that has one.
+    """
+
+    num_prompts: int
+    num_tokens: int
+    num_same: int
+    largest_error: float
+    differences: tuple[Difference, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """All tokens are the same."""
+        return not self.differences
+
+    @property
+    def is_explained(self) -> bool:
+        """No token differs for another reason than rounding."""
+        return all(difference.cause != UNEXPLAINED for difference in self.differences)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_prompts - len(self.differences)} of {self.num_prompts} texts are the same token by token, "
+            f"{self.num_same} of {self.num_tokens} choices on the source's text, logits differ by up to "
+            f"{self.largest_error:.3g}"
+        ]
+        return "\n".join([*lines, *map(str, self.differences)])
+
+
+def compare_tokens(
+    source: str | Path, exported: Path, prompts: Sequence[str], *, max_new_tokens: int = 32
+) -> TokenAgreement:
+    """Hold an exported folder against the model that it was made of.
+
+    Args:
+        source: the model, as it was given to `export_onnx` or `export_gguf`.
+        exported: the offline folder.
+        prompts: texts to go on from.
+        max_new_tokens: of each.
+
+    Raises:
+        InputError: there are no prompts, or one is too long; the folder is no export, or another model's; what runs it
+            is not installed.
+
+    Example:
+        >>> print(compare_tokens("starter", Path("starter-int4"), ["User: hello"]))  # doctest: +SKIP
+        1 of 1 texts are the same token by token, ...
+    """
+    folder, runtime = _matching(source, exported)
+    tokenizer = Tokenizer.from_str(read_tokenizer(folder.path).decode())
+    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+    room = folder.shape.context - max_new_tokens
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not 1 <= len(ids) <= room:
+            raise InputError(
+                f"a prompt has {len(ids)} tokens ({prompt!r:.40}), expected 1 to {room}, so that {max_new_tokens} fit "
+                "behind it"
+            )
+    if not encoded:
+        raise InputError("prompts are none, expected at least one text")
+    model, decoder, explain = _RUNTIMES[runtime](exported, folder)
+    return _compare(model, decoder, explain, encoded, max_new_tokens)
+
+
+def cause_of(source: NDArray[np.float32], exported: NDArray[np.float32], with_floats: NDArray[np.float32]) -> str:
+    """Why logits of one position differ.
+
+    Args:
+        source: logits (vocab,) of the source.
+        exported: of the graph as it is.
+        with_floats: of the graph with float32 activations.
+
+    Example:
+        >>> cause_of(np.array([0.0, 2.0]), np.array([0.0, 2.1]), np.array([0.0, 2.0001]))
+        'int8 activations'
+    """
+    allowed = _SUMS_DIFFER_BY * float(source.std())
+    if float(np.abs(with_floats - source).max()) > allowed:
+        return UNEXPLAINED
+    return INT8_ACTIVATIONS if float(np.abs(exported - source).max()) > allowed else ORDER_OF_SUMS
+
+
+def reference_model(written: WrittenWeights) -> PreTrainedModel:
+    """The source in PyTorch, float32, with the weights that an export holds."""
+    model = load_model(written.folder.path, dtype="float32", device="cpu").eval()
+    model.requires_grad_(False)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for module in written.modules():
+            own[f"{module}.weight"].copy_(torch.from_numpy(written.dequantised(module)))
+    return model
+
+
+def _matching(source: str | Path, exported: Path) -> tuple[LlamaFolder, str]:
+    """The source as it was exported, and the runtime."""
+    described = read_description(exported)
+    runtime = described["runtime"]
+    if runtime not in _RUNTIMES:
+        raise InputError(f"{exported} is for the runtime {runtime!r:.40}, expected {' or '.join(_RUNTIMES)}")
+    folder = LlamaFolder(source, context=described["context"])
+    if described["source_digest"] != folder.digest:
+        raise InputError(
+            f"{exported} was made of the model {described['source_digest'][:12]}, {source} is {folder.digest[:12]}; "
+            "name the model that it was made of, or export again"
+        )
+    return folder, runtime
+
+
+def _open_onnx(exported: Path, folder: LlamaFolder) -> tuple[PreTrainedModel, Decoder, Explain]:
+    check_onnx()
+    from cotune.compression.onnx_decoder import OnnxDecoder
+
+    graph = exported / GRAPH_FILE
+    exact: list[OnnxDecoder] = []
+
+    def explain(text: Sequence[int], mine: NDArray[np.float32], theirs: NDArray[np.float32]) -> str:
+        if not exact:
+            exact.append(OnnxDecoder(graph, folder.shape, activation_bits=32))
+        exact[0].truncate(0)
+        return cause_of(mine, theirs, exact[0].extend(text, first_logit=-1)[0])
+
+    model = reference_model(WrittenWeights(folder, read_config(exported).rounding))
+    return model, OnnxDecoder(graph, folder.shape), explain
+
+
+def _open_gguf(exported: Path, folder: LlamaFolder) -> tuple[PreTrainedModel, Decoder, Explain]:
+    check_gguf()
+    from cotune.compression.gguf_model import load_gguf
+    from cotune.compression.llama_cpp_decoder import LlamaCppDecoder
+
+    def explain(text: Sequence[int], mine: NDArray[np.float32], theirs: NDArray[np.float32]) -> str:
+        error = float(np.abs(theirs - mine).max())
+        if error > _LLAMA_CPP_DIFFERS_BY * float(mine.std()):
+            return UNEXPLAINED
+        return cause_of(mine, theirs, mine)
+
+    decoder = LlamaCppDecoder(exported / MODEL_FILE, folder.shape)
+    return load_gguf(exported / MODEL_FILE, folder), decoder, explain
+
+
+_RUNTIMES: dict[str, Callable[[Path, LlamaFolder], tuple[PreTrainedModel, Decoder, Explain]]] = {
+    "onnx": _open_onnx,
+    "gguf": _open_gguf,
+}
+
+
+def _compare(
+    model: PreTrainedModel, decoder: Decoder, explain: Explain, prompts: Sequence[list[int]], max_new_tokens: int
+) -> TokenAgreement:
+    differences: list[Difference] = []
+    num_same, largest_error = 0, 0.0
+    for index, prompt in enumerate(prompts):
+        tokens, logits = _greedy(model, prompt, max_new_tokens)
+        decoder.truncate(0)
+        theirs = decoder.extend([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        num_same += int((theirs.argmax(1) == tokens).sum())
+        largest_error = max(largest_error, float(np.abs(theirs - logits).max()))
+        written = _exported_greedy(decoder, prompt, max_new_tokens)
+        at = next((i for i, pair in enumerate(zip(tokens, written, strict=True)) if pair[0] != pair[1]), None)
+        if at is not None:
+            cause = explain([*prompt, *tokens[:at]], logits[at], theirs[at])
+            differences.append(_difference(index, at, int(tokens[at]), written[at], logits[at], theirs[at], cause))
+    return TokenAgreement(
+        num_prompts=len(prompts),
+        num_tokens=len(prompts) * max_new_tokens,
+        num_same=num_same,
+        largest_error=largest_error,
+        differences=tuple(differences),
+    )
+
+
+def _difference(
+    prompt: int,
+    position: int,
+    mine: int,
+    other: int,
+    source: NDArray[np.float32],
+    exported: NDArray[np.float32],
+    cause: str,
+) -> Difference:
+    return Difference(
+        prompt=prompt,
+        position=position,
+        source_token=mine,
+        exported_token=other,
+        source_margin=float(source[mine] - source[other]),
+        exported_margin=float(exported[other] - exported[mine]),
+        largest_error=float(np.abs(exported - source).max()),
+        spread=float(source.std()),
+        cause=cause,
+    )
+
+
+def _greedy(
+    model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Tokens (max_new_tokens,), and the logits (max_new_tokens, vocab) that they were chosen from."""
+    cache, pending = DynamicCache(config=model.config), torch.tensor([list(prompt)])
+    logits: list[NDArray[np.float32]] = []
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            last = model(input_ids=pending, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+            logits.append(last.numpy())
+            pending = last.argmax().reshape(1, 1)
+    stacked = np.stack(logits)
+    return stacked.argmax(1), stacked
+
+
+def _exported_greedy(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    """Token by token, as a device does."""
+    decoder.truncate(0)
+    tokens: list[int] = []
+    pending = list(prompt)
+    for _ in range(max_new_tokens):
+        tokens.append(int(decoder.extend(pending, first_logit=-1)[0].argmax()))
+        pending = tokens[-1:]
+    return tokens

@@ -1,0 +1,66 @@
+"""llama.cpp reads exported files as they are meant. All but the refusals need llama-cpp-python, which CI has not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from llama_folders import save_llama
+
+from cotune.compression.gguf_export import GgufExportConfig, export_gguf
+from cotune.compression.llama_cpp_decoder import LlamaCppDecoder
+from cotune.compression.llama_folder import LlamaFolder
+from cotune.errors import InputError
+
+pytest.importorskip("gguf", reason="gguf is not installed")
+
+TOKENS = [0, 17, 230, 5, 399, 88, 12, 301, 64, 7, 7, 150]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "largest_error"),
+    [
+        ("llama", "F32", 1e-3),
+        ("qwen2", "F32", 1e-3),
+        # Activations are rounded to int8 in blocks.
+        ("llama", "Q8_0", 0.1),
+        ("llama", "Q4_0", 0.1),
+    ],
+)
+def test_it_gives_the_logits_of_the_file(architecture: str, kind: str, largest_error: float, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from cotune.compression.gguf_model import load_gguf
+
+    save_llama(tmp_path / "source", architecture, intermediate_size=64)
+    export_gguf(tmp_path / "source", tmp_path / "out", GgufExportConfig(kind=kind))
+    source = LlamaFolder(tmp_path / "source")
+    expected = load_gguf(tmp_path / "out" / "model.gguf", source)(torch.tensor([TOKENS])).logits[0].numpy()
+    decoder = LlamaCppDecoder(tmp_path / "out" / "model.gguf", source.shape)
+    found = np.concatenate([decoder.extend(TOKENS[:5]), decoder.extend(TOKENS[5:])])
+    assert np.abs(found - expected).max() <= largest_error * expected.std()
+    decoder.truncate(7)
+    again = decoder.extend(TOKENS[7:], first_logit=-1)
+    assert np.abs(again - expected[-1:]).max() <= largest_error * expected.std()
+
+
+def test_it_makes_k_quants(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from cotune.compression.gguf_model import load_gguf
+
+    model = save_llama(tmp_path / "source", hidden_size=256, intermediate_size=256)
+    export_gguf(tmp_path / "source", tmp_path / "out", GgufExportConfig(kind="Q4_K_M"))
+    found = load_gguf(tmp_path / "out" / "model.gguf", LlamaFolder(tmp_path / "source"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    error = (found.get_parameter(name) - model.get_parameter(name)).norm() / model.get_parameter(name).norm()
+    assert 0.01 < float(error) < 0.12
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "tokenizer.json", "offline.json"}
+
+
+def test_without_llama_cpp_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_llama(tmp_path / "source")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(InputError, match="needs llama-cpp-python, which is not installed"):
+        LlamaCppDecoder(tmp_path / "model.gguf", LlamaFolder(tmp_path / "source").shape)
