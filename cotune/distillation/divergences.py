@@ -17,6 +17,7 @@ reach both sides, unless one of them is a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -94,11 +95,10 @@ class JensenShannon:
             )
 
     def __call__(self, teacher: Tensor, student: Tensor) -> Tensor:
-        beta = torch.tensor(self.beta, dtype=torch.float64)
         # Where both sides are -inf, logaddexp has no gradient; exp of the smallest number is zero just as well.
         smallest = torch.finfo(teacher.dtype).min / 4
         log_p, log_q = teacher.clamp(min=smallest), student.clamp(min=smallest)
-        mixture = torch.logaddexp(log_p + float(beta.log()), log_q + float(torch.log1p(-beta)))
+        mixture = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
         return self.beta * _kl(log_p, mixture) + (1 - self.beta) * _kl(log_q, mixture)
 
 
