@@ -185,7 +185,7 @@ def divergence_of_top(
 
     Both sides are seen as k + 1 events, the teacher's k listed tokens and the rest as one lump:
 
-        p~ = (p_1 .. p_k, 1 - sum p_i),  q~ = (q_1 .. q_k, 1 - sum q_i),  and at T they are p~^(1/T), q~^(1/T), normalised.
+        p~ = (p_1 .. p_k, 1 - sum p_i),  q~ = (q_1 .. q_k, 1 - sum q_i),  at T  p~^(1/T) and q~^(1/T), normalised.
 
     With k = vocab nothing is lumped and the result is that of `divergence_of_logits`. Else, at T = 1:
 

@@ -86,9 +86,8 @@ class TopLogProbs:
             )
         if self.ids.numel() == 0:
             return
-        if not bool((self.ids[:, 1:] > self.ids[:, :-1]).all()) or not (
-            0 <= int(self.ids.min()) and int(self.ids.max()) < vocab_size
-        ):
+        is_ascending = bool((self.ids[:, 1:] > self.ids[:, :-1]).all())
+        if not is_ascending or int(self.ids.min()) < 0 or int(self.ids.max()) >= vocab_size:
             raise InputError(
                 f"the teacher's token ids are not ascending numbers from 0 to {vocab_size - 1}; "
                 "ask a teacher with the student's tokenizer"

@@ -53,7 +53,15 @@ class TokenBatches:
 
 
 def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], batch: TokenBatch) -> Tensor:
-    """-log p of each target token, float32 (targets,).
+    """-log p of each target token, float32 (targets,); arguments and errors as of `answer_logits`."""
+    logits, targets = answer_logits(model, head, params, batch)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def answer_logits(
+    model: nn.Module, head: nn.Module, params: dict[str, Tensor], batch: TokenBatch
+) -> tuple[Tensor, Tensor]:
+    """Logits where a target token is predicted, float32 (targets, vocab), and the targets, int64 (targets,).
 
     Args:
         model: a causal language model with an adapter attached, as transformers or peft give it. It may put
@@ -78,7 +86,7 @@ def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], ba
     inputs = {"input_ids": torch.from_numpy(batch.input_ids[:, :-1]).to(device), "use_cache": False}
     with only_rows(head, is_target.to(device)):
         logits = functional_call(model, params, kwargs=inputs).logits
-    return F.cross_entropy(logits.float(), labels[is_target].to(device), reduction="none")
+    return logits.float(), labels[is_target].to(device)
 
 
 @contextmanager

@@ -147,20 +147,10 @@ def test_it_is_never_negative_and_zero_only_between_equals(
         assert value <= -beta * math.log(beta) - (1 - beta) * math.log(1 - beta) + 1e-6 <= math.log(2) + 2e-6
     same = float(divergence_of_logits(divergence, p, p + 3.0, temperature=temperature))  # logits are up to a constant
     assert abs(same) < 1e-5
-    apart = float((p.softmax(1) - q.softmax(1)).abs().sum())
-    # Pinsker's inequality holds in each half of the mixture.
+    # Pinsker's inequality: distributions that are apart have a divergence. It holds in each half of the mixture too.
+    apart = float(((p / temperature).softmax(1) - (q / temperature).softmax(1)).abs().sum())
     share = divergence.beta * (1 - divergence.beta) if isinstance(divergence, JensenShannon) else 1.0
-    if temperature == 1.0:
-        assert value >= share * apart**2 / 2 - 1e-6
-
-
-@EACH
-def test_equal_in_pinsker_s_sense(divergence: Divergence) -> None:
-    """Distributions that are apart by d in total have a divergence of d^2 / 2 or more, times what of it is mixed."""
-    teacher, student = draw(8, 40, 6).log_softmax(1), draw(9, 40, 6).log_softmax(1)
-    apart = (teacher.exp() - student.exp()).abs().sum(1)
-    share = divergence.beta * (1 - divergence.beta) if isinstance(divergence, JensenShannon) else 1.0
-    assert bool((divergence(teacher, student) >= share * apart**2 / 2).all())
+    assert value >= share * apart**2 / 2 - 1e-6
 
 
 def test_exchanged_sides_are_the_other_beta() -> None:
@@ -299,7 +289,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(InputError, match=r"divergence is 'jsd', expected one of forward, reverse, js"):
         divergence_named("jsd")
     for beta in (0.0, 1.0, -1.0, math.nan):
-        with pytest.raises(InputError, match="beta is .* take forward for its limit at 0"):
+        with pytest.raises(InputError, match=r"beta is .* take forward for its limit at 0"):
             JensenShannon(beta)
     logits, top = torch.zeros(2, 4), TopLogProbs.of_logits(torch.zeros(2, 4), 2)
     for temperature in (0.0, -1.0, math.nan, math.inf):
@@ -313,5 +303,5 @@ def test_bad_arguments_are_refused() -> None:
         divergence_of_logits(ForwardKl(), logits, logits, wanted=torch.ones(3, dtype=torch.bool))
     with pytest.raises(InputError, match=r"expected \(2, vocab\)"):
         divergence_of_top(ForwardKl(), top, torch.zeros(3, 4))
-    with pytest.raises(InputError, match="lists 2 tokens .* vocabulary of 1"):
+    with pytest.raises(InputError, match=r"lists 2 tokens .* vocabulary of 1"):
         divergence_of_top(ForwardKl(), top, torch.zeros(2, 1))
