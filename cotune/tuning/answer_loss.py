@@ -33,14 +33,7 @@ class TokenBatches:
     def __init__(
         self, examples: Sequence[EncodedExample], num_batch_sequences: int, *, pad_token_id: int, seed: int
     ) -> None:
-        if not examples:
-            raise InputError("there are no examples, expected at least one")
-        for index, example in enumerate(examples):
-            if not 1 <= example.first_target < len(example.input_ids):
-                raise InputError(
-                    f"example {index} has {len(example.input_ids)} tokens and its first target at "
-                    f"{example.first_target}, so that all its labels are ignored; leave it out, or mark its answer"
-                )
+        check_targets(examples)
         self._examples, self._size = examples, num_batch_sequences
         self._pad_token_id, self._seed = pad_token_id, seed
 
@@ -50,6 +43,22 @@ class TokenBatches:
     def epoch(self, epoch: int) -> Iterator[TokenBatch]:
         seed = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
         return token_batches(self._examples, self._size, self._pad_token_id, seed)
+
+
+def check_targets(examples: Sequence[EncodedExample]) -> None:
+    """Refuse texts that nothing can be learnt from.
+
+    Raises:
+        InputError: there are none, or one has no target token.
+    """
+    if not examples:
+        raise InputError("there are no examples, expected at least one")
+    for index, example in enumerate(examples):
+        if not 1 <= example.first_target < len(example.input_ids):
+            raise InputError(
+                f"example {index} has {len(example.input_ids)} tokens and its first target at "
+                f"{example.first_target}, so that all its labels are ignored; leave it out, or mark its answer"
+            )
 
 
 def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], batch: TokenBatch) -> Tensor:

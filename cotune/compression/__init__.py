@@ -1,0 +1,1 @@
+"""Compression: pruning and quantising a model's weights with calibration texts."""
