@@ -245,13 +245,14 @@ class DistilTuner:
         ]
         if not prompts:
             return list(batch.examples)
+        room = max(1, self._max_context - max(map(len, prompts)))
         written = iter(
             continuations(
                 self._model,
                 state.params,
                 prompts,
                 sampled(torch.Generator().manual_seed(batch.seed), settings.sampling_temperature),
-                max_new_tokens=min(settings.max_new_tokens, self._max_context - max(map(len, prompts))),
+                max_new_tokens=min(settings.max_new_tokens, room),
                 stop_token_ids=self._spec.eos_token_ids,
             )
         )
