@@ -1,4 +1,4 @@
-"""A student learns from a teacher behind a real cloud: the same numbers, each text sent once, all of it in the ledger."""
+"""A student learns from a teacher behind a real cloud: the same numbers, each text sent once, all in the ledger."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_a_cloud_teaches_as_the_model_at_hand_does(tmp_path: Path) -> None:
     teacher = tiny_backbone("llama")
     student = with_fewer_layers(teacher, (0, 2))
 
-    def run(by: Teacher, **options: Any) -> DistilResult:
-        return distil(student, by, TEXTS, SETTINGS, **options)
+    def run(by: Teacher) -> DistilResult:
+        return distil(student, by, TEXTS, SETTINGS, heldout=TEXTS)
 
     local, ledger = run(LocalTeacher(teacher)), EgressLedger(None)
     with in_a_thread(HostedModel.of(tiny_backbone("llama"))) as url:
@@ -74,13 +74,13 @@ def test_a_cloud_teaches_as_the_model_at_hand_does(tmp_path: Path) -> None:
             sizes = [HEADER_BYTES * len(TEXTS) + num_targets * (per_target + 7 * k) for k in (TOP_K, VOCAB)]
             assert source.bytes_received - received == sum(sizes)
 
-            before = ledger.totals()["features_request"]
+            before = ledger.totals()["features request"]
             cached = CachedTeacher(CloudTeacher(source), tmp_path / "teacher")
             cached.reserve(TEXTS, TOP_K)
             remote = run(cached)
-            after = ledger.totals()["features_request"]
+            after = ledger.totals()["features request"]
             assert cached.num_asked == after["count"] - before["count"] == 6 + 6  # given texts, and half of two epochs
-            assert set(ledger.totals()) == {"hello", "features_request"}
+            assert set(ledger.totals()) == {"hello", "features request"}
             with pytest.raises(RefusedError, match="the sequence has 129 tokens"):
                 CloudTeacher(source).top_log_probs([EncodedExample(np.full(129, 7), 1)], TOP_K)
         description = source.description
