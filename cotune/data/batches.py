@@ -165,16 +165,29 @@ def token_batches(
     Raises:
         InputError: `batch_size` is less than 1.
     """
+    for batch in similar_lengths([len(example.input_ids) for example in examples], batch_size, seed):
+        yield pad_batch([examples[index] for index in batch], pad_token_id)
+
+
+def similar_lengths(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
+    """Indices of one epoch's batches, each index once, in an order that the seed decides, similar lengths together.
+
+    Raises:
+        InputError: `batch_size` is less than 1.
+
+    Example:
+        >>> sorted(sorted(batch) for batch in similar_lengths([5, 90, 6, 80], batch_size=2, seed=0))
+        [[0, 2], [1, 3]]
+    """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
     rng = Random(seed)
-    order = list(range(len(examples)))
+    order = list(range(len(lengths)))
     rng.shuffle(order)
     pool_size = batch_size * BATCHES_IN_POOL
     batches: list[list[int]] = []
     for start in range(0, len(order), pool_size):
-        pool = sorted(order[start : start + pool_size], key=lambda index: len(examples[index].input_ids))
+        pool = sorted(order[start : start + pool_size], key=lambda index: lengths[index])
         batches += [pool[first : first + batch_size] for first in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
-    for batch in batches:
-        yield pad_batch([examples[index] for index in batch], pad_token_id)
+    return batches

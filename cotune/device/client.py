@@ -132,9 +132,16 @@ class CloudClient:
             if len(data) >= piece.total_bytes:
                 return data
 
-    async def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
-        """Teacher-forced features of one sequence; see `cotune.wire.features.FeatureSource`."""
-        request = FeaturesRequest(input_ids=input_ids, pos=first_target, top_k=top_k, want_hidden=True)
+    async def features(
+        self, input_ids: NDArray[np.int64], first_target: int, top_k: int, *, want_hidden: bool = True
+    ) -> SequenceFeatures:
+        """Teacher-forced features of one sequence; see `cotune.wire.features.FeatureSource`.
+
+        Args:
+            input_ids, first_target, top_k: as there.
+            want_hidden: whether the final hidden states shall come too; without them `hidden` is (targets, 0).
+        """
+        request = FeaturesRequest(input_ids=input_ids, pos=first_target, top_k=top_k, want_hidden=want_hidden)
         await self._send(request)
         num_targets = len(input_ids) - first_target
         chunks: list[Features] = []
@@ -148,7 +155,7 @@ class CloudClient:
             num_taps=description.num_taps,
             tap_dim=description.tap_dim,
             top_k=min(top_k, description.vocab_size),
-            hidden_dim=description.hidden_size,
+            hidden_dim=description.hidden_size if want_hidden else 0,
         )
         return unpack_features(chunks, shape, first_target=first_target, num_targets=num_targets)
 

@@ -22,14 +22,16 @@ class RemoteFeatureSource:
     Args:
         connector: makes a connection to the cloud.
         config: patience.
+        want_hidden: whether final hidden states come too, which a gate reads; a teacher's student has no use for them.
 
     Example:
         >>> with RemoteFeatureSource(lambda: connect("ws://127.0.0.1:7070")) as source:  # doctest: +SKIP
         ...     features = source.features(input_ids, first_target=12, top_k=256)
     """
 
-    def __init__(self, connector: Connector, config: ClientConfig | None = None) -> None:
+    def __init__(self, connector: Connector, config: ClientConfig | None = None, *, want_hidden: bool = True) -> None:
         self._client = CloudClient(connector, config)
+        self._want_hidden = want_hidden
         self._runner = make_runner()
 
     def __enter__(self) -> Self:
@@ -68,7 +70,10 @@ class RemoteFeatureSource:
     def features(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
         """Features of one sequence; asked for once more where the connection breaks."""
         try:
-            return self._runner.run(self._client.features(input_ids, first_target, top_k))
+            return self._ask(input_ids, first_target, top_k)
         except ConnectionLostError:
             self._runner.run(self._client.close())
-            return self._runner.run(self._client.features(input_ids, first_target, top_k))
+            return self._ask(input_ids, first_target, top_k)
+
+    def _ask(self, input_ids: NDArray[np.int64], first_target: int, top_k: int) -> SequenceFeatures:
+        return self._runner.run(self._client.features(input_ids, first_target, top_k, want_hidden=self._want_hidden))

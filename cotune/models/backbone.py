@@ -387,6 +387,34 @@ class Backbone:
         """As `features`, for several (input_ids, first_target) in one forward pass."""
         if top_k < 1:
             raise InputError(f"top_k is {top_k}, expected at least 1")
+        if not sequences:
+            return []
+        with torch.inference_mode():
+            logits, hidden, states = self._teacher_forced(sequences)
+            targets = np.concatenate([input_ids[first:] for input_ids, first in sequences]).astype(np.int64)
+            taps = self._projector.project(states)
+            together = _to_sequence_features(logits, hidden, taps, targets, top_k, self.quantise_taps)
+        ends = np.cumsum([len(input_ids) - first for input_ids, first in sequences])
+        return [_slice(together, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def target_logits(self, sequences: Sequence[tuple[NDArray[np.int64], int]]) -> Tensor:
+        """Logits to predict the positions first_target .. seq-1 of each (input_ids, first_target), from one pass.
+
+        Returns:
+            float32 (targets of all sequences in order, vocab), without a gradient.
+
+        Raises:
+            InputError: no sequence, an index or token out of range, or a sequence that is too long.
+        """
+        if not sequences:
+            raise InputError("there are no sequences to predict, expected at least one")
+        with torch.inference_mode():
+            logits, _, _ = self._teacher_forced(sequences)
+        # Out of the inference mode, so that others may compute with it.
+        return logits.float().clone()
+
+    def _teacher_forced(self, sequences: Sequence[tuple[NDArray[np.int64], int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (targets, vocab), f and y at the targets of all sequences."""
         for input_ids, first_target in sequences:
             if not 1 <= first_target < len(input_ids):
                 raise InputError(
@@ -394,8 +422,6 @@ class Backbone:
                     f"for a sequence of {len(input_ids)} tokens"
                 )
             self.check_tokens(input_ids)
-        if not sequences:
-            return []
         # The last token is predicted, never read. Rows are padded on the right, where causal attention ignores them.
         width = max(len(input_ids) for input_ids, _ in sequences) - 1
         batch = np.full((len(sequences), width), self.spec.pad_token_id, np.int64)
@@ -403,13 +429,8 @@ class Backbone:
         for row, (input_ids, first_target) in enumerate(sequences):
             batch[row, : len(input_ids) - 1] = input_ids[:-1]
             is_target[row, first_target - 1 : len(input_ids) - 1] = True
-        targets = np.concatenate([input_ids[first:] for input_ids, first in sequences]).astype(np.int64)
-        with torch.inference_mode(), self._leading(batch, is_target):
-            logits, hidden, states = self.run_batch(torch.from_numpy(batch), is_target)
-            taps = self._projector.project(states)
-            together = _to_sequence_features(logits, hidden, taps, targets, top_k, self.quantise_taps)
-        ends = np.cumsum([len(input_ids) - first for input_ids, first in sequences])
-        return [_slice(together, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        with self._leading(batch, is_target):
+            return self.run_batch(torch.from_numpy(batch), is_target)
 
     def forward_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> ForwardStates:
         """Logits, final hidden states, taps and raw states of every position, from one pass without gradients.

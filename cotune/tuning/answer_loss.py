@@ -33,14 +33,7 @@ class TokenBatches:
     def __init__(
         self, examples: Sequence[EncodedExample], num_batch_sequences: int, *, pad_token_id: int, seed: int
     ) -> None:
-        if not examples:
-            raise InputError("there are no examples, expected at least one")
-        for index, example in enumerate(examples):
-            if not 1 <= example.first_target < len(example.input_ids):
-                raise InputError(
-                    f"example {index} has {len(example.input_ids)} tokens and its first target at "
-                    f"{example.first_target}, so that all its labels are ignored; leave it out, or mark its answer"
-                )
+        check_targets(examples)
         self._examples, self._size = examples, num_batch_sequences
         self._pad_token_id, self._seed = pad_token_id, seed
 
@@ -52,8 +45,32 @@ class TokenBatches:
         return token_batches(self._examples, self._size, self._pad_token_id, seed)
 
 
+def check_targets(examples: Sequence[EncodedExample]) -> None:
+    """Refuse texts that nothing can be learnt from.
+
+    Raises:
+        InputError: there are none, or one has no target token.
+    """
+    if not examples:
+        raise InputError("there are no examples, expected at least one")
+    for index, example in enumerate(examples):
+        if not 1 <= example.first_target < len(example.input_ids):
+            raise InputError(
+                f"example {index} has {len(example.input_ids)} tokens and its first target at "
+                f"{example.first_target}, so that all its labels are ignored; leave it out, or mark its answer"
+            )
+
+
 def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], batch: TokenBatch) -> Tensor:
-    """-log p of each target token, float32 (targets,).
+    """-log p of each target token, float32 (targets,); arguments and errors as of `answer_logits`."""
+    logits, targets = answer_logits(model, head, params, batch)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def answer_logits(
+    model: nn.Module, head: nn.Module, params: dict[str, Tensor], batch: TokenBatch
+) -> tuple[Tensor, Tensor]:
+    """Logits where a target token is predicted, float32 (targets, vocab), and the targets, int64 (targets,).
 
     Args:
         model: a causal language model with an adapter attached, as transformers or peft give it. It may put
@@ -78,7 +95,7 @@ def answer_nats(model: nn.Module, head: nn.Module, params: dict[str, Tensor], ba
     inputs = {"input_ids": torch.from_numpy(batch.input_ids[:, :-1]).to(device), "use_cache": False}
     with only_rows(head, is_target.to(device)):
         logits = functional_call(model, params, kwargs=inputs).logits
-    return F.cross_entropy(logits.float(), labels[is_target].to(device), reduction="none")
+    return logits.float(), labels[is_target].to(device)
 
 
 @contextmanager

@@ -8,9 +8,6 @@ not at all, and carries a checksum; a run that was interrupted fetches only what
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +21,11 @@ from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.generation.side_state import first_position
 from cotune.tuning.feature_set import FeatureSet
+from cotune.tuning.file_cache import DEFAULT_MAX_BYTES, FileCache
 from cotune.wire.features import FeatureSource, SequenceFeatures
 
 FORMAT = "cotune features 1"
 SUFFIX = ".features"
-UNFINISHED = ".part"
-CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +40,8 @@ class CollectProgress:
 class FeatureCache:
     """A folder of features, bounded in bytes; the least recently used sequences of other runs make room.
 
-    A file is a SHA-256 of the rest, then a safetensors file. Its name is the SHA-256 of all that the features depend
-    on, so caches can be shared by any models and data sets, and a file that is cut or damaged is fetched again.
+    A file's contents are a safetensors file. Its name is the SHA-256 of all that the features depend on, so caches can
+    be shared by any models and data sets, and a file that is cut or damaged is fetched again.
 
     Args:
         folder: made if it is not there.
@@ -58,24 +54,25 @@ class FeatureCache:
     """
 
     def __init__(
-        self, folder: Path, *, backbone_digest: str, projections_digest: str, max_bytes: int = 4 << 30
+        self,
+        folder: Path,
+        *,
+        backbone_digest: str,
+        projections_digest: str,
+        max_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
-        if max_bytes <= 0:
-            raise InputError(f"max_bytes is {max_bytes}, expected a positive number of bytes for the feature cache")
-        self.folder = folder
-        self.max_bytes = max_bytes
+        self._files = FileCache(folder, suffix=SUFFIX, what="feature", max_bytes=max_bytes)
         self._origin = f"{FORMAT}\n{backbone_digest}\n{projections_digest}\n"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"the feature cache {folder} cannot be made: {error.strerror}") from error
-        self._drop_unfinished()
-        self._size_bytes = sum(size for _, size, _ in self._files())
+
+    @property
+    def max_bytes(self) -> int:
+        """The most that all files may take together."""
+        return self._files.max_bytes
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files, of this run and of others."""
-        return self._size_bytes
+        return self._files.size_bytes
 
     def key(self, example: EncodedExample, top_k: int, prompt_window: int = 0) -> str:
         """Name of the features of one example: SHA-256, hex, of all that they depend on.
@@ -93,24 +90,16 @@ class FeatureCache:
 
     def stored_bytes(self, key: str) -> int:
         """Size of a file in bytes, 0 if it is not there."""
-        try:
-            return self._path(key).stat().st_size
-        except OSError:
-            return 0
+        return self._files.stored_bytes(key)
 
     def get(self, key: str) -> SequenceFeatures | None:
         """The features of that name, or None if they are not there or damaged; a damaged file is removed."""
-        path = self._path(key)
-        try:
-            data = path.read_bytes()
-        except OSError:
+        contents = self._files.get(key)
+        if contents is None:
             return None
-        features = _decode(data)
+        features = _decode(contents)
         if features is None:
-            path.unlink(missing_ok=True)
-            self._size_bytes -= len(data)
-            return None
-        os.utime(path)
+            self._files.drop(key)
         return features
 
     def put(self, key: str, features: SequenceFeatures, *, needed: Collection[str] = ()) -> None:
@@ -124,16 +113,7 @@ class FeatureCache:
         Raises:
             InputError: they do not fit beside what is needed, or the disk does not take them.
         """
-        data = _encode(features)
-        previous = self.stored_bytes(key)
-        self._make_room(len(data) - previous, needed)
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=UNFINISHED, delete=False) as file:
-                file.write(data)
-            Path(file.name).replace(self._path(key))
-        except OSError as error:
-            raise InputError(f"the feature cache {self.folder} cannot be written: {error.strerror}") from error
-        self._size_bytes += len(data) - previous
+        self._files.put(key, _encode(features), needed=needed)
 
     def check_bound(self, num_bytes: int) -> None:
         """Refuse a run whose features cannot fit, before the cloud computes them.
@@ -141,49 +121,7 @@ class FeatureCache:
         Raises:
             InputError: `num_bytes` is more than the bound.
         """
-        if num_bytes > self.max_bytes:
-            raise InputError(
-                f"the feature cache {self.folder} may take {self.max_bytes:,} bytes and this run needs about "
-                f"{num_bytes:,}; raise max_bytes, lower top_k or train on fewer texts"
-            )
-
-    def _make_room(self, num_bytes: int, needed: Collection[str]) -> None:
-        if self._size_bytes + num_bytes <= self.max_bytes:
-            return
-        # Other processes may share the folder: look again before anything is thrown away.
-        files = sorted(self._files())
-        self._size_bytes = sum(size for _, size, _ in files)
-        kept = sum(size for _, size, path in files if path.stem in needed)
-        self.check_bound(kept + num_bytes)
-        for _, size, path in files:
-            if self._size_bytes + num_bytes <= self.max_bytes:
-                return
-            if path.stem not in needed:
-                path.unlink(missing_ok=True)
-                self._size_bytes -= size
-
-    def _path(self, key: str) -> Path:
-        return self.folder / (key + SUFFIX)
-
-    def _files(self) -> list[tuple[int, int, Path]]:
-        """Time of last use in nanoseconds, size in bytes and path of each file."""
-        found = []
-        for path in self.folder.glob("*" + SUFFIX):
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # another process evicted it
-                continue
-            found.append((status.st_mtime_ns, status.st_size, path))
-        return found
-
-    def _drop_unfinished(self) -> None:
-        # Of runs that were killed while writing; a younger file may belong to a run that is still alive.
-        for path in self.folder.glob("*" + UNFINISHED):
-            try:
-                if time.time() - path.stat().st_mtime > 3600:
-                    path.unlink()
-            except FileNotFoundError:
-                continue
+        self._files.check_bound(num_bytes)
 
 
 def collect_features(
@@ -267,16 +205,12 @@ def _arrays(features: SequenceFeatures) -> dict[str, NDArray[np.generic]]:
 
 
 def _encode(features: SequenceFeatures) -> bytes:
-    body = save({name: np.ascontiguousarray(array) for name, array in _arrays(features).items()})
-    return hashlib.sha256(body).digest() + body
+    return save({name: np.ascontiguousarray(array) for name, array in _arrays(features).items()})
 
 
-def _decode(data: bytes) -> SequenceFeatures | None:
-    body = data[CHECKSUM_BYTES:]
-    if hashlib.sha256(body).digest() != data[:CHECKSUM_BYTES]:
-        return None
+def _decode(contents: bytes) -> SequenceFeatures | None:
     try:
-        arrays = load(body)
+        arrays = load(contents)
         return SequenceFeatures(
             target_ids=arrays["target_ids"].astype(np.int64),
             tap_codes=arrays["tap_codes"],

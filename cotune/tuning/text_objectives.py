@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.func import functional_call
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
+from cotune.tuning.continuations import continuations
 from cotune.tuning.objectives import Collate, ExampleLosses
 
 
@@ -102,7 +102,6 @@ class TextErrors:
         return ExampleLosses(sums=sums, counts=torch.ones_like(sums))
 
 
-@torch.no_grad()
 def greedy_texts(
     model: PreTrainedModel,
     params: Mapping[str, Tensor],
@@ -111,47 +110,13 @@ def greedy_texts(
     max_new_tokens: int,
     stop_token_ids: Collection[int] = (),
 ) -> list[list[int]]:
-    """The likeliest next token again and again, all prompts in one batch.
-
-    Args:
-        model, params: as in `Objective`.
-        prompts: token ids, at least one each.
-        max_new_tokens: longest text.
-        stop_token_ids: a text ends before any of them.
-
-    Returns:
-        New token ids of each text.
-    """
-    device = next(iter(params.values())).device
-    longest = max(map(len, prompts))
-    ids, mask = (
-        torch.zeros(len(prompts), longest, dtype=torch.int64),
-        torch.zeros(len(prompts), longest, dtype=torch.int64),
+    """The likeliest next token again and again; as `continuations`, without the stop token."""
+    texts = continuations(
+        model,
+        params,
+        prompts,
+        lambda logits: logits.argmax(-1),
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
     )
-    for row, prompt in enumerate(prompts):
-        # On the left, so that all texts go on at the same column.
-        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    ids, mask = ids.to(device), mask.to(device)
-    texts: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-    cache = DynamicCache(config=model.config)
-    for _ in range(max_new_tokens):
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-            "past_key_values": cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        ids = functional_call(model, dict(params), kwargs=inputs).logits[:, -1].argmax(-1, keepdim=True)
-        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
-        for row, token in enumerate(ids[:, 0].tolist()):
-            if token in stop_token_ids:
-                running.discard(row)
-            elif row in running:
-                texts[row].append(token)
-        if not running:
-            break
-    return texts
+    return [text[:-1] if text[-1] in stop_token_ids else text for text in texts]

@@ -13,9 +13,10 @@ from toy import ToyBackbone
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
-from cotune.tuning.feature_cache import CHECKSUM_BYTES, SUFFIX, CollectProgress, FeatureCache, collect_features
+from cotune.tuning.feature_cache import SUFFIX, CollectProgress, FeatureCache, collect_features
 from cotune.tuning.feature_cache import _decode as decode
 from cotune.tuning.feature_cache import _encode as encode
+from cotune.tuning.file_cache import CHECKSUM_BYTES, sealed
 
 
 def open_cache(folder: Path, **changes: Any) -> FeatureCache:
@@ -101,8 +102,9 @@ def test_a_network_that_remembers_gets_the_taps_before_the_targets(tmp_path: Pat
         lambda data: data[:CHECKSUM_BYTES],
         lambda data: data[:-1] + bytes([data[-1] ^ 1]),
         lambda data: data + b"x",
+        lambda data: sealed(b"no features"),
     ],
-    ids=["cut", "empty", "checksum only", "one bit", "longer"],
+    ids=["cut", "empty", "checksum only", "one bit", "longer", "something else"],
 )
 def test_a_damaged_file_is_fetched_again(
     tmp_path: Path, make_source: Callable[..., Any], examples: list[EncodedExample], damage: Callable[[bytes], bytes]
