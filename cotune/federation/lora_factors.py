@@ -205,25 +205,6 @@ def matching_layers(adapters: Sequence[Layers]) -> list[str]:
     return list(first)
 
 
-def matching_ranks(adapters: Sequence[Layers]) -> list[str]:
-    """`matching_layers`, of one rank and scale in each layer as well.
-
-    Raises:
-        InputError: as `matching_layers`, or ranks or scales differ.
-    """
-    layers = matching_layers(adapters)
-    for index, adapter in enumerate(adapters):
-        for layer in layers:
-            came = (adapter[layer].rank, adapter[layer].scale)
-            expected = (adapters[0][layer].rank, adapters[0][layer].scale)
-            if came != expected:
-                raise InputError(
-                    f"adapter {index} has (rank, scale) {came} in layer '{layer}', expected {expected} as in adapter "
-                    "0; merge mixed ranks with stack_factors or svd_factors"
-                )
-    return layers
-
-
 def normalised_weights(weights: NDArray[np.float64] | Sequence[float], num_devices: int) -> NDArray[np.float64]:
     """The weights as shares p that sum to 1.
 
