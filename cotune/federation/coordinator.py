@@ -26,6 +26,7 @@ from cotune.errors import CotuneError, InputError, WireError
 from cotune.federation.algorithm import NEW, ROUND, SINCE, Algorithm, Combine, Plan, Setting, Update
 from cotune.federation.arrays import Arrays, check_arrays, norm, num_bytes
 from cotune.federation.messages import Reply, Task, decode, encode
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.signing import Registry, verify
 from cotune.federation.transport import Arrival, Transport
 
@@ -69,22 +70,23 @@ class RoundRules:
     """Of the draw of devices."""
 
     def __post_init__(self) -> None:
-        for name in ("num_rounds", "min_devices", "max_void_rounds", "exclude_after"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.num_devices_per_round is not None and self.num_devices_per_round < 1:
-            raise InputError(f"num_devices_per_round is {self.num_devices_per_round}, expected at least 1")
+        check_at_least(
+            1,
+            num_rounds=self.num_rounds,
+            min_devices=self.min_devices,
+            max_void_rounds=self.max_void_rounds,
+            exclude_after=self.exclude_after,
+        )
+        if self.num_devices_per_round is not None:
+            check_at_least(1, num_devices_per_round=self.num_devices_per_round)
         if not 0 < self.quorum <= 1:
             raise InputError(f"quorum is {self.quorum}, expected above 0 and at most 1")
-        for name in ("deadline_s", "gather_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number of seconds")
+        check_positive(deadline_s=self.deadline_s, gather_s=self.gather_s)
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise InputError(f"max_update_norm is {self.max_update_norm}, expected a positive number or none")
         if self.weights not in WEIGHTS:
             raise InputError(f"weights is {self.weights!r}, expected one of {', '.join(WEIGHTS)}")
-        if not self.tolerance >= 0:
-            raise InputError(f"tolerance is {self.tolerance}, expected 0 or more")
+        check_at_least(0, tolerance=self.tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
+from cotune.federation.number_ranges import check_positive
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -46,8 +47,7 @@ class LoraFactors:
                 f"the factors have shapes {self.a.shape} and {self.b.shape}, expected (rank, in) and (out, rank) "
                 "with one rank of at least 1; send both factors of the same adapter"
             )
-        if not (np.isfinite(self.scale) and self.scale > 0):
-            raise InputError(f"scale is {self.scale}, expected a positive number, such as alpha / rank")
+        check_positive(scale=self.scale)
         if not (np.isfinite(self.a).all() and np.isfinite(self.b).all()):
             raise InputError("a factor holds nan or inf, expected finite numbers; leave this device out of the round")
 

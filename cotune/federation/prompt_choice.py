@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from cotune.errors import InputError
 from cotune.federation.algorithm import Combine
 from cotune.federation.lora_factors import Arrays, as_float32, normalised_weights
+from cotune.federation.number_ranges import check_at_least, check_positive
 
 EPSILON = 1e-5
 """Added to eigenvalues in the score."""
@@ -216,10 +217,9 @@ def server_step(
     _check_same(state.momentum, prompts, "the momentum", "prompts")
     for device, reply in replies.items():
         _check_same(reply.prompts, prompts, f"the reply of device '{device}'", "prompts")
-        _check_range(f"learning_rate of device '{device}'", reply.learning_rate)
-        if reply.num_steps < 1:
-            raise InputError(f"num_steps of device '{device}' is {reply.num_steps}, expected at least 1")
-    _check_range("learning_rate", learning_rate)
+        check_positive(**{f"learning_rate of device '{device}'": reply.learning_rate})
+        check_at_least(1, **{f"num_steps of device '{device}'": reply.num_steps})
+    check_positive(learning_rate=learning_rate)
     if not 0 <= beta < 1:
         raise InputError(f"beta is {beta}, expected a number from 0 to below 1")
     moves = {
@@ -310,8 +310,3 @@ def _check_same(
             )
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds nan or inf for '{key}', expected finite numbers; leave this device out")
-
-
-def _check_range(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise InputError(f"{name} is {value}, expected a positive number")
