@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev
 # Real SuperLink and SuperNodes, in an environment of their own.
 test-flower:
 	$(MAKE) VENV=.venv-flower .venv-flower/.installed-flower
-	.venv-flower/bin/pytest tests/federation/flower tests/integration/test_flower.py
+	.venv-flower/bin/pytest tests/federation/flower tests/cli/test_federate_keys.py tests/integration/test_flower.py
 
 $(VENV)/.installed-flower: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower]'

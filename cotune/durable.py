@@ -18,12 +18,12 @@ OWNER_ONLY = 0o600
 
 
 @contextmanager
-def replacing(path: Path, *, mode: int = OWNER_ONLY) -> Iterator[Path]:
+def replacing(path: Path, *, mode: int | None = OWNER_ONLY) -> Iterator[Path]:
     """Give a path to write to; at the end it takes the place of `path`, after an error it is gone.
 
     Args:
         path: what the file is called at the end; its folder exists.
-        mode: of the file.
+        mode: of the file; None for the one that a new file has here, by the umask.
 
     Raises:
         OSError: the disk refuses.
@@ -39,7 +39,8 @@ def replacing(path: Path, *, mode: int = OWNER_ONLY) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield unfinished
-        unfinished.chmod(mode)
+        if mode is not None:
+            unfinished.chmod(mode)
         sync(unfinished)
         unfinished.replace(path)
         sync(path.parent)

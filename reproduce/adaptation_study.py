@@ -165,7 +165,7 @@ class AdaptationStudy:
 
 
 def best_rate(nats: Mapping[float, float | None]) -> float:
-    """The learning rate with the least held-out nats; None is a run that diverged.
+    """The learning rate, or the factor of all rates, with the least held-out nats; None is a run that diverged.
 
     Raises:
         InputError: all of them did.

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from adaptation_study import edge_notes, worded
+from adaptation_study import best_rate, edge_notes, worded
 from cells import OutOfTimeError, Value
-from federated_study import FederatedStudy, best_factor, make_parser, run_study, secret_of
+from federated_study import FederatedStudy, make_parser, run_study, secret_of
 from federated_texts import IID, SPLITS
 from mean import Mean
 from page import Page
@@ -393,7 +393,7 @@ def build(study: FederatedStudy) -> Page:
     for name in args.algorithms:
         try:
             searched[name] = study.search(name)
-            factors[name] = best_factor(searched[name])
+            factors[name] = best_rate(searched[name])
             for rule in rules:
                 for attack in attacks:
                     try:

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from adaptation_study import edge_notes, worded
+from adaptation_study import best_rate, edge_notes, worded
 from cells import OutOfTimeError, Value
 from federated_memory import measured_memory, predicted_bytes
-from federated_study import LOST, STRAGGLERS, FederatedStudy, Scene, best_factor, make_parser, run_study
+from federated_study import LOST, STRAGGLERS, FederatedStudy, Scene, make_parser, run_study
 from federated_texts import ALPHA, IID, SPLITS
 from lora_init import plots_of
 from mean import Mean
@@ -307,7 +307,7 @@ class Table:
         for name in (*BOUNDS, *args.algorithms):
             try:
                 found = self.runs.search_bound(name) if name in BOUNDS else self.study.search(name)
-                self.factors[name], self.searched[name] = best_factor(found), found
+                self.factors[name], self.searched[name] = best_rate(found), found
             except OutOfTimeError:
                 self.unfinished.append(f"the search for {name}")
             except CotuneError as error:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from adaptation_study import best_rate
 from cells import Value
 from federated_texts import IID, PERSONA, StudyTexts, read_texts, split_texts
 from page import Page, about_run
@@ -547,15 +546,6 @@ def stragglers(devices: Sequence[str], seed: int) -> list[str]:
     """
     num = max(1, round(FAULT_SHARE * len(devices)))
     return [str(one) for one in np.random.default_rng((seed, 4)).choice(list(devices), num, replace=False)]
-
-
-def best_factor(found: Mapping[float, float | None]) -> float:
-    """The factor with the least loss on the server's texts.
-
-    Raises:
-        InputError: all of them diverged.
-    """
-    return best_rate(found)
 
 
 def run_study(name: str, parser: argparse.ArgumentParser, build: Callable[[FederatedStudy], Page]) -> None:

@@ -30,6 +30,13 @@ def test_a_file_is_replaced_and_has_its_mode(tmp_path: Path) -> None:
     with replacing(path, mode=0o644) as unfinished:
         unfinished.write_bytes(b"newer")
     assert path.stat().st_mode & 0o777 == 0o644
+    earlier = os.umask(0o037)
+    try:
+        with replacing(path, mode=None) as unfinished:
+            unfinished.write_bytes(b"newest")
+    finally:
+        os.umask(earlier)
+    assert path.stat().st_mode & 0o777 == 0o640
     assert names(tmp_path) == ["file"]
 
 

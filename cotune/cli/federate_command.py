@@ -311,6 +311,7 @@ def _line(record: RoundRecord) -> str:
     parts.append(f"{sum(record.bytes_up.values()):,} bytes up, {sum(record.bytes_down.values()):,} down")
     if record.device_seconds is not None:
         parts.append(f"{record.device_seconds:.2f} s of work")
+    parts += [f"{name.replace('_', ' ')} {number:.3g}" for name, number in record.shown.items()]
     if record.remark:
         parts.append(record.remark)
     refused = "; ".join(f"{device}: {why}" for device, why in record.refused.items())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,9 @@ from rich.markup import escape
 
 from cotune.cli.output import stderr
 from cotune.errors import InputError
+
+SUPERLINK_PORT = 8000
+"""Flower's default since 1.40, for nodes and `flwr` alike. Said in each command, as older versions have other ports."""
 
 
 def key(
@@ -63,22 +68,51 @@ def certificates(
         days=days,
     )
     written = make_certificates(folder, config)
-    for line in (
-        *(f"wrote {path}" for path in written),
-        f"next, on the server ({', '.join(hosts)}): flower-superlink --ssl-ca-certfile {folder / 'ca.crt'} "
-        f"--ssl-certfile {folder / 'server.pem'} --ssl-keyfile {folder / 'server.key'} --enable-supernode-auth",
-        *(
-            f"register {name}: flwr supernode register {folder / name}.pub, and the name of that server for flwr"
-            for name in config.node_names
-        ),
-        *(
-            f"on {name}, with copies of ca.crt and {name}: flower-supernode --superlink {hosts[0]}:9092 "
-            f"--root-certificates ca.crt --auth-supernode-private-key {name}"
-            for name in config.node_names
-        ),
-        "ca.key belongs on neither: keep it to renew the server's certificate.",
-    ):
+    steps = next_steps(folder, hosts, config.node_names)
+    for line in (*(f"wrote {path}" for path in written), *(f"{what}: {command}" for what, command in steps)):
         stderr.print(escape(line), soft_wrap=True)
+    stderr.print("ca.key belongs on neither: keep it to renew the server's certificate.", soft_wrap=True)
+
+
+def next_steps(folder: Path, hosts: Sequence[str], nodes: Sequence[str]) -> list[tuple[str, str]]:
+    """What to run where with the files of `certificates`: words, and a command of Flower 1.41.
+
+    Example:
+        >>> for what, _ in next_steps(Path("keys"), ["hub.example.org"], ["phone-1"]):
+        ...     print(what)
+        next, on the server (hub.example.org)
+        register phone-1, CONNECTION being what flwr calls that server
+        on phone-1, with copies of ca.crt and phone-1, FOLDER being that of its trainer
+    """
+    server = ["flower-superlink", "--host", listening_address(hosts), "--port", str(SUPERLINK_PORT)]
+    server += ["--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.pem")]
+    server += ["--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
+    server += ["--disable-runtime-dependency-installation"]
+    reached = f"[{hosts[0]}]" if ":" in hosts[0] else hosts[0]
+    steps = [(f"next, on the server ({', '.join(hosts)})", shlex.join(server))]
+    for name in nodes:
+        registered = shlex.join(["flwr", "supernode", "register", str(folder / f"{name}.pub")])
+        steps.append((f"register {name}, CONNECTION being what flwr calls that server", f"{registered} CONNECTION"))
+    for name in nodes:
+        node = ["flower-supernode", "--superlink", f"{reached}:{SUPERLINK_PORT}", "--root-certificates", "ca.crt"]
+        node += ["--auth-supernode-private-key", name]
+        command = f"{shlex.join(node)} --node-config 'trainer=\"FOLDER\"'"
+        steps.append((f"on {name}, with copies of ca.crt and {name}, FOLDER being that of its trainer", command))
+    return steps
+
+
+def listening_address(hosts: Sequence[str]) -> str:
+    """Where the SuperLink has to listen to be reached by these names: Flower's default is this machine alone.
+
+    Example:
+        >>> listening_address(["localhost", "127.0.0.1"]), listening_address(["hub.example.org"])
+        ('127.0.0.1', '0.0.0.0')
+        >>> listening_address(["2001:db8::7"])
+        '::'
+    """
+    if all(one == "localhost" or (is_address(one) and ipaddress.ip_address(one).is_loopback) for one in hosts):
+        return "::1" if ":" in hosts[0] else "127.0.0.1"
+    return "::" if all(":" in one for one in hosts) else "0.0.0.0"
 
 
 def is_address(text: str) -> bool:

@@ -57,6 +57,7 @@ class RoundRow(TypedDict):
     seconds: float
     device_seconds: float | None
     device_peak_bytes: int | None
+    shown: dict[str, float]
 
 
 def write_federation_report(
@@ -209,6 +210,7 @@ def _rounds_section(rounds: Sequence[RoundRow]) -> Section:
 
     refused = [(one["round_number"], device, why) for one in rounds for device, why in one["refused"].items()]
     lost = Counter(device for one in rounds for device in one["lost"])
+    shown = sorted({name for one in rounds for name in one["shown"]})
     parts = [
         table(
             "Rounds",
@@ -222,6 +224,10 @@ def _rounds_section(rounds: Sequence[RoundRow]) -> Section:
                 Column("Down", [escape(size(sum(one["bytes_down"].values()))) for one in rounds]),
                 Column("Seconds", [text(one["seconds"]) for one in rounds]),
                 Column("Device seconds", [text(one["device_seconds"]) for one in rounds]),
+                *(
+                    Column(name.replace("_", " ").capitalize(), [text(one["shown"].get(name)) for one in rounds])
+                    for name in shown
+                ),
             ],
         )
     ]

@@ -172,6 +172,8 @@ def plot_training(name: str, unit: str, curves: Sequence[TrainingCurve]) -> Html
                     label=_label(f"{curve['name']}, held-out"),
                     **style,
                 )
+        if all(float(step).is_integer() for curve in curves for step, _ in curve["points"]):
+            axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(plain(unit.capitalize()))
         axes.set_ylabel("Loss (nats per token)")
         _legend(axes)

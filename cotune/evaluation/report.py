@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from cotune.durable import replacing
 from cotune.errors import InputError
 from cotune.evaluation.markup import NO_HTML, Html, bullets, escape, fold, join, paragraph
 from cotune.evaluation.report_cards import key_cards
@@ -111,7 +110,8 @@ def write_page(target: Path, page: str) -> None:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, page)
+        with replacing(target, mode=None) as draft:
+            draft.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
         raise InputError(
             f"{target} cannot be written ({error.strerror}), expected a folder with room and leave to write"
@@ -123,16 +123,3 @@ def _to_json(metrics: Mapping[str, Any]) -> str:
         return json.dumps(dict(metrics), indent=1, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"metrics cannot be written as JSON, expected plain values: {error}") from error
-
-
-def _write_atomically(target: Path, page: str) -> None:
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with draft.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise

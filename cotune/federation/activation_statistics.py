@@ -1,23 +1,22 @@
 """EVA for a federation: A from the inputs of a layer, out of statistics that the server sums.
 
-EVA (Paischer et al., arXiv 2410.07170) starts A with the top right singular vectors of a layer's inputs X (tokens, in).
-Over devices X = [X_1; ...; X_n], and X^T X = sum_c X_c^T X_c: devices send sums, and the server needs the total alone,
-so secure sums work. Two statistics:
+EVA (Paischer et al., arXiv 2410.07170) starts A with the top right singular vectors of a layer's inputs X (tokens, in):
+the eigenvectors of G = X^T X. Over devices X = [X_1; ...; X_n], and G = sum_c X_c^T X_c. What devices send is a sketch
 
-    gram:    G = X^T X                       V from the eigenvectors of G, exact
-    sketch:  Y = X^T X Omega = G Omega       Omega (in, width) random, shared; V from Nystroem's G ~ Y (Omega^T Y)^+ Y^T
+    Y = X^T X Omega = G Omega       Omega (in, width) random, shared; V from Nystroem's G ~ Y (Omega^T Y)^+ Y^T
 
-The sketch is the randomised range finder of Halko, Martinsson and Tropp (arXiv 0909.4061), width = rank + oversampling.
-Its error is small where the eigenvalues of G fall off behind the rank. A second round with `next_omega` in the place of
-Omega (one step of their subspace iteration) makes it smaller where they do not.
+It adds up like G, and the server needs the total alone, so secure sums work. This is the randomised range finder of
+Halko, Martinsson and Tropp (arXiv 0909.4061), width = rank + oversampling. Its error is small where the eigenvalues of
+G fall off behind the rank. A second round with `next_omega` in the place of Omega (one step of their subspace
+iteration) makes it smaller where they do not.
 
-Bytes in float32 for each layer, up: 4 in^2 for G as a matrix, 2 in (in + 1) for one triangle of it, 4 in width for Y.
-With in = 4096 and width = 16: 67.1 MB, 33.6 MB and 262 kB. Down: 4 rank in.
-Memory while they are summed, on a device and on the server: the same numbers in float64, 8 in^2 or 8 in width bytes.
+Bytes in float32 for each layer, up: 4 in width; down: 4 rank in. With in = 4096 and width = 16: 262 kB up, where one
+triangle of G would be 33.6 MB. Memory while sketches are summed, on a device and on the server: 8 in width bytes.
 
 X is not centred, as the layer sees it; peft's EVA subtracts the mean. Every token counts the same, so that a device
-with many has much to say; divide a device's statistic by its number of tokens where all devices should count the same.
-A statistic of few tokens betrays them: G of one token is that token up to its sign. Sum secretly, or over many tokens.
+with many has much to say; divide a device's sketch by its number of tokens where all devices should count the same.
+A sketch of few tokens betrays them: that of one token is that token, times a number for each column of Omega. Sum
+secretly, or over many tokens.
 """
 
 from __future__ import annotations
@@ -26,32 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
-from cotune.federation.orthonormal_rows import check_rank, further_rows
+from cotune.federation.orthonormal_rows import further_rows
 
 _VANISHED = 1e-6
 """Eigenvalues below this share of the largest are rounding of float32."""
 DEFAULT_OVERSAMPLING = 8
 """Columns of a sketch beyond the rank."""
-
-
-def gram(inputs: NDArray[np.floating]) -> NDArray[np.float64]:
-    """G = X^T X of one batch. Batches and devices add up; send it in float32.
-
-    Args:
-        inputs: (tokens, in), without padding.
-
-    Returns:
-        float64 (in, in).
-
-    Raises:
-        InputError: the shape is another one, or a number is not finite.
-
-    Example:
-        >>> gram(np.array([[1.0, 2.0], [0.0, 1.0]])).tolist()
-        [[1.0, 2.0], [2.0, 5.0]]
-    """
-    wide = _checked(inputs, "inputs")
-    return wide.T @ wide
 
 
 def sketch(inputs: NDArray[np.floating], omega: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -115,40 +94,6 @@ def next_omega(total_sketch: NDArray[np.floating]) -> NDArray[np.float32]:
     return np.ascontiguousarray(basis, np.float32)
 
 
-def directions_from_gram(total_gram: NDArray[np.floating], rank: int) -> NDArray[np.float32]:
-    """A: the top eigenvectors of the summed G.
-
-    Args:
-        total_gram: (in, in), the sum over devices.
-        rank: of A.
-
-    Returns:
-        float32 (rank, in), orthonormal rows, strongest first; the largest number of each row is positive. Where the
-        inputs span fewer directions, the others are any.
-
-    Raises:
-        InputError: the matrix is not square, symmetric and finite, or has negative eigenvalues; the rank is too large.
-
-    Example:
-        >>> directions_from_gram(np.diag([1.0, 9.0, 4.0]), 2).tolist()
-        [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    """
-    wide = _checked(total_gram, "total_gram")
-    if wide.shape[0] != wide.shape[1]:
-        raise InputError(f"total_gram has shape {wide.shape}, expected (in, in)")
-    check_rank(rank, wide.shape[0])
-    if not np.allclose(wide, wide.T, rtol=0.0, atol=1e-4 * float(np.abs(wide).max())):
-        raise InputError("total_gram is not symmetric, expected a sum of X^T X; look for a device that sent another")
-    values, vectors = np.linalg.eigh((wide + wide.T) / 2)  # ascending
-    # A sum of X^T X has none; float32 on the wire leaves some about zero.
-    if values[0] < -1e-4 * max(values[-1], 0.0):
-        raise InputError(
-            f"total_gram has the eigenvalue {values[0]:.3g}, expected none below 0 in a sum of X^T X; "
-            "look for a device that sent another"
-        )
-    return _signed(vectors[:, ::-1][:, :rank].T)
-
-
 def directions_from_sketch(
     total_sketch: NDArray[np.floating], omega: NDArray[np.floating], rank: int
 ) -> NDArray[np.float32]:
@@ -163,7 +108,8 @@ def directions_from_sketch(
         rank: of A, at most the width.
 
     Returns:
-        As `directions_from_gram`.
+        float32 (rank, in), orthonormal rows, strongest first; the largest number of each row is positive. Where the
+        inputs span fewer directions, the others are any.
 
     Raises:
         InputError: the shapes do not meet, a number is not finite, or the rank is too large.
@@ -186,59 +132,6 @@ def directions_from_sketch(
     num_found = min(rank, int((s**2 > _VANISHED * s[0] ** 2).sum()) if len(s) else 0)
     rows = u[:, :num_found].T
     return _signed(np.concatenate([rows, further_rows(rows, rank - num_found)]))
-
-
-def pack_triangle(total_gram: NDArray[np.floating]) -> NDArray[np.float32]:
-    """One triangle of G row by row, float32 (in (in + 1) / 2,): all there is to send of it.
-
-    Raises:
-        InputError: it is no square matrix.
-
-    Example:
-        >>> pack_triangle(np.array([[1.0, 2.0], [2.0, 5.0]])).tolist()
-        [1.0, 2.0, 5.0]
-    """
-    if total_gram.ndim != 2 or total_gram.shape[0] != total_gram.shape[1]:
-        raise InputError(f"total_gram has shape {total_gram.shape}, expected (in, in)")
-    return total_gram[np.triu_indices(len(total_gram))].astype(np.float32)
-
-
-def unpack_triangle(triangle: NDArray[np.floating], dim: int) -> NDArray[np.float64]:
-    """The whole of G again, float64 (in, in).
-
-    Raises:
-        InputError: it has another size.
-
-    Example:
-        >>> unpack_triangle(np.array([1.0, 2.0, 5.0]), 2).tolist()
-        [[1.0, 2.0], [2.0, 5.0]]
-    """
-    expected = dim * (dim + 1) // 2
-    if triangle.shape != (expected,):
-        raise InputError(f"triangle has shape {triangle.shape}, expected ({expected},) for {dim} inputs")
-    whole = np.zeros((dim, dim))
-    whole[np.triu_indices(dim)] = triangle
-    return whole + np.triu(whole, 1).T
-
-
-def gram_bytes(dim: int) -> int:
-    """What a device sends of a layer as a triangle in float32.
-
-    Example:
-        >>> gram_bytes(4096)
-        33562624
-    """
-    return 2 * dim * (dim + 1)
-
-
-def sketch_bytes(dim: int, width: int) -> int:
-    """What a device sends of a layer as a sketch in float32.
-
-    Example:
-        >>> sketch_bytes(4096, 8 + DEFAULT_OVERSAMPLING)
-        262144
-    """
-    return 4 * dim * width
 
 
 def _checked(array: NDArray[np.floating], name: str) -> NDArray[np.float64]:

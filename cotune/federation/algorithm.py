@@ -29,6 +29,8 @@ SINCE = "since"
 NEW = -1
 # The round as the algorithm counts it, where that is not the coordinator's number.
 ROUND = "algorithm.round"
+# Numbers of a state that are shown with each round: arrays (1,) under this name, such as `shown/discarded_energy`.
+SHOWN = "shown/"
 # How the updates of n devices become one: (n, d) float32 and weights (n,) float64 give (d,) float32.
 Combine = Callable[[NDArray[np.float32], NDArray[np.float64]], NDArray[np.float32]]
 # The seed of direction `index` of a round, below 2^63; both sides derive it from the run's secret.
@@ -139,6 +141,20 @@ class Done:
 
 # A device's half of an algorithm.
 Work = Callable[[Job], Done]
+
+
+def shown_in(state: Arrays) -> dict[str, float]:
+    """The numbers that a state shows, also where it is that of an algorithm within another one.
+
+    Example:
+        >>> shown_in({"inner/shown/discarded_energy": np.ones(1, np.float32), "b": np.zeros(2, np.float32)})
+        {'discarded_energy': 1.0}
+    """
+    return {
+        name.rpartition(SHOWN)[2]: float(array[0])
+        for name, array in sorted(state.items())
+        if f"/{name}".rpartition(f"/{SHOWN}")[1]
+    }
 
 
 def mean_of(updates: Sequence[Update], combine: Combine, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.federation.gaussian_privacy import Gaussian, epsilon_between
+from cotune.federation.number_ranges import check_positive
 from cotune.federation.robust.votes import BLOCK_BYTES
 
 MAX_NUMBERS = 1 << 30
@@ -80,8 +81,7 @@ def canary_updates(canaries: NDArray[np.float32], clip_norm: float) -> NDArray[n
         >>> canary_updates(np.array([[0.0, 1.0]], dtype=np.float32), 2.5)
         array([[0. , 2.5]], dtype=float32)
     """
-    if not (math.isfinite(clip_norm) and clip_norm > 0):
-        raise InputError(f"clip_norm is {clip_norm}, expected a positive number")
+    check_positive(clip_norm=clip_norm)
     return canaries * np.float32(clip_norm)
 
 

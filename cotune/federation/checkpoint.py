@@ -21,6 +21,7 @@ from typing import Any
 from cotune.durable import remove_folder, remove_unfinished, write_folder
 from cotune.errors import FrameError, InputError, MismatchError
 from cotune.federation.arrays import AnyArrays, digest
+from cotune.federation.number_ranges import check_at_least
 from cotune.federation.packing import MAX_BLOCK_BYTES, canonical_json, pack, unpack
 from cotune.federation.sealing import OVERHEAD_BYTES, SealingKey, seal, unseal
 
@@ -96,8 +97,7 @@ def save(folder: Path | str, checkpoint: Checkpoint, *, keep: int = 3, key: Seal
     Raises:
         InputError: `folder` holds this round or a later one, a value cannot be written, or the disk refuses.
     """
-    if keep < 1:
-        raise InputError(f"keep is {keep}, expected at least 1")
+    check_at_least(1, keep=keep)
     number = checkpoint.round_number
     if type(number) is not int or not 0 <= number < MAX_ROUNDS:
         raise InputError(f"round_number is {number!r:.40}, expected an int from 0 to {MAX_ROUNDS - 1}")

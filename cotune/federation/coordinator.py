@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import CotuneError, InputError, WireError
-from cotune.federation.algorithm import NEW, ROUND, SINCE, Algorithm, Combine, Plan, Setting, Update
+from cotune.federation.algorithm import NEW, ROUND, SINCE, Algorithm, Combine, Plan, Setting, Update, shown_in
 from cotune.federation.arrays import Arrays, check_arrays, norm, num_bytes
 from cotune.federation.messages import Reply, Task, decode, encode
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.signing import Registry, verify
 from cotune.federation.transport import Arrival, Transport
 
@@ -69,22 +70,23 @@ class RoundRules:
     """Of the draw of devices."""
 
     def __post_init__(self) -> None:
-        for name in ("num_rounds", "min_devices", "max_void_rounds", "exclude_after"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.num_devices_per_round is not None and self.num_devices_per_round < 1:
-            raise InputError(f"num_devices_per_round is {self.num_devices_per_round}, expected at least 1")
+        check_at_least(
+            1,
+            num_rounds=self.num_rounds,
+            min_devices=self.min_devices,
+            max_void_rounds=self.max_void_rounds,
+            exclude_after=self.exclude_after,
+        )
+        if self.num_devices_per_round is not None:
+            check_at_least(1, num_devices_per_round=self.num_devices_per_round)
         if not 0 < self.quorum <= 1:
             raise InputError(f"quorum is {self.quorum}, expected above 0 and at most 1")
-        for name in ("deadline_s", "gather_s"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number of seconds")
+        check_positive(deadline_s=self.deadline_s, gather_s=self.gather_s)
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise InputError(f"max_update_norm is {self.max_update_norm}, expected a positive number or none")
         if self.weights not in WEIGHTS:
             raise InputError(f"weights is {self.weights!r}, expected one of {', '.join(WEIGHTS)}")
-        if not self.tolerance >= 0:
-            raise InputError(f"tolerance is {self.tolerance}, expected 0 or more")
+        check_at_least(0, tolerance=self.tolerance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,8 @@ class RoundRecord:
     """Median over the counted devices of the time that their work took."""
     device_peak_bytes: int | None
     """The largest resident set that one of them reports."""
+    shown: dict[str, float] = field(default_factory=dict)
+    """What the algorithm says of its state after an accepted round, such as flexlora's `discarded_energy`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +279,8 @@ class Coordinator:
         best_loss = before.best_loss
         if verdict == ACCEPTED and loss is not None and best_loss is not None:
             best_loss = min(best_loss, loss)
+        shown = shown_in(state) if verdict == ACCEPTED else {}
+        record = open_round.record(verdict, remark, loss, self.transport.now_s() - started_s, shown)
         offences = dict(before.offences)
         for device in open_round.offenders:
             offences[device] = offences.get(device, 0) + 1
@@ -286,7 +292,7 @@ class Coordinator:
             best_loss=best_loss,
             start_loss=before.start_loss,
             released_rounds=before.released_rounds + (verdict != VOID),
-            records=[*before.records, open_round.record(verdict, remark, loss, self.transport.now_s() - started_s)],
+            records=[*before.records, record],
         )
 
     def _merged(
@@ -358,12 +364,23 @@ class _OpenRound:
         self._failed: dict[str, str] = {}
 
     def ask(self, devices: Sequence[str]) -> None:
-        """Send these devices their tasks."""
+        """Send these devices their tasks; one that the algorithm has no task for, such as a small one, has failed.
+
+        Raises:
+            InputError: it has one for none of them.
+        """
         tasks = {}
         for device in devices:
-            self._plans[device], tasks[device] = self._run.task(
-                self._before.state, self._number, device, self.since.get(device)
-            )
+            try:
+                self._plans[device], tasks[device] = self._run.task(
+                    self._before.state, self._number, device, self.since.get(device)
+                )
+            except InputError as error:
+                self._failed[device] = str(error)
+                self._ended.add(device)
+                if self._failed.keys() >= set(self._asked):
+                    raise
+                continue
             _count(self._down, self._plans[device].arrays, len(tasks[device]))
         self._run.transport.send(tasks)
 
@@ -377,7 +394,9 @@ class _OpenRound:
             for arrival in transport.receive(left_s):
                 self._take(arrival)
 
-    def record(self, verdict: str, remark: str, heldout_loss: float | None, seconds: float) -> RoundRecord:
+    def record(
+        self, verdict: str, remark: str, heldout_loss: float | None, seconds: float, shown: dict[str, float]
+    ) -> RoundRecord:
         """What happened."""
         metrics = [reply.metrics for reply in self.counted.values()]
         losses = [one["loss"] for one in metrics if math.isfinite(one.get("loss", math.nan))]
@@ -398,6 +417,7 @@ class _OpenRound:
             seconds=seconds,
             device_seconds=median(times) if times else None,
             device_peak_bytes=int(max(peaks)) if peaks else None,
+            shown=shown,
         )
 
     def _take(self, arrival: Arrival) -> None:

@@ -36,6 +36,7 @@ from cotune.federation.algorithm import Done, Job, Plan
 from cotune.federation.arrays import Arrays, Shapes
 from cotune.federation.catch_up import prefixed, under
 from cotune.federation.lora_factors import layer_names
+from cotune.federation.number_ranges import check_at_least
 
 SKETCH, OMEGA = "sketch/", "omega/"
 
@@ -62,11 +63,8 @@ class EvaStart:
     def __post_init__(self) -> None:
         if self.num_rounds not in (1, 2):
             raise InputError(f"num_rounds is {self.num_rounds}, expected 1 or 2")
-        if self.oversampling < 0:
-            raise InputError(f"oversampling is {self.oversampling}, expected 0 or more")
-        for name in ("num_batches", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_at_least(0, oversampling=self.oversampling)
+        check_at_least(1, num_batches=self.num_batches, batch_size=self.batch_size)
 
     def plan(self, adapter: Arrays, total: Arrays) -> Plan:
         omegas = self._omegas(adapter, total)

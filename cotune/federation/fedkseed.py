@@ -35,6 +35,7 @@ from cotune.federation.algorithm import Combine, Done, Job, Plan, Setting, Updat
 from cotune.federation.arrays import Arrays, shapes_of
 from cotune.federation.catch_up import START, prefixed, under
 from cotune.federation.descend import names_like
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.replay import summed
 
 SEEDS, ACCUMULATORS, CHANGE = "seeds", "accumulators", "change"
@@ -69,16 +70,11 @@ class FedKSeed:
     """Of the draw of the K seeds."""
 
     def __post_init__(self) -> None:
-        for name in ("num_seeds", "num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_at_least(1, num_seeds=self.num_seeds, num_steps=self.num_steps, batch_size=self.batch_size)
         if self.num_seeds > NUM_POSSIBLE_SEEDS:
             raise InputError(f"num_seeds is {self.num_seeds}, expected at most {NUM_POSSIBLE_SEEDS}")
-        for name in ("learning_rate", "zo_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
-        if self.pool_seed < 0:
-            raise InputError(f"pool_seed is {self.pool_seed}, expected 0 or more")
+        check_positive(learning_rate=self.learning_rate, zo_eps=self.zo_eps)
+        check_at_least(0, pool_seed=self.pool_seed)
 
     def start(self, adapter: Arrays) -> Arrays:
         names_like(adapter, self.tuned)

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.errors import InputError
 from cotune.federation.algorithm import Combine, Done, Job, Plan, Update
 from cotune.federation.arrays import Arrays
 from cotune.federation.fedkseed import CHANGE, SEEDS, FedKSeed, sums_by_seed, walk_along_drawn
+from cotune.federation.number_ranges import check_positive
 
 AMPLITUDES, DRAWS, PROBABILITIES = "amplitudes", "draws", "probabilities"
 
@@ -40,8 +40,7 @@ class FedKSeedPro:
     """The clip of slopes, for the probabilities alone."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_slope < float("inf"):
-            raise InputError(f"max_slope is {self.max_slope}, expected a positive number")
+        check_positive(max_slope=self.max_slope)
 
     def start(self, adapter: Arrays) -> Arrays:
         nothing = np.zeros(self.pool.num_seeds, np.float32)

@@ -30,6 +30,7 @@ from cotune.federation.algorithm import Combine, Done, Job, Plan, Update, mean_o
 from cotune.federation.arrays import Arrays, add, difference, shapes_of
 from cotune.federation.descend import steps_as_settings, steps_of
 from cotune.federation.local_model import LocalSteps
+from cotune.federation.number_ranges import check_positive
 from cotune.federation.prompt_choice import (
     DeviceDrift,
     PromptReply,
@@ -75,8 +76,7 @@ class FedPepTAO:
             raise InputError(f"score_batch_size is {self.score_batch_size}, expected at least 2")
         if not 0 <= self.beta < 1:
             raise InputError(f"beta is {self.beta}, expected a number from 0 to below 1")
-        if not 0 < self.server_learning_rate < float("inf"):
-            raise InputError(f"server_learning_rate is {self.server_learning_rate}, expected a positive number")
+        check_positive(server_learning_rate=self.server_learning_rate)
 
     def start(self, adapter: Arrays) -> Arrays:
         if adapter.keys() != {PREFIX}:

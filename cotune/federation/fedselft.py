@@ -39,6 +39,7 @@ from cotune.federation.device_table import check_table, of_device
 from cotune.federation.layer_choice import choose_layers, shares_of_devices
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import layer_names
+from cotune.federation.number_ranges import check_at_least
 
 # Beside the adapter, the state holds norms (L,), the round that they are of (1,) and the mask (L,) of each device, and
 # which layers the last round has changed (L,). No name in an adapter has a slash.
@@ -65,13 +66,10 @@ class FedSelFT:
 
     def __post_init__(self) -> None:
         check_table(self.budgets, "budgets", at_least=0)
-        for name in ("refresh_rounds", "num_batches"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_at_least(1, refresh_rounds=self.refresh_rounds, num_batches=self.num_batches)
         if not 0 <= self.agreement < float("inf"):
             raise InputError(f"agreement is {self.agreement}, expected a finite number of at least 0")
-        if self.min_cover < 0:
-            raise InputError(f"min_cover is {self.min_cover}, expected 0 or more")
+        check_at_least(0, min_cover=self.min_cover)
 
     def start(self, adapter: Arrays) -> Arrays:
         layer_names(sorted(adapter))

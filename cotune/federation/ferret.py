@@ -36,6 +36,7 @@ from cotune.federation.arrays import Arrays
 from cotune.federation.catch_up import caught_up, first_state, lacked, whole_adapter, with_step
 from cotune.federation.descend import names_like, steps_as_settings, steps_of
 from cotune.federation.local_model import LocalSteps
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.replay import coordinates, moved
 
 COORDINATES, SPLIT = "coordinates", "split"
@@ -65,12 +66,8 @@ class Ferret:
     """Rounds after which a device that was away gets the adapter instead of the steps that it missed."""
 
     def __post_init__(self) -> None:
-        for name in ("num_directions", "keep_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("server_learning_rate", "max_move_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        check_at_least(1, num_directions=self.num_directions, keep_steps=self.keep_steps)
+        check_positive(server_learning_rate=self.server_learning_rate, max_move_norm=self.max_move_norm)
 
     def start(self, adapter: Arrays) -> Arrays:
         sizes = np.array([adapter[name].size for name in names_like(adapter, self.tuned)], np.float64)

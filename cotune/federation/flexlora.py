@@ -7,7 +7,7 @@
 
 Symbols: A_c, B_c what device c has after its steps; p_c its weight. A device's rank is in the table `ranks`, by its
 name or by a pattern of names, so that a class of devices of one memory needs one line; all others have R. What of W is
-lost is `discarded_energy` in the state: the share of its squared Frobenius norm, of all layers together.
+lost is `discarded_energy` in every round's record: the share of its squared Frobenius norm, of all layers together.
 
 As published, a device of low rank says nothing of the directions that it did not get, and the mean counts that as zero:
 where many devices are small, what only large ones hold decays. The rule sees products in a common basis, see
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.federation.algorithm import Combine, Done, Job, Plan, Update
+from cotune.federation.algorithm import SHOWN, Combine, Done, Job, Plan, Update
 from cotune.federation.arrays import Arrays, add, difference, shapes_of
 from cotune.federation.descend import steps_as_settings, steps_of
 from cotune.federation.device_table import check_table, of_device
@@ -35,14 +35,14 @@ from cotune.federation.mixed_ranks import check_adapter, filled_up, first_direct
 from cotune.federation.product_merge import merge_products, product_change
 from cotune.federation.svd_factors import SvdMerge, svd_factors
 
-ENERGY = "discarded_energy"
+ENERGY = SHOWN + "discarded_energy"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlexLora:
     """The server half; `descend_truncated` is the device's.
 
-    The state is the adapter, and `discarded_energy` (1,) of the last round.
+    The state is the adapter, and `shown/discarded_energy` (1,) of the last round.
     """
 
     steps: LocalSteps = field(default_factory=LocalSteps)

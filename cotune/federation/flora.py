@@ -12,8 +12,8 @@ says how robust rules see changes of mixed ranks.
 What differs from the paper: there each stack is merged into the weights of all devices for good, so that what was
 learnt may have any rank, devices that were away need every stack since, and the result is a whole model. Here what was
 learnt is one adapter of rank R, so that it can be judged, sent in one piece to whoever was away, and saved. Up to rank
-R nothing is lost; beyond it `discarded_energy` in the state is the share of its squared Frobenius norm that the last
-round cut off. Take an adapter of large rank and give devices small ones to lose little. A's rows begin orthonormal
+R nothing is lost; beyond it `discarded_energy` in every round's record is the share of its squared Frobenius norm that
+the round cut off. Take an adapter of large rank and give devices small ones to lose little. A's rows begin orthonormal
 instead of Gaussian.
 
 Wire: r_c (m + n) numbers up for each layer (m, n), R (m + n) down; the paper's stack is sum_c r_c (m + n) down. Memory
@@ -48,7 +48,7 @@ MAX_LAYERS = 4096
 class Flora:
     """The server half; `descend_afresh` is the device's.
 
-    The state is the adapter, and `discarded_energy` (1,) of the last round.
+    The state is the adapter, and `shown/discarded_energy` (1,) of the last round.
     """
 
     steps: LocalSteps = field(default_factory=LocalSteps)

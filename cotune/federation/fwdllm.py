@@ -32,6 +32,7 @@ from cotune.federation.algorithm import Combine, Done, Job, Plan, Setting, Updat
 from cotune.federation.arrays import Arrays, shapes_of
 from cotune.federation.catch_up import NOW, prefixed, under
 from cotune.federation.descend import names_like
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.replay import coordinates, summed
 from cotune.tuning.directions import direction_seed
 
@@ -65,12 +66,14 @@ class FwdLLM:
     """Pattern of the arrays that move."""
 
     def __post_init__(self) -> None:
-        for name in ("num_perturbations", "num_candidates", "batch_size", "max_rounds_waiting"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "zo_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        check_at_least(
+            1,
+            num_perturbations=self.num_perturbations,
+            num_candidates=self.num_candidates,
+            batch_size=self.batch_size,
+            max_rounds_waiting=self.max_rounds_waiting,
+        )
+        check_positive(learning_rate=self.learning_rate, zo_eps=self.zo_eps)
         if not self.max_variance > 0:
             raise InputError(f"max_variance is {self.max_variance}, expected a positive number; inf opens the gate")
 

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from cotune.errors import InputError
+from cotune.federation.number_ranges import check_at_least, check_positive
 
 # Of epsilon, relative and absolute; the upper end is taken, so it stays a bound.
 _TOLERANCE = 1e-10
@@ -34,8 +35,7 @@ class Gaussian:
     def __post_init__(self) -> None:
         if not math.isfinite(self.mean):
             raise InputError(f"mean is {self.mean}, expected a finite number")
-        if not (math.isfinite(self.std) and self.std > 0):
-            raise InputError(f"std is {self.std}, expected a positive number")
+        check_positive(std=self.std)
 
 
 def delta_between(first: Gaussian, second: Gaussian, epsilon: float) -> float:
@@ -52,8 +52,7 @@ def delta_between(first: Gaussian, second: Gaussian, epsilon: float) -> float:
         >>> round(delta_between(Gaussian(mean=0, std=1), Gaussian(mean=1, std=1), 0.0), 4)  # 2 Phi(1/2) - 1
         0.3829
     """
-    if not epsilon >= 0:
-        raise InputError(f"epsilon is {epsilon}, expected 0 or more")
+    check_at_least(0, epsilon=epsilon)
     return max(_one_sided_delta(first, second, epsilon), _one_sided_delta(second, first, epsilon))
 
 

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.errors import InputError
 from cotune.federation.activation_statistics import shared_omega
 from cotune.federation.algorithm import Done, Job, Plan
 from cotune.federation.arrays import Arrays, Shapes
 from cotune.federation.catch_up import prefixed, under
 from cotune.federation.lora_factors import layer_names
+from cotune.federation.number_ranges import check_at_least
 from cotune.federation.orthonormal_rows import check_rank, further_rows
 
 GRADIENT = "gradient/"
@@ -49,9 +49,7 @@ class GradientStart:
     """Of Psi."""
 
     def __post_init__(self) -> None:
-        for name in ("num_batches", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_at_least(1, num_batches=self.num_batches, batch_size=self.batch_size)
 
     @property
     def num_rounds(self) -> int:

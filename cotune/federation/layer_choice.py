@@ -43,11 +43,11 @@ class LayerChoice:
 
     Attributes:
         masks: bool (num_devices, num_layers).
-        objective: what was maximised, in the units of the values; None where nothing was, as in `contiguous_layers`.
+        objective: what was maximised, in the units of the values.
     """
 
     masks: Masks
-    objective: float | None
+    objective: float
 
     @property
     def cover(self) -> NDArray[np.int64]:
@@ -178,56 +178,6 @@ def cover_layers(
         if better is None:
             return done
         done = better
-
-
-def contiguous_layers(
-    costs: Sequence[int], budgets: Sequence[int], *, seed: int = 0, first_layer: int = 0
-) -> LayerChoice:
-    """The cheap version, without any scores: each device tunes one run of neighbouring layers, as long as it can hold.
-
-    Runs follow each other from `first_layer` on, over and over, with the devices in random order. A run that would pass
-    the last layer ends there instead. Give the next round another seed, and for `first_layer` where this one ended.
-
-    With layers of one size and devices that hold n_i of them, every layer has at least q devices as soon as
-    sum_i n_i >= q (L + max_i n_i - 1) + max_i n_i - 1 + `first_layer`: a pass over all layers wastes less than one run.
-
-    Args:
-        costs: bytes of each layer, at least 1.
-        budgets: bytes of each device. A device that can hold no layer anywhere gets none.
-        seed: of the order.
-        first_layer: where the first run begins.
-
-    Raises:
-        InputError: numbers are wrong.
-
-    Example:
-        >>> contiguous_layers([1, 1, 1, 1], [2, 2, 1]).cover.tolist()
-        [1, 1, 2, 1]
-    """
-    sizes, limits = _checked_sizes(costs, budgets)
-    num_layers = len(sizes)
-    if not 0 <= first_layer < num_layers:
-        raise InputError(f"first_layer is {first_layer}, expected 0 to {num_layers - 1}")
-    masks = np.zeros((len(limits), num_layers), np.bool_)
-    waiting = [int(device) for device in np.random.default_rng(seed).permutation(len(limits))]
-    place = first_layer
-    num_skipped = 0
-    while waiting and num_skipped < num_layers:
-        fitting = [device for device in waiting if limits[device] >= sizes[place]]
-        if not fitting:
-            place, num_skipped = (place + 1) % num_layers, num_skipped + 1
-            continue
-        device = fitting[0]
-        waiting.remove(device)
-        begin = end = place
-        while end < num_layers and sum(sizes[begin : end + 1]) <= limits[device]:
-            end += 1
-        # What is left of the budget goes to the layers before: at the end of a pass, and where the next is too large.
-        while begin > 0 and sum(sizes[begin - 1 : end]) <= limits[device]:
-            begin -= 1
-        masks[device, begin:end] = True
-        place, num_skipped = end % num_layers, 0
-    return LayerChoice(masks=masks, objective=None)
 
 
 def _climb(values: NDArray[np.float64], costs: list[int], budgets: list[int], start: Masks, agreement: float) -> Masks:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.federation.arrays import Arrays, Shapes
+from cotune.federation.number_ranges import check_at_least, check_positive
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -33,12 +34,8 @@ class LocalSteps:
     """`adamw`, which starts without moments in every round, or `sgd`."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise InputError(f"num_steps is {self.num_steps}, expected at least 1")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}, expected at least 1")
-        if not 0 < self.learning_rate < float("inf"):
-            raise InputError(f"learning_rate is {self.learning_rate}, expected a positive number")
+        check_at_least(1, num_steps=self.num_steps, batch_size=self.batch_size)
+        check_positive(learning_rate=self.learning_rate)
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"optimizer is {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
+from cotune.federation.number_ranges import check_positive
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -46,8 +47,7 @@ class LoraFactors:
                 f"the factors have shapes {self.a.shape} and {self.b.shape}, expected (rank, in) and (out, rank) "
                 "with one rank of at least 1; send both factors of the same adapter"
             )
-        if not (np.isfinite(self.scale) and self.scale > 0):
-            raise InputError(f"scale is {self.scale}, expected a positive number, such as alpha / rank")
+        check_positive(scale=self.scale)
         if not (np.isfinite(self.a).all() and np.isfinite(self.b).all()):
             raise InputError("a factor holds nan or inf, expected finite numbers; leave this device out of the round")
 
@@ -203,25 +203,6 @@ def matching_layers(adapters: Sequence[Layers]) -> list[str]:
                     "tune the same model on all devices"
                 )
     return list(first)
-
-
-def matching_ranks(adapters: Sequence[Layers]) -> list[str]:
-    """`matching_layers`, of one rank and scale in each layer as well.
-
-    Raises:
-        InputError: as `matching_layers`, or ranks or scales differ.
-    """
-    layers = matching_layers(adapters)
-    for index, adapter in enumerate(adapters):
-        for layer in layers:
-            came = (adapter[layer].rank, adapter[layer].scale)
-            expected = (adapters[0][layer].rank, adapters[0][layer].scale)
-            if came != expected:
-                raise InputError(
-                    f"adapter {index} has (rank, scale) {came} in layer '{layer}', expected {expected} as in adapter "
-                    "0; merge mixed ranks with stack_factors or svd_factors"
-                )
-    return layers
 
 
 def normalised_weights(weights: NDArray[np.float64] | Sequence[float], num_devices: int) -> NDArray[np.float64]:

@@ -31,6 +31,7 @@ from cotune.federation.algorithm import Combine, DirectionSeeds, Done, Job, Plan
 from cotune.federation.arrays import Arrays
 from cotune.federation.descend import names_like, shapes_like, steps_as_settings
 from cotune.federation.local_model import LocalSteps
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.replay import summed
 from cotune.federation.seed import SLOPES, slopes_from
 
@@ -54,17 +55,18 @@ class SeedSteps:
     """Texts of a step."""
 
     def __post_init__(self) -> None:
-        for name in ("num_directions", "num_directions_per_step", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_at_least(
+            1,
+            num_directions=self.num_directions,
+            num_directions_per_step=self.num_directions_per_step,
+            batch_size=self.batch_size,
+        )
         if self.num_directions % self.num_directions_per_step:
             raise InputError(
                 f"num_directions is {self.num_directions}, expected a multiple of num_directions_per_step, "
                 f"{self.num_directions_per_step}"
             )
-        for name in ("learning_rate", "zo_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        check_positive(learning_rate=self.learning_rate, zo_eps=self.zo_eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,7 @@ class Mixed:
         for pattern, num in self.memory_bytes.items():
             if isinstance(num, bool) or not isinstance(num, int) or num < 1:
                 raise InputError(f"memory_bytes.{pattern} is {num!r:.40}, expected a whole number of bytes")
-        if not 0 < self.seed_weight < float("inf"):
-            raise InputError(f"seed_weight is {self.seed_weight}, expected a positive number")
+        check_positive(seed_weight=self.seed_weight)
 
     def class_of(self, device: str) -> str:
         """`lora` or `seed`.

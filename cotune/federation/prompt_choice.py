@@ -8,7 +8,7 @@ it computes. From these:
         score = sum_k log(e_k + epsilon) + 1 / (e_k + epsilon)
     Devices' scores are averaged by their numbers of examples, and layers are taken from the highest score down.
   * **Exchange.** Prompts of the chosen layers are averaged; those of the others stay on their device and are its own.
-  * **Device.** Adam, whose moments start at zero in every round, so that they need not be sent.
+  * **Device.** Adam, whose moments start at zero in every round, so that they need not be sent: `LocalModel.descend`.
   * **Server.** Momentum, with a state for each device that the server keeps and that never travels: how far the
     device drifts from the others, as in SCAFFOLD (Karimireddy et al., arXiv 1910.06378).
 
@@ -43,6 +43,7 @@ from numpy.typing import NDArray
 from cotune.errors import InputError
 from cotune.federation.algorithm import Combine
 from cotune.federation.lora_factors import Arrays, as_float32, normalised_weights
+from cotune.federation.number_ranges import check_at_least, check_positive
 
 EPSILON = 1e-5
 """Added to eigenvalues in the score."""
@@ -131,71 +132,6 @@ def choose_prompts(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AdamState:
-    """Moments of the device's optimiser; `fresh_adam` at the start of every round.
-
-    Attributes:
-        first, second: means of the gradients and of their squares, named as the prompts.
-        num_steps: in this round.
-    """
-
-    first: dict[str, NDArray[np.float64]]
-    second: dict[str, NDArray[np.float64]]
-    num_steps: int = 0
-
-
-def fresh_adam(prompts: Arrays) -> AdamState:
-    """Moments of zero: the reset."""
-    zeros = {name: np.zeros(prompt.shape) for name, prompt in prompts.items()}
-    return AdamState(first=zeros, second=dict(zeros))
-
-
-def adam_step(
-    prompts: Arrays,
-    gradients: Arrays,
-    state: AdamState,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    epsilon: float = 1e-8,
-) -> tuple[dict[str, NDArray[np.float32]], AdamState]:
-    """One step of Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1) on a device, of all its prompts.
-
-    Args:
-        prompts, gradients: of the same names and shapes.
-        state: of `fresh_adam` or of the step before.
-        learning_rate: size of a step.
-        betas: how much of each mean is kept.
-        epsilon: added to the root.
-
-    Raises:
-        InputError: names or shapes differ, a number is not finite, or an argument is out of range.
-
-    Example:
-        >>> prompts = {"p": np.zeros((1, 2), np.float32)}
-        >>> moved, _ = adam_step(prompts, {"p": np.array([[2.0, -3.0]])}, fresh_adam(prompts), learning_rate=0.5)
-        >>> moved["p"].tolist()
-        [[-0.5, 0.5]]
-    """
-    _check_same(gradients, prompts, "gradients", "prompts")
-    _check_same(state.first, prompts, "the moments", "prompts")
-    _check_range("learning_rate", learning_rate)
-    for beta in betas:
-        if not 0 <= beta < 1:
-            raise InputError(f"betas are {betas}, expected two numbers from 0 to below 1")
-    num_steps = state.num_steps + 1
-    moved, first, second = {}, {}, {}
-    for name, prompt in prompts.items():
-        gradient = gradients[name].astype(np.float64)
-        first[name] = betas[0] * state.first[name] + (1 - betas[0]) * gradient
-        second[name] = betas[1] * state.second[name] + (1 - betas[1]) * np.square(gradient)
-        mean = first[name] / (1 - betas[0] ** num_steps)
-        root = np.sqrt(second[name] / (1 - betas[1] ** num_steps))
-        moved[name] = as_float32(prompt - learning_rate * mean / (root + epsilon))
-    return moved, AdamState(first=first, second=second, num_steps=num_steps)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceDrift:
     """The mean step of a device when it last took part.
 
@@ -281,10 +217,9 @@ def server_step(
     _check_same(state.momentum, prompts, "the momentum", "prompts")
     for device, reply in replies.items():
         _check_same(reply.prompts, prompts, f"the reply of device '{device}'", "prompts")
-        _check_range(f"learning_rate of device '{device}'", reply.learning_rate)
-        if reply.num_steps < 1:
-            raise InputError(f"num_steps of device '{device}' is {reply.num_steps}, expected at least 1")
-    _check_range("learning_rate", learning_rate)
+        check_positive(**{f"learning_rate of device '{device}'": reply.learning_rate})
+        check_at_least(1, **{f"num_steps of device '{device}'": reply.num_steps})
+    check_positive(learning_rate=learning_rate)
     if not 0 <= beta < 1:
         raise InputError(f"beta is {beta}, expected a number from 0 to below 1")
     moves = {
@@ -375,8 +310,3 @@ def _check_same(
             )
         if not np.isfinite(array).all():
             raise InputError(f"{name} holds nan or inf for '{key}', expected finite numbers; leave this device out")
-
-
-def _check_range(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise InputError(f"{name} is {value}, expected a positive number")

@@ -14,18 +14,15 @@ stream ends after 255 blocks, which are 1,020 seeds).
 from __future__ import annotations
 
 import hmac
-import secrets
 import struct
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
-from cotune.federation.secret_files import read_secret, write_secret
+from cotune.federation.secret_files import RandomSecret
 
-SECRET_BYTES = 32
 SALT = b"cotune federation directions 1"
 _SEED_INFO = b"direction seed\0"
 _ID_INFO = b"secret id\0"
@@ -34,56 +31,21 @@ _HASH_BYTES = 32
 _PLACE = struct.Struct(">QQ")
 
 
-@dataclass(frozen=True)
-class RunSecret:
-    """32 random bytes that the nodes of one run share. Never printed, never sent with a task.
+@final
+class RunSecret(RandomSecret):
+    """32 random bytes that the nodes of one run share. Every run has its own. Never sent with a task.
 
     Example:
         >>> RunSecret.generate()
         RunSecret(hidden)
     """
 
-    value: bytes = field(repr=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.value, bytes) or len(self.value) != SECRET_BYTES:
-            raise InputError(f"a run secret has {SECRET_BYTES} bytes; make one with RunSecret.generate")
-
-    @classmethod
-    def generate(cls) -> RunSecret:
-        """A new secret, from the operating system's randomness. Every run has its own."""
-        return cls(secrets.token_bytes(SECRET_BYTES))
-
-    @classmethod
-    def load(cls, path: Path | str) -> RunSecret:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is missing, readable by others, or holds something else.
-        """
-        data = read_secret(path, "the run secret", max_bytes=SECRET_BYTES)
-        if len(data) != SECRET_BYTES:
-            raise InputError(f"{path} has {len(data)} bytes, a run secret has {SECRET_BYTES}; copy the file again")
-        return cls(data)
-
-    def save(self, path: Path | str) -> None:
-        """Write the 32 bytes to a new file with mode 0600.
-
-        Raises:
-            InputError: `path` exists, or the disk refuses.
-        """
-        write_secret(path, self.value, "the run secret")
+    kind = "run secret"
 
     @property
     def public_id(self) -> str:
         """16 hex digits that name this secret and say nothing about it; for checkpoints."""
         return hkdf_expand(hkdf_extract(SALT, self.value), _ID_INFO, 8).hex()
-
-    def __repr__(self) -> str:
-        return "RunSecret(hidden)"
-
-    def __reduce__(self) -> str | tuple[object, ...]:
-        raise TypeError("a run secret is not to be copied or pickled; save it to a file")
 
 
 def direction_seed(secret: RunSecret, round_number: int, index: int) -> int:

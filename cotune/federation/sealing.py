@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from cotune.errors import InputError, MismatchError
-from cotune.federation.secret_files import read_secret, write_secret
+from cotune.federation.secret_files import RandomSecret
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-KEY_BYTES = 32
 MAX_DATA_BYTES = 2**31 - 64
 """What one call of AES-GCM takes."""
 _MAGIC = b"cotune sealed 1\0"
@@ -30,9 +27,9 @@ _TAG_BYTES = 16
 OVERHEAD_BYTES = len(_MAGIC) + _ID_BYTES + _NONCE_BYTES + _TAG_BYTES
 
 
-@dataclass(frozen=True)
-class SealingKey:
-    """32 random bytes, in a file of their own that is kept apart from what they seal. Never printed.
+@final
+class SealingKey(RandomSecret):
+    """32 random bytes, in a file that is kept apart from what they seal.
 
     Example:
         >>> key = SealingKey.generate()
@@ -40,47 +37,12 @@ class SealingKey:
         b'weights'
     """
 
-    value: bytes = field(repr=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.value, bytes) or len(self.value) != KEY_BYTES:
-            raise InputError(f"a sealing key has {KEY_BYTES} bytes; make one with SealingKey.generate")
-
-    @classmethod
-    def generate(cls) -> SealingKey:
-        """A new key, from the operating system's randomness."""
-        return cls(secrets.token_bytes(KEY_BYTES))
-
-    @classmethod
-    def load(cls, path: Path | str) -> SealingKey:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is missing, readable by others, or holds something else.
-        """
-        data = read_secret(path, "the sealing key", max_bytes=KEY_BYTES)
-        if len(data) != KEY_BYTES:
-            raise InputError(f"{path} has {len(data)} bytes, a sealing key has {KEY_BYTES}; copy the file again")
-        return cls(data)
-
-    def save(self, path: Path | str) -> None:
-        """Write the 32 bytes to a new file with mode 0600.
-
-        Raises:
-            InputError: `path` exists, or the disk refuses.
-        """
-        write_secret(path, self.value, "the sealing key")
+    kind = "sealing key"
 
     @property
     def public_id(self) -> bytes:
         """8 bytes that name this key and say nothing about it."""
         return hashlib.sha256(b"cotune sealing key id\0" + self.value).digest()[:_ID_BYTES]
-
-    def __repr__(self) -> str:
-        return "SealingKey(hidden)"
-
-    def __reduce__(self) -> str | tuple[object, ...]:
-        raise TypeError("a sealing key is not to be copied or pickled; save it to a file")
 
 
 def is_sealed(data: bytes) -> bool:

@@ -3,11 +3,64 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Self
 
 from cotune.durable import write_new
 from cotune.errors import InputError
+
+SECRET_BYTES = 32
+
+
+@dataclass(frozen=True, repr=False)
+class RandomSecret:
+    """32 random bytes in a file of their own: never printed, never pickled, never overwritten.
+
+    Each final class of it is one kind of secret, so that none is taken for another:
+    `cotune.federation.run_secret.RunSecret`, `cotune.federation.sealing.SealingKey`.
+    """
+
+    value: bytes = field(repr=False)
+    kind: ClassVar[str]
+    """Its name in messages."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.value, bytes) or len(self.value) != SECRET_BYTES:
+            raise InputError(f"a {self.kind} has {SECRET_BYTES} bytes; make one with {type(self).__name__}.generate")
+
+    @classmethod
+    def generate(cls) -> Self:
+        """A new one, from the operating system's randomness."""
+        return cls(secrets.token_bytes(SECRET_BYTES))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, readable by others, or holds something else.
+        """
+        data = read_secret(path, f"the {cls.kind}", max_bytes=SECRET_BYTES)
+        if len(data) != SECRET_BYTES:
+            raise InputError(f"{path} has {len(data)} bytes, a {cls.kind} has {SECRET_BYTES}; copy the file again")
+        return cls(data)
+
+    def save(self, path: Path | str) -> None:
+        """Write the 32 bytes to a new file with mode 0600.
+
+        Raises:
+            InputError: `path` exists, or the disk refuses.
+        """
+        write_secret(path, self.value, f"the {self.kind}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(hidden)"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError(f"a {self.kind} is not to be copied or pickled; save it to a file")
 
 
 def write_secret(path: Path | str, data: bytes, what: str) -> None:

@@ -38,6 +38,7 @@ from cotune.federation.algorithm import Combine, DirectionSeeds, Done, Job, Plan
 from cotune.federation.arrays import Arrays
 from cotune.federation.catch_up import caught_up, first_state, lacked, whole_adapter, with_step
 from cotune.federation.descend import names_like
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.replay import moved
 
 SLOPES = "slopes"
@@ -67,9 +68,13 @@ class SeedMode:
     """Standard errors that a direction's slope must reach to count; None: all count, as they do with one reply."""
 
     def __post_init__(self) -> None:
-        for name in ("num_directions", "num_directions_per_step", "batch_size", "keep_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_at_least(
+            1,
+            num_directions=self.num_directions,
+            num_directions_per_step=self.num_directions_per_step,
+            batch_size=self.batch_size,
+            keep_steps=self.keep_steps,
+        )
         if self.num_directions % self.num_directions_per_step:
             raise InputError(
                 f"num_directions is {self.num_directions}, expected a multiple of num_directions_per_step, "
@@ -77,9 +82,7 @@ class SeedMode:
             )
         if self.gate is not None and not 0 < self.gate < float("inf"):
             raise InputError(f"gate is {self.gate}, expected a positive number of standard errors, or none")
-        for name in ("learning_rate", "zo_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        check_positive(learning_rate=self.learning_rate, zo_eps=self.zo_eps)
 
     def start(self, adapter: Arrays) -> Arrays:
         return first_state(adapter, self.tuned)

@@ -30,6 +30,7 @@ from pathlib import Path
 from cotune.errors import InputError
 from cotune.federation.coordinator import RoundRules
 from cotune.federation.local_model import LocalSteps
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.tables import read_toml
 
 SPLITS = ("iid", "dirichlet", "domains", "sizes")
@@ -64,11 +65,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f"split is {self.split!r}, expected one of {', '.join(SPLITS)}")
-        for name in ("num_devices", "min_examples", "max_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.num_judge < 0:
-            raise InputError(f"num_judge is {self.num_judge}, expected 0 or more")
+        check_at_least(1, num_devices=self.num_devices, min_examples=self.min_examples, max_length=self.max_length)
+        check_at_least(0, num_judge=self.num_judge)
         if self.limit is not None and self.limit < self.num_devices + self.num_judge:
             raise InputError(
                 f"limit is {self.limit}, expected at least {self.num_devices + self.num_judge}: one text for each "
@@ -105,9 +103,13 @@ class AdapterSettings:
         for name, known in (("kind", KINDS), ("start", STARTS), ("scale", SCALES)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name in ("virtual_tokens", "start_rounds", "start_batches", "refresh_rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_at_least(
+            1,
+            virtual_tokens=self.virtual_tokens,
+            start_rounds=self.start_rounds,
+            start_batches=self.start_batches,
+            refresh_rounds=self.refresh_rounds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +137,7 @@ class PrivacySettings:
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier < float("inf"):
             raise InputError(f"noise_multiplier is {self.noise_multiplier}, expected a positive number, or 0 for none")
-        if not 0 < self.clip_norm < float("inf"):
-            raise InputError(f"clip_norm is {self.clip_norm}, expected a positive number")
+        check_positive(clip_norm=self.clip_norm)
         if not 0 < self.delta < 1:
             raise InputError(f"delta is {self.delta}, expected above 0 and below 1")
 
@@ -158,8 +159,7 @@ class AuditSettings:
     def __post_init__(self) -> None:
         if self.num_canaries != 0 and self.num_canaries < 3:
             raise InputError(f"num_canaries is {self.num_canaries}, expected at least 3, or 0 for none")
-        if not 0 < self.norm < float("inf"):
-            raise InputError(f"norm is {self.norm}, expected a positive number")
+        check_positive(norm=self.norm)
 
 
 @dataclass(frozen=True, kw_only=True)

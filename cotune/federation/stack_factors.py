@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.errors import InputError
 from cotune.federation.lora_factors import Layers, LoraFactors, as_float32, matching_layers, normalised_weights
+from cotune.federation.number_ranges import check_positive
 
 
 def stack_factors(
@@ -43,8 +43,7 @@ def stack_factors(
     """
     layers = matching_layers(adapters)
     shares = normalised_weights(weights, len(adapters))
-    if not (np.isfinite(scale) and scale > 0):
-        raise InputError(f"scale is {scale}, expected a positive number, such as 1.0")
+    check_positive(scale=scale)
     stacked = {}
     for layer in layers:
         a, b = stacked_pair([adapter[layer] for adapter in adapters], shares)

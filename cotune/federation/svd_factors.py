@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.federation.lora_factors import Layers, LoraFactors, as_float32, matching_layers, normalised_weights
+from cotune.federation.number_ranges import check_positive
 from cotune.federation.orthonormal_rows import further_rows
 from cotune.federation.stack_factors import stacked_pair
 
@@ -84,8 +85,7 @@ def svd_factors(
     """
     names = matching_layers(adapters)
     shares = normalised_weights(weights, len(adapters))
-    if not (np.isfinite(scale) and scale > 0):
-        raise InputError(f"scale is {scale}, expected a positive number, such as alpha / rank")
+    check_positive(scale=scale)
     layers, energies, discarded = {}, {}, {}
     for layer in names:
         own = [adapter[layer] for adapter in adapters]
@@ -118,8 +118,7 @@ def cut_rank(factors: LoraFactors, rank: int, *, scale: float) -> LoraFactors:
     """
     if not 1 <= rank <= factors.rank:
         raise InputError(f"rank is {rank}, expected 1 to {factors.rank}, the rank of the factors")
-    if not (np.isfinite(scale) and scale > 0):
-        raise InputError(f"scale is {scale}, expected a positive number, such as alpha / rank")
+    check_positive(scale=scale)
     half = float(np.sqrt(factors.scale / scale))
     return LoraFactors(as_float32(half * factors.a[:rank]), as_float32(half * factors.b[:, :rank]), scale)
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.errors import InputError
 from cotune.federation.algorithm import NEW, SINCE, Algorithm, Combine, Plan, Update
 from cotune.federation.arrays import Arrays
 from cotune.federation.catch_up import prefixed, under
 from cotune.federation.lora_factors import join_layers, layer_names, split_layers
+from cotune.federation.number_ranges import check_at_least
 from cotune.federation.start_from_update import rewrite_factors
 
 INNER = "inner/"
@@ -40,8 +40,7 @@ class UpdateSvd:
     """Accepted rounds from one rewriting to the next."""
 
     def __post_init__(self) -> None:
-        if self.refresh_rounds < 1:
-            raise InputError(f"refresh_rounds is {self.refresh_rounds}, expected at least 1")
+        check_at_least(1, refresh_rounds=self.refresh_rounds)
 
     def start(self, adapter: Arrays) -> Arrays:
         layer_names(sorted(adapter))

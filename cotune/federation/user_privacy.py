@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.federation.gaussian_privacy import Gaussian, epsilon_between
+from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.robust.votes import read_votes
 
 _ENTROPY_BYTES = 32
@@ -52,10 +53,10 @@ class PrivateMean:
     asked."""
 
     def __post_init__(self) -> None:
-        _check_positive("clip_norm", self.clip_norm)
-        _check_positive("noise_multiplier", self.noise_multiplier)
+        check_positive(clip_norm=self.clip_norm)
+        check_positive(noise_multiplier=self.noise_multiplier)
         if self.num_expected is not None:
-            _check_positive("num_expected", self.num_expected)
+            check_positive(num_expected=self.num_expected)
 
     def __call__(
         self,
@@ -149,9 +150,8 @@ class UserPrivacyAccount:
     sample_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("noise_multiplier", self.noise_multiplier)
-        if self.num_rounds < 0:
-            raise InputError(f"num_rounds is {self.num_rounds}, expected 0 or more")
+        check_positive(noise_multiplier=self.noise_multiplier)
+        check_at_least(0, num_rounds=self.num_rounds)
         if not 0 < self.delta < 1:
             raise InputError(f"delta is {self.delta}, expected above 0 and below 1")
         if not 0 < self.sample_rate <= 1:
@@ -241,8 +241,3 @@ ASSUMPTIONS = (
     "against.",
 )
 """What an epsilon of `UserPrivacyAccount` rests on, one to three sentences each, for people."""
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name} is {value}, expected a positive number")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cotune.durable import replacing
 from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
 from cotune.models.weights import quiet
@@ -133,15 +133,12 @@ class SelectedParameters:
             if before[name] != after[name]
         }
         metadata = {"format": _FORMAT, "before": json.dumps(before), "after": json.dumps(after)}
-        unfinished = folder / f"{WEIGHTS_FILE}.{os.getpid()}.part"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(changed, unfinished, metadata=metadata)
-            unfinished.replace(folder / WEIGHTS_FILE)
+            with replacing(folder / WEIGHTS_FILE, mode=None) as unfinished:
+                save_file(changed, unfinished, metadata=metadata)
         except (OSError, SafetensorError) as error:
             raise InputError(f"the tuned parameters cannot be written to {folder}: {error}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path, model: PreTrainedModel) -> SelectedParameters:

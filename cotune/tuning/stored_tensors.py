@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cotune.durable import replacing
 from cotune.errors import InputError
 
 
@@ -36,21 +36,15 @@ class StoredTensors(Mapping[str, Tensor]):
         Raises:
             InputError: the disk refuses.
         """
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished)
-            unfinished.chmod(0o600)  # personal weights
-            unfinished.replace(path)
+            with replacing(path) as unfinished:
+                save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, unfinished)
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"parameters cannot be kept in {path.parent}: {getattr(error, 'strerror', None) or error}; "
                 "free some room there, or give another run_dir"
             ) from error
-        finally:
-            # Where the folder itself is none, there is nothing to remove either.
-            if path.parent.is_dir():
-                unfinished.unlink(missing_ok=True)
         return cls(path)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cotune.cli.federate_keys import SUPERLINK_PORT, listening_address, next_steps
 from cotune.federation.sealing import SealingKey
 
 
@@ -38,8 +41,8 @@ def test_certificates_come_with_what_to_do_next(tmp_path: Path, run: Any) -> Non
     assert names.get_values_for_type(x509.DNSName) == ["hub.example.org"]
     assert [str(one) for one in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.7"]
     for words in (
-        "flower-superlink --ssl-ca-certfile",
-        "flower-supernode --superlink hub.example.org:9092",
+        "flower-superlink --host 0.0.0.0 --port 8000",
+        "flower-supernode --superlink hub.example.org:8000",
         "--auth-supernode-private-key phone-2",
         "phone-1.pub",
         "ca.key belongs on neither",
@@ -47,6 +50,39 @@ def test_certificates_come_with_what_to_do_next(tmp_path: Path, run: Any) -> Non
         assert words in outcome.err
     run("federate", "certificates", folder).check_refusal("never overwritten")
     run("federate", "certificates", tmp_path / "x", "--host", "no name").check_refusal("dns_names has 'no name'")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "listens", "reached"),
+    [
+        (["localhost", "127.0.0.1"], "127.0.0.1", "localhost:8000"),
+        (["127.0.0.1", "hub.example.org"], "0.0.0.0", "127.0.0.1:8000"),
+        (["::1"], "::1", "[::1]:8000"),
+        (["2001:db8::7"], "::", "[2001:db8::7]:8000"),
+    ],
+)
+def test_a_server_listens_where_it_is_reached(hosts: list[str], listens: str, reached: str) -> None:
+    server, _, node = (shlex.split(command) for _, command in next_steps(Path("my keys"), hosts, ["phone-1"]))
+    assert listening_address(hosts) == listens == server[server.index("--host") + 1]
+    assert node[node.index("--superlink") + 1] == reached
+    assert server[server.index("--ssl-certfile") + 1] == "my keys/server.pem"
+
+
+def test_flower_takes_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[flower]'")
+    from flwr.supercore.constant import SUPERLINK_UVICORN_DEFAULT_PORT
+    from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
+    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+
+    assert SUPERLINK_PORT == SUPERLINK_UVICORN_DEFAULT_PORT
+    steps = next_steps(Path("keys"), ["hub.example.org"], ["phone-1"])
+    (_, *server), _, (_, *node) = (shlex.split(command) for _, command in steps)
+    monkeypatch.setattr(sys, "argv", ["flower-superlink"])
+    link = _parse_args_run_superlink().parse_args(server)
+    assert (link.host, link.port, link.enable_supernode_auth) == ("0.0.0.0", 8000, True)
+    nodes = _parse_args_run_supernode().parse_args(node)
+    assert (nodes.superlink, nodes.auth_supernode_private_key) == ("hub.example.org:8000", "phone-1")
+    assert nodes.node_config == 'trainer="FOLDER"'
 
 
 def test_a_missing_package_is_named(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

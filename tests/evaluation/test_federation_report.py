@@ -28,6 +28,7 @@ def row(number: int, **changes: object) -> RoundRow:
         "seconds": 1.5,
         "device_seconds": 0.25,
         "device_peak_bytes": 300_000_000,
+        "shown": {},
     }
     return {**found, **changes}  # type: ignore[typeddict-item,return-value]
 
@@ -78,6 +79,20 @@ def test_every_round_and_refusal_is_told(tmp_path: Path) -> None:
     assert "data.limit" not in told
     numbers = html.unescape(text)[html.unescape(text).index('{\n "summary"') :]
     assert len(json.JSONDecoder().raw_decode(numbers)[0]["rounds"]) == 3
+
+
+def test_what_an_algorithm_shows_is_a_column(tmp_path: Path) -> None:
+    text = page(tmp_path, [row(1, shown={"discarded_energy": 0.0125}), row(2, verdict="void")])
+    rows = re.findall(r"<tr>(.*?)</tr>", text[text.index('id="rounds"') :], re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", one, re.DOTALL) for one in rows[:3]]
+    assert [one[-1] for one in cells] == ["Discarded energy", "0.013", ""]
+    assert "Discarded energy" not in page(tmp_path, ROUNDS)
+
+
+def test_rounds_are_whole_on_the_axis(tmp_path: Path) -> None:
+    svg = page(tmp_path, [row(1), row(2), row(3)]).split("<svg")[1]
+    ticks = re.findall(r">([0-9.]+)</text>", svg)
+    assert ticks[:4] == ["0", "1", "2", "3"]
 
 
 def test_a_run_without_a_judge_has_the_devices_losses_alone(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from cotune.evaluation import plots
@@ -60,3 +62,12 @@ def test_training_of_one_step_and_of_many() -> None:
         "t", "step", [{"name": "a", "points": [(0, 2.0)]}, {"name": "b", "points": [(0, 3.0), (9, 1.0)]}]
     )
     assert "a: from 2.00 to 2.00. b: from 3.00 to 1.00." in svg
+
+
+def test_whole_steps_have_whole_ticks_and_parts_of_epochs_have_not() -> None:
+    def ticks(*steps: float) -> list[str]:
+        svg = plots.plot_training("t", "epoch", [{"name": "a", "points": [(step, 2.0 + step) for step in steps]}])
+        return re.findall(r">([0-9.]+)</text>", svg.split("Epoch")[0])
+
+    assert [one for one in ticks(0, 1, 2, 3) if "." in one] == []
+    assert [one for one in ticks(0, 0.5, 1) if "." in one] != []

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from toy_federation import A, B, ToyModel, toy_adapter
 
 from cotune.errors import InputError
-from cotune.federation.algorithm import Job, Update
+from cotune.federation.algorithm import Job, Update, shown_in
 from cotune.federation.arrays import Arrays, num_bytes
 from cotune.federation.coordinator import RoundRules
 from cotune.federation.flexlora import ENERGY, FlexLora, descend_truncated
@@ -52,6 +52,9 @@ def test_devices_get_their_best_truncation_and_the_server_the_best_of_the_mean()
     assert np.allclose(product(merged), (u[:, :3] * s[:3]) @ vt[:3], atol=1e-4)
     assert merged[ENERGY] == pytest.approx(np.square(s[3:]).sum() / np.square(s).sum(), rel=1e-4)
     assert merged[ENERGY] > 0.001 and ENERGY not in algorithm.adapter(merged)
+    # It is shown, also where another algorithm wraps this one.
+    for shown in (merged, {f"inner/{name}": array for name, array in merged.items()}):
+        assert shown_in(shown) == {"discarded_energy": float(merged[ENERGY][0])}
 
 
 def test_a_device_trains_its_own_directions_alone() -> None:
@@ -76,6 +79,7 @@ def test_devices_of_three_ranks_learn_together_under_any_rule(rule: Mean | Media
     )
     end = federation.run()
     assert all(one.counted == federation.names for one in end.records)
+    assert all(one.shown.keys() == {"discarded_energy"} for one in end.records if one.verdict == "accepted")
     assert end.best_loss is not None and end.start_loss is not None and end.best_loss < 0.3 * end.start_loss
 
 

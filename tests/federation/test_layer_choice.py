@@ -13,7 +13,6 @@ from cotune.errors import InputError
 from cotune.federation import layer_choice
 from cotune.federation.layer_choice import (
     choose_layers,
-    contiguous_layers,
     cover_layers,
     objective,
     shares_of_devices,
@@ -72,7 +71,6 @@ def test_with_agreement_the_choice_is_close_to_the_best_of_all(agreement: float)
         values, costs, budgets = random_problem(seed, one_size=seed % 2 == 0)
         choice = choose_layers(values, costs, budgets, agreement=agreement)
         best = best_of_all(values, costs, budgets, agreement)
-        assert choice.objective is not None
         assert choice.objective == pytest.approx(written_out(values, choice.masks, agreement))
         assert choice.objective <= best + 1e-9
         assert choice.objective >= written_out(values, choose_layers(values, costs, budgets).masks, agreement) - 1e-9
@@ -89,7 +87,6 @@ def test_no_device_can_better_the_choice_alone(agreement: float) -> None:
         values, costs = rng.exponential(size=(6, 4)), rng.integers(1, 6, 4)
         budgets = rng.integers(0, int(costs.sum()) + 1, 6)
         choice = choose_layers(values, costs.tolist(), budgets.tolist(), agreement=agreement)
-        assert choice.objective is not None
         for device, budget in enumerate(budgets):
             for bits in product((False, True), repeat=4):
                 if np.dot(bits, costs) <= budget:
@@ -162,50 +159,6 @@ def test_the_repair_takes_the_least_loss() -> None:
     assert choice.cover.tolist() == [2, 1]
 
 
-@given(
-    costs=st.lists(st.integers(1, 5), min_size=1, max_size=8),
-    budgets=st.lists(st.integers(0, 12), min_size=1, max_size=8),
-    seed=st.integers(0, 100),
-    first=st.integers(0, 7),
-)
-@settings(max_examples=100, deadline=None)
-def test_contiguous_runs_fit_and_cannot_grow(costs: list[int], budgets: list[int], seed: int, first: int) -> None:
-    choice = contiguous_layers(costs, budgets, seed=seed, first_layer=first % len(costs))
-    for device, budget in enumerate(budgets):
-        layers = choice.layers_of(device)
-        if not layers:
-            assert budget < min(costs)
-            continue
-        begin, end = layers[0], layers[-1]
-        assert layers == tuple(range(begin, end + 1))
-        spent = sum(costs[begin : end + 1])
-        assert spent <= budget
-        assert begin == 0 or spent + costs[begin - 1] > budget
-        assert end == len(costs) - 1 or spent + costs[end + 1] > budget
-
-
-@given(
-    budgets=st.lists(st.integers(1, 5), min_size=1, max_size=20), num_layers=st.integers(1, 6), seed=st.integers(0, 99)
-)
-@settings(max_examples=100, deadline=None)
-def test_contiguous_runs_cover_every_layer_as_promised(budgets: list[int], num_layers: int, seed: int) -> None:
-    cover = contiguous_layers([1] * num_layers, budgets, seed=seed).cover
-    held = [min(budget, num_layers) for budget in budgets]
-    promised = (sum(held) - max(held) + 1) // (num_layers + max(held) - 1)
-    assert cover.min() >= promised
-
-
-def test_contiguous_runs_by_hand() -> None:
-    one = contiguous_layers([1] * 4, [2, 2])
-    assert sorted(one.layers_of(device) for device in range(2)) == [(0, 1), (2, 3)]
-    assert one.objective is None
-    # The third run would pass the end, and ends there.
-    late = contiguous_layers([1] * 4, [3], first_layer=2)
-    assert late.layers_of(0) == (1, 2, 3)
-    assert contiguous_layers([5, 1], [1]).layers_of(0) == (1,)
-    assert len({contiguous_layers([1] * 4, [1, 2, 3], seed=seed).masks.tobytes() for seed in range(10)}) > 1
-
-
 def test_values_of_devices_in_proportion() -> None:
     assert shares_of_devices(np.array([[1.0, 3.0], [0.0, 0.0]])).tolist() == [[0.25, 0.75], [0.5, 0.5]]
 
@@ -224,9 +177,8 @@ ONE = np.ones((2, 3))
         (lambda: choose_layers(ONE, [1] * 3, [1, -1]), r"budgets are \[1, -1\]"),
         (lambda: choose_layers(ONE, [1] * 3, [1, 1], agreement=-1.0), r"agreement is -1\.0"),
         (lambda: choose_layers(ONE, [1] * 3, [1, 1], min_cover=3), "min_cover is 3, expected 0 to 2"),
+        (lambda: choose_layers(ONE, [1] * 3, []), r"budgets are \[\]"),
         (lambda: cover_layers(ONE, [1] * 3, [1, 1], ONE[:1] > 0, min_cover=1), r"masks have shape \(1, 3\)"),
-        (lambda: contiguous_layers([1], [], seed=0), r"budgets are \[\]"),
-        (lambda: contiguous_layers([1, 1], [1], first_layer=2), "first_layer is 2, expected 0 to 1"),
     ],
 )
 def test_bad_input(call: Any, message: str) -> None:

@@ -11,7 +11,6 @@ from cotune.federation.lora_factors import (
     join_layers,
     layer_names,
     matching_layers,
-    matching_ranks,
     normalised_weights,
     split_layers,
 )
@@ -115,10 +114,6 @@ def test_adapters_that_do_not_match() -> None:
         matching_layers([{"q": factors()}, {"q": factors(width=3)}])
     mixed = [{"q": factors()}, {"q": factors(rank=2)}]
     assert matching_layers(mixed) == ["q"]
-    with pytest.raises(InputError, match="stack_factors or svd_factors"):
-        matching_ranks(mixed)
-    with pytest.raises(InputError, match="stack_factors or svd_factors"):
-        matching_ranks([{"q": factors()}, {"q": factors(scale=2.0)}])
 
 
 def test_weights() -> None:

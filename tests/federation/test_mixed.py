@@ -86,13 +86,21 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
         algorithm_named("mixed", options, seeds=seeds).start(toy_adapter(3, 3, 2))
 
 
+class Small(Watched):
+    """Has no memory for back-propagation."""
+
+    def descend(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("a seed device was asked for back-propagation")
+
+
+class Tiny(Small):
+    """Has not even the memory for inference."""
+
+    def walk(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("a device without the memory for inference was asked for slopes")
+
+
 def test_both_classes_learn_together_and_each_does_its_own_work() -> None:
-    class Small(Watched):
-        """Has no memory for back-propagation."""
-
-        def descend(self, *args: Any, **options: Any) -> Any:
-            raise AssertionError("a seed device was asked for back-propagation")
-
     options = {
         "steps": DESCENT,
         "classes": {"d2": "seed", "d3": "seed"},
@@ -109,3 +117,33 @@ def test_both_classes_learn_together_and_each_does_its_own_work() -> None:
     assert (up["lora_B"], up["slopes"]) == (2 * 4 * 6, 2 * 4 * 24)
     assert end.start_loss is not None and end.best_loss is not None
     assert end.best_loss < 0.2 * end.start_loss
+
+
+def federation_by_memory(memory_bytes: dict[str, int], models: list[Any]) -> ToyFederation:
+    options = {
+        "steps": DESCENT,
+        "memory_bytes": memory_bytes,
+        "lora_bytes": 8_000,
+        "seed_bytes": 2_000,
+        "seed_mode": {"num_directions": 24, "learning_rate": 0.05},
+    }
+    algorithm = algorithm_named("mixed", options, seeds=seeds)
+    return ToyFederation(algorithm=algorithm, rules=RoundRules(num_rounds=8), models=models)
+
+
+def test_devices_of_little_memory_learn_with_one_that_has_more_and_the_smallest_is_left_out() -> None:
+    run = federation_by_memory(
+        {"d0": 9_000, "d4": 100, "d*": 3_000}, [Watched(0), Small(1), Small(2), Small(3), Tiny(4)]
+    )
+    end = run.run()
+    for record in end.records:
+        assert (record.verdict, record.counted) == ("accepted", ["d0", "d1", "d2", "d3"])
+        assert record.refused == {
+            "d4": "d4 has 100 bytes, expected at least 2,000 for seed; give it a smaller model, or leave it out"
+        }
+        assert (record.bytes_up["lora_B"], record.bytes_up["slopes"]) == (4 * 6, 3 * 4 * 24)
+    assert "d4" not in end.since and end.offences == {}
+    assert end.start_loss is not None and end.best_loss is not None and end.best_loss < 0.2 * end.start_loss
+    # Where no device has the memory there is nothing to wait for.
+    with pytest.raises(InputError, match="d1 has 100 bytes"):
+        federation_by_memory({"*": 100}, [Tiny(0), Tiny(1)]).run()

@@ -4,16 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.federation.prompt_choice import (
     PromptReply,
-    adam_step,
     choose_prompts,
     exchanged,
-    fresh_adam,
     fresh_server,
     score_layer,
     server_step,
@@ -55,34 +52,6 @@ def test_the_choice_by_hand() -> None:
     assert choose_prompts(scores, [1, 1], [10, 10, 10], 30) == (0, 1, 2)
     # Layer 0 is too large; the smaller layer 1 scores less and does not come in its place.
     assert choose_prompts(scores, [3, 1], [20, 5, 10], 25) == (2,)
-
-
-def test_adam_is_that_of_torch() -> None:
-    rng = np.random.default_rng(0)
-    prompts = {"a": rng.standard_normal((2, 3), np.float32), "b": rng.standard_normal((1, 4), np.float32)}
-    theirs = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in prompts.items()}
-    optimiser = torch.optim.Adam(theirs.values(), lr=0.1, betas=(0.8, 0.95), eps=1e-6)
-    state = fresh_adam(prompts)
-    for _ in range(5):
-        gradients = {name: rng.standard_normal(array.shape, np.float32) for name, array in prompts.items()}
-        for name, parameter in theirs.items():
-            parameter.grad = torch.tensor(gradients[name])
-        optimiser.step()
-        prompts, state = adam_step(prompts, gradients, state, learning_rate=0.1, betas=(0.8, 0.95), epsilon=1e-6)
-    assert state.num_steps == 5
-    for name, parameter in theirs.items():
-        assert np.allclose(prompts[name], parameter.detach().numpy(), atol=1e-6)
-
-
-def test_the_reset_forgets() -> None:
-    """After it the first step is again one of full size, whatever came before."""
-    prompts, state = prompt(0.0), fresh_adam(prompt(0.0))
-    for _ in range(3):
-        prompts, state = adam_step(prompts, prompt(5.0), state, learning_rate=0.5)
-    kept, _ = adam_step(prompts, prompt(-1.0), state, learning_rate=0.5)
-    reset, _ = adam_step(prompts, prompt(-1.0), fresh_adam(prompts), learning_rate=0.5)
-    assert reset["p"][0, 0] - prompts["p"][0, 0] == pytest.approx(0.5)
-    assert kept["p"][0, 0] < prompts["p"][0, 0]
 
 
 def test_without_momentum_the_server_averages() -> None:
@@ -162,24 +131,6 @@ def step(
         (
             lambda: choose_prompts(np.array([[1.0, 2.0]]), [1], [4000, 4000], 9),
             "expected at least 4,000 for the prompt of layer 1",
-        ),
-        (
-            lambda: adam_step(prompt(0), {}, fresh_adam(prompt(0)), learning_rate=1),
-            "gradients and prompts differ in 'p'",
-        ),
-        (
-            lambda: adam_step(prompt(0), prompt(0, 1), fresh_adam(prompt(0)), learning_rate=1),
-            r"gradients has shape \(1, 2\)",
-        ),
-        (
-            lambda: adam_step(prompt(0), prompt(np.inf), fresh_adam(prompt(0)), learning_rate=1),
-            "gradients holds nan or inf",
-        ),
-        (lambda: adam_step(prompt(0), prompt(0), fresh_adam({}), learning_rate=1), "the moments and prompts differ"),
-        (lambda: adam_step(prompt(0), prompt(0), fresh_adam(prompt(0)), learning_rate=0), "learning_rate is 0"),
-        (
-            lambda: adam_step(prompt(0), prompt(0), fresh_adam(prompt(0)), learning_rate=1, betas=(0.9, 1.0)),
-            r"betas are \(0\.9, 1\.0\)",
         ),
         (lambda: step(replies={}, weights=()), "there are no devices"),
         (lambda: step(replies={"a": reply(np.nan)}), "the reply of device 'a' holds nan or inf"),

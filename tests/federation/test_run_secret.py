@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import copy
-import pickle
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,39 +95,6 @@ def test_what_is_no_count_is_refused(bad: int) -> None:
         direction_seeds(SECRET, 0, bad)
     with pytest.raises(InputError, match="HKDF gives 0 to 8160"):
         hkdf_expand(bytes(32), b"", 8161)
-
-
-def test_a_secret_is_written_once_with_mode_0600_and_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "run.secret"
-    secret = RunSecret.generate()
-    secret.save(path)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert RunSecret.load(path) == secret
-    with pytest.raises(InputError, match="never overwritten"):
-        SECRET.save(path)
-    assert RunSecret.load(path) == secret
-    path.chmod(0o640)
-    with pytest.raises(InputError, match="mode 0640"):
-        RunSecret.load(path)
-
-
-@pytest.mark.parametrize("num_bytes", [0, 31, 33])
-def test_secrets_of_another_length_are_refused(tmp_path: Path, num_bytes: int) -> None:
-    with pytest.raises(InputError, match="32 bytes"):
-        RunSecret(bytes(num_bytes))
-    path = tmp_path / "short"
-    path.touch(mode=0o600)
-    path.write_bytes(bytes(num_bytes))
-    with pytest.raises(InputError, match="32"):
-        RunSecret.load(path)
-
-
-def test_a_secret_is_never_shown() -> None:
-    assert repr(SECRET) == str(SECRET) == f"{SECRET}" == "RunSecret(hidden)"
-    assert RunSecret.generate() != RunSecret.generate()
-    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match="not to be copied"):
-            copied(SECRET)
 
 
 def test_the_public_id_names_a_secret_and_does_not_hold_it() -> None:

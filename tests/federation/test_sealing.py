@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import sys
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -67,20 +65,3 @@ def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for act in (lambda: seal(b"x", KEY, "a"), lambda: unseal(BLOCK, KEY, "checkpoint-000012/state.json")):
         with pytest.raises(InputError, match=r"pip install 'cotune\[federated\]'"):
             act()
-
-
-def test_a_key_is_written_once_with_mode_0600_and_never_shown(tmp_path: Path) -> None:
-    path = tmp_path / "key"
-    KEY.save(path)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert SealingKey.load(path) == KEY
-    with pytest.raises(InputError, match="never overwritten"):
-        SealingKey.generate().save(path)
-    path.write_bytes(bytes(31))
-    with pytest.raises(InputError, match="has 31 bytes"):
-        SealingKey.load(path)
-    with pytest.raises(InputError, match="32 bytes"):
-        SealingKey(bytes(31))
-    assert repr(KEY) == "SealingKey(hidden)"
-    with pytest.raises(TypeError, match="not to be copied"):
-        copy.copy(KEY)

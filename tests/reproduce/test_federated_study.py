@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from federated_study import Lossy, Watched, best_factor, options_at, secret_of, stragglers
+from federated_study import Lossy, Watched, options_at, secret_of, stragglers
 from toy_federation import ToyModel, toy_adapter
 
-from cotune.errors import InputError
 from cotune.federation.algorithms import ALGORITHMS, algorithm_named
 from cotune.federation.fedkseed_pro import FedKSeedPro
 from cotune.federation.local_model import LocalSteps
@@ -73,6 +72,3 @@ def test_draws_and_choices() -> None:
     devices = [f"d{k}" for k in range(10)]
     assert len(stragglers(devices, 0)) == 2 and stragglers(devices, 0) == stragglers(devices, 0)
     assert secret_of(0).value == secret_of(0).value != secret_of(1).value
-    assert best_factor({1.0: None, 3.0: 2.0, 10.0: 1.5}) == 10.0
-    with pytest.raises(InputError, match="every learning rate"):
-        best_factor({1.0: None})

@@ -1,0 +1,39 @@
+"""Ranges of the numbers that settings hold: in range, or one sentence that names the number."""
+
+from __future__ import annotations
+
+from cotune.errors import InputError
+
+
+def check_at_least(least: int, **numbers: float) -> None:
+    """Refuse the first number below `least`, or that is nan.
+
+    Raises:
+        InputError: there is one; names it.
+
+    Example:
+        >>> check_at_least(1, num_steps=3, batch_size=0)
+        Traceback (most recent call last):
+        ...
+        cotune.errors.InputError: batch_size is 0, expected at least 1
+    """
+    for name, number in numbers.items():
+        if not number >= least:
+            raise InputError(f"{name} is {number}, expected at least {least}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Refuse the first number that is not above 0, or not finite.
+
+    Raises:
+        InputError: there is one; names it.
+
+    Example:
+        >>> check_positive(learning_rate=0.1, zo_eps=0.0)
+        Traceback (most recent call last):
+        ...
+        cotune.errors.InputError: zo_eps is 0.0, expected a positive number
+    """
+    for name, number in numbers.items():
+        if not 0 < number < float("inf"):
+            raise InputError(f"{name} is {number}, expected a positive number")
