@@ -22,8 +22,8 @@ PROMPT_PIECE = 64
 RUNTIME_BYTES = 48 * 2**20
 """What ONNX Runtime with its working memory adds to a process, measured with a small model."""
 
-# Of both runtimes on a processor.
-_BYTES_PER_CACHED_NUMBER = 4
+# Of keys and values: float32 in a graph for processors, float16 in llama.cpp.
+_BYTES_PER_CACHED_NUMBER = {"onnx": 4, "gguf": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def memory_need(folder: OfflineFolder, settings: OfflineSettings) -> MemoryNeed:
     numbers = 2 * description.num_layers * description.num_kv_heads * description.head_dim * context
     return MemoryNeed(
         weights=folder.num_model_bytes,
-        caches=settings.num_texts * numbers * _BYTES_PER_CACHED_NUMBER,
+        caches=settings.num_texts * numbers * _BYTES_PER_CACHED_NUMBER[description.runtime],
         logits=min(PROMPT_PIECE, context) * description.vocab_size * 4,
     )
 

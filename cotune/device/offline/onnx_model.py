@@ -8,7 +8,6 @@ inputs of the graph, so that another one is another pointer.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -148,9 +147,12 @@ class OnnxText:
 
 
 def _runtime() -> ModuleType:
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise InputError("offline models of runtime onnx need onnxruntime; run: pip install 'cotune[edge]'")
-    return importlib.import_module("onnxruntime")
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise InputError(
+            f"offline models of runtime onnx need onnxruntime ({error}); run: pip install 'cotune[edge]'"
+        ) from error
 
 
 def _open_session(folder: OfflineFolder, num_threads: int) -> Any:

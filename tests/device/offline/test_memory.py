@@ -26,6 +26,11 @@ def test_the_need_is_the_sum_of_its_parts(folder: OfflineFolder) -> None:
     assert need.caches == 3 * 2 * LAYERS * KV_HEADS * HEAD_DIM * 10 * 4
     assert need.logits == 10 * VOCAB * 4
     assert need.total == need.weights + need.caches + need.logits + RUNTIME_BYTES
+    files = {**folder.description.files, "model.gguf": "0" * 64}
+    half = replace(folder, description=replace(folder.description, runtime="gguf", files=files))
+    (folder.path / "model.gguf").write_bytes(b"123")
+    assert memory_need(half, OfflineSettings(context=10)).caches == 2 * LAYERS * KV_HEADS * HEAD_DIM * 10 * 2
+    assert half.num_model_bytes == 3
     assert memory_need(folder, OfflineSettings()).caches == 2 * LAYERS * KV_HEADS * HEAD_DIM * CONTEXT * 4
 
 
@@ -35,6 +40,8 @@ def test_a_model_fits_exactly_or_is_refused_with_its_parts(folder: OfflineFolder
     assert check_memory(folder, exact, available=lambda: None).total == need
     with pytest.raises(InputError, match=r"needs 48\.1 MiB \(0\.0 MiB of weights.*, the memory limit; take a shorter"):
         check_memory(folder, replace(exact, memory_limit_bytes=need - 1), available=lambda: None)
+    with pytest.raises(InputError, match="the memory limit"):
+        check_memory(folder, replace(exact, memory_limit_bytes=need - 1), available=lambda: 2 * need)
     with pytest.raises(InputError, match=r"expected at most 0\.0 MiB, the memory that is free; take a shorter context"):
         check_memory(folder, exact, available=lambda: 100)
     # What the system does not say is no reason to refuse.

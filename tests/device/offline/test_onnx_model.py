@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from threading import Thread
@@ -25,7 +26,6 @@ from offline_folders import (
 from onnx import TensorProto, helper
 from toy import VOCAB
 
-from cotune.device.offline import onnx_model
 from cotune.device.offline.folder import ModuleShape, OfflineFolder
 from cotune.device.offline.model import OfflineSettings
 from cotune.device.offline.onnx_model import OnnxModel
@@ -224,8 +224,6 @@ def with_bytes(folder: Path, **files: bytes) -> OfflineFolder:
         path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name != "offline.json"
     }
     described = OfflineFolder.open(write_onnx_folder(folder.with_name("like"), TINY)).description
-    from dataclasses import replace
-
     (folder / "offline.json").write_bytes(replace(described, files=digests).to_json())
     return OfflineFolder.open(folder)
 
@@ -257,8 +255,8 @@ def test_weights_outside_the_folder_are_not_read(tmp_path: Path) -> None:
 
 
 def test_without_onnxruntime_the_extra_is_named(folder: OfflineFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_model.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"need onnxruntime; run: pip install 'cotune\[edge\]'"):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(InputError, match=r"need onnxruntime \(.*\); run: pip install 'cotune\[edge\]'"):
         OnnxModel(folder)
 
 
