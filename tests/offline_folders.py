@@ -49,7 +49,7 @@ class TinyLlama:
     """
 
     vocab_size: int = VOCAB
-    seed: int = 0
+    seed: int = 1
     weights: dict[str, Array] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from cotune.errors import InputError
-from cotune.generation.text import TextCodec
+from cotune.generation.text import Detokenizer, TextCodec
 
 EMOJI = ["😀", "👩‍👩‍👧", "🇩🇪", "é", "ß", "語", "\ufffd", "a", " ", "\n"]
 
@@ -103,3 +103,17 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 def test_other_bytes_are_no_tokenizer(data: bytes) -> None:
     with pytest.raises(InputError, match=r"expected a tokenizer\.json; fetch it again"):
         TextCodec(data)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("text", ["a b a", "Grüße 😀😀 aus Köln", "👩‍👩‍👧 the cat", "語語 a"])
+def test_what_a_detokeniser_gives_bit_by_bit_is_the_text(name: str, text: str) -> None:
+    codec = CODECS[name]
+    ids = codec.encode_text(text)
+    running = Detokenizer(codec)
+    pieces = [running.add(token) for token in ids]
+    assert "".join(pieces) + running.rest() == codec.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+    half = Detokenizer(codec)
+    half.add(codec.encode_text("😀")[0])
+    assert "\ufffd" in half.rest() or name == "byte_level"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -152,6 +154,7 @@ class LlamaText:
         self, llama: Any, model: Any, vocab_size: int, context: int, num_threads: int, adapter: GgufAdapter | None
     ) -> None:
         self.length = 0
+        self._lock = Lock()
         self._llama = llama
         self._vocab_size = vocab_size
         self._context = context
@@ -166,6 +169,8 @@ class LlamaText:
             raise InputError(
                 f"llama.cpp has no room for a text of {context} tokens; take a shorter context, or free some memory"
             )
+        # Also where nobody closes it.
+        self._free = weakref.finalize(self, llama.llama_free, self._state)
         # What the context points to has to stay.
         self._adapter = adapter
         if adapter is not None:
@@ -176,6 +181,10 @@ class LlamaText:
                 raise InputError(f"llama.cpp cannot use the adapter {adapter.name}; export it for this model again")
 
     def extend(self, token_ids: Sequence[int] | NDArray[np.int64], *, num_logits: int = 1) -> NDArray[np.float32]:
+        with self._lock:
+            return self._extend(token_ids, num_logits)
+
+    def _extend(self, token_ids: Sequence[int] | NDArray[np.int64], num_logits: int) -> NDArray[np.float32]:
         if not self._state:
             raise InputError("the text is closed, expected an open one; open another")
         ids = check_extension(
@@ -223,9 +232,10 @@ class LlamaText:
         self._llama.llama_memory_seq_rm(self._llama.llama_get_memory(self._state), 0, length, -1)
 
     def close(self) -> None:
-        if self._state:
-            self._llama.llama_free(self._state)
+        # A step that is under way writes into the context until its end.
+        with self._lock:
             self._state = None
+            self._free()
 
 
 def has_amx(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:

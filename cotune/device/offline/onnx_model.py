@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -91,6 +92,7 @@ class OnnxText:
         adapter: LoraAdapter | None,
     ) -> None:
         self.length = 0
+        self._lock = Lock()
         self._session = session
         self._vocab_size = description.vocab_size
         self._context = context
@@ -111,6 +113,10 @@ class OnnxText:
             self._bind(f"{name}.lora_B", factors.b)
 
     def extend(self, token_ids: Sequence[int] | NDArray[np.int64], *, num_logits: int = 1) -> NDArray[np.float32]:
+        with self._lock:
+            return self._extend(token_ids, num_logits)
+
+    def _extend(self, token_ids: Sequence[int] | NDArray[np.int64], num_logits: int) -> NDArray[np.float32]:
         if self._binding is None:
             raise InputError("the text is closed, expected an open one; open another")
         ids = check_extension(
@@ -136,8 +142,10 @@ class OnnxText:
         self.length = length
 
     def close(self) -> None:
-        self._binding = None
-        self._caches = []
+        # A step that is under way writes into the buffers until its end.
+        with self._lock:
+            self._binding = None
+            self._caches = []
 
     def _bind(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

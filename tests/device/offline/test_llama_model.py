@@ -169,6 +169,9 @@ def test_what_is_closed_stays_closed(model: LlamaModel, llama: FakeLlama) -> Non
     text.close()
     with pytest.raises(InputError, match="the text is closed"):
         text.extend([5])
+    forgotten = model.open()
+    del forgotten
+    assert all(context.is_freed for context in llama.contexts)
     model.close()
     model.close()
     assert llama.num_models == 0

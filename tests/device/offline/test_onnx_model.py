@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -164,6 +164,31 @@ def test_what_is_closed_stays_closed(folder: OfflineFolder) -> None:
     model.close()
     with pytest.raises(InputError, match="the offline model is closed"):
         model.open()
+
+
+def test_a_text_is_closed_after_the_step_that_is_under_way(
+    folder: OfflineFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = OnnxModel(folder, OfflineSettings(num_threads=1)).open()
+    has_begun, may_end, order = Event(), Event(), list[str]()
+
+    class Slow:
+        def run_with_iobinding(self, binding: Any) -> None:
+            has_begun.set()
+            assert may_end.wait(10)
+            order.append("step")
+
+    monkeypatch.setattr(text, "_session", Slow())
+    step = Thread(target=lambda: text.extend([5]))
+    closing = Thread(target=lambda: (text.close(), order.append("closed")))
+    step.start()
+    assert has_begun.wait(10)
+    closing.start()
+    closing.join(0.05)
+    may_end.set()
+    step.join(10)
+    closing.join(10)
+    assert order == ["step", "closed"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
