@@ -30,8 +30,17 @@ _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PLAIN_PATTERN = re.compile(r"\^?[A-Za-z0-9_.]+")
 # Fields that make more of an adapter than two factors for each module, or count from other weights than the model's.
-_REFUSED = ("use_dora", "bias", "modules_to_save", "layer_replication", "trainable_token_indices")
-_REFUSED += ("megatron_config", "alora_invocation_tokens", "use_qalora", "lora_bias")
+_REFUSED = (
+    "use_dora",
+    "bias",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "lora_bias",
+)
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -94,7 +103,7 @@ class LoraAdapter:
     @property
     def rank(self) -> int:
         """The largest of its modules."""
-        return max(factors.a.shape[1] for factors in self.modules.values())
+        return max(len(factors.b) for factors in self.modules.values())
 
     def filled(self, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
         """The same with factors for all of these modules, and of one rank: what is missing is zeros."""
@@ -151,7 +160,7 @@ def _alpha(config: dict[str, Any], module: str) -> float:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(_read(path, MAX_CONFIG_BYTES))
+        config: Any = json.loads(_read(path, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -174,7 +183,7 @@ def _config(path: Path) -> dict[str, Any]:
     unclear = [name for name in patterns if not _PLAIN_PATTERN.fullmatch(name)]
     if unclear:
         raise InputError(f"{path} has the alpha_pattern {unclear[0]!r:.80}, expected plain names of modules")
-    return config
+    return dict(config)
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -192,9 +201,10 @@ def _read(path: Path, most: int) -> bytes:
 def _tensors(path: Path) -> dict[str, NDArray[np.float32]]:
     data = _read(path, MAX_WEIGHT_BYTES)
     try:
-        return {name: _as_float32(name, entry) for name, entry in deserialize(data)}
+        entries: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise InputError(f"{path} is no safetensors file ({error}); copy the adapter again") from error
+    return {name: _as_float32(name, entry) for name, entry in entries}
 
 
 def _as_float32(name: str, entry: Mapping[str, Any]) -> NDArray[np.float32]:

@@ -56,6 +56,8 @@ def test_the_logits_are_those_of_the_model(model: LlamaModel, llama: FakeLlama) 
     params = llama.contexts[0].params
     assert (params.n_ctx, params.n_threads, params.n_threads_batch, params.n_seq_max) == (CONTEXT, 3, 3, 1)
     assert all(batch.is_freed for batch in llama.batches) and llama.num_inits == 1
+    # Logits cost a product with the whole vocabulary each: no more of them than were asked for.
+    assert sum(sum(batch.logits) for batch in llama.batches) == 3 + len(rest)
 
 
 def test_long_extensions_go_in_pieces(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
