@@ -18,21 +18,12 @@ from cotune.generation.request import GenerationRequest
 from cotune.generation.sampling import Sampling
 from cotune.generation.text import Detokenizer, TextCodec
 from cotune.openai_api.api_error import ApiError
-from cotune.openai_api.requests import CompletionRequest, Message
+from cotune.openai_api.plain_chat import plain_chat_format
+from cotune.openai_api.requests import CompletionRequest
 from cotune.openai_api.source import Alternative, ChatFormat, Finish, ModelCard, Piece
 from cotune.wire.codes import ErrorCode
 
 DEFAULT_MAX_TOKENS = 256
-
-
-def plain_chat_format(messages: Sequence[Message]) -> str:
-    """A conversation for a model that was not trained on any: a line for each turn, and whose turn it is.
-
-    Example:
-        >>> plain_chat_format([Message(role="user", content="Hello")])
-        'User: Hello\\nAssistant:'
-    """
-    return "".join(f"{message.role.capitalize()}: {message.content}\n" for message in messages) + "Assistant:"
 
 
 class PlainSource:

@@ -36,6 +36,7 @@ MAX_MODULES = 16_384
 
 _TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_SPECIAL_PARTS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MAX_TOKENIZER_CONFIG_BYTES = 16 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -205,12 +206,14 @@ class OfflineFolder:
         description: what `offline.json` says.
         tokenizer_json: the bytes of `tokenizer.json`.
         chat_template: the Jinja template that makes a prompt of a conversation; None where the model has none.
+        special_tokens: by their part (`bos_token`, `eos_token`, ...), as templates name them.
     """
 
     path: Path
     description: OfflineDescription
     tokenizer_json: bytes
     chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def model_file(self) -> Path:
@@ -252,11 +255,13 @@ class OfflineFolder:
             raise InputError(f"{described} cannot be used: {error}") from error
         for name, digest in description.files.items():
             _check_digest(path / name, digest)
+        settings = _tokenizer_settings(path, description.files)
         return cls(
             path=path,
             description=description,
             tokenizer_json=_read_bounded(path / TOKENIZER_FILE, MAX_TOKENIZER_BYTES),
-            chat_template=_chat_template(path, description.files),
+            chat_template=_chat_template(path, description.files, settings),
+            special_tokens=_special_tokens(settings),
         )
 
 
@@ -290,7 +295,22 @@ def _check_digest(path: Path, expected: str) -> None:
         )
 
 
-def _chat_template(path: Path, files: Mapping[str, str]) -> str | None:
+def _tokenizer_settings(path: Path, files: Mapping[str, str]) -> dict[str, Any]:
+    """What transformers keeps beside a tokenizer; empty where it is not there."""
+    if _TOKENIZER_CONFIG_FILE not in files:
+        return {}
+    config = path / _TOKENIZER_CONFIG_FILE
+    data = _read_bounded(config, _MAX_TOKENIZER_CONFIG_BYTES)
+    try:
+        settings = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{config} is no JSON ({error}); copy the folder again") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{config} holds a {type(settings).__name__}, expected an object; copy the folder again")
+    return settings
+
+
+def _chat_template(path: Path, files: Mapping[str, str], settings: Mapping[str, Any]) -> str | None:
     """From the file of its own, or from the tokenizer's settings, as transformers writes it."""
     if _TEMPLATE_FILE in files:
         data = _read_bounded(path / _TEMPLATE_FILE, MAX_TEMPLATE_BYTES)
@@ -298,17 +318,20 @@ def _chat_template(path: Path, files: Mapping[str, str]) -> str | None:
             return data.decode()
         except UnicodeDecodeError as error:
             raise InputError(f"{path / _TEMPLATE_FILE} is no UTF-8 ({error}); copy the folder again") from error
-    if _TOKENIZER_CONFIG_FILE not in files:
-        return None
-    config = path / _TOKENIZER_CONFIG_FILE
-    try:
-        settings = json.loads(_read_bounded(config, _MAX_TOKENIZER_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{config} is no JSON ({error}); copy the folder again") from error
-    template = settings.get("chat_template") if isinstance(settings, dict) else None
+    template = settings.get("chat_template")
     if template is not None and (not isinstance(template, str) or len(template) > MAX_TEMPLATE_BYTES):
         raise InputError(
-            f"{config} has a chat_template that is a {type(template).__name__}, expected one string of at most "
-            f"{MAX_TEMPLATE_BYTES} characters; write it into {_TEMPLATE_FILE}"
+            f"{path / _TOKENIZER_CONFIG_FILE} has a chat_template that is a {type(template).__name__}, expected one "
+            f"string of at most {MAX_TEMPLATE_BYTES} characters; write it into {_TEMPLATE_FILE}"
         )
     return template
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in _SPECIAL_PARTS:
+        value = settings.get(part)
+        token = value.get("content") if isinstance(value, dict) else value
+        if isinstance(token, str):
+            found[part] = token
+    return found

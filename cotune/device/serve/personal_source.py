@@ -21,7 +21,8 @@ from cotune.device.serve.watched_stream import WatchedStream
 from cotune.device.serve.wishes import options_for
 from cotune.device.side_network import open_side_network
 from cotune.errors import CotuneError
-from cotune.generation.request import Decision, GenerationRequest
+from cotune.generation.modes import MODES
+from cotune.generation.request import ANSWERS, SCHEDULES, Decision, GenerationRequest
 from cotune.openai_api.api_error import ApiError
 from cotune.openai_api.requests import CompletionRequest
 from cotune.openai_api.source import Finish, ModelCard, Piece
@@ -82,6 +83,31 @@ class PersonalSource:
             self.device.check_cloud(client.description)
             self.cloud = client.description
         return self.cloud
+
+    async def start(self) -> None:
+        """Make sure that the cloud is there; see `check_cloud`."""
+        await self.check_cloud()
+
+    def info(self) -> dict[str, object]:
+        """What can be chosen with this plugin, and what is where nobody does."""
+        plugin, defaults, cloud = self.device.plugin, self.defaults, self.cloud
+        has_gate = self.device.personal.gate is not None
+        modes = [mode for mode in MODES.values() if mode.family == plugin.family and (has_gate or not mode.is_gated)]
+        return {
+            "cloud": None if cloud is None else {"model": cloud.model, "max_context": cloud.max_context},
+            "plugin": {"num_parameters": plugin.num_parameters, "family": plugin.family, "has_gate": has_gate},
+            "modes": [mode.name for mode in modes],
+            "schedules": [name for name in SCHEDULES if has_gate or name != "gated"],
+            "answers": list(ANSWERS),
+            "defaults": {
+                "mode": defaults.mode,
+                "schedule": defaults.schedule,
+                "answer": defaults.answer,
+                "max_tokens": defaults.max_new_tokens,
+                "temperature": defaults.sampling.temperature,
+                "seed": defaults.sampling.seed,
+            },
+        }
 
     def models(self) -> Sequence[ModelCard]:
         return [self.card]

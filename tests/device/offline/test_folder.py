@@ -77,6 +77,15 @@ def test_a_chat_template_comes_from_its_own_file_or_from_the_tokenizers_settings
     assert OfflineFolder.open(own).chat_template == "own"
     without = write(tmp_path / "without", {"tokenizer_config.json": b'{"model_max_length": 8}'})
     assert OfflineFolder.open(without).chat_template is None
+    words = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
+    named = write(tmp_path / "named", {"tokenizer_config.json": json.dumps(words).encode()})
+    assert OfflineFolder.open(named).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    no_object = write(tmp_path / "no_object", {"tokenizer_config.json": b"[]"})
+    with pytest.raises(InputError, match=r"tokenizer_config\.json holds a list, expected an object"):
+        OfflineFolder.open(no_object)
+    no_text = write(tmp_path / "no_text", {"chat_template.jinja": b"\xff"})
+    with pytest.raises(InputError, match=r"chat_template\.jinja is no UTF-8"):
+        OfflineFolder.open(no_text)
     several = write(tmp_path / "several", {"tokenizer_config.json": b'{"chat_template": [1]}'})
     with pytest.raises(InputError, match="a chat_template that is a list, expected one string"):
         OfflineFolder.open(several)
