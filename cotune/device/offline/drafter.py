@@ -6,7 +6,7 @@ and the check in the cloud. A draft decides nothing, so that the text stays what
 
 from __future__ import annotations
 
-import hashlib
+from functools import partial
 
 from cotune.device.offline.model import Adapter, OfflineModel
 from cotune.device.offline.reader import TextReader
@@ -28,12 +28,15 @@ class OfflineDrafter:
         self._context = model.context
         self._vocab_size = model.description.vocab_size
         self._end_ids = model.description.end_ids
-        self._reader = TextReader(model.open(adapter))
+        self._open = partial(model.open, adapter)
+        # At the first draft: most schedules never ask for one.
+        self._reader: TextReader | None = None
 
     def draft(self, history: list[int], k: int) -> list[int]:
         room = min(k, self._context - len(history))
         if room < 1 or not history or not 0 <= min(history) <= max(history) < self._vocab_size:
             return []
+        self._reader = self._reader or TextReader(self._open())
         path = list(history)
         while len(path) < len(history) + room:
             logits = self._reader.read(path)
@@ -55,11 +58,8 @@ def check_same_tokenizer(model: OfflineModel, tokenizer_json: bytes) -> None:
     Raises:
         MismatchError: they have other tokenizers.
     """
-    theirs = hashlib.sha256(tokenizer_json).hexdigest()
-    own = model.description.tokenizer_digest
-    if own != theirs:
+    if not model.description.reads_with(tokenizer_json):
         raise MismatchError(
-            f"the offline model in {model.folder.path} has the tokenizer {own[:12]} and the cloud {theirs[:12]}, "
-            "expected the same one to draft with; export an offline model of the cloud's own family, or use schedule "
-            "optimistic"
+            f"the offline model in {model.folder.path} has another tokenizer than the cloud, expected the same one to "
+            "draft with; export an offline model of the cloud's own family, or use schedule optimistic"
         )

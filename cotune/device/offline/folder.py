@@ -136,6 +136,10 @@ class OfflineDescription:
             if name not in self.files:
                 raise InputError(f"files does not name {name}, which a {self.runtime} model needs; export it again")
 
+    def reads_with(self, tokenizer_json: bytes) -> bool:
+        """Whether these are the bytes of its tokenizer, so that its tokens are those of whoever else has them."""
+        return hashlib.sha256(tokenizer_json).hexdigest() == self.tokenizer_digest
+
     def to_json(self) -> bytes:
         """The bytes of `offline.json`."""
         modules = {name: {"in": shape.in_dim, "out": shape.out_dim} for name, shape in self.adapter_modules.items()}

@@ -39,6 +39,14 @@ class OfflineWriter:
         self.text = TextCodec(model.folder.tokenizer_json)
         self._places = asyncio.Semaphore(num_texts)
 
+    def info(self) -> dict[str, object]:
+        """What a page tells of it; JSON values only."""
+        return {
+            "bits": self.model.description.bits,
+            "context": self.model.context,
+            "adapter": None if self.adapter is None else self.adapter.name,
+        }
+
     @asynccontextmanager
     async def generation(
         self, request: GenerationRequest, *, num_alternatives: int = 0
@@ -61,12 +69,16 @@ class OfflineWriter:
             finally:
                 generation.close()
 
-    @asynccontextmanager
-    async def reader(self) -> AsyncIterator[TextReader]:
-        """An empty text to read and extend, when there is a place for it."""
-        async with self._places:
-            reader = TextReader(self.model.open(self.adapter))
-            try:
-                yield reader
-            finally:
-                reader.close()
+    async def take(self) -> TextReader:
+        """An empty text to read and extend, when there is a place for it; to be given back."""
+        await self._places.acquire()
+        try:
+            return TextReader(self.model.open(self.adapter))
+        except BaseException:
+            self._places.release()
+            raise
+
+    def give_back(self, reader: TextReader) -> None:
+        """End a text that was taken."""
+        reader.close()
+        self._places.release()

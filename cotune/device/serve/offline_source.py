@@ -45,15 +45,11 @@ class OfflineSource:
 
     def info(self) -> dict[str, object]:
         """There is nothing to choose but how to sample."""
-        model, sampling = self._writer.model, self.defaults.sampling
+        sampling = self.defaults.sampling
         return {
             "cloud": None,
             "plugin": None,
-            "offline": {
-                "bits": model.description.bits,
-                "context": model.context,
-                "adapter": None if self._writer.adapter is None else self._writer.adapter.name,
-            },
+            "offline": self._writer.info(),
             "modes": [],
             "schedules": [],
             "answers": [],

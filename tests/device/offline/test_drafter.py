@@ -63,6 +63,8 @@ def test_tokens_that_the_model_does_not_know_are_no_reason_to_fail(model: Offlin
 
 def test_a_long_prompt_is_read_over_several_calls(model: OfflineModel) -> None:
     drafter = OfflineDrafter(model)
+    assert drafter.draft([5], 1) == greedy([5], 1)
+    assert drafter._reader is not None
     drafter._reader._piece = 8
     history = [int(token) for token in np.random.default_rng(1).integers(3, VOCAB, 30)]
     assert [drafter.draft(history, 2) for _ in range(4)] == [[], [], [], greedy(history, 2)]
