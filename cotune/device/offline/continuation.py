@@ -124,7 +124,7 @@ class Continuation:
         if not self._held:
             return []
         before = self._cloud.decode(self._tail)
-        for candidate in self._candidates(before):
+        for candidate in self._candidates():
             if self._cloud.decode([*self._tail, *candidate]) == before + self._held:
                 self._tail = [*self._tail, *candidate][-_WINDOW:]
                 self._held = ""
@@ -136,14 +136,14 @@ class Continuation:
             )
         return []
 
-    def _candidates(self, before: str) -> list[list[int]]:
+    def _candidates(self) -> list[list[int]]:
         """As it stands, and as it is after other text: some tokenizers put a space in front of every text.
 
-        After the text before it; after a line break, which no word begins with, where a word was cut in two; and after
-        a space, which is lost at the start of a text.
+        After a line break, which no word begins with, where a word was cut in two; and after a space, which is lost at
+        the start of a text.
         """
         found = [self._cloud.encode_text(self._held)]
-        for other in (before, "\n", " "):
+        for other in ("\n", " "):
             joined = self._cloud.encode_text(other + self._held)
             found += [joined[start:] for start in range(len(joined))]
         return found
