@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from queue import Queue
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from clouds import in_a_thread
 from toy import toy_model
@@ -19,6 +19,7 @@ from cotune.device.client import ClientConfig
 from cotune.device.runtime import GenerationOptions
 from cotune.device.serve.personal_source import PersonalSource
 from cotune.device.serve.server import ServeConfig, serve
+from cotune.device.serve.source import DeviceSource
 from cotune.ledger import EgressLedger
 from cotune.plugin import Plugin
 from cotune.wire.emulator import EmulatedConnection, NetworkProfile
@@ -29,12 +30,15 @@ from cotune.wire.websocket import connect
 MODEL = "my-plugin"
 
 
+S = TypeVar("S", bound=DeviceSource)
+
+
 @dataclass(frozen=True)
-class Service:
+class Service(Generic[S]):
     """A service at work."""
 
     url: str
-    source: PersonalSource
+    source: S
     ledger: EgressLedger
 
 
@@ -72,38 +76,45 @@ def serving(
     plugin: Plugin | None = None,
     rtt_ms: float = 0.0,
     **defaults: Any,
-) -> Iterator[Service]:
+) -> Iterator[Service[PersonalSource]]:
     """A cloud and a device's service over it, until the block ends."""
-    ready: Queue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event] | BaseException] = Queue()
     ledger = EgressLedger(None)
     with in_a_thread(model or toy_model()) as cloud_url:
         source = source_of(cloud_url, ledger, plugin=plugin, rtt_ms=rtt_ms, **defaults)
+        with serving_source(source, ledger, config) as service:
+            yield service
 
-        async def work() -> None:
-            loop, stop = asyncio.get_running_loop(), asyncio.Event()
-            await serve(
-                source,
-                ledger.totals,
-                config or ServeConfig(port=0, grace_s=1),
-                on_ready=lambda url: ready.put((url, loop, stop)),
-                stop=stop,
-            )
 
-        def run() -> None:
-            try:
-                asyncio.run(work())
-            except BaseException as error:
-                ready.put(error)
+@contextmanager
+def serving_source(source: S, ledger: EgressLedger, config: ServeConfig | None = None) -> Iterator[Service[S]]:
+    """Any source's service, until the block ends."""
+    ready: Queue[tuple[str, asyncio.AbstractEventLoop, asyncio.Event] | BaseException] = Queue()
 
-        thread = threading.Thread(target=run, name="device")
-        thread.start()
-        started = ready.get(timeout=30)
-        if isinstance(started, BaseException):
-            raise started
-        url, loop, stop = started
+    async def work() -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        await serve(
+            source,
+            ledger.totals,
+            config or ServeConfig(port=0, grace_s=1),
+            on_ready=lambda url: ready.put((url, loop, stop)),
+            stop=stop,
+        )
+
+    def run() -> None:
         try:
-            yield Service(url, source, ledger)
-        finally:
-            loop.call_soon_threadsafe(stop.set)
-            thread.join(timeout=30)
-            assert not thread.is_alive()
+            asyncio.run(work())
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=run, name="device")
+    thread.start()
+    started = ready.get(timeout=30)
+    if isinstance(started, BaseException):
+        raise started
+    url, loop, stop = started
+    try:
+        yield Service(url, source, ledger)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(timeout=30)
+        assert not thread.is_alive()

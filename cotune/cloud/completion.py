@@ -15,7 +15,7 @@ from cotune.errors import CotuneError, RefusedError
 from cotune.generation.gate import Gate
 from cotune.generation.protocols import StepFeatures
 from cotune.generation.request import GenerationRequest
-from cotune.generation.sampling import choose
+from cotune.generation.sampling import choose, log_probabilities, most_probable
 from cotune.wire.codes import ErrorCode
 
 # A reader who is this many tokens behind is computed nothing for until it has caught up.
@@ -89,11 +89,12 @@ class PlainSteps:
         self.is_over = token_id in self.request.stop_token_ids or num_generated >= self.request.max_new_tokens
         if self._num_alternatives is None:
             return PlainToken(token_id=token_id, logprob=None, alternatives=())
-        wide = logits.astype(np.float64)
-        logprobs = wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum()))
-        best = np.argsort(-logprobs, kind="stable")[: self._num_alternatives]
-        alternatives = tuple((int(i), float(logprobs[i])) for i in best)
-        return PlainToken(token_id=token_id, logprob=float(logprobs[token_id]), alternatives=alternatives)
+        logprobs = log_probabilities(logits)
+        return PlainToken(
+            token_id=token_id,
+            logprob=float(logprobs[token_id]),
+            alternatives=most_probable(logprobs, self._num_alternatives),
+        )
 
 
 class CompletionRow:

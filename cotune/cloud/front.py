@@ -25,11 +25,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from cotune.cloud.asgi_connection import AsgiConnection
 from cotune.cloud.metrics import CONTENT_TYPE, render_metrics
-from cotune.cloud.plain_source import PlainSource, plain_chat_format
+from cotune.cloud.plain_source import PlainSource
 from cotune.cloud.service import CloudService
 from cotune.errors import CotuneError, RefusedError
 from cotune.openai_api.api_error import ApiError, api_error
 from cotune.openai_api.bearer import BearerTokens
+from cotune.openai_api.plain_chat import plain_chat_format
 from cotune.openai_api.routes import ApiLimits, OpenAiApi
 from cotune.openai_api.source import ChatFormat
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from cotune.cloud.front import FrontConfig, front
 from cotune.cloud.hosted import HostedModel
-from cotune.cloud.plain_source import plain_chat_format
 from cotune.cloud.service import CloudService, ServiceConfig
 from cotune.errors import InputError
 from cotune.openai_api.bearer import BearerTokens
+from cotune.openai_api.plain_chat import plain_chat_format
 from cotune.openai_api.source import ChatFormat
 from cotune.wire.asgi_server import ServerConfig, run_server
 from cotune.wire.impatient_protocols import Patience

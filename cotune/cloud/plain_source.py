@@ -16,23 +16,14 @@ from cotune.cloud.service import CloudService
 from cotune.errors import RefusedError
 from cotune.generation.request import GenerationRequest
 from cotune.generation.sampling import Sampling
-from cotune.generation.text import TextCodec
+from cotune.generation.text import Detokenizer, TextCodec
 from cotune.openai_api.api_error import ApiError
-from cotune.openai_api.requests import CompletionRequest, Message
+from cotune.openai_api.plain_chat import plain_chat_format
+from cotune.openai_api.requests import CompletionRequest
 from cotune.openai_api.source import Alternative, ChatFormat, Finish, ModelCard, Piece
 from cotune.wire.codes import ErrorCode
 
 DEFAULT_MAX_TOKENS = 256
-
-
-def plain_chat_format(messages: Sequence[Message]) -> str:
-    """A conversation for a model that was not trained on any: a line for each turn, and whose turn it is.
-
-    Example:
-        >>> plain_chat_format([Message(role="user", content="Hello")])
-        'User: Hello\\nAssistant:'
-    """
-    return "".join(f"{message.role.capitalize()}: {message.content}\n" for message in messages) + "Assistant:"
 
 
 class PlainSource:
@@ -62,7 +53,7 @@ class PlainSource:
                 f"cotune is {sorted(request.extension)}, and a cloud takes no such wishes; leave it out", param="cotune"
             )
         generation = self._generation(request)
-        detokenizer = _Detokenizer(self._text)
+        detokenizer = Detokenizer(self._text)
         wanted = max(1, request.num_alternatives) if request.logprobs else None
         reason: Literal["stop", "length"] = "length"
         num_tokens, text = 0, ""
@@ -122,31 +113,3 @@ class PlainSource:
                 f"prompt holds {len(request.prompt)} tokens, expected ids from 0 to {size - 1}", param="prompt"
             )
         return np.array(request.prompt, np.int64)
-
-
-class _Detokenizer:
-    """The text that each token adds, without decoding everything again for each."""
-
-    def __init__(self, text: TextCodec) -> None:
-        self._text = text
-        self._ids: list[int] = []
-        self._start = 0
-        self._shown = 0
-
-    def add(self, token_id: int) -> str:
-        """What can be shown now; empty in the middle of a character."""
-        self._ids.append(token_id)
-        before, after = self._window()
-        if after.endswith("\ufffd") or len(after) <= len(before):
-            return ""
-        # Tokens before the last shown one no longer change how later ones are read.
-        self._start, self._shown = self._shown, len(self._ids)
-        return after[len(before) :]
-
-    def rest(self) -> str:
-        """What was held back."""
-        before, after = self._window()
-        return after[len(before) :]
-
-    def _window(self) -> tuple[str, str]:
-        return self._text.decode(self._ids[self._start : self._shown]), self._text.decode(self._ids[self._start :])

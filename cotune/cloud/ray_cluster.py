@@ -22,10 +22,10 @@ from starlette.types import ASGIApp
 from cotune.cloud.front import FrontConfig, front
 from cotune.cloud.host import HostConfig
 from cotune.cloud.hosted import HostedModel
-from cotune.cloud.plain_source import plain_chat_format
 from cotune.cloud.service import CloudService
 from cotune.errors import InputError
 from cotune.openai_api.bearer import BearerTokens
+from cotune.openai_api.plain_chat import plain_chat_format
 from cotune.wire.event_loop import asked_to_end
 
 _APPLICATION = "cotune"

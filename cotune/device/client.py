@@ -93,7 +93,7 @@ class CloudClient:
         self._description: CloudDescription | None = None
 
     async def __aenter__(self) -> Self:
-        await self._connected()
+        await self.connect()
         return self
 
     async def __aexit__(
@@ -108,10 +108,25 @@ class CloudClient:
             raise InputError("the client is not connected yet; use it as `async with CloudClient(...)`")
         return self._description
 
+    async def connect(self) -> CloudDescription:
+        """Make sure that a connection stands; says what the cloud hosts.
+
+        Raises:
+            WireError: the cloud is not there, refuses, or is none.
+            MismatchError: it hosts something else than before.
+        """
+        await self._connected()
+        return self.description
+
+    def let_go(self) -> Connection | None:
+        """Hand out the connection, if there is one, to be closed by somebody who has the time; the next one is new."""
+        connection, self._connection = self._connection, None
+        return connection
+
     async def close(self) -> None:
         """Close the connection, if there is one."""
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
+        connection = self.let_go()
+        if connection is not None:
             await connection.close()
 
     async def fetch(self, kind: AssetKind) -> bytes:

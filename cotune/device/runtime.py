@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from cotune.device.attention_network import MAX_ROLLBACK
 from cotune.device.beam_stream import BeamDeviceStream
 from cotune.device.client import ClientConfig, CloudClient, Connector
 from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
+from cotune.device.fallback import Fallback
 from cotune.device.side_network import gate_of, open_side_network
 from cotune.device.stream import DeviceStream
-from cotune.errors import InputError
+from cotune.errors import InputError, MismatchError
 from cotune.generation.beams import BeamCounters, BeamOptions, FinishedBeam, check_beams, check_memory
 from cotune.generation.gate import Gate
 from cotune.generation.modes import mode_named
@@ -31,8 +33,25 @@ from cotune.generation.stopping import Ending
 from cotune.generation.text import TextCodec
 from cotune.plugin import Plugin
 from cotune.wire.description import CloudDescription
+from cotune.wire.transport import Connection
 
 PROMPT_SLOT = "{prompt}"
+# Of a text that ended without the cloud.
+_NOTHING_COUNTED: dict[str, object] = dict.fromkeys(
+    (
+        "num_steps",
+        "num_wasted_steps",
+        "num_rollbacks",
+        "num_more_trips",
+        "num_delayed",
+        "num_late",
+        "num_drafted",
+        "num_drafts_kept",
+        "cloud_ms",
+        "stall_ms",
+    ),
+    0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,14 +252,73 @@ class Device:
         self.check(options)
         description = client.description
         self.check_cloud(description)
-        stream = self._stream_for(self.request_for(prompt, options, description.stop_token_ids), options, description)
+        stream = self._stream_for(self.request_for(prompt, options, description.stop_token_ids), options)
+        return await self._made(client, stream, prompt, options, on_text, partial(client.generate, stream))
+
+    async def generate_anyway(
+        self,
+        client: CloudClient,
+        fallback: Fallback,
+        prompt: str,
+        options: GenerationOptions,
+        on_text: Callable[[str, Decision], None] | None = None,
+    ) -> DeviceGeneration:
+        """As `generate`, and by an offline model while the cloud is out of reach.
+
+        Args:
+            client: need not be connected; see `hasty_client`.
+            fallback: the offline model, and what is known of the cloud.
+            prompt, options, on_text: as for `generate`.
+
+        Raises:
+            InputError: the mode does not fit the plugin, or beams, which need the cloud.
+            RefusedError: the cloud is there and cannot serve this text.
+            WireError: it is away, and the text has no room in the offline model.
+        """
+        self.check(options)
+        if options.beams is not None:
+            raise InputError("num_beams is given with an offline model, expected 1: beams need the cloud throughout")
+        stream = self._stream_for(self.request_for(prompt, options, fallback.end_ids), options)
+        assert isinstance(stream, DeviceStream)
+        return await self._made(client, stream, prompt, options, on_text, partial(fallback.run, client, stream, prompt))
+
+    def hasty_client(self, connector: Connector | None = None) -> CloudClient:
+        """A client that gives up at once, for those who know what to do without it."""
+        return CloudClient(connector or self._connector, replace(self._config, max_attempts=1, busy_patience_s=0.0))
+
+    async def greet(self) -> tuple[CloudDescription, Connection | None]:
+        """Connect to the cloud and hold what it hosts against the plugin; the connection is the caller's to close.
+
+        Raises:
+            MismatchError: it hosts another model.
+            WireError: it is not there, or refuses.
+        """
+        client = self.hasty_client()
+        description = await client.connect()
+        try:
+            self.check_cloud(description)
+        except MismatchError:
+            await client.close()
+            raise
+        return description, client.let_go()
+
+    async def _made(
+        self,
+        client: CloudClient,
+        stream: DeviceStream | BeamDeviceStream,
+        prompt: str,
+        options: GenerationOptions,
+        on_text: Callable[[str, Decision], None] | None,
+        run: Callable[[Callable[[Decision], None] | None], Awaitable[None]],
+    ) -> DeviceGeneration:
+        """Run the stream and say what came of it."""
         show = None if on_text is None else _Shower(self.text, on_text)
         bytes_before = client.bytes_received, client.bytes_sent
         reconnects_before = client.num_reconnects
         started_s = time.perf_counter()
-        await client.generate(stream, show)
+        await run(show)
         wall_s = time.perf_counter() - started_s
-        assert stream.ending is not None and stream.cloud_counters is not None
+        assert stream.ending is not None
         text = self.text.decode(stream.token_ids)
         return DeviceGeneration(
             options=options,
@@ -255,15 +333,14 @@ class Device:
             bytes_up=client.bytes_sent - bytes_before[1],
             num_certificate_misses=stream.num_certificate_misses,
             num_reconnects=client.num_reconnects - reconnects_before,
-            cloud={name: float(str(value)) for name, value in stream.cloud_counters.items()},
+            cloud={name: float(str(value)) for name, value in (stream.cloud_counters or _NOTHING_COUNTED).items()},
             beams=stream.beams if isinstance(stream, BeamDeviceStream) else (),
             beam_counters=stream.counters if isinstance(stream, BeamDeviceStream) else None,
         )
 
-    def _stream_for(
-        self, request: GenerationRequest, options: GenerationOptions, description: CloudDescription
-    ) -> DeviceStream | BeamDeviceStream:
-        tap_shape = description.num_taps, description.tap_dim
+    def _stream_for(self, request: GenerationRequest, options: GenerationOptions) -> DeviceStream | BeamDeviceStream:
+        # The cloud's, whose projections are the plugin's.
+        tap_shape = int(self.plugin.config["num_taps"]), int(self.plugin.config["tap_dim"])
         if options.beams is not None:
             return BeamDeviceStream(
                 request,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +113,10 @@ class DeviceStream:
         """The text is complete and the cloud has reported what it cost."""
         return self.ending is not None and self.cloud_counters is not None
 
+    def has_ended(self) -> bool:
+        """The text is complete, whether or not the cloud knows."""
+        return self.ending is not None
+
     @property
     def token_ids(self) -> list[int]:
         return [decision.token_id for decision in self.decisions]
@@ -149,6 +154,26 @@ class DeviceStream:
             top_p=self.request.sampling.top_p,
             **({} if gate is None or not needs_gate else gate.open_fields()),
         )
+
+    # Between connections, while the cloud is out of reach. The next `open_frame` tells it what became of the text.
+
+    def adopt(self, token_ids: Sequence[int]) -> list[Decision]:
+        """Go on with tokens of the device's own, up to the end of the text, which they may bring; gives those taken."""
+        num_known = len(self.decisions)
+        for token in token_ids:
+            if self.ending is None:
+                self._append(Decision(token_id=token, base_token_id=token, consulted=False, local=True))
+        return self.decisions[num_known:]
+
+    def forget_last(self, num_tokens: int) -> None:
+        """Take back the last tokens of a text that has not ended, such as those of half a character."""
+        keep = len(self.decisions) - num_tokens
+        del self.decisions[keep:]
+        del self._text[len(self.request.prompt_ids) + keep :]
+
+    def end_alone(self, reason: str) -> None:
+        """The text ends here, for a `reason` of `Ending` that its tokens do not show."""
+        self.ending = Ending(reason, len(self.decisions))
 
     def on_frame(self, frame: Frame) -> list[Frame]:
         """Take one frame from the cloud; returns the frames to send. Stale and repeated ones change nothing.

@@ -60,12 +60,14 @@ class Decision:
         base_token_id: what the cloud alone would have said here.
         consulted: the device was asked (sigma = 1).
         late: its answer did not come before the deadline, so that this is the cloud's own token.
+        local: the device decided it by its offline model, while the cloud was out of reach.
     """
 
     token_id: int
     base_token_id: int
     consulted: bool
     late: bool = False
+    local: bool = False
 
     @property
     def changed(self) -> bool:
@@ -74,5 +76,5 @@ class Decision:
 
     @property
     def source(self) -> str:
-        """`device` where the token is there because of the device, else `cloud`."""
-        return "device" if self.changed else "cloud"
+        """`device` where the plugin brought the token about, `local` where an offline model did, else `cloud`."""
+        return "local" if self.local else "device" if self.changed else "cloud"

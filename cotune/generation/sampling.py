@@ -96,6 +96,28 @@ def _scored(
     return ids, scaled[ids] + gumbel(sampling.seed, position, ids)
 
 
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Natural logarithms of softmax(logits), float64 (vocab,), at temperature 1.
+
+    Example:
+        >>> log_probabilities(np.zeros(4, np.float32)).round(3)
+        array([-1.386, -1.386, -1.386, -1.386])
+    """
+    wide = logits.astype(np.float64)
+    return np.asarray(wide - (wide.max() + np.log(np.exp(wide - wide.max()).sum())))
+
+
+def most_probable(logprobs: NDArray[np.float64], num: int) -> tuple[tuple[int, float], ...]:
+    """The `num` likeliest tokens and the logarithms of their probabilities, the likeliest first.
+
+    Example:
+        >>> most_probable(np.array([-2.0, -1.0, -3.0]), num=2)
+        ((1, -1.0), (0, -2.0))
+    """
+    best = np.argsort(-logprobs, kind="stable")[:num]
+    return tuple((int(token), float(logprobs[token])) for token in best)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartialLogits:
     """The largest base logits of one position, as a device knows them.

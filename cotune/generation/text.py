@@ -62,6 +62,38 @@ class TextCodec:
         return pieces
 
 
+class Detokenizer:
+    """The text that each token adds, without decoding everything again for each.
+
+    Args:
+        text: the tokenizer.
+    """
+
+    def __init__(self, text: TextCodec) -> None:
+        self._text = text
+        self._ids: list[int] = []
+        self._start = 0
+        self._shown = 0
+
+    def add(self, token_id: int) -> str:
+        """What can be shown now; empty in the middle of a character."""
+        self._ids.append(token_id)
+        before, after = self._window()
+        if after.endswith("\ufffd") or len(after) <= len(before):
+            return ""
+        # Tokens before the last shown one no longer change how later ones are read.
+        self._start, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+    def rest(self) -> str:
+        """What was held back."""
+        before, after = self._window()
+        return after[len(before) :]
+
+    def _window(self) -> tuple[str, str]:
+        return self._text.decode(self._ids[self._start : self._shown]), self._text.decode(self._ids[self._start :])
+
+
 def _num_common(left: str, right: str) -> int:
     """How many characters both begin with."""
     pairs = enumerate(zip(left, right, strict=False))

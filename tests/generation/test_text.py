@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from cotune.errors import InputError
-from cotune.generation.text import TextCodec
+from cotune.generation.text import Detokenizer, TextCodec
 
 EMOJI = ["😀", "👩‍👩‍👧", "🇩🇪", "é", "ß", "語", "\ufffd", "a", " ", "\n"]
 
@@ -103,3 +103,18 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 def test_other_bytes_are_no_tokenizer(data: bytes) -> None:
     with pytest.raises(InputError, match=r"expected a tokenizer\.json; fetch it again"):
         TextCodec(data)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("text", ["a b a", "Grüße 😀😀 aus Köln", "👩‍👩‍👧 the cat", "語語 a"])
+def test_what_a_detokeniser_gives_bit_by_bit_is_the_text(name: str, text: str) -> None:
+    codec = CODECS[name]
+    ids = codec.encode_text(text)
+    running, shown = Detokenizer(codec), ""
+    for token in ids:
+        shown += running.add(token)
+        # Never half a character, and never what later tokens take back.
+        assert codec.decode(ids).startswith(shown)
+    assert shown + running.rest() == codec.decode(ids)
+    cut = Detokenizer(codec)
+    assert "".join(map(cut.add, codec.encode_text("a語")[:-1])) == "a" and "\ufffd" in cut.rest()

@@ -13,9 +13,7 @@ from starlette.routing import Route
 from cotune import __version__
 from cotune.device.serve.guards import Guards
 from cotune.device.serve.page_files import PAGE_PATHS, page_routes
-from cotune.device.serve.personal_source import PersonalSource
-from cotune.generation.modes import MODES
-from cotune.generation.request import ANSWERS, SCHEDULES
+from cotune.device.serve.source import DeviceSource
 from cotune.openai_api.api_error import ApiError
 from cotune.openai_api.bearer import BearerTokens
 from cotune.openai_api.routes import ApiLimits, OpenAiApi
@@ -24,7 +22,7 @@ Totals = Callable[[], dict[str, dict[str, int]]]
 
 
 def make_application(
-    source: PersonalSource,
+    source: DeviceSource,
     totals: Totals,
     *,
     hosts: Collection[str],
@@ -46,7 +44,7 @@ def make_application(
         return JSONResponse({"kinds": kinds, "bytes": sum(total["bytes"] for total in kinds.values())})
 
     async def show_info(http: Request) -> Response:
-        return JSONResponse(info(source))
+        return JSONResponse({"model": source.card.id, "version": __version__, **source.info()})
 
     routes = [
         *OpenAiApi(source, limits).routes,
@@ -56,30 +54,6 @@ def make_application(
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_page})
     return Guards(app, hosts=hosts, tokens=tokens, open_paths=PAGE_PATHS)
-
-
-def info(source: PersonalSource) -> dict[str, object]:
-    """What the page needs to know: names, what can be chosen, and what is chosen where nobody does."""
-    plugin, defaults, cloud = source.device.plugin, source.defaults, source.cloud
-    has_gate = source.device.personal.gate is not None
-    modes = [mode for mode in MODES.values() if mode.family == plugin.family and (has_gate or not mode.is_gated)]
-    return {
-        "model": source.card.id,
-        "version": __version__,
-        "cloud": None if cloud is None else {"model": cloud.model, "max_context": cloud.max_context},
-        "plugin": {"num_parameters": plugin.num_parameters, "family": plugin.family, "has_gate": has_gate},
-        "modes": [mode.name for mode in modes],
-        "schedules": [name for name in SCHEDULES if has_gate or name != "gated"],
-        "answers": list(ANSWERS),
-        "defaults": {
-            "mode": defaults.mode,
-            "schedule": defaults.schedule,
-            "answer": defaults.answer,
-            "max_tokens": defaults.max_new_tokens,
-            "temperature": defaults.sampling.temperature,
-            "seed": defaults.sampling.seed,
-        },
-    }
 
 
 async def _no_such_page(http: Request, error: Exception) -> Response:

@@ -67,6 +67,7 @@ def metrics(made: DeviceGeneration) -> dict[str, object]:
         "wasted_cloud_steps": int(cloud["num_wasted_steps"]),
         "certificate_misses": made.num_certificate_misses,
         "late": sum(decision.late for decision in decisions),
+        "local": sum(decision.local for decision in decisions),
         "drafted": int(cloud["num_drafted"]),
         "drafts_kept": int(cloud["num_drafts_kept"]),
         "num_reconnects": made.num_reconnects,

@@ -7,21 +7,25 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from cotune.device.client import ClientConfig, CloudClient, Connector
-from cotune.device.runtime import Device, GenerationOptions
+from cotune.device.fallback import Fallback
+from cotune.device.offline.writer import OfflineWriter
+from cotune.device.reach import CloudReach, ReachConfig
+from cotune.device.runtime import Device, DeviceGeneration, GenerationOptions
 from cotune.device.serve.costs import RunningCosts, metrics
 from cotune.device.serve.prompt import chat_prompt
 from cotune.device.serve.watched_stream import WatchedStream
 from cotune.device.serve.wishes import options_for
 from cotune.device.side_network import open_side_network
-from cotune.errors import CotuneError
-from cotune.generation.request import Decision, GenerationRequest
+from cotune.errors import ConnectionLostError, CotuneError, RefusedError, WireTimeoutError
+from cotune.generation.modes import MODES
+from cotune.generation.request import ANSWERS, SCHEDULES, Decision, GenerationRequest
 from cotune.openai_api.api_error import ApiError
 from cotune.openai_api.requests import CompletionRequest
 from cotune.openai_api.source import Finish, ModelCard, Piece
@@ -44,6 +48,8 @@ class PersonalSource:
         model_id: how requests call it.
         defaults: how to make a text where the request does not say.
         config: patience.
+        offline: goes on where the cloud is out of reach; None for nothing that does.
+        reach_config: when that is.
     """
 
     def __init__(
@@ -54,9 +60,19 @@ class PersonalSource:
         model_id: str,
         defaults: GenerationOptions,
         config: ClientConfig | None = None,
+        offline: OfflineWriter | None = None,
+        reach_config: ReachConfig | None = None,
     ) -> None:
         self.device = Device(plugin, connector, config)
         self.device.check(defaults)
+        self.fallback: Fallback | None = None
+        if offline is not None:
+            self.fallback = Fallback(
+                writer=offline,
+                reach=CloudReach(self.device.greet, reach_config),
+                cloud_text=self.device.text,
+                cloud_tokenizer_json=plugin.tokenizer_json,
+            )
         self.defaults = defaults
         self.cloud: CloudDescription | None = None
         self.card = ModelCard(id=model_id, created=int(time.time()), owned_by="cotune device")
@@ -70,6 +86,8 @@ class PersonalSource:
             task.cancel()
         if self._running:
             await asyncio.wait(self._running, timeout=_CLOSE_TIMEOUT_S)
+        if self.fallback is not None:
+            await self.fallback.reach.close()
 
     async def check_cloud(self) -> CloudDescription:
         """Make sure that the cloud is there, and hosts the plugin's model.
@@ -83,13 +101,62 @@ class PersonalSource:
             self.cloud = client.description
         return self.cloud
 
+    async def start(self) -> None:
+        """Make sure that the cloud is there; see `check_cloud`. With an offline model it may come later.
+
+        Raises:
+            MismatchError: it is there, and hosts another model than the plugin's.
+            WireError: it is not there, and there is no offline model; or it is, and refuses for good.
+        """
+        if self.fallback is None:
+            await self.check_cloud()
+            return
+        reach = self.fallback.reach
+        try:
+            self.cloud = await reach.greet()
+        except RefusedError as error:
+            if error.retry_after_s is None:
+                raise
+            reach.note_away(error)
+        except (ConnectionLostError, WireTimeoutError) as error:
+            reach.note_away(error)
+
+    def info(self) -> dict[str, object]:
+        """What can be chosen with this plugin, and what is where nobody does."""
+        plugin, defaults, cloud = self.device.plugin, self.defaults, self.cloud
+        if self.fallback is not None:
+            cloud = self.fallback.reach.description
+        has_gate = self.device.personal.gate is not None
+        modes = [mode for mode in MODES.values() if mode.family == plugin.family and (has_gate or not mode.is_gated)]
+        return {
+            "cloud": None if cloud is None else {"model": cloud.model, "max_context": cloud.max_context},
+            "offline": None if self.fallback is None else self._offline_info(self.fallback),
+            "plugin": {"num_parameters": plugin.num_parameters, "family": plugin.family, "has_gate": has_gate},
+            "modes": [mode.name for mode in modes],
+            "schedules": [name for name in SCHEDULES if has_gate or name != "gated"],
+            "answers": list(ANSWERS),
+            "defaults": {
+                "mode": defaults.mode,
+                "schedule": defaults.schedule,
+                "answer": defaults.answer,
+                "max_tokens": defaults.max_new_tokens,
+                "temperature": defaults.sampling.temperature,
+                "seed": defaults.sampling.seed,
+            },
+        }
+
+    def _offline_info(self, fallback: Fallback) -> dict[str, object]:
+        return {**fallback.writer.info(), "is_away": fallback.reach.is_away, "why": fallback.reach.why}
+
     def models(self) -> Sequence[ModelCard]:
         return [self.card]
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[Piece | Finish, None]:
         options = options_for(request, self.defaults)
         self.device.check(options)
-        generation = _Generation(self.device, _Line(self._connector), self._config, options, request)
+        generation = _Generation(
+            self.device, _Line(self._connector), self._config, options, request, fallback=self.fallback
+        )
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         task = asyncio.create_task(generation.run(pieces.put_nowait))
         self._running.add(task)
@@ -126,7 +193,10 @@ class _Generation:
         config: ClientConfig,
         options: GenerationOptions,
         request: CompletionRequest,
+        *,
+        fallback: Fallback | None,
     ) -> None:
+        self._fallback = fallback
         # A side network keeps working memory: each text that is being made has its own.
         self._device = copy.copy(device)
         self._device.personal = replace(device.personal, corrector=open_side_network(device.plugin))
@@ -176,8 +246,7 @@ class _Generation:
         """Make the text; `give` gets each piece as it comes."""
         started_s = time.perf_counter()
         shown: list[str] = []
-        async with CloudClient(self._line.connect, self._config) as client:
-            self._max_context = client.description.max_context
+        async with self._client() as client:
 
             def show(text: str, decision: Decision) -> None:
                 # The space between a request and its answer belongs to the form of the prompt, not to the answer.
@@ -188,7 +257,7 @@ class _Generation:
                 give(self._piece(visible, decision, client, seconds))
 
             try:
-                made = await self._device.generate_with(client, self._prompt, self._options, show)
+                made = await self._generate(client, show)
             except asyncio.CancelledError:
                 await self._say_farewell()
                 raise
@@ -204,6 +273,23 @@ class _Generation:
             num_completion_tokens=len(made.token_ids),
             extra={"metrics": metrics(made)},
         )
+
+    @contextlib.asynccontextmanager
+    async def _client(self) -> AsyncIterator[CloudClient]:
+        """A client of this text; also how long the text may be."""
+        if self._fallback is None:
+            async with CloudClient(self._line.connect, self._config) as client:
+                self._max_context = client.description.max_context
+                yield client
+        else:
+            # Whoever runs it connects it, and closes its connections.
+            self._max_context = self._fallback.max_context
+            yield self._device.hasty_client(self._line.connect)
+
+    async def _generate(self, client: CloudClient, show: Callable[[str, Decision], None]) -> DeviceGeneration:
+        if self._fallback is None:
+            return await self._device.generate_with(client, self._prompt, self._options, show)
+        return await self._device.generate_anyway(client, self._fallback, self._prompt, self._options, show)
 
     def _piece(self, text: str, decision: Decision, client: CloudClient, seconds: float) -> Piece:
         assert self._stream is not None
@@ -238,7 +324,13 @@ class _Generation:
 
 
 def _who(decision: Decision) -> str:
-    """cloud: decided alone; agreed: the device confirmed it; changed: the device's token; late: it did not answer."""
+    """Who decided it.
+
+    cloud: alone; agreed: the device confirmed it; changed: the device's token; late: the device did not answer; local:
+    the offline model, while the cloud was out of reach.
+    """
+    if decision.local:
+        return "local"
     if decision.late:
         return "late"
     if decision.changed:

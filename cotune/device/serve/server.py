@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cotune.device.serve.application import Totals, make_application
 from cotune.device.serve.guards import allowed_hosts
-from cotune.device.serve.personal_source import PersonalSource
+from cotune.device.serve.source import DeviceSource
 from cotune.errors import InputError
 from cotune.openai_api.bearer import BearerTokens
 from cotune.openai_api.routes import ApiLimits
@@ -62,7 +62,7 @@ class ServeConfig:
 
 
 async def serve(
-    source: PersonalSource,
+    source: DeviceSource,
     totals: Totals,
     config: ServeConfig,
     *,
@@ -72,7 +72,7 @@ async def serve(
     """Serve until SIGINT, SIGTERM or `stop`; a second signal ends it without grace.
 
     Args:
-        source: makes the texts; its cloud is checked first.
+        source: makes the texts; it is started first, which checks its cloud.
         totals: what has left the device so far, by kind.
         config: where and for whom.
         on_ready: called once with the URL of the page.
@@ -106,7 +106,7 @@ async def serve(
         on_ready(server.url("http", port))
 
     try:
-        await run_server(application, server, on_ready=ready, stop=stop, before_ready=source.check_cloud)
+        await run_server(application, server, on_ready=ready, stop=stop, before_ready=source.start)
     finally:
         # Before the loop ends, which would take the network away from under the farewells.
         await source.close()

@@ -16,6 +16,7 @@ from serving import Service, endless_model, serving
 from toy import STOP, ToyBackbone
 
 from cotune.device.runtime import GenerationOptions
+from cotune.device.serve.personal_source import PersonalSource
 from cotune.device.serve.server import ServeConfig
 from cotune.generation.reference import generate
 
@@ -39,13 +40,13 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
+def service() -> Iterator[Service[PersonalSource]]:
     with serving() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def slow_service() -> Iterator[Service]:
+def slow_service() -> Iterator[Service[PersonalSource]]:
     """About 60 ms a token."""
     with serving(model=endless_model(), rtt_ms=60, schedule="blocking", max_new_tokens=200) as running:
         yield running
@@ -99,13 +100,13 @@ def finished(page: Any, number: int = 1) -> Any:
     return answer
 
 
-def reference(service: Service, **options: Any) -> Any:
+def reference(service: Service[PersonalSource], **options: Any) -> Any:
     device = service.source.device
     wanted = GenerationOptions(**{"max_new_tokens": 12, **options})
     return generate(ToyBackbone(), device.personal, device.request_for(device.format_prompt(PROMPT), wanted, (STOP,)))
 
 
-def test_a_prompt_becomes_coloured_tokens(service: Service, open_page: Any) -> None:
+def test_a_prompt_becomes_coloured_tokens(service: Service[PersonalSource], open_page: Any) -> None:
     page = ready(open_page(service.url))
     send(page)
     answer = finished(page)
@@ -126,7 +127,7 @@ def test_a_prompt_becomes_coloured_tokens(service: Service, open_page: Any) -> N
     assert "Requests, with their prompts" in page.locator("#ledger").inner_text()
 
 
-def test_hovering_tells_who_decided_and_how_likely_it_was(service: Service, open_page: Any) -> None:
+def test_hovering_tells_who_decided_and_how_likely_it_was(service: Service[PersonalSource], open_page: Any) -> None:
     page = ready(open_page(service.url))
     tip = page.locator("#tip")
     send(page)
@@ -143,7 +144,9 @@ def test_hovering_tells_who_decided_and_how_likely_it_was(service: Service, open
     assert re.search(r"The device agreed\s+Probability (over |under )?\d+ %", tip.inner_text())
 
 
-def test_a_tap_tells_the_same_on_a_phone_without_scrolling_sideways(service: Service, open_page: Any) -> None:
+def test_a_tap_tells_the_same_on_a_phone_without_scrolling_sideways(
+    service: Service[PersonalSource], open_page: Any
+) -> None:
     page = ready(open_page(service.url, viewport=PHONE, has_touch=True, is_mobile=True))
 
     def is_narrow() -> bool:
@@ -172,7 +175,7 @@ def test_a_tap_tells_the_same_on_a_phone_without_scrolling_sideways(service: Ser
         assert box["width"] >= 44 and box["height"] >= 44
 
 
-def test_switches_reach_the_device(service: Service, open_page: Any) -> None:
+def test_switches_reach_the_device(service: Service[PersonalSource], open_page: Any) -> None:
     page = ready(open_page(service.url))
     bodies: list[Any] = []
     page.on("request", lambda request: request.method == "POST" and bodies.append(request.post_data_json))
@@ -210,7 +213,7 @@ def test_switches_reach_the_device(service: Service, open_page: Any) -> None:
     assert page.locator(".turn").count() == 0 and page.locator("#welcome").is_visible()
 
 
-def test_stop_ends_a_text_in_the_middle(slow_service: Service, open_page: Any) -> None:
+def test_stop_ends_a_text_in_the_middle(slow_service: Service[PersonalSource], open_page: Any) -> None:
     page = ready(open_page(slow_service.url))
     send(page)
     page.locator(".assistant .token").nth(2).wait_for()
@@ -226,7 +229,7 @@ def test_stop_ends_a_text_in_the_middle(slow_service: Service, open_page: Any) -
     assert answer.locator(".token").count() == count
 
 
-def test_the_keyboard_alone_is_enough(service: Service, open_page: Any) -> None:
+def test_the_keyboard_alone_is_enough(service: Service[PersonalSource], open_page: Any) -> None:
     page = ready(open_page(service.url))
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.type("w5 w9")
@@ -245,7 +248,7 @@ def test_the_keyboard_alone_is_enough(service: Service, open_page: Any) -> None:
     assert page.locator("#tip").is_hidden()
 
 
-def test_text_is_never_markup(service: Service, open_page: Any) -> None:
+def test_text_is_never_markup(service: Service[PersonalSource], open_page: Any) -> None:
     page = ready(open_page(service.url))
     attack = "<img src=x onerror=alert(1)><b>bold</b>"
     send(page, attack)
@@ -253,7 +256,7 @@ def test_text_is_never_markup(service: Service, open_page: Any) -> None:
     assert page.locator(".user p").inner_text() == attack and page.locator(".turn img, .turn b").count() == 0
 
 
-def test_errors_are_told_in_plain_words_and_can_be_retried(service: Service, open_page: Any) -> None:
+def test_errors_are_told_in_plain_words_and_can_be_retried(service: Service[PersonalSource], open_page: Any) -> None:
     page = ready(open_page(service.url, allow="Failed to load resource"))
     send(page, "w7 " * 600)
     problem = page.get_by_role("alert").filter(has_text="context")
@@ -283,7 +286,7 @@ def test_a_token_is_asked_for_where_one_is_needed(tmp_path: Path, open_page: Any
         page.context.close()
 
 
-def test_another_page_cannot_reach_the_service(service: Service, browser: Any) -> None:
+def test_another_page_cannot_reach_the_service(service: Service[PersonalSource], browser: Any) -> None:
     """From another origin: no reading, no writing, no frame."""
     context = browser.new_context()
     page = context.new_page()
@@ -313,7 +316,7 @@ def test_another_page_cannot_reach_the_service(service: Service, browser: Any) -
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_stand_out_from_their_ground(service: Service, open_page: Any, scheme: str) -> None:
+def test_words_stand_out_from_their_ground(service: Service[PersonalSource], open_page: Any, scheme: str) -> None:
     """WCAG AA: a contrast of at least 4.5 for all text, of tokens too."""
     page = ready(open_page(service.url, color_scheme=scheme))
     send(page)

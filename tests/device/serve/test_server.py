@@ -20,6 +20,7 @@ from toy import STOP, ToyBackbone, toy_model
 from toy_plugin import toy_plugin
 
 from cotune.device.runtime import GenerationOptions
+from cotune.device.serve.personal_source import PersonalSource
 from cotune.device.serve.server import ServeConfig, serve
 from cotune.errors import ConnectionLostError, InputError, MismatchError
 from cotune.generation.reference import generate
@@ -32,25 +33,27 @@ QUESTION: list[Any] = [{"role": "user", "content": "w5 w9 w30"}]
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
+def service() -> Iterator[Service[PersonalSource]]:
     with serving() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[openai.OpenAI]:
+def client(service: Service[PersonalSource]) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{service.url}/v1", api_key="anything", max_retries=0, timeout=20) as made:
         yield made
 
 
-def expected(service: Service, prompt: str = "w1 w5 w9 w30 w4", **options: Any) -> str:
+def expected(service: Service[PersonalSource], prompt: str = "w1 w5 w9 w30 w4", **options: Any) -> str:
     """What the reference engine writes."""
     device = service.source.device
     request = device.request_for(prompt, GenerationOptions(**{"max_new_tokens": 12, **options}), (STOP,))
     return device.text.decode(generate(ToyBackbone(), device.personal, request).token_ids)
 
 
-def ask(service: Service, path: str, method: str = "GET", body: bytes = b"", **headers: str) -> tuple[int, bytes]:
+def ask(
+    service: Service[PersonalSource], path: str, method: str = "GET", body: bytes = b"", **headers: str
+) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=10)
     try:
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -65,7 +68,7 @@ def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert client.models.retrieve(MODEL).owned_by == "cotune device"
 
 
-def test_a_chat_gives_the_personal_text(service: Service, client: openai.OpenAI) -> None:
+def test_a_chat_gives_the_personal_text(service: Service[PersonalSource], client: openai.OpenAI) -> None:
     made = client.chat.completions.create(model=MODEL, messages=QUESTION)
     assert made.choices[0].message.content == expected(service)
     assert made.choices[0].finish_reason in ("stop", "length")
@@ -77,7 +80,7 @@ def test_a_chat_gives_the_personal_text(service: Service, client: openai.OpenAI)
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_stream_in_every_form_is_the_same_text(
-    service: Service, client: openai.OpenAI, schedule: str, answer: str
+    service: Service[PersonalSource], client: openai.OpenAI, schedule: str, answer: str
 ) -> None:
     chunks = list(
         client.chat.completions.create(
@@ -113,7 +116,7 @@ def test_log_probabilities_where_the_device_knows_them(client: openai.OpenAI) ->
     assert client.chat.completions.create(**options).choices[0].logprobs is None
 
 
-def test_a_plain_prompt_as_text_and_as_token_ids(service: Service, client: openai.OpenAI) -> None:
+def test_a_plain_prompt_as_text_and_as_token_ids(service: Service[PersonalSource], client: openai.OpenAI) -> None:
     for prompt in ("w5 w9 w30", [5, 9, 30]):
         made = client.completions.create(model=MODEL, prompt=prompt, max_tokens=7)
         assert made.choices[0].text == expected(service, "w5 w9 w30", max_new_tokens=7)
@@ -122,7 +125,7 @@ def test_a_plain_prompt_as_text_and_as_token_ids(service: Service, client: opena
         client.completions.create(model=MODEL, prompt=[97])
 
 
-def test_a_stop_string_is_not_part_of_the_text(service: Service, client: openai.OpenAI) -> None:
+def test_a_stop_string_is_not_part_of_the_text(service: Service[PersonalSource], client: openai.OpenAI) -> None:
     whole = expected(service).split()
     for stream in (False, True):
         made: Any = client.chat.completions.create(
@@ -137,13 +140,15 @@ def test_a_stop_string_is_not_part_of_the_text(service: Service, client: openai.
         assert (text.split(), reason) == (whole[:3], "stop")
 
 
-def test_earlier_turns_are_part_of_the_prompt(service: Service, client: openai.OpenAI) -> None:
+def test_earlier_turns_are_part_of_the_prompt(service: Service[PersonalSource], client: openai.OpenAI) -> None:
     turns: list[Any] = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}, *QUESTION]
     made = client.chat.completions.create(model=MODEL, messages=turns)
     assert made.choices[0].message.content == expected(service, "w1 w5 w4 w6\n\nw1 w5 w9 w30 w4")
 
 
-def test_more_tokens_than_the_context_has_room_for_are_cut(service: Service, client: openai.OpenAI) -> None:
+def test_more_tokens_than_the_context_has_room_for_are_cut(
+    service: Service[PersonalSource], client: openai.OpenAI
+) -> None:
     made = client.completions.create(model=MODEL, prompt=" ".join(["w7"] * 508), max_tokens=100_000)
     assert made.choices[0].finish_reason == "length" and made.usage is not None
     assert made.usage.total_tokens == 512
@@ -169,7 +174,7 @@ def test_bad_requests_are_errors_of_the_client(
             client.chat.completions.create(**{"model": MODEL, "messages": QUESTION, "stream": stream, **changes})
 
 
-async def test_several_clients_at_once_get_each_their_own_text(service: Service) -> None:
+async def test_several_clients_at_once_get_each_their_own_text(service: Service[PersonalSource]) -> None:
     async def one(number: int) -> None:
         async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="x", max_retries=0, timeout=20) as mine:
             schedule = SCHEDULES[number % len(SCHEDULES)]
@@ -186,7 +191,7 @@ async def test_several_clients_at_once_get_each_their_own_text(service: Service)
     await asyncio.gather(*(one(number) for number in range(6, 14)))
 
 
-def test_the_ledger_and_the_facts_for_the_page(service: Service, client: openai.OpenAI) -> None:
+def test_the_ledger_and_the_facts_for_the_page(service: Service[PersonalSource], client: openai.OpenAI) -> None:
     before = json.loads(ask(service, "/cotune/ledger")[1])
     client.chat.completions.create(model=MODEL, messages=QUESTION)
     after = json.loads(ask(service, "/cotune/ledger")[1])
@@ -197,7 +202,7 @@ def test_the_ledger_and_the_facts_for_the_page(service: Service, client: openai.
     assert info["defaults"]["max_tokens"] == 12 and info["cloud"]["model"] == "toy"
 
 
-def test_requests_that_are_not_from_here_are_refused_over_the_wire(service: Service) -> None:
+def test_requests_that_are_not_from_here_are_refused_over_the_wire(service: Service[PersonalSource]) -> None:
     for path in ("/", "/v1/models", "/cotune/ledger"):
         assert ask(service, path)[0] == 200
         assert ask(service, path, Host="evil.example")[0] == 403
@@ -309,7 +314,7 @@ def test_a_cloud_with_another_model_is_told_at_the_start() -> None:
         pass
 
 
-async def test_a_port_that_is_taken_is_told(service: Service) -> None:
+async def test_a_port_that_is_taken_is_told(service: Service[PersonalSource]) -> None:
     port = int(service.url.rpartition(":")[2])
     with pytest.raises(InputError, match=f"port {port}: address already in use; choose another --port"):
         await start(source_of("ws://127.0.0.1:9", EgressLedger(None)), ServeConfig(port=port))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cotune.device.runtime import GenerationOptions
-from cotune.device.serve.wishes import options_for
-from cotune.errors import CotuneError
+from cotune.device.serve.wishes import OfflineOptions, offline_options_for, options_for
+from cotune.errors import CotuneError, InputError
 from cotune.generation.sampling import Sampling
 from cotune.openai_api.requests import CompletionRequest
 
@@ -81,3 +81,20 @@ def test_a_sampled_text_without_a_seed_gets_a_fresh_one_that_is_told() -> None:
 def test_what_is_wrong_is_named(extension: dict[str, Any], words: str) -> None:
     with pytest.raises(CotuneError, match=words.replace(".", r"\.")):
         options(extension)
+
+
+def offline(extension: dict[str, Any] | None = None, **fields: Any) -> OfflineOptions:
+    defaults = OfflineOptions(max_new_tokens=9, sampling=Sampling(top_p=0.5, seed=4))
+    return offline_options_for(CompletionRequest(form="chat", model="m", extension=extension or {}, **fields), defaults)
+
+
+def test_an_offline_model_takes_the_wishes_that_need_no_cloud() -> None:
+    assert offline() == OfflineOptions(max_new_tokens=9, sampling=Sampling(top_p=0.5, seed=4))
+    made = offline({"max_tokens": 6, "temperature": 1}, max_tokens=5, temperature=0.5, seed=7, stop=("x",))
+    sampling = Sampling(temperature=1.0, top_p=0.5, seed=7)
+    assert made == OfflineOptions(max_new_tokens=6, sampling=sampling, stop_strings=("x",))
+    assert offline(temperature=1.0).sampling.seed != offline(temperature=1.0).sampling.seed
+    with pytest.raises(CotuneError, match=r"'cotune\.schedule' is not known here"):
+        offline({"schedule": "blocking"})
+    with pytest.raises(InputError, match="max_new_tokens is 0"):
+        OfflineOptions(max_new_tokens=0)

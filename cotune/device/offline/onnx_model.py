@@ -1,0 +1,238 @@
+"""An offline model on ONNX Runtime, the default: weights mapped from the file, one cache that is written in place.
+
+Keys and values of a text live in one buffer for each layer, as long as the context, bound as input and output of the
+graph alike: a step writes its own and reads those before it, and cutting a text back is a smaller number. Adapters are
+inputs of the graph, so that another one is another pointer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.device.offline.folder import OfflineDescription, OfflineFolder
+from cotune.device.offline.lora_adapter import LoraAdapter
+from cotune.device.offline.model import Adapter, OfflineSettings, check_extension, check_truncation
+from cotune.errors import InputError
+
+_NUMBER_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# Errors are told by what is raised; nothing goes to standard error on the way.
+_FATAL_ONLY = 4
+
+
+class OnnxModel:
+    """A graph in an inference session. Fits `OfflineModel`.
+
+    Args:
+        folder: of runtime `onnx`.
+        settings: context and threads; memory is the business of `check_memory`.
+
+    Raises:
+        InputError: onnxruntime is not installed, the file is damaged, or the graph is another one than described.
+
+    Example:
+        >>> model = OnnxModel(OfflineFolder.open("my-model"), OfflineSettings(num_threads=1))   # doctest: +SKIP
+        >>> text = model.open()                                                                 # doctest: +SKIP
+        >>> int(text.extend([5, 9, 30])[-1].argmax())                                           # doctest: +SKIP
+        17
+    """
+
+    def __init__(self, folder: OfflineFolder, settings: OfflineSettings | None = None) -> None:
+        settings = settings or OfflineSettings()
+        self.folder = folder
+        self.context = settings.context_of(folder.description)
+        self._session: Any = _open_session(folder, settings.threads)
+        self._cache_type, self._logit_type = _check_graph(self._session, folder)
+
+    @property
+    def description(self) -> OfflineDescription:
+        return self.folder.description
+
+    def load_adapter(self, path: Path) -> LoraAdapter:
+        shapes = self.description.adapter_modules
+        # All modules of a graph have one name for their rank, so that they must have one rank.
+        return LoraAdapter.read(path, shapes).filled(shapes)
+
+    def open(self, adapter: Adapter | None = None) -> OnnxText:
+        if self._session is None:
+            raise InputError("the offline model is closed, expected an open one; load it again")
+        if adapter is not None and not isinstance(adapter, LoraAdapter):
+            raise InputError(f"adapter {adapter.name} was loaded by another runtime; load it with this model")
+        return OnnxText(
+            self._session,
+            self.description,
+            self.context,
+            cache_type=self._cache_type,
+            logit_type=self._logit_type,
+            adapter=adapter,
+        )
+
+    def close(self) -> None:
+        self._session = None
+
+
+class OnnxText:
+    """One text: its buffers and their binding. Fits `OfflineText`; `OnnxModel.open` makes it."""
+
+    def __init__(
+        self,
+        session: Any,
+        description: OfflineDescription,
+        context: int,
+        *,
+        cache_type: Any,
+        logit_type: Any,
+        adapter: LoraAdapter | None,
+    ) -> None:
+        self.length = 0
+        self._lock = Lock()
+        self._session = session
+        self._vocab_size = description.vocab_size
+        self._context = context
+        self._logit_type = logit_type
+        self._adapter = adapter
+        self._binding: Any = session.io_binding()
+        # One mask for all lengths: a step sees as much of it as the text is long.
+        self._mask = np.ones((1, context), np.int64)
+        shape = 1, description.num_kv_heads, context, description.head_dim
+        # Memory that is never touched is never taken, so that a short text costs little.
+        self._caches = [np.zeros(shape, cache_type) for _ in range(2 * description.num_layers)]
+        for layer in range(description.num_layers):
+            for kind, cache in zip(("key", "value"), self._caches[2 * layer : 2 * layer + 2], strict=True):
+                self._bind(f"past_key_values.{layer}.{kind}", cache)
+                self._bind_output(f"present.{layer}.{kind}", cache)
+        for name, factors in ({} if adapter is None else adapter.modules).items():
+            self._bind(f"{name}.lora_A", factors.a)
+            self._bind(f"{name}.lora_B", factors.b)
+
+    def extend(self, token_ids: Sequence[int] | NDArray[np.int64], *, num_logits: int = 1) -> NDArray[np.float32]:
+        with self._lock:
+            return self._extend(token_ids, num_logits)
+
+    def _extend(self, token_ids: Sequence[int] | NDArray[np.int64], num_logits: int) -> NDArray[np.float32]:
+        if self._binding is None:
+            raise InputError("the text is closed, expected an open one; open another")
+        ids = check_extension(
+            token_ids, length=self.length, context=self._context, vocab_size=self._vocab_size, num_logits=num_logits
+        )[None]
+        total = self.length + ids.shape[1]
+        ids = np.ascontiguousarray(ids)
+        logits = np.empty((1, ids.shape[1], self._vocab_size), self._logit_type)
+        self._bind("input_ids", ids)
+        self._bind("attention_mask", self._mask[:, :total])
+        self._bind_output("logits", logits)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime raises bare ones
+            raise InputError(
+                f"the offline model failed at token {self.length} ({_first_line(error)}); is there enough memory?"
+            ) from error
+        self.length = total
+        return np.asarray(logits[0, ids.shape[1] - num_logits :], np.float32)
+
+    def truncate(self, length: int) -> None:
+        check_truncation(length, length=self.length)
+        self.length = length
+
+    def close(self) -> None:
+        # A step that is under way writes into the buffers until its end.
+        with self._lock:
+            self._binding = None
+            self._caches = []
+
+    def _bind(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _bind_output(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _runtime() -> ModuleType:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise InputError(
+            f"offline models of runtime onnx need onnxruntime ({error}); run: pip install 'cotune[edge]'"
+        ) from error
+
+
+def _open_session(folder: OfflineFolder, num_threads: int) -> Any:
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL_ONLY
+    # Threads that spin between steps would take the processor from the rest of the device.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return runtime.InferenceSession(str(folder.model_file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises bare ones
+        raise InputError(
+            f"{folder.model_file} is no model that onnxruntime {runtime.__version__} can open "
+            f"({_first_line(error)}); copy the folder again, export the model again, or free some memory"
+        ) from error
+
+
+def _check_graph(session: Any, folder: OfflineFolder) -> tuple[Any, Any]:
+    """Hold the graph against the description; gives the number types of caches and of logits.
+
+    Raises:
+        InputError: it is another model; names what differs.
+    """
+    description = folder.description
+    inputs = {one.name: one for one in (*session.get_inputs(), *session.get_overridable_initializers())}
+    outputs = {one.name: one for one in session.get_outputs()}
+    cache = [1, description.num_kv_heads, None, description.head_dim]
+    wanted_inputs: dict[str, list[int | None]] = {"input_ids": [1, None], "attention_mask": [1, None]}
+    wanted_outputs: dict[str, list[int | None]] = {"logits": [1, None, description.vocab_size]}
+    for layer in range(description.num_layers):
+        for kind in ("key", "value"):
+            wanted_inputs[f"past_key_values.{layer}.{kind}"] = list(cache)
+            wanted_outputs[f"present.{layer}.{kind}"] = list(cache)
+    for name, shape in description.adapter_modules.items():
+        wanted_inputs[f"{name}.lora_A"] = [shape.in_dim, None]
+        wanted_inputs[f"{name}.lora_B"] = [None, shape.out_dim]
+    for what, wanted, there in (("input", wanted_inputs, inputs), ("output", wanted_outputs, outputs)):
+        for name, expected in wanted.items():
+            if name not in there:
+                raise _foreign(folder, f"it has no {what} {name}")
+            found = list(there[name].shape)
+            if not _fits(found, expected):
+                raise _foreign(folder, f"its {what} {name} has shape {found}, expected {_shown(expected)}")
+    unknown = sorted(one.name for one in session.get_inputs() if one.name not in wanted_inputs)
+    if unknown:
+        raise _foreign(folder, f"it has the input {unknown[0]}, which nothing here fills")
+    caches = {one.type for name, one in (inputs | outputs).items() if name.startswith(("past_key_values.", "present."))}
+    logits = {outputs["logits"].type}
+    for what, types in (("caches", caches), ("logits", logits)):
+        if len(types) != 1 or not types <= _NUMBER_TYPES.keys():
+            raise _foreign(folder, f"its {what} are {', '.join(sorted(types))}, expected all float or all float16")
+    return _NUMBER_TYPES[caches.pop()], _NUMBER_TYPES[logits.pop()]
+
+
+def _fits(found: list[Any], expected: list[int | None]) -> bool:
+    """Names of dimensions, and None, stand for any number."""
+    if len(found) != len(expected):
+        return False
+    pairs = zip(found, expected, strict=True)
+    return all(want is None or not isinstance(have, int) or have == want for have, want in pairs)
+
+
+def _shown(shape: list[int | None]) -> str:
+    return "[" + ", ".join("any" if one is None else str(one) for one in shape) + "]"
+
+
+def _foreign(folder: OfflineFolder, what: str) -> InputError:
+    return InputError(f"{folder.model_file} is another model than {folder.path} describes: {what}; export it again")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{lines[0]:.300}" if lines else type(error).__name__
