@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cotune.errors import InputError
@@ -26,6 +27,8 @@ SIGNS_PER_BLOCK = 128
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_FACTORS = np.array(_MULTIPLIERS, np.uint64)[:, None]
+_KEYS_OF_ROUNDS = np.arange(_ROUNDS, dtype=np.uint32)[:, None] * np.array(_KEY_STEPS, np.uint32)
 _MASK = 0xFFFFFFFF
 # Signs of one page, in which words are made: few calls, and integers that stay in the cache.
 _PAGE_SIGNS = {"cpu": 2**20}
@@ -46,6 +49,13 @@ def philox(seed: int, counters: Tensor) -> Tensor:
         >>> [f"{word:08x}" for word in philox(0, torch.tensor([0]))[0].tolist()]
         ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
+    if counters.device.type == "cpu":
+        return torch.from_numpy(_philox_in_numpy(seed, counters.numpy()))
+    return _philox_in_torch(seed, counters)
+
+
+def _philox_in_torch(seed: int, counters: Tensor) -> Tensor:
+    """For accelerators, where each operation costs a launch, and many numbers are made at once."""
     c0, c1 = counters & _MASK, (counters >> 32) & _MASK
     c2, c3 = torch.zeros_like(counters), torch.zeros_like(counters)
     keys = (seed & _MASK, seed >> 32)
@@ -57,6 +67,22 @@ def philox(seed: int, counters: Tensor) -> Tensor:
         c1, c3 = second.bitwise_and_(_MASK), first.bitwise_and_(_MASK)
         keys = ((keys[0] + _KEY_STEPS[0]) & _MASK, (keys[1] + _KEY_STEPS[1]) & _MASK)
     return torch.stack((c0, c1, c2, c3), dim=1)
+
+
+def _philox_in_numpy(seed: int, counters: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For CPUs, where a tensor operation costs as much as thousands of numbers: both products in one operation."""
+    wide = counters.view(np.uint64)
+    first, second = np.zeros((2, 2, len(wide)), np.uint64)  # (c0, c2), (c1, c3)
+    first[0], second[0] = wide & np.uint64(_MASK), wide >> np.uint64(32)
+    keys = (_KEYS_OF_ROUNDS + np.array((seed & _MASK, seed >> 32), np.uint32)).astype(np.uint64)
+    for key in keys:
+        product = first * _FACTORS
+        # What comes of one product goes into the other half.
+        first = (product >> np.uint64(32))[::-1] ^ second
+        first ^= key[:, None]
+        product &= np.uint64(_MASK)
+        second = product[::-1]
+    return np.stack((first[0], second[0], first[1], second[1]), axis=1).view(np.int64)
 
 
 def direction_seed(seed: int, *path: int) -> int:
