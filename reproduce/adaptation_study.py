@@ -15,7 +15,7 @@ import torch
 from cells import Value
 from mean import Mean
 from page import Page, about_run
-from study_options import add_run_options, open_cells, plain_endings, results_of, study_parser
+from study_options import add_run_options, at_least_one, open_cells, plain_endings, results_of, study_parser
 from study_texts import persona_texts, with_training_texts
 
 from cotune.data import read_splits
@@ -54,11 +54,13 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset", default=PERSONA, help=f"folder there, or {PERSONA}, which cotune makes (default: %(default)s)"
     )
-    parser.add_argument("--num-train", type=int, default=200, help="training texts (default: %(default)s)")
-    parser.add_argument("--num-test", type=int, default=120, help="held-out texts (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every cell (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="texts in one step (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of one text (default: %(default)s)")
+    parser.add_argument("--num-train", type=at_least_one, default=200, help="training texts (default: %(default)s)")
+    parser.add_argument("--num-test", type=at_least_one, default=120, help="held-out texts (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least_one, default=3, help="runs of every cell (default: %(default)s)")
+    parser.add_argument("--batch-size", type=at_least_one, default=8, help="texts in one step (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=at_least_one, default=256, help="tokens of one text (default: %(default)s)"
+    )
     add_run_options(parser, name)
     return parser
 
@@ -75,9 +77,6 @@ class AdaptationStudy:
     """
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        for option in ("seeds", "num_train", "num_test"):
-            if getattr(args, option) < 1:
-                raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected at least 1")
         torch.set_num_threads(args.threads)
         self.name, self.args = name, args
         self.model_name = Path(args.model).name

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from study_options import StudyParser, positive
+
 HERE = Path(__file__).parent
 STUDIES = (
     "spa_table2",
@@ -30,7 +32,7 @@ STUDIES = (
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
+    parser = StudyParser(
         prog="python reproduce/all.py",
         description=__doc__,
         epilog="examples:\n"
@@ -39,11 +41,9 @@ def main() -> None:
         "All other options go to the studies; see python reproduce/spa_table2.py --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--budget-minutes", type=float, default=60.0, help="in all (default: %(default)s)")
+    parser.add_argument("--budget-minutes", type=positive, default=60.0, help="in all (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=STUDIES, default=STUDIES)
     args, others = parser.parse_known_args()
-    if not args.budget_minutes > 0:
-        parser.error(f"--budget-minutes is {args.budget_minutes}, expected a positive number")
     ends_s = time.monotonic() + 60 * args.budget_minutes
     states: dict[str, str] = {}
     for name in args.only:

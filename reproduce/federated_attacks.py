@@ -20,6 +20,7 @@ from federated_texts import IID, SPLITS
 from mean import Mean
 from page import Page
 from result_folder import Point, grid, plot_groups
+from study_options import at_least_one
 
 from cotune.errors import CotuneError, InputError
 from cotune.evaluation.markup import Html, bullets, join
@@ -160,7 +161,7 @@ def parser() -> Any:
     )
     made.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), help="(default: all)")
     made.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="(default: all)")
-    made.add_argument("--liars", type=int, default=2, help="of the devices (default: %(default)s)")
+    made.add_argument("--liars", type=at_least_one, default=2, help="of the devices (default: %(default)s)")
     made.add_argument("--split", choices=SPLITS, default=IID, help="(default: %(default)s)")
     return made
 

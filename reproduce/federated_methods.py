@@ -22,6 +22,7 @@ from lora_init import plots_of
 from mean import Mean
 from page import Page
 from result_folder import grid
+from study_options import positive
 
 from cotune.errors import CotuneError, InputError, NonFiniteLossError
 from cotune.evaluation.markup import Html, bullets, join
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS), help="(default: all)")
     made.add_argument(
         "--target-share",
-        type=float,
+        type=positive,
         default=0.5,
         help="of what the centralised bound gains on the start, which is the target (default: %(default)s)",
     )

@@ -25,7 +25,7 @@ from lora_init import plots_of
 from mean import Mean
 from page import Page, about_run
 from result_folder import grid
-from study_options import add_run_options, open_cells, plain_endings, results_of, study_parser
+from study_options import add_run_options, at_least_one, open_cells, plain_endings, results_of, study_parser
 from study_texts import persona_texts
 
 from cotune.errors import CotuneError, InputError
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", nargs="+", help="several folders, smallest first (default: --model alone)")
     made.add_argument(
         "--num-devices",
-        type=int,
+        type=at_least_one,
         nargs="+",
         default=[10, 30, 100, 300, 500],
         help="simulated; the first is that of the comparison of models (default: %(default)s)",
@@ -96,12 +96,14 @@ def parser() -> argparse.ArgumentParser:
         default=["seed", "rolora", "fedit"],
         help="(default: %(default)s)",
     )
-    made.add_argument("--rounds", type=int, default=3, help="the first is not counted (default: %(default)s)")
-    made.add_argument("--local-steps", type=int, default=1, help="with gradients (default: %(default)s)")
-    made.add_argument("--directions", type=int, default=512, help="of forward-only methods (default: %(default)s)")
-    made.add_argument("--rank", type=int, default=8, help="of LoRA (default: %(default)s)")
-    made.add_argument("--max-length", type=int, default=64, help="tokens of one text (default: %(default)s)")
-    made.add_argument("--seeds", type=int, default=3, help="runs of every cell (default: %(default)s)")
+    made.add_argument("--rounds", type=at_least_one, default=3, help="the first is not counted (default: %(default)s)")
+    made.add_argument("--local-steps", type=at_least_one, default=1, help="with gradients (default: %(default)s)")
+    made.add_argument(
+        "--directions", type=at_least_one, default=512, help="of forward-only methods (default: %(default)s)"
+    )
+    made.add_argument("--rank", type=at_least_one, default=8, help="of LoRA (default: %(default)s)")
+    made.add_argument("--max-length", type=at_least_one, default=64, help="tokens of one text (default: %(default)s)")
+    made.add_argument("--seeds", type=at_least_one, default=3, help="runs of every cell (default: %(default)s)")
     made.add_argument("--measure", help=argparse.SUPPRESS)
     add_run_options(made, NAME)
     return made
@@ -315,9 +317,6 @@ def summarise(values: Sequence[Value], key: Mapping[str, Any]) -> dict[str, Any]
 
 def build(args: argparse.Namespace, cells: Cells) -> Page:
     """Measure what is missing and show what there is."""
-    for option in ("seeds", "rounds"):
-        if getattr(args, option) < 1:
-            raise InputError(f"--{option} is {getattr(args, option)}, expected at least 1")
     models = args.models or [args.model]
     places = {Path(model).name: model for model in models}
     if len(places) < len(models):

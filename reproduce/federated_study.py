@@ -22,7 +22,7 @@ import torch
 from cells import Value
 from federated_texts import IID, PERSONA, StudyTexts, read_texts, split_texts
 from page import Page, about_run
-from study_options import add_run_options, open_cells, plain_endings, results_of, study_parser
+from study_options import add_run_options, at_least_one, open_cells, plain_endings, positive, results_of, study_parser
 
 from cotune.cli.backbone_judging import judge_backbone
 from cotune.data.batches import EncodedExample
@@ -86,21 +86,31 @@ def make_parser(name: str, description: str, *, examples: Sequence[str] = ()) ->
         default=[PERSONA],
         help=f"folders there, each a domain, or {PERSONA}, which cotune makes (default: %(default)s)",
     )
-    parser.add_argument("--num-train", type=int, default=400, help="texts of all devices (default: %(default)s)")
-    parser.add_argument("--num-server", type=int, default=48, help="texts of the server (default: %(default)s)")
-    parser.add_argument("--num-test", type=int, default=96, help="held-out texts (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every cell (default: %(default)s)")
-    parser.add_argument("--devices", type=int, default=10, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--local-steps", type=int, default=10, help="with gradients (default: %(default)s)")
-    parser.add_argument("--directions", type=int, default=512, help="of forward-only methods (default: %(default)s)")
-    parser.add_argument("--pool", type=int, default=1024, help="seeds of FedKSeed's pool (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="texts in one step (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of one text (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA (default: %(default)s)")
+    parser.add_argument(
+        "--num-train", type=at_least_one, default=400, help="texts of all devices (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-server", type=at_least_one, default=48, help="texts of the server (default: %(default)s)"
+    )
+    parser.add_argument("--num-test", type=at_least_one, default=96, help="held-out texts (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least_one, default=3, help="runs of every cell (default: %(default)s)")
+    parser.add_argument("--devices", type=at_least_one, default=10, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=at_least_one, default=20, help="(default: %(default)s)")
+    parser.add_argument("--local-steps", type=at_least_one, default=10, help="with gradients (default: %(default)s)")
+    parser.add_argument(
+        "--directions", type=at_least_one, default=512, help="of forward-only methods (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pool", type=at_least_one, default=1024, help="seeds of FedKSeed's pool (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=at_least_one, default=8, help="texts in one step (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=at_least_one, default=256, help="tokens of one text (default: %(default)s)"
+    )
+    parser.add_argument("--rank", type=at_least_one, default=8, help="of LoRA (default: %(default)s)")
     parser.add_argument(
         "--rate-factors",
-        type=float,
+        type=positive,
         nargs="+",
         default=list(RATE_FACTORS),
         help="searched for every method, times the product's own learning rate (default: %(default)s)",
@@ -264,9 +274,6 @@ class FederatedStudy:
     """
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        for option in ("seeds", "num_train", "num_server", "num_test", "devices", "rounds"):
-            if getattr(args, option) < 1:
-                raise InputError(f"--{option.replace('_', '-')} is {getattr(args, option)}, expected at least 1")
         torch.set_num_threads(args.threads)
         self.name, self.args = name, args
         self.model_name = Path(args.model).name

@@ -18,6 +18,7 @@ from cells import OutOfTimeError, Value
 from mean import Mean
 from page import Page
 from result_folder import Point, grid, plot_lines
+from study_options import at_least_one, positive
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
@@ -94,14 +95,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="(default: all)")
     made.add_argument(
         "--learning-rates",
-        type=float,
+        type=positive,
         nargs="+",
         default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
         help="searched for every start (default: %(default)s)",
     )
-    made.add_argument("--epochs", type=int, default=4, help="(default: %(default)s)")
-    made.add_argument("--rank", type=int, default=8, help="(default: %(default)s)")
-    made.add_argument("--alpha", type=float, default=16.0, help="(default: %(default)s)")
+    made.add_argument("--epochs", type=at_least_one, default=4, help="(default: %(default)s)")
+    made.add_argument("--rank", type=at_least_one, default=8, help="(default: %(default)s)")
+    made.add_argument("--alpha", type=positive, default=16.0, help="(default: %(default)s)")
     return made
 
 

@@ -21,6 +21,7 @@ from cells import OutOfTimeError, Value
 from mean import Mean
 from page import Page
 from result_folder import grid, plot_lines
+from study_options import at_least_one, positive
 
 from cotune.cli.audit_scoring import BASE, backbone_scores
 from cotune.data.templates import Example
@@ -107,16 +108,20 @@ def parser() -> argparse.ArgumentParser:
     """Of this command."""
     made = make_parser(NAME, __doc__ or "")
     made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="(default: all)")
-    made.add_argument("--times", type=int, nargs="+", default=[1, 4, 16], help="copies (default: %(default)s)")
-    made.add_argument("--each", type=int, default=2, help="canaries for each of these (default: %(default)s)")
-    made.add_argument("--candidates", type=int, default=511, help="other secrets (default: %(default)s)")
-    made.add_argument("--prefix-tokens", type=int, default=4, help="that the model is given (default: %(default)s)")
-    made.add_argument("--next-tokens", type=int, default=8, help="that it has to say (default: %(default)s)")
-    made.add_argument("--epochs", type=int, default=10, help="of methods with gradients (default: %(default)s)")
-    made.add_argument("--forward-epochs", type=int, default=40, help="of MeZO (default: %(default)s)")
+    made.add_argument("--times", type=at_least_one, nargs="+", default=[1, 4, 16], help="copies (default: %(default)s)")
+    made.add_argument("--each", type=at_least_one, default=2, help="canaries for each of these (default: %(default)s)")
+    made.add_argument("--candidates", type=at_least_one, default=511, help="other secrets (default: %(default)s)")
+    made.add_argument(
+        "--prefix-tokens", type=at_least_one, default=4, help="that the model is given (default: %(default)s)"
+    )
+    made.add_argument("--next-tokens", type=at_least_one, default=8, help="that it has to say (default: %(default)s)")
+    made.add_argument(
+        "--epochs", type=at_least_one, default=10, help="of methods with gradients (default: %(default)s)"
+    )
+    made.add_argument("--forward-epochs", type=at_least_one, default=40, help="of MeZO (default: %(default)s)")
     made.add_argument(
         "--rate-factors",
-        type=float,
+        type=positive,
         nargs="+",
         default=[0.3, 1.0, 3.0, 10.0],
         help="searched for every way, times the product's own learning rate (default: %(default)s)",

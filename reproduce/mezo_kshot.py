@@ -23,7 +23,7 @@ from kshot_training import LEARNERS, MASK_SHARE, Course, Learner, judge, judge_a
 from mean import Mean
 from page import Page, about_run
 from result_folder import grid, plot_groups
-from study_options import add_run_options, open_cells, results_of, study_parser
+from study_options import add_run_options, at_least_one, open_cells, positive, results_of, study_parser
 from tokenizers import Tokenizer
 
 from cotune.errors import CotuneError, InputError
@@ -69,13 +69,23 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"folders there, or {MADE}, opinions that cotune makes itself (default: all of --data-root, else {MADE})",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"of {SEEDS} the first (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="of MeZO; the paper took 20,000 (default: %(default)s)")
-    parser.add_argument("--backprop-steps", type=int, default=80, help="of back-propagation (default: %(default)s)")
-    parser.add_argument("--checks", type=int, default=8, help="times that the best so far is looked for in a run")
-    parser.add_argument("--batch", type=int, default=16, help="texts in a step of MeZO, the paper's 16")
-    parser.add_argument("--backprop-batch", type=int, default=8, help="of back-propagation (default: %(default)s)")
-    parser.add_argument("--zo-eps", type=float, default=1e-3, help="distance of MeZO's two passes, the paper's 1e-3")
+    parser.add_argument(
+        "--seeds", type=at_least_one, default=len(SEEDS), help=f"of {SEEDS} the first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=at_least_one, default=400, help="of MeZO; the paper took 20,000 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--backprop-steps", type=at_least_one, default=80, help="of back-propagation (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--checks", type=at_least_one, default=8, help="times that the best so far is looked for in a run"
+    )
+    parser.add_argument("--batch", type=at_least_one, default=16, help="texts in a step of MeZO, the paper's 16")
+    parser.add_argument(
+        "--backprop-batch", type=at_least_one, default=8, help="of back-propagation (default: %(default)s)"
+    )
+    parser.add_argument("--zo-eps", type=positive, default=1e-3, help="distance of MeZO's two passes, the paper's 1e-3")
     parser.add_argument(
         "--search",
         choices=("first", "each"),
@@ -83,10 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="learning rates are searched on the first draw, or on each of them (default: %(default)s)",
     )
     parser.add_argument(
-        "--rate-scale", type=float, default=1.0, help="times all learning rates: large models want 0.01 and less"
+        "--rate-scale", type=positive, default=1.0, help="times all learning rates: large models want 0.01 and less"
     )
-    parser.add_argument("--num-test", type=int, default=500, help="test texts (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--num-test", type=at_least_one, default=500, help="test texts (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=at_least_one, default=256, help="tokens of a prompt (default: %(default)s)"
+    )
     add_run_options(parser, "mezo_kshot")
     parser.add_argument("--measure", choices=("zero_shot", *LEARNERS), help=argparse.SUPPRESS)
     return parser
@@ -104,13 +116,10 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
-        for name, low, high in (("seeds", 1, len(SEEDS)), ("num_test", 1, None), ("max_length", 8, None)):
-            value = getattr(args, name)
-            if value < low or (high is not None and value > high):
-                what = f"at least {low}" if high is None else f"{low} to {high}"
-                raise InputError(f"--{name.replace('_', '-')} is {value}, expected {what}")
-        if not args.rate_scale > 0:
-            raise InputError(f"--rate-scale is {args.rate_scale}, expected a positive number")
+        if args.seeds > len(SEEDS):
+            raise InputError(f"--seeds is {args.seeds}, expected 1 to {len(SEEDS)}")
+        if args.max_length < 8:
+            raise InputError(f"--max-length is {args.max_length}, expected at least 8")
         self.args = args
         self.tasks: list[str] = args.tasks or ([MADE] if args.data_root is None else [t for t in PROMPTS if t != MADE])
         self.seeds = SEEDS[: args.seeds]

@@ -23,7 +23,7 @@ from spa_training import (
     train_plugin,
     trained_in_cloud,
 )
-from study_options import add_run_options, open_cells, plain_endings, results_of, study_parser
+from study_options import add_run_options, at_least_one, open_cells, plain_endings, positive, results_of, study_parser
 from study_texts import persona_texts, with_training_texts
 
 from cotune.data import read_splits
@@ -106,25 +106,38 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
         default=list(DATASETS),
         help=f"folders there, or {PERSONA}, texts that cotune makes itself (default: %(default)s)",
     )
-    parser.add_argument("--num-train", type=int, default=200, help="training texts (default: %(default)s)")
-    parser.add_argument("--train-share", type=float, default=None, help="also at most this part of the training texts")
-    parser.add_argument("--num-test", type=int, default=120, help="test texts (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every cell (default: %(default)s)")
+    parser.add_argument("--num-train", type=at_least_one, default=200, help="training texts (default: %(default)s)")
+    parser.add_argument(
+        "--train-share", type=positive, default=None, help="also at most this part of the training texts"
+    )
+    parser.add_argument("--num-test", type=at_least_one, default=120, help="test texts (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least_one, default=3, help="runs of every cell (default: %(default)s)")
     parser.add_argument(
         "--learning-rates",
-        type=float,
+        type=positive,
         nargs="+",
         default=[1e-3, 3e-3, 1e-2],
         help="searched for every method on held-out training texts; the paper's 2e-4, 5e-4 and 1e-3 are for 7 B "
         "parameters, small models want larger ones (default: %(default)s)",
     )
-    parser.add_argument("--epochs", type=int, default=15, help="of side networks (default: %(default)s, the paper's)")
     parser.add_argument(
-        "--cloud-epochs", type=int, default=3, help="of LoRA and adapters, which cost more each (default: %(default)s)"
+        "--epochs", type=at_least_one, default=15, help="of side networks (default: %(default)s, the paper's)"
     )
-    parser.add_argument("--side-width", type=int, default=64, help="decides the number of parameters of all methods")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of one text (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="of a generated text (default: %(default)s)")
+    parser.add_argument(
+        "--cloud-epochs",
+        type=at_least_one,
+        default=3,
+        help="of LoRA and adapters, which cost more each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--side-width", type=at_least_one, default=64, help="decides the number of parameters of all methods"
+    )
+    parser.add_argument(
+        "--max-length", type=at_least_one, default=256, help="tokens of one text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=at_least_one, default=40, help="of a generated text (default: %(default)s)"
+    )
     add_run_options(parser, name, has_cache=True)
     return parser
 

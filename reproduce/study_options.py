@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from cells import Cells, OutOfTimeError
 
@@ -15,9 +18,53 @@ from cotune.errors import CotuneError
 HERE = Path(__file__).parent
 
 
-def study_parser(
-    name: str, description: str | None, epilog: str, *, data: str = "folder of data sets"
-) -> argparse.ArgumentParser:
+class StudyParser(argparse.ArgumentParser):
+    """A parser that refuses with one sentence, before anything is computed."""
+
+    def error(self, message: str) -> NoReturn:
+        sentence = re.sub(r"^argument (\S+): (is|are) ", r"\1 \2 ", message)
+        self.exit(2, f"error: {sentence}; see {self.prog} --help\n")
+
+
+def at_least_one(text: str) -> int:
+    """The type of options that count something.
+
+    Raises:
+        argparse.ArgumentTypeError: it is less, or no whole number.
+
+    Example:
+        >>> at_least_one("3")
+        3
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a whole number of at least 1")
+    return number
+
+
+def positive(text: str) -> float:
+    """The type of options that measure something.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not positive, not finite, or no number.
+
+    Example:
+        >>> positive("1e-3")
+        0.001
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a positive number")
+    return number
+
+
+def study_parser(name: str, description: str | None, epilog: str, *, data: str = "folder of data sets") -> StudyParser:
     """A parser with `--model` and `--data-root`.
 
     Args:
@@ -25,7 +72,7 @@ def study_parser(
         description, epilog: printed as they are.
         data: what `--data-root` is.
     """
-    parser = argparse.ArgumentParser(
+    parser = StudyParser(
         prog=f"python reproduce/{name}.py",
         description=description,
         epilog=epilog,
@@ -46,8 +93,8 @@ def add_run_options(parser: argparse.ArgumentParser, name: str, *, has_cache: bo
     """
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget-minutes", type=float, default=None, help="begin no cell after so much time")
+    parser.add_argument("--threads", type=at_least_one, default=1)
+    parser.add_argument("--budget-minutes", type=positive, default=None, help="begin no cell after so much time")
     parser.add_argument("--cells", type=Path, default=HERE / "cells", help="folder of finished cells")
     if has_cache:
         parser.add_argument("--cache", type=Path, default=Path("runs/reproduce"), help="folder of features")

@@ -24,6 +24,7 @@ from cells import OutOfTimeError, Value
 from mean import Mean
 from page import Page
 from result_folder import grid
+from study_options import at_least_one, positive
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
@@ -212,17 +213,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT), help="(default: all)")
     made.add_argument("--how", nargs="+", choices=HOW, default=list(HOW), help="(default: all)")
     made.add_argument("--bits", type=int, nargs="+", choices=BITS, default=list(BITS), help="(default: all)")
-    made.add_argument("--epochs", type=int, default=2, help="the same for all (default: %(default)s)")
-    made.add_argument("--memory-length", type=int, default=256, help="tokens of a text there (default: %(default)s)")
+    made.add_argument("--epochs", type=at_least_one, default=2, help="the same for all (default: %(default)s)")
+    made.add_argument(
+        "--memory-length", type=at_least_one, default=256, help="tokens of a text there (default: %(default)s)"
+    )
     made.add_argument(
         "--rate-factors",
-        type=float,
+        type=positive,
         nargs="+",
         default=[0.03, 0.3, 1.0, 3.0, 10.0],
         help="searched for what and how on whole weights, times the product's own rate (default: %(default)s)",
     )
     made.add_argument(
-        "--adds-up", type=float, default=90.0, help="per cent of the sum of savings alone (default: %(default)s)"
+        "--adds-up", type=positive, default=90.0, help="per cent of the sum of savings alone (default: %(default)s)"
     )
     made.add_argument("--child", nargs=3, metavar=("WHAT", "HOW", "BITS"), help=argparse.SUPPRESS)
     return made

@@ -23,7 +23,7 @@ from page import Page, about_run
 from result_folder import grid, plot_groups
 from spa_judging import personal_of
 from spa_training import HELDOUT_SHARE, Method, Training, parameter_budget, train_plugin
-from study_options import add_run_options, open_cells, results_of, study_parser
+from study_options import add_run_options, at_least_one, open_cells, results_of, study_parser
 from study_texts import persona_texts
 
 from cotune.data import read_splits
@@ -161,15 +161,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dataset", default="sciq", help="folder there (default: %(default)s); not for the persona's")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=list(ROWS), help="(default: all)")
-    parser.add_argument("--num-train", type=int, default=200, help="training texts (default: %(default)s)")
-    parser.add_argument("--num-test", type=int, default=100, help="test texts (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every method (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=3, help="with gradients (default: %(default)s)")
-    parser.add_argument("--side-epochs", type=int, default=15, help="of the side network, which costs less each")
-    parser.add_argument("--forward-epochs", type=int, default=10, help="of forward-only methods (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="texts in a measured step (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--num-train", type=at_least_one, default=200, help="training texts (default: %(default)s)")
+    parser.add_argument("--num-test", type=at_least_one, default=100, help="test texts (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least_one, default=3, help="runs of every method (default: %(default)s)")
+    parser.add_argument("--epochs", type=at_least_one, default=3, help="with gradients (default: %(default)s)")
+    parser.add_argument(
+        "--side-epochs", type=at_least_one, default=15, help="of the side network, which costs less each"
+    )
+    parser.add_argument(
+        "--forward-epochs", type=at_least_one, default=10, help="of forward-only methods (default: %(default)s)"
+    )
+    parser.add_argument("--max-length", type=at_least_one, default=256, help="tokens of a text (default: %(default)s)")
+    parser.add_argument("--batch", type=at_least_one, default=4, help="texts in a measured step (default: %(default)s)")
+    parser.add_argument("--length", type=at_least_one, default=256, help="tokens of each (default: %(default)s)")
     parser.add_argument("--shapes", nargs="*", choices=list(KNOWN_SHAPES), default=[], help="published models")
     parser.add_argument(
         "--measure-shapes", action="store_true", help="measure them too, for a GPU or a machine with much memory"
@@ -190,9 +194,6 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
-        for name in ("seeds", "num_train", "num_test", "epochs", "side_epochs", "forward_epochs"):
-            if getattr(args, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
         self.args = args
         self.load = Workload(batch=args.batch, length=args.length, dtype=args.dtype)
         self.train, self.test = self._read()

@@ -49,3 +49,22 @@ def test_cells_and_results_go_where_the_user_says(tmp_path: Path, capsys: pytest
     args.budget_minutes = 0.0
     with pytest.raises(InputError, match=r"budget_minutes is 0\.0"):
         open_cells(args)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--seeds", "0"], "--seeds is 0, expected a whole number of at least 1"),
+        (["--num-test", "2.5"], "--num-test is 2.5, expected a whole number of at least 1"),
+        (["--learning-rates", "0.1", "-1"], "--learning-rates is -1, expected a positive number"),
+        (["--budget-minutes", "nan"], "--budget-minutes is nan, expected a positive number"),
+        (["--words"], "unrecognized arguments: --words"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_anything_is_computed(
+    options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        PARSERS["spa_table2"].parse_args(options)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {sentence}; see python reproduce/spa_table2.py --help\n"
