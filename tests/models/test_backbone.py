@@ -144,6 +144,23 @@ def test_batch_equals_single(backbone: Backbone, token_ids: Ids) -> None:
         assert_features_close(features, backbone.features(ids, first, 6))
 
 
+def test_logits_of_targets_are_those_of_the_model(backbone: Backbone, token_ids: Ids) -> None:
+    sequences = [(token_ids, 3), (token_ids[:5], 1), (token_ids[2:4], 1)]
+    together = backbone.target_logits(sequences)
+    start = 0
+    for ids, first in sequences:
+        expected = backbone.model(torch.from_numpy(ids[None])).logits[0, first - 1 : -1]
+        end = start + len(expected)
+        np.testing.assert_allclose(together[start:end].numpy(), expected.detach().numpy(), atol=3e-5, rtol=1e-4)
+        start = end
+    assert start == len(together) and together.dtype == torch.float32
+    # A loss may keep it for its gradient, which a tensor of the inference mode refuses.
+    assert not together.is_inference() and not together.requires_grad
+    for bad in ([], [(token_ids, 0)], [(token_ids[:3], 3)]):
+        with pytest.raises(InputError, match="expected"):
+            backbone.target_logits(bad)
+
+
 def test_batch_of_states_equals_single(backbone: Backbone, token_ids: Ids) -> None:
     batch = np.zeros((2, len(token_ids)), np.int64)
     batch[0], batch[1, :9] = token_ids, token_ids[3:12]

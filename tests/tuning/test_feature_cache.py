@@ -112,6 +112,7 @@ def test_a_damaged_file_is_fetched_again(
     whole = collect_features(open_cache(tmp_path), make_source(), examples, 4)
     path = tmp_path / (open_cache(tmp_path).key(examples[3], 4) + SUFFIX)
     path.write_bytes(damage(path.read_bytes()))
+    assert open_cache(tmp_path).get(path.stem) is None and not path.exists()
     source = make_source()
     again = collect_features(open_cache(tmp_path), source, examples, 4)
     assert source.asked == [examples[3].input_ids.tolist()]

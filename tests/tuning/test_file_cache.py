@@ -24,6 +24,13 @@ def test_bytes_come_back_and_others_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine.other").stat().st_size == 10_000
 
 
+def test_a_damaged_file_is_removed(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, suffix=".a", what="answer")
+    cache.put("one", b"first")
+    (tmp_path / "one.a").write_bytes(b"no seal")
+    assert cache.get("one") is None and not (tmp_path / "one.a").exists()
+
+
 def test_a_seal_breaks_at_any_change() -> None:
     data = sealed(b"contents")
     assert unsealed(data) == b"contents" and unsealed(sealed(b"")) == b""
