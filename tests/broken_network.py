@@ -25,7 +25,7 @@ class Network:
         is_silent: nothing arrives, in either direction, and no connection is made.
         is_mute: greetings are answered, and nothing else.
         cut_after: frames from the cloud after which the next one meets a cut.
-        num_connections: that were made.
+        num_attempts, num_connections: that were begun, and made.
     """
 
     def __init__(self, model: HostedModel | None = None, config: ServiceConfig | None = None) -> None:
@@ -36,12 +36,14 @@ class Network:
         self.is_silent = False
         self.is_mute = False
         self.cut_after: int | None = None
+        self.num_attempts = 0
         self.num_connections = 0
         self.tasks: list[asyncio.Task[None]] = []
         self._lines: list[_Line] = []
         self._changed = asyncio.Event()
 
     async def connect(self) -> Connection:
+        self.num_attempts += 1
         while self.is_silent:
             await self._wait()
         if self.error is not None:
@@ -77,6 +79,11 @@ class Network:
         """Another cloud of the same model, which knows of no session."""
         self.service.close()
         self.service = CloudService(self.model, self.config)
+
+    @property
+    def num_open(self) -> int:
+        """Connections that nobody has closed."""
+        return sum(not line.closed for line in self._lines)
 
     async def _wait(self) -> None:
         self._changed.clear()

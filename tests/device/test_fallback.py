@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from broken_network import Network, broken_network, endless_model
+from byte_tokens import byte_tokenizer
 from offline_folders import CONTEXT, TinyLlama, write_onnx_folder
-from toy import STOP, ToyBackbone, toy_model, toy_personal
+from toy import STOP, TAP_DIM, TAPS, VOCAB, ToyBackbone, toy_model, toy_personal
 from toy_plugin import toy_plugin
 
 from cotune.cloud.engine import EngineConfig
@@ -25,10 +26,12 @@ from cotune.device.offline.runtimes import load_offline_model
 from cotune.device.offline.writer import OfflineWriter
 from cotune.device.reach import CloudReach, ReachConfig
 from cotune.device.runtime import Device, DeviceGeneration, GenerationOptions
+from cotune.device.stream import DeviceStream
 from cotune.errors import ConnectionLostError, InputError, MismatchError, RefusedError, WireError
 from cotune.generation.reference import begin, decide, generate
 from cotune.generation.request import ANSWERS, SCHEDULES, Decision, GenerationRequest
 from cotune.generation.sampling import Sampling, choose
+from cotune.generation.text import TextCodec
 
 TINY = TinyLlama()
 PROMPT = "w5 w9 w30"
@@ -236,9 +239,21 @@ async def test_a_cloud_that_was_never_there(model: OfflineModel, error: Any) -> 
 async def test_a_cloud_that_falls_silent(model: OfflineModel) -> None:
     async with broken_network() as network, case_of(model, network, patience_s=0.1) as case:
         case.on_token = lambda number, decision: network.silence() if number == 5 else None
-        case.up_at(4)
+        attempts: list[int] = []
+
+        async def step(number: int) -> None:
+            attempts.append(network.num_attempts)
+            if number == 4:
+                network.up()
+                await case.fallback.reach.wait_until_back()
+
+        case.on_step = step
         made = await case.run(schedule="blocking")
         assert runs(check(case, made)) == [False, True, False] and len(made.decisions) == 20
+        # The greeting at the start, the text, one try in the silence, and the first one of the outage: no more waiting.
+        assert attempts[0] <= 4
+        await case.fallback.reach.close()
+        assert network.num_open == 0
 
 
 async def test_a_cloud_that_is_only_slow_is_waited_for(model: OfflineModel) -> None:
@@ -373,6 +388,41 @@ async def test_who_gives_up_frees_the_place(case: Case) -> None:
             await work
     release.set()
     assert len((await case.run()).decisions) == 20
+
+
+async def test_half_a_character_is_written_anew(model: OfflineModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a model with other tokens, in the middle of a character."""
+    cloud = TextCodec(byte_tokenizer(bos=False).to_str().encode())
+
+    class Saying:
+        def read(self, token_ids: list[int]) -> Any:
+            logits = np.zeros(VOCAB, np.float32)
+            logits[7] = 1
+            return logits
+
+        def close(self) -> None:
+            return
+
+    writer = OfflineWriter(model)
+
+    async def take() -> Any:
+        await writer._places.acquire()
+        return Saying()
+
+    monkeypatch.setattr(writer, "take", take)
+    monkeypatch.setattr(writer.text, "decode", lambda ids: "語" * len(ids))
+    reach = CloudReach(lambda: asyncio.sleep(60))  # type: ignore[arg-type, return-value]
+    reach.note_away(ConnectionLostError("away"))
+    fallback = Fallback(writer=writer, reach=reach, cloud_text=cloud, cloud_tokenizer_json=b"another one")
+    request = GenerationRequest(prompt_ids=cloud.encode_prompt("w5"), max_new_tokens=9)
+    stream = DeviceStream(request, toy_personal(), tap_shape=(TAPS, TAP_DIM))
+    stream.adopt(cloud.encode_text("a語")[:-1])
+    client = Device(toy_plugin(), lambda: asyncio.sleep(60)).hasty_client()  # type: ignore[arg-type, return-value]
+    await fallback.run(client, stream, "w5", None)
+    assert cloud.decode(stream.token_ids).startswith("a語語") and "\ufffd" not in cloud.decode(stream.token_ids[:7])
+    assert len(stream.token_ids) == 9
+    assert stream._text == [*request.prompt_ids, *stream.token_ids]
+    await reach.close()
 
 
 async def test_beams_need_the_cloud(case: Case) -> None:
