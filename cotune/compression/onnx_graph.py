@@ -24,12 +24,12 @@ class GraphParts:
     """Nodes, inputs, outputs and tensors of one graph.
 
     Attributes:
-        data: where large tensors go.
+        data: where large tensors go; None for into the graph itself, which may have two gigabytes.
         data_name: what that file is called beside the graph.
     """
 
-    data: BinaryIO
-    data_name: str
+    data: BinaryIO | None = None
+    data_name: str = ""
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
@@ -45,14 +45,14 @@ class GraphParts:
         self.nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], domain=_MICROSOFT, **attributes))
         return outputs[0]
 
-    def split(self, x: str, outputs: Sequence[str]) -> None:
-        """Cut the last dimension into equal parts."""
-        self.nodes.append(helper.make_node("Split", [x], outputs, name=x + ".split", axis=-1, num_outputs=len(outputs)))
+    def split(self, x: str, outputs: Sequence[str], *, axis: int = -1) -> None:
+        """Cut a dimension into equal parts."""
+        self.nodes.append(helper.make_node("Split", [x], outputs, name=x + ".split", axis=axis, num_outputs=len(outputs)))
 
     def tensor(self, name: str, array: NDArray[Any]) -> str:
         """Keep a constant; its name."""
         array = np.asarray(array, order="C")
-        if array.nbytes < _INLINE_BYTES:
+        if self.data is None or array.nbytes < _INLINE_BYTES:
             self.tensors.append(numpy_helper.from_array(array, name))
             return name
         start = -(-self.data.tell() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
@@ -78,7 +78,7 @@ class GraphParts:
         return name
 
     def model(self, name: str, metadata: dict[str, str]) -> onnx.ModelProto:
-        """All of it, without the large tensors' bytes."""
+        """All of it, without the bytes of tensors in `data`."""
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, initializer=self.tensors)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(_MICROSOFT, MICROSOFT_OPSET)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="cotune")
