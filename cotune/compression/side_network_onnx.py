@@ -152,4 +152,5 @@ class OnnxSideNetwork(StatelessCorrector):
         self._codes[:, 0] = tap_codes
         self._scales[:, 0, 0] = tap_scales
         self._session.run_with_iobinding(self._binding)
-        return self._correction[0].copy()
+        correction: NDArray[np.float32] = self._correction[0].copy()
+        return correction
