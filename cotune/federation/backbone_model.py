@@ -22,7 +22,7 @@ from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.federation.arrays import Arrays, Shapes
 from cotune.federation.local_model import LocalSteps, Trained
-from cotune.federation.replay import add_along
+from cotune.federation.replay import move_along
 from cotune.models.backbone import Backbone
 from cotune.models.low_bit import is_low_bit
 from cotune.tuning.answer_loss import TokenBatches, answer_nats, only_rows
@@ -303,7 +303,7 @@ class BackboneWalk:
     def move(self, direction_seeds: Sequence[int], amounts: Sequence[float]) -> None:
         if not all(map(math.isfinite, amounts)):
             raise NonFiniteLossError(self._num, next(one for one in amounts if not math.isfinite(one)))
-        add_along(self._state.numbers, direction_seeds, amounts)
+        move_along(self._state.params, direction_seeds, amounts)
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
         return to_arrays(self._state.params)

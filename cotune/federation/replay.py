@@ -25,12 +25,7 @@ CHUNK = 64
 @torch.no_grad()
 def move_along(params: Mapping[str, Tensor], direction_seeds: Sequence[int], amounts: Sequence[float]) -> None:
     """Move tensors in place; directions whose amount is 0 cost nothing."""
-    add_along(TunedNumbers(params), direction_seeds, amounts)
-
-
-@torch.no_grad()
-def add_along(numbers: TunedNumbers, direction_seeds: Sequence[int], amounts: Sequence[float]) -> None:
-    """`move_along` of numbers that are looked after already."""
+    numbers = TunedNumbers(params)
     steps = [(seed, amount) for seed, amount in zip(direction_seeds, amounts, strict=True) if amount]
     for start in range(0, len(steps), CHUNK):
         chunk = steps[start : start + CHUNK]

@@ -33,8 +33,6 @@ _MASK = 0xFFFFFFFF
 # Signs of one page, in which words are made: few calls, and integers that stay in the cache.
 _PAGE_SIGNS = {"cpu": 2**20}
 _PAGE_SIGNS_ELSEWHERE = 2**26
-FEW_SIGNS = 2**20
-"""A direction of at most so many signs may be unpacked as a whole: 4 MiB of float32."""
 
 
 def philox(seed: int, counters: Tensor) -> Tensor:
@@ -147,9 +145,8 @@ class Direction:
         if num_signs is not None:
             page_signs = min(page_signs, max(1, -(-num_signs // SIGNS_PER_BLOCK)) * SIGNS_PER_BLOCK)
         self._words_per_page = page_signs // SIGNS_PER_WORD
-        self._num_pages, self._num_signs = num_pages, num_signs
+        self._num_pages = num_pages
         self._pages: OrderedDict[int, Tensor] = OrderedDict()
-        self._unpacked: Tensor | None = None
 
     def words(self, first: int, num: int) -> Tensor:
         """Packed signs: words `first` to `first + num`, int32 (num,)."""
@@ -164,26 +161,6 @@ class Direction:
         first, stop = start // SIGNS_PER_WORD, -(-(start + num) // SIGNS_PER_WORD)
         skipped = start - first * SIGNS_PER_WORD
         return unpack(self.words(first, stop - first), dtype)[skipped : skipped + num]
-
-    @property
-    def keeps_signs(self) -> bool:
-        """Whether `read_signs` gives views of what it keeps, and not new tensors."""
-        return self._num_signs is not None and self._num_signs <= FEW_SIGNS
-
-    def read_signs(self, start: int, num: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`signs`, where `keeps_signs` to be read only: all are unpacked once and kept, and this is a view of them.
-
-        Raises:
-            InputError: there are not so many, where they are kept.
-        """
-        if not self.keeps_signs:
-            return self.signs(start, num, dtype)
-        assert self._num_signs is not None
-        if start + num > self._num_signs:
-            raise InputError(f"signs {start} to {start + num} of a direction of {self._num_signs}; make a longer one")
-        if self._unpacked is None or self._unpacked.dtype != dtype:
-            self._unpacked = self.signs(0, self._num_signs, dtype)
-        return self._unpacked[start : start + num]
 
     def rows(self, starts: Tensor, width: int, dtype: torch.dtype = torch.float32, *, aligned: bool = False) -> Tensor:
         """`width` signs from each of these places on, (n, width); the words in between are not made.

@@ -104,9 +104,8 @@ class PerturbedTensor(Tensor):
 
     def elements(self, start: int, stop: int) -> Tensor:
         """Numbers `start` to `stop` of the moved tensor, counted row by row; a new tensor."""
-        signs = self.direction.read_signs(self.place + start, stop - start, self.theta.dtype)
-        out = None if self.direction.keeps_signs else signs  # else they are ours, and their room is enough
-        return torch.add(self.theta.view(-1)[start:stop], signs, alpha=self.zo_eps, out=out)
+        signs = self.direction.signs(self.place + start, stop - start, self.theta.dtype)
+        return torch.add(self.theta.view(-1)[start:stop], signs, alpha=self.zo_eps, out=signs)
 
     def whole(self) -> Tensor:
         """All of it; a new tensor."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cotune.errors import InputError
-from cotune.tuning.directions import FEW_SIGNS, Direction, place_parameters
+from cotune.tuning.directions import Direction, place_parameters
 from cotune.tuning.perturbed import PerturbedTensor, block_elements
 from cotune.tuning.sparse_mask import SparseMask
 
@@ -45,11 +45,6 @@ class Block:
         """What updates are computed in: float32, or float64 for parameters of that type."""
         return torch.float64 if self.flat.dtype == torch.float64 else torch.float32
 
-    @property
-    def signs_slice(self) -> slice:
-        """Where its signs are among all."""
-        return slice(self.place, self.place + self.num)
-
     def read(self) -> Tensor:
         """A copy, (num,)."""
         return self.flat.clone() if self.chosen is None else self.flat[self.chosen]
@@ -62,16 +57,15 @@ class Block:
             self.flat[self.chosen] = values.to(self.flat.dtype)
 
     def signs(self, direction: Direction, dtype: torch.dtype) -> Tensor:
-        """This block's part of z, (num,), to be read only."""
-        return direction.read_signs(self.place, self.num, dtype)
+        """This block's part of z, (num,)."""
+        return direction.signs(self.place, self.num, dtype)
 
     def combine(self, directions: Sequence[Direction], weights: Sequence[float]) -> Tensor:
         """sum_j weight_j z_j, float32 (num,), or float64 for parameters of that type."""
         total = torch.zeros(self.num, dtype=self.exact_dtype, device=self.flat.device)
         for direction, weight in zip(directions, weights, strict=True):
             if weight:
-                # Made anew: as many directions as there are together would take much room.
-                total.add_(direction.signs(self.place, self.num, self.exact_dtype), alpha=weight)
+                total.add_(self.signs(direction, self.exact_dtype), alpha=weight)
         return total
 
     def change(self, change: Tensor, *, keep: float = 1.0) -> None:
@@ -112,8 +106,6 @@ class TunedNumbers:
         self.mask = mask
         self.places = place_parameters(self.sizes)
         self.device = self.params[next(iter(self.sizes))].device
-        last = next(reversed(self.sizes))
-        self._num_signs = self.places[last] + self.sizes[last]
 
     @property
     def num_numbers(self) -> int:
@@ -122,7 +114,8 @@ class TunedNumbers:
 
     def direction(self, seed: int, *, num_pages: int = 4) -> Direction:
         """The direction of a seed, where these numbers are."""
-        return Direction(seed, self.device, num_pages=num_pages, num_signs=self._num_signs)
+        last = next(reversed(self.sizes))
+        return Direction(seed, self.device, num_pages=num_pages, num_signs=self.places[last] + self.sizes[last])
 
     def blocks(self) -> Iterator[Block]:
         """All of them, in the order of their signs."""
@@ -178,26 +171,10 @@ class TunedNumbers:
         """
         if not any(weights) and keep == 1:
             return  # Adding +0 would turn -0 into +0.
-        together = self._combine_few(directions, weights)
         for block in self.blocks():
             simple = block.chosen is None and block.flat.dtype == block.exact_dtype and not (block.decays and keep != 1)
             if simple and len(directions) == 1:
                 # The same numbers as below, without a copy; 16-bit types would round the weight on a CPU.
                 block.flat.add_(block.signs(directions[0], block.flat.dtype), alpha=weights[0])
             else:
-                change = block.combine(directions, weights) if together is None else together[block.signs_slice]
-                block.change(change, keep=keep)
-
-    def _combine_few(self, directions: Sequence[Direction], weights: Sequence[float]) -> Tensor | None:
-        """What `Block.combine` gives, to the bit, of all blocks at once; None where that is too large or no gain.
-
-        Few numbers in many tensors, such as those of LoRA, cost a call for each tensor otherwise.
-        """
-        exact = {torch.float64 if self.params[name].dtype == torch.float64 else torch.float32 for name in self.sizes}
-        if self._num_signs > FEW_SIGNS or len(directions) < 2 or len(exact) > 1:
-            return None
-        total = torch.zeros(self._num_signs, dtype=exact.pop(), device=self.device)
-        for direction, weight in zip(directions, weights, strict=True):
-            if weight:
-                total.add_(direction.signs(0, self._num_signs, total.dtype), alpha=weight)
-        return total
+                block.change(block.combine(directions, weights), keep=keep)

@@ -21,21 +21,6 @@ from cotune.tuning.directions import (
 SEEDS = st.integers(0, 2**64 - 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_few_signs_are_kept_and_are_those_that_are_made_anew(dtype: torch.dtype) -> None:
-    short, long = Direction(3, num_signs=1000), Direction(3, num_signs=2**20 + 1)
-    for start, num in ((0, 1000), (31, 5), (640, 360), (999, 1)):
-        for direction in (short, long):
-            assert torch.equal(direction.read_signs(start, num, dtype), Direction(3).signs(start, num, dtype))
-    assert short.keeps_signs and not long.keeps_signs and not Direction(3).keeps_signs
-    assert short.read_signs(5, 9, dtype).data_ptr() == short.read_signs(5, 9, dtype).data_ptr()
-    # What is not kept is the caller's own.
-    long.read_signs(0, 9, dtype).zero_()
-    assert torch.equal(long.read_signs(0, 9, dtype), short.read_signs(0, 9, dtype))
-    with pytest.raises(InputError, match="signs 999 to 1001 of a direction of 1000"):
-        short.read_signs(999, 2, dtype)
-
-
 def test_the_reference_gives_the_authors_known_answers() -> None:
     """From `kat_vectors` of Random123, the authors' library."""
     ones = 0xFFFFFFFF

@@ -149,23 +149,3 @@ def test_an_empty_tensor_among_others_does_no_harm() -> None:
     with numbers.moved(Direction(0), 1.0) as moved:
         assert moved["empty"].shape == (0, 4) and moved["w"].abs().tolist() == [1.0] * 3
     assert [block.name for block in numbers.blocks()] == ["w"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, None])
-@pytest.mark.parametrize("masked", [False, True])
-def test_few_numbers_move_together_to_the_same_bits_as_block_by_block(
-    dtype: torch.dtype | None, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ends() -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        kinds = {"a": dtype or torch.float32, "b": dtype or torch.float64, "c": dtype or torch.bfloat16}
-        tensors = {name: torch.randn(9, 15, generator=generator).to(kind) for name, kind in kinds.items()}
-        numbers = TunedNumbers(tensors, mask_by_magnitude(tensors, 0.3) if masked else None)
-        for weights, keep in (([1e-3, 0.0, -0.37, 7.1], 0.99), ([0.1, 0.2], 1.0), ([0.3], 1.0)):
-            directions = [numbers.direction(seed, num_pages=1) for seed in range(len(weights))]
-            numbers.add(directions, weights, keep=keep)
-        return tensors
-
-    together = ends()
-    monkeypatch.setattr(TunedNumbers, "_combine_few", lambda *_: None)
-    assert bits(together) == bits(ends())
