@@ -5,6 +5,9 @@ Mode integration, so that no gate plays a part. The number of parameters is what
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from cells import OutOfTimeError
 from mean import Mean
 from page import Page
 from result_folder import Point, grid, plot_groups
@@ -48,17 +51,31 @@ def bytes_per_token(study: Study, row: Row) -> int:
     return codec.num_bytes(projections.num_taps, projections.tap_dim)
 
 
+def scores_of(study: Study, rows: Mapping[str, Row]) -> dict[str, dict[str, dict[str, Mean]]]:
+    """By choice and data set, over seeds.
+
+    Raises:
+        OutOfTimeError: a cell is missing, and the budget is spent.
+    """
+    found: dict[str, dict[str, dict[str, Mean]]] = {choice: {} for choice in rows}
+    for dataset in study.args.datasets:
+        for choice, row in rows.items():
+            runs = rows_of(study, dataset, row)
+            found[choice][dataset] = {score: Mean.of([run[score] for run in runs]) for score in SCORES}
+    return found
+
+
 def build(study: Study) -> Page:
     """A table and a plot for each thing that is changed."""
     datasets = study.args.datasets
     measured: dict[str, dict[str, dict[str, dict[str, Mean]]]] = {}
-    sections, lines = [], []
+    sections, lines, unfinished = [], [], []
     for name, rows in groups(study).items():
-        found = measured[name] = {choice: {} for choice in rows}
-        for dataset in datasets:
-            for choice, row in rows.items():
-                runs = rows_of(study, dataset, row)
-                found[choice][dataset] = {score: Mean.of([run[score] for run in runs]) for score in SCORES}
+        try:
+            found = measured[name] = scores_of(study, rows)
+        except OutOfTimeError:
+            unfinished.append(f"the effect of {name}")
+            continue
         choices = list(rows)
         columns = {
             "parameters": [f"{found[choice][datasets[0]]['num_parameters'].mean:,.0f}" for choice in choices],
@@ -99,6 +116,7 @@ def build(study: Study) -> Page:
             "Personal down-projections read whole normalised states, which a served cloud would have to send.",
         ),
         lines=lines,
+        unfinished=unfinished,
     )
 
 
