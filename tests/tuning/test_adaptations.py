@@ -46,7 +46,7 @@ MERGEABLE = [name for name, method in ADAPTATIONS.items() if method.is_mergeable
 def config_for(name: str, **changes: Any) -> TuneConfig:
     return TuneConfig(
         what=adaptation_named(name, AdaptationOptions(**OPTIONS.get(name, {}))),
-        loop=LoopConfig(epochs=4, learning_rate=RATES.get(name, 0.02), checkpoint_interval_s=0.0),
+        loop=LoopConfig(epochs=2, learning_rate=RATES.get(name, 0.02), checkpoint_interval_s=0.0),
         num_batch_sequences=4,
         **changes,
     )
@@ -158,7 +158,7 @@ def test_an_interrupted_and_resumed_run_gives_the_same_weights(
     before, config = snapshot(backbone), config_for(name)
 
     def interrupt(progress: LoopProgress) -> None:
-        if progress.step == 5:
+        if progress.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -52,11 +52,11 @@ def test_names() -> None:
 
 
 def tune_with(
-    estimator: Estimator, backbone: Backbone, examples: list[EncodedExample], learning_rate: float, epochs: int = 8
+    estimator: Estimator, backbone: Backbone, examples: list[EncodedExample], learning_rate: float
 ) -> list[float | None]:
     config = TuneConfig(
         what=adaptation_named("lora", AdaptationOptions(rank=4)),
-        loop=LoopConfig(epochs=epochs, learning_rate=learning_rate),
+        loop=LoopConfig(epochs=4, learning_rate=learning_rate),
     )
     result = tune(backbone, examples, config, estimator=estimator, heldout=examples)
     assert (result.account is not None) == isinstance(estimator, PrivateDescent)
@@ -71,15 +71,16 @@ def tune_with(
         (estimator_named("zeroth_order", num_directions=4, rule="momentum"), 3e-3),
         (estimator_named("zeroth_order", num_directions=4, rule="adam"), 3e-3),
         (estimator_named("zeroth_order", num_directions=4, sparse_share=0.1), 1e-2),
-        (estimator_named("forward_gradient"), 0.3),
-        (estimator_named("forward_gradient", forward_mode=True, sparse_share=0.2), 0.3),
+        # So many that four batches open the gate.
+        (estimator_named("forward_gradient", num_directions=16), 0.3),
+        (estimator_named("forward_gradient", num_directions=16, forward_mode=True, sparse_share=0.2), 0.3),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_every_estimator_lowers_the_loss(
     backbone: Backbone, examples: list[EncodedExample], estimator: Estimator, learning_rate: float
 ) -> None:
-    losses = tune_with(estimator, backbone, examples[:12], learning_rate)
+    losses = tune_with(estimator, backbone, examples[:4], learning_rate)
     best = min(loss for loss in losses if loss is not None)
     assert losses[0] is not None and best < losses[0]
 
@@ -89,19 +90,17 @@ def test_a_private_run_says_what_it_spent(backbone: Backbone, examples: list[Enc
     config = TuneConfig(
         what=adaptation_named("lora", AdaptationOptions(rank=2)), loop=LoopConfig(epochs=1, learning_rate=1e-3)
     )
-    result = tune(backbone, examples, config, estimator=PrivateDescent(epsilon=8.0), run_dir=tmp_path)
-    assert result.account is not None and 0 < result.account.epsilon <= 8.0
+    result = tune(backbone, examples, config, estimator=PrivateDescent(epsilon=1.0), run_dir=tmp_path)
+    assert result.account is not None and 0 < result.account.epsilon <= 1.0
 
 
 def test_a_score_is_raised_without_a_gradient(backbone: Backbone) -> None:
     """A score that likes short texts, which no likelihood would teach."""
     texts = [Example(one.request, " " + one.answer) for one in generate_exchanges(4, seed=1)]
-    examples = encode_examples(backbone.tokenizer_json, texts, backbone.description, 20)
+    examples = encode_examples(backbone.tokenizer_json, texts, backbone.description, 12)
     short = TextScore(name="short", metric=lambda text, references: 1 / (1 + len(text)))
-    losses = tune_with(
-        estimator_named("zeroth_order", num_directions=4, score=short), backbone, examples, 3e-2, epochs=4
-    )
-    assert losses[0] is not None and min(loss for loss in losses if loss is not None) < losses[0] <= 1
+    losses = tune_with(estimator_named("zeroth_order", num_directions=4, score=short), backbone, examples, 3e-2)
+    assert losses[0] is not None and min(loss for loss in losses if loss is not None) < losses[0] - 0.01 < 1
 
 
 @pytest.mark.parametrize(("what", "zo_eps"), [("lora", 0.03), ("soft_prompt", 0.1)])

@@ -69,7 +69,7 @@ def test_what_is_trained_from_it_is_an_ordinary_adapter_of_the_base(
     if not is_possible(name, backbone):
         pytest.skip("OLoRA of peft does not know GPT-2's layout")
     before = {n: tensor.clone() for n, tensor in backbone.model.state_dict().items()}
-    loop = LoopConfig(epochs=4, learning_rate=0.01)
+    loop = LoopConfig(epochs=2, learning_rate=0.02)
     config = TuneConfig(what=Lora(shape=SHAPE, init=name), loop=loop, num_batch_sequences=4)
     result = tune(backbone, examples, config, heldout=examples)
     start, end = (result.curve[i].heldout_loss for i in (0, result.best_epoch))

@@ -80,10 +80,21 @@ def test_much_noise_gains_by_high_orders_and_little_noise_ends_without_prv() -> 
     assert PrivacyAccount(noise_multiplier=1.0, sample_rate=0.5, num_steps=0, delta=1e-5).epsilon == 0.0
 
 
-@pytest.mark.parametrize(("target", "rate", "steps"), [(0.5, 0.02, 100), (4.0, 0.3, 10), (2.0, 1.0, 1)])
-def test_found_noise_keeps_to_the_target_and_is_no_more_than_needed(target: float, rate: float, steps: int) -> None:
-    sigma = noise_for_epsilon(target, sample_rate=rate, num_steps=steps, delta=1e-5)
-    shape = {"sample_rate": rate, "num_steps": steps, "delta": 1e-5}
+@pytest.mark.parametrize(
+    ("target", "rate", "steps", "delta"),
+    [
+        (0.5, 0.02, 100, 1e-5),
+        (4.0, 0.3, 10, 1e-5),
+        (2.0, 1.0, 1, 1e-5),
+        (60.0, 1.0, 1, 1e-5),  # PRV is not asked
+        (3.0, 1.0, 1, 1e-18),  # PRV has no answer
+    ],
+)
+def test_found_noise_keeps_to_the_target_and_is_no_more_than_needed(
+    target: float, rate: float, steps: int, delta: float
+) -> None:
+    sigma = noise_for_epsilon(target, sample_rate=rate, num_steps=steps, delta=delta)
+    shape = {"sample_rate": rate, "num_steps": steps, "delta": delta}
     assert PrivacyAccount(noise_multiplier=sigma, **shape).epsilon <= target
     assert PrivacyAccount(noise_multiplier=0.98 * sigma, **shape).epsilon > target
 

@@ -88,7 +88,9 @@ def step_bytes(model: PreTrainedModel, batch: TokenBatch, params: Any, mask: Any
     return peak_bytes(lambda: tuner.step(state, batch))
 
 
-def inference_bytes(model: PreTrainedModel, batch: TokenBatch) -> int:
+@pytest.fixture(scope="module")
+def inference(model: PreTrainedModel, batch: TokenBatch) -> int:
+    """Bytes of a pass without gradients."""
     tuner = ZerothOrderTuner(model, ZerothOrderConfig(), AnswerNats())
     state = tuner.init(dict(model.named_parameters()))
     return peak_bytes(lambda: tuner.evaluate(state, batch))
@@ -96,16 +98,18 @@ def inference_bytes(model: PreTrainedModel, batch: TokenBatch) -> int:
 
 @pytest.mark.parametrize("rule", [PlainDescent(), Momentum(window=3), Adam(window=3)], ids=lambda r: type(r).__name__)
 def test_all_parameters_at_most_5_percent_above_inference(
-    model: PreTrainedModel, batch: TokenBatch, rule: UpdateRule
+    model: PreTrainedModel, batch: TokenBatch, inference: int, rule: UpdateRule
 ) -> None:
-    weights, inference = weights_bytes(model), inference_bytes(model, batch)
+    weights = weights_bytes(model)
     step = step_bytes(model, batch, dict(model.named_parameters()), rule=rule, num_directions=2, weight_decay=0.1)
     assert 0.02 * weights < inference < weights, "activations are neither nothing nor all"
     assert weights + step < 1.05 * (weights + inference)
 
 
-def test_a_mask_and_an_adapter_at_most_5_percent_above_inference(model: PreTrainedModel, batch: TokenBatch) -> None:
-    weights, inference = weights_bytes(model), inference_bytes(model, batch)
+def test_a_mask_and_an_adapter_at_most_5_percent_above_inference(
+    model: PreTrainedModel, batch: TokenBatch, inference: int
+) -> None:
+    weights = weights_bytes(model)
     params = {name: p.detach() for name, p in model.named_parameters()}
     step = step_bytes(model, batch, params, mask_by_magnitude(params, 0.01))
     assert weights + step < 1.05 * (weights + inference)
@@ -149,14 +153,18 @@ def full_tuning_bytes(model: PreTrainedModel, batch: TokenBatch, tuner_class: ty
     return count_allocations(tune).peak_bytes
 
 
-def test_full_tuning_has_the_weights_once(model: PreTrainedModel, batch: TokenBatch) -> None:
+@pytest.fixture(scope="module")
+def full_tuning(model: PreTrainedModel, batch: TokenBatch) -> int:
+    return full_tuning_bytes(model, batch, AttachedTuner)
+
+
+def test_full_tuning_has_the_weights_once(model: PreTrainedModel, batch: TokenBatch, full_tuning: int) -> None:
     weights = weights_bytes(model)
-    own, copied = (full_tuning_bytes(model, batch, each) for each in (AttachedTuner, OnACopy))
-    assert copied - own == pytest.approx(weights, rel=0.02)
-    assert own > 3 * weights, "a gradient and two moments"
+    assert full_tuning_bytes(model, batch, OnACopy) - full_tuning == pytest.approx(weights, rel=0.02)
+    assert full_tuning > 3 * weights, "a gradient and two moments"
 
 
-def test_what_a_whole_run_keeps_aside_waits_on_disk(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_what_a_whole_run_keeps_aside_waits_on_disk(model: PreTrainedModel, tmp_path: Path, full_tuning: int) -> None:
     """The values before, the best epoch's and checkpoints take no memory in the fullest step.
 
     Read back, a file is mapped, which counts here as allocated, with the moments and the result beside it: four times
@@ -164,7 +172,6 @@ def test_what_a_whole_run_keeps_aside_waits_on_disk(model: PreTrainedModel, tmp_
     """
     rng = np.random.default_rng(0)
     examples = [EncodedExample(rng.integers(3, 2000, 65), 33) for _ in range(4)]
-    (batch,) = TokenBatches(examples, 4, pad_token_id=0, seed=0).epoch(0)
     backbone, config = Backbone.from_model(model, b"{}"), TuneConfig(what=Full(), loop=LoopConfig(epochs=2))
     whole = SelectedParameters.of(model, all_names(model))
 
@@ -182,6 +189,6 @@ def test_what_a_whole_run_keeps_aside_waits_on_disk(model: PreTrainedModel, tmp_
         )
 
     run()
-    step, weights = full_tuning_bytes(model, batch, AttachedTuner), weights_bytes(model)
-    assert 4 * weights < step + 0.75 * weights
-    assert count_allocations(run).peak_bytes < step + 0.75 * weights
+    weights = weights_bytes(model)
+    assert 4 * weights < full_tuning + 0.75 * weights
+    assert count_allocations(run).peak_bytes < full_tuning + 0.75 * weights
