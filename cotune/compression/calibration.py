@@ -202,9 +202,7 @@ class WalkedBlock:
         self.index = index
         self.name = name
         self.module = module
-        self.linears = {
-            f"{name}.{part}": linear for part, linear in module.named_modules() if isinstance(linear, nn.Linear)
-        }
+        self.linears = {f"{name}.{part}": linear for part, linear in _linears(module).items()}
         self.states = states
         self._passes = passes
 
@@ -269,6 +267,33 @@ def walk_blocks(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_s
         yield block
         if index + 1 < len(layers):
             block._advance()
+
+
+def walk_bytes(model: PreTrainedModel, *, num_texts: int, length: int, needs_gram: bool = True) -> int:
+    """The most bytes beside the model that a walk keeps: all texts' residual stream, one block's statistics.
+
+    Layers that read the same are counted for themselves, which they need not be; a pass and a method's own work on one
+    layer come on top.
+
+    Args:
+        model, num_texts, length: see `walk_blocks`.
+        needs_gram: see `WalkedBlock.statistics`.
+
+    Example:
+        >>> walk_bytes(model, num_texts=128, length=512) / 2**20  # doctest: +SKIP
+    """
+    weight = model.get_input_embeddings().weight
+    stream: int = num_texts * length * weight.shape[1] * weight.element_size()
+    statistics = max(
+        sum(8 * linear.in_features ** (2 if needs_gram else 1) for linear in _linears(layer).values())
+        for layer in decoder_layers(model)
+    )
+    return stream + statistics
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """A block's linear layers by their names in it."""
+    return {part: module for part, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
 class PackedLike(Protocol):
@@ -395,12 +420,11 @@ def chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> dict[str, n
     chosen: dict[str, nn.Linear] = {}
     module_names = {module: name for name, module in model.named_modules()}
     for layer in decoder_layers(model):
-        for part, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
-                name = f"{module_names[layer]}.{part}"
-                if name not in skip and part not in skip:
-                    chosen[name] = module
-                unknown -= {name, part}
+        for part, linear in _linears(layer).items():
+            name = f"{module_names[layer]}.{part}"
+            if name not in skip and part not in skip:
+                chosen[name] = linear
+            unknown -= {name, part}
     if unknown:
         raise InputError(
             f"skip names {sorted(unknown)[0]!r}, expected linear layers of the model's blocks, such as "

@@ -12,7 +12,8 @@ with g the scales of the norm in front. Q's columns are the eigenvectors of the 
 n n^T, n = x / rms(x): of what the readers read.
 
 A norm over k numbers divides by sqrt(|x_k|^2 / k + eps), the original one by sqrt(|x|^2 / d + eps). Its scale becomes
-sqrt(d s / k), s the mean share of |x|^2 at that norm which is left in the k numbers, and eps becomes eps d / k.
+sqrt(d / k) and its eps becomes eps d / k, so that it divides as the original one would with zeros for what was cut off,
+as in SliceGPT. (To make up for the mean share of |x|^2 that is cut off was tried too, and was worse.)
 """
 
 from __future__ import annotations
@@ -58,29 +59,14 @@ def slice_hidden(model: PreTrainedModel, input_ids: NDArray[np.int64], num_kept:
     """
     check_walk(model, input_ids, batch_size=batch_size)
     check_hidden(model, num_kept)
-    fold_norms(model)
     hidden = int(model.config.hidden_size)
+    fold_norms(model)
     norms = _norms(model)
-    gram = torch.zeros(hidden, hidden, dtype=torch.float64, device=model.device)
-
-    def add_products(norm: nn.Module, normed: Tensor) -> None:
-        gram.add_(normed.T @ normed)
-
-    _watch_norms(model, norms, input_ids, batch_size, add_products)
-    rotation = principal_axes(gram)[:, :num_kept]
-    left, whole = dict.fromkeys(norms, 0.0), dict.fromkeys(norms, 0.0)
-
-    def add_squares(norm: nn.Module, normed: Tensor) -> None:
-        left[norm] += float((normed @ rotation).square().sum())
-        whole[norm] += float(normed.square().sum())
-
-    _watch_norms(model, norms, input_ids, batch_size, add_squares)
+    rotation = principal_axes(_gram_behind(model, norms, input_ids, batch_size))[:, :num_kept]
     eps = float(model.config.rms_norm_eps) * hidden / num_kept
     for norm in norms:
-        scale = (hidden / num_kept * left[norm] / whole[norm]) ** 0.5
-        norm.weight = nn.Parameter(
-            torch.full((num_kept,), scale).to(norm.weight), requires_grad=norm.weight.requires_grad
-        )
+        scales = torch.full((num_kept,), (hidden / num_kept) ** 0.5).to(norm.weight)
+        norm.weight = nn.Parameter(scales, requires_grad=norm.weight.requires_grad)
         norm.variance_epsilon = eps
     _rotate(model, rotation)
     config = model.config
@@ -131,6 +117,7 @@ def principal_axes(gram: Tensor) -> Tensor:
 
 def check_hidden(model: PreTrainedModel, num_kept: int) -> None:
     """Raise `InputError` where a model's residual stream cannot be `num_kept` wide."""
+    llama_blocks(model)
     hidden, heads = int(model.config.hidden_size), int(model.config.num_attention_heads)
     if not 1 <= num_kept <= hidden or num_kept % heads:
         raise InputError(
@@ -157,23 +144,21 @@ def _fold(norm: Any, readers: tuple[nn.Linear, ...]) -> None:
 
 
 @torch.no_grad()
-def _watch_norms(
-    model: PreTrainedModel,
-    norms: list[Any],
-    input_ids: NDArray[np.int64],
-    batch_size: int,
-    take: Callable[[nn.Module, Tensor], None],
-) -> None:
-    """Show `take` what each norm puts out for each batch, float64 (tokens, hidden)."""
+def _gram_behind(model: PreTrainedModel, norms: list[Any], input_ids: NDArray[np.int64], batch_size: int) -> Tensor:
+    """Sum of n n^T over all tokens and all that the norms put out, float64 (hidden, hidden)."""
+    hidden = int(model.config.hidden_size)
+    gram = torch.zeros(hidden, hidden, dtype=torch.float64, device=model.device)
 
-    def show(norm: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        take(norm, output.reshape(-1, output.shape[-1]).double())
+    def add(norm: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        normed = output.reshape(-1, hidden).double()  # (tokens, hidden)
+        gram.add_(normed.T @ normed)
 
     with ExitStack() as stack:
         for norm in norms:
-            stack.callback(norm.register_forward_hook(show).remove)
+            stack.callback(norm.register_forward_hook(add).remove)
         for ids in torch.split(torch.from_numpy(input_ids), batch_size):
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
+    return gram
 
 
 @torch.no_grad()
@@ -216,7 +201,6 @@ class HiddenSize:
         """See `Pruner`. `amount` is a share; `on_layer` is not called."""
         refuse_skip(skip)
         share, ids = share_of(amount), texts_of(input_ids)
-        llama_blocks(model)
         step = math.lcm(self.multiple, int(model.config.num_attention_heads))
         num_kept = kept_size(int(model.config.hidden_size), share, multiple=step)
         slice_hidden(model, ids, num_kept, batch_size=batch_size)

@@ -24,6 +24,7 @@ from cotune.compression.calibration import (
     compress_linears,
     reconstruction_error,
     walk_blocks,
+    walk_bytes,
 )
 from cotune.errors import DataError, InputError
 
@@ -89,6 +90,17 @@ def test_the_model_is_as_before_and_layers_with_the_same_input_share_its_statist
     assert len({id(one) for one in own.values()}) == 4
     assert all("forward" not in module.__dict__ for module in model.modules())
     assert torch.equal(model(torch.from_numpy(input_ids)).logits, before)
+
+
+@pytest.mark.parametrize("needs_gram", [True, False])
+def test_what_a_walk_keeps_is_bounded(input_ids: Ids, needs_gram: bool) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    block = next(iter(walk_blocks(model, input_ids)))
+    kept = set(block.statistics(needs_gram=needs_gram).values())
+    used = block.states.nbytes + sum((one.gram if needs_gram else one.squared_norms).nbytes for one in kept)
+    bound = walk_bytes(model, num_texts=5, length=LENGTH, needs_gram=needs_gram)
+    # Query, key and value share one matrix, gate and up another.
+    assert bound == used + 3 * 8 * (32 * 32 if needs_gram else 32)
 
 
 def test_squared_norms_can_be_had_without_gram_matrices(input_ids: Ids) -> None:

@@ -10,7 +10,7 @@ import torch
 from compressible import VOCAB, tiny_model
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from cotune.compression.hidden_size import HiddenSize, fold_norms, principal_axes, slice_hidden
 from cotune.errors import InputError
@@ -106,7 +106,7 @@ def test_a_head_keeps_its_dimension_where_the_config_did_not_say_it(input_ids: I
 
 
 def test_axes_and_norms_by_their_formulas(input_ids: Ids) -> None:
-    """Against a model of full width: rotated by NumPy, its weak axes zero, its norms multiplied by sqrt(s)."""
+    """Against a model of full width that writes nothing outside the strongest axes, which NumPy finds."""
     model, dense = scaled_model(), scaled_model()
     slice_hidden(model, input_ids, 20)
     fold_norms(dense)
@@ -126,10 +126,8 @@ def test_axes_and_norms_by_their_formulas(input_ids: Ids) -> None:
         for layer in dense.model.layers:
             for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 writer.weight.copy_(inside @ writer.weight.double())
-        for norm in norms:
-            share = (outputs[norm] @ strongest).square().sum() / outputs[norm].square().sum()
-            assert 0.1 < float(share) < 0.999
-            norm.weight.mul_(share.sqrt())
+        lost = 1 - (outputs[norms[0]] @ strongest).square().sum() / outputs[norms[0]].square().sum()
+        assert 0.01 < float(lost) < 0.9
     torch.testing.assert_close(logits(model, input_ids), logits(dense, input_ids), rtol=1e-3, atol=1e-3)
 
 
@@ -148,6 +146,10 @@ def test_bad_input_is_one_clear_sentence(input_ids: Ids) -> None:
     for num in (0, 30, 36):
         with pytest.raises(InputError, match=f"to be {num}, expected a multiple of 4, the number of heads, up to 32"):
             slice_hidden(model, input_ids, num)
+    other = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, vocab_size=VOCAB)).eval()
+    with pytest.raises(InputError, match="GPT2LMHeadModel cannot be made narrower"):
+        slice_hidden(other, input_ids, 4)
+    assert other.lm_head.weight is other.transformer.wte.weight
     with pytest.raises(InputError, match="batch_size is 0"):
         slice_hidden(model, input_ids, 16, batch_size=0)
     assert HiddenSize(multiple=6).prune(model, "0.5", input_ids) == {"hidden_size": 12}
