@@ -84,7 +84,8 @@ class Awq:
         for block in walk_blocks(model, input_ids, batch_size=batch_size):
             before = _observe(block)
             for group in _groups(block, before):
-                group.move(self.search(group.weights(), before.of_group(group), grid))
+                if names.keys() & group.readers.keys():
+                    group.move(self.search(group.weights(), before.of_group(group), grid))
             after = _observe(block)
             _check_drift(block, before.outputs, after.outputs)
             for name in block.linears:
@@ -128,23 +129,14 @@ class Awq:
         num_in = weight.shape[1]
         groups = grid.grouped(weight.double())  # (out, num_groups, group_size)
         grams = list(_diagonal_blocks(statistics.gram, grid.group_size_of(num_in)))
-        best: tuple[Tensor, Tensor] | None = None
-        least = torch.full(groups.shape[:2], float("inf"), dtype=torch.float64)
-        for step in range(round(self.max_clip * 20) + 1):
-            scales, zeros = grid.fit(weight, shrink=1 - step / 20)
-            rounded = (grid.codes(groups, scales[..., None], zeros[..., None]) - zeros[..., None]) * scales[..., None]
-            lost = groups - rounded
-            errors = torch.stack(
-                [((lost[:, i, : len(gram)] @ gram) * lost[:, i, : len(gram)]).sum(1) for i, gram in enumerate(grams)],
-                dim=1,
-            )  # (out, num_groups)
-            if best is None:
-                best = scales, zeros
+        scales, zeros = grid.fit(weight)
+        least = _group_errors(groups, scales, zeros, grams, grid)
+        for step in range(1, round(self.max_clip * 20) + 1):
+            cut_scales, cut_zeros = grid.fit(weight, shrink=1 - step / 20)
+            errors = _group_errors(groups, cut_scales, cut_zeros, grams, grid)
             better = errors < least
             least = torch.where(better, errors, least)
-            best = torch.where(better, scales, best[0]), torch.where(better, zeros, best[1])
-        assert best is not None
-        scales, zeros = best
+            scales, zeros = torch.where(better, cut_scales, scales), torch.where(better, cut_zeros, zeros)
         return grid.pack(grid.codes(weight, grid.spread(scales, num_in), grid.spread(zeros, num_in)), scales, zeros)
 
 
@@ -176,6 +168,14 @@ def _rounding_error(weight: Tensor, scales: Tensor, gram: Tensor, grid: Grid) ->
     scaled = weight.double() * scales
     lost = (scaled - grid.rounded(scaled)) / scales
     return float(((lost @ gram) * lost).sum())
+
+
+def _group_errors(groups: Tensor, scales: Tensor, zeros: Tensor, grams: Sequence[Tensor], grid: Grid) -> Tensor:
+    """What rounding takes of what each group adds to the outputs, squared, (out, num_groups)."""
+    scales, zeros = scales[..., None], zeros[..., None]
+    lost = groups - scales * (grid.codes(groups, scales, zeros) - zeros)  # (out, num_groups, group_size)
+    per_group = (lost[:, i, : len(gram)] for i, gram in enumerate(grams))
+    return torch.stack([((own @ gram) * own).sum(1) for own, gram in zip(per_group, grams, strict=True)], dim=1)
 
 
 def _diagonal_blocks(gram: Tensor, size: int) -> Iterator[Tensor]:

@@ -237,12 +237,18 @@ def digest_folder(folder: Path) -> str:
         places |= {tensor: (path, start, entry) for tensor, entry in header.items() if tensor != "__metadata__"}
     for tensor in sorted(places):
         path, start, entry = places[tensor]
-        first, last = entry["data_offsets"]
-        _begin_tensor(state, tensor, entry["dtype"], entry["shape"])
-        with path.open("rb") as file:
-            file.seek(start + first)
-            for i in range(first, last, _CHUNK_BYTES):
-                state.update(file.read(min(last - i, _CHUNK_BYTES)))
+        try:
+            first, last = entry["data_offsets"]
+            _begin_tensor(state, tensor, entry["dtype"], entry["shape"])
+            with path.open("rb") as file:
+                file.seek(start + first)
+                for i in range(first, last, _CHUNK_BYTES):
+                    chunk = file.read(min(last - i, _CHUNK_BYTES))
+                    if not chunk:
+                        raise ValueError("it is shorter than its header says")
+                    state.update(chunk)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is no safetensors file ({error}); copy the model again") from error
     return state.hexdigest()
 
 

@@ -217,6 +217,15 @@ def test_skipped_layers_stay_whole_and_progress_is_told() -> None:
         np.testing.assert_array_equal(model.get_submodule(name).weight.detach().numpy(), each.dequantised())
 
 
+def test_queries_and_keys_are_not_clipped() -> None:
+    clipped, whole = (
+        settings.quantise_linears(tiny_model(num_hidden_layers=1), IDS, Grid(bits=3))
+        for settings in (Awq(num_alphas=3), Awq(num_alphas=3, max_clip=0))
+    )
+    same = {name.rpartition(".")[2] for name in clipped if np.array_equal(clipped[name].scales, whole[name].scales)}
+    assert same == {"q_proj", "k_proj"}
+
+
 def test_a_norm_is_a_gain_or_not() -> None:
     assert awq._is_gain(nn.LayerNorm(8)) and awq._is_gain(nn.RMSNorm(8))
     norm = nn.RMSNorm(8)

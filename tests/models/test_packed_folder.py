@@ -188,14 +188,16 @@ def change_tensors(change: Callable[[dict[str, Any]], object], *, file: str = "p
     return damage
 
 
-def rename(old: str, new: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        def in_tensors(tensors: dict[str, Any]) -> None:
-            for name in [name for name in tensors if name.startswith(old)]:
-                tensors[name.replace(old, new)] = tensors.pop(name)
+def foreign(name: str) -> Callable[[Path], None]:
+    """Besides its own weights it holds one that the model does not have."""
 
-        change_json(lambda contents: contents["weights"].update({new: contents["weights"].pop(old)}))(folder)
-        change_tensors(in_tensors)(folder)
+    def damage(folder: Path) -> None:
+        def add(tensors: dict[str, Any]) -> None:
+            for part in ("codes", "scales"):
+                tensors[f"{name}.{part}"] = tensors[f"{UP}.{part}"]
+
+        change_json(lambda contents: contents["weights"].update({name: contents["weights"][UP]}))(folder)
+        change_tensors(add)(folder)
 
     return damage
 
@@ -276,7 +278,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         change_tensors(lambda t: t[f"{UP}.scales"].__setitem__((0, 0), np.inf)),
         f"packed weight {UP} is damaged: scales hold",
     ),
-    "foreign weight": (rename(UP, "model.layers.9.mlp.up_proj.weight"), "layers.9.* does not have|tensors are missing"),
+    "foreign weight": (foreign("model.layers.9.mlp.up_proj.weight"), "layers.9.* does not have"),
     "twice": (
         change_tensors(lambda t: t.update({UP: np.zeros((40, 24), np.float32)}), file="model.safetensors"),
         f"holds {UP} quantised and whole",

@@ -123,7 +123,27 @@ def test_weights_that_do_not_fit_are_refused(folder: Path) -> None:
         Backbone.from_pretrained(str(folder))
 
 
-@pytest.mark.parametrize("data", [b"", b"1234567", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"PK\x03\x04" * 9])
+def headed(header: object) -> bytes:
+    """A safetensors file of a header and nothing else."""
+    data = json.dumps(header).encode()
+    return len(data).to_bytes(8, "little") + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"1234567",
+        b"\xff" * 64,
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"PK\x03\x04" * 9,
+        headed({"a": 3}),
+        headed({"a": {"dtype": "F32", "shape": [1]}}),
+        headed({"a": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}}),
+        headed({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", 4]}}),
+        headed({"a": {"dtype": "F32", "shape": [1], "data_offsets": [-(2**40), 4]}}),
+    ],
+)
 def test_weights_that_are_no_safetensors_are_refused(folder: Path, data: bytes) -> None:
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(InputError, match=r"model"):
