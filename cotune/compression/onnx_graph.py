@@ -47,7 +47,9 @@ class GraphParts:
 
     def split(self, x: str, outputs: Sequence[str], *, axis: int = -1) -> None:
         """Cut a dimension into equal parts."""
-        self.nodes.append(helper.make_node("Split", [x], outputs, name=x + ".split", axis=axis, num_outputs=len(outputs)))
+        self.nodes.append(
+            helper.make_node("Split", [x], outputs, name=x + ".split", axis=axis, num_outputs=len(outputs))
+        )
 
     def tensor(self, name: str, array: NDArray[Any]) -> str:
         """Keep a constant; its name."""
