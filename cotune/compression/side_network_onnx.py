@@ -1,6 +1,6 @@
 """A ladder side network as an ONNX graph, by hand, beside the NumPy of `cotune.device.side_network`.
 
-    taps = codes * scale                       int8 (taps, 1, tap_dim), float16 (taps, 1, 1), as they come from the cloud
+    taps = codes * scale                       int8 (taps, 1, tap_dim), float16 (taps, 1, 1), as the cloud sends them
     u_i  = A_i t_i + (a_i + b2_i)              all in one product
     h    = B_i relu(A'_i r + b1_i) + (r + u_i)     with r = relu(h): two Gemm, two Relu and an Add for each rung
     c    = R s + r                             float32 (1, basis_dim), which the caller quantises

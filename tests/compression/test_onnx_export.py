@@ -202,7 +202,8 @@ def test_beside_it_is_the_same_graph_without_inputs_for_adapters(tmp_path: Path)
     config = OnnxExportConfig(rounding=Rounding(bits=32), adapter_modules=("q_proj", "gate_proj", "up_proj", "o_proj"))
     export_onnx(tmp_path / "source", tmp_path / "out", config)
     plain = tmp_path / "out" / "model.plain.onnx"
-    graphs = [onnx.load(str(path), load_external_data=False).graph for path in (plain, tmp_path / "out" / "model.onnx")]
+    files = (plain, tmp_path / "out" / "model.onnx")
+    graphs = [onnx.load(str(path), load_external_data=False).graph for path in files]
     assert [any("lora_" in one.name for one in graph.input) for graph in graphs] == [False, True]
     assert [sum(node.op_type == "MatMul" for node in graph.node) for graph in graphs] == [0, 2 * 2 * 4]
     assert (
@@ -254,8 +255,10 @@ def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("rounding", [Rounding(bits=4), Rounding(bits=4, is_symmetric=False), Rounding(bits=32)])
+@pytest.mark.parametrize(
+    ("rounding", "tied"),
+    [(Rounding(bits=4), True), (Rounding(bits=4, is_symmetric=False), False), (Rounding(bits=32), True)],
+)
 def test_its_size_is_known_before_it_is_written(rounding: Rounding, tied: bool, tmp_path: Path) -> None:
     save_llama(tmp_path / "source", hidden_size=96, intermediate_size=800, vocab_size=9000, tie_word_embeddings=tied)
     exported(tmp_path, OnnxExportConfig(rounding=rounding))
