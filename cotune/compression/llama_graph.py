@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
@@ -42,6 +43,8 @@ FIRST_LOGIT = "first_logit"
 
 _FLOAT, _INT32, _INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 _EXACT, _INT8_ACTIVATIONS = 1, 4  # MatMulNBits' accuracy levels
+_FACTORS = (".lora_A", ".lora_B")
+_LOW_RANK, _DELTA, _ADAPTED = ".low_rank", ".delta", ".adapted"
 
 ReadWeight = Callable[[str], PackedWeight | NDArray[np.float32]]
 
@@ -215,19 +218,19 @@ class LlamaGraph:
         if not takes_adapter[0]:
             return y
         deltas = [self._delta(x, module) for module in modules]
-        delta = deltas[0] if len(deltas) == 1 else self.parts.node("Concat", deltas, f"{name}.delta", axis=-1)
-        return self.parts.node("Add", [y, delta], f"{name}.adapted")
+        delta = deltas[0] if len(deltas) == 1 else self.parts.node("Concat", deltas, f"{name}{_DELTA}", axis=-1)
+        return self.parts.node("Add", [y, delta], f"{name}{_ADAPTED}")
 
     def _delta(self, x: str, module: str) -> str:
         """(x A) B of one module."""
         num_out, num_in = self.adapter_modules[module]
         # A name of its own for each rank: onnxruntime may reuse a buffer for another of the same name.
         rank = f"{module}.rank"
-        a = self.parts.input(f"{module}.lora_A", _FLOAT, [num_in, rank], np.zeros((num_in, 0), np.float32))
-        b = self.parts.input(f"{module}.lora_B", _FLOAT, [rank, num_out], np.zeros((0, num_out), np.float32))
-        return self.parts.node(
-            "MatMul", [self.parts.node("MatMul", [x, a], f"{module}.low_rank"), b], f"{module}.delta"
-        )
+        names = [f"{module}{factor}" for factor in _FACTORS]
+        a = self.parts.input(names[0], _FLOAT, [num_in, rank], np.zeros((num_in, 0), np.float32))
+        b = self.parts.input(names[1], _FLOAT, [rank, num_out], np.zeros((0, num_out), np.float32))
+        low_rank = self.parts.node("MatMul", [x, a], f"{module}{_LOW_RANK}")
+        return self.parts.node("MatMul", [low_rank, b], f"{module}{_DELTA}")
 
     def _bias(self, modules: Sequence[str]) -> NDArray[np.float32] | None:
         biases = {module: self.read_vector(f"{module}.bias") for module in modules}
@@ -266,6 +269,26 @@ class LlamaGraph:
             block_size=weight.block_size,
             accuracy_level=_INT8_ACTIVATIONS if self.activation_bits == 8 else _EXACT,
         )
+
+
+def without_adapters(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph without the inputs of adapters and what is done with them; its tensors are the same too."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    graph = plain.graph
+    before = {node.output[0]: node.input[0] for node in graph.node if node.name.endswith(_ADAPTED)}
+    kept = [node for node in graph.node if not node.name.endswith((_ADAPTED, _DELTA, _LOW_RANK))]
+    for node in kept:
+        node.input[:] = [before.get(name, name) for name in node.input]
+    for field, entries in (
+        (graph.node, kept),
+        (graph.input, [one for one in graph.input if not one.name.endswith(_FACTORS)]),
+        (graph.initializer, [one for one in graph.initializer if not one.name.endswith(_FACTORS)]),
+    ):
+        copies = [type(entry).FromString(entry.SerializeToString()) for entry in entries]
+        del field[:]
+        field.extend(copies)
+    return plain
 
 
 def _in_blocks(weight: PackedWeight | NDArray[np.float32]) -> BlockWeight | NDArray[np.float32]:

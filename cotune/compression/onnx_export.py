@@ -1,7 +1,9 @@
 """Export to ONNX for onnxruntime and onnxruntime-genai: an offline model folder.
 
     model.onnx          the graph of `llama_graph`
-    model.onnx.data     its weights, which runtimes map into memory
+    model.plain.onnx    the same without inputs for adapters, which cost time also where there is none; only where
+                        model.onnx has some
+    model.onnx.data     the weights of both, which runtimes map into memory
     genai_config.json   for onnxruntime-genai
     tokenizer.json ...  as in the source
     offline.json        what it is, with the digests of all files
@@ -24,6 +26,7 @@ from cotune.compression.written_weights import WHOLE, Rounding, WrittenWeights
 from cotune.errors import InputError
 
 GRAPH_FILE, DATA_FILE, GENAI_FILE = "model.onnx", "model.onnx.data", "genai_config.json"
+PLAIN_FILE = "model.plain.onnx"
 METADATA_KEY = "cotune.export"
 """Under this name the graph tells how it was made, as JSON."""
 
@@ -43,8 +46,7 @@ class OnnxExportConfig:
     """8: quantised layers round what they read to int8, block by block, which is what makes them fast. 32: they compute
     in float32, with the same weights."""
     adapter_modules: tuple[str, ...] = _ADAPTER_NAMES
-    """Last names of the modules that take LoRA adapters at run time. Each costs two small operations in every layer
-    also without an adapter; () for none."""
+    """Last names of the modules that take LoRA adapters at run time; () for none."""
     context: int | None = None
     """The most tokens of a text, if less than the model's."""
 
@@ -95,9 +97,11 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
     chosen = {name: modules[name] for name in modules if name.rpartition(".")[2] in config.adapter_modules}
     with offline_folder(out, num_bytes=num_export_bytes(written)) as folder:
         _write_graph(folder, written, config, chosen)
-        (folder / GENAI_FILE).write_text(json.dumps(genai_config(source.shape), indent=1) + "\n", encoding="utf-8")
+        genai = genai_config(source.shape, PLAIN_FILE if chosen else GRAPH_FILE)
+        (folder / GENAI_FILE).write_text(json.dumps(genai, indent=1) + "\n", encoding="utf-8")
         describe(folder, source, runtime="onnx", bits=_bits(written), adapter_modules=chosen)
-        _try_out(folder, source.shape)
+        for name in (GRAPH_FILE, PLAIN_FILE) if chosen else (GRAPH_FILE,):
+            _try_out(folder / name, source.shape)
 
 
 def read_config(exported: Path) -> OnnxExportConfig:
@@ -140,15 +144,15 @@ def num_export_bytes(written: WrittenWeights) -> int:
     return total + vectors + tokenizer + _GRAPH_BYTES + shape.num_layers * _LAYER_BYTES
 
 
-def genai_config(shape: LlamaShape) -> dict[str, Any]:
-    """What onnxruntime-genai reads beside the graph, as its own builder of version 0.18 writes it."""
+def genai_config(shape: LlamaShape, graph_file: str) -> dict[str, Any]:
+    """What onnxruntime-genai reads beside a graph, as its own builder of version 0.18 writes it."""
     return {
         "model": {
             "bos_token_id": shape.bos_id,
             "context_length": shape.context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": GRAPH_FILE,
+                "filename": graph_file,
                 "head_size": shape.head_dim,
                 "hidden_size": shape.hidden_size,
                 "inputs": {
@@ -200,7 +204,7 @@ def _write_graph(
     folder: Path, written: WrittenWeights, config: OnnxExportConfig, adapter_modules: Mapping[str, tuple[int, int]]
 ) -> None:
     # onnx is not everywhere where this module is imported.
-    from cotune.compression.llama_graph import LlamaGraph
+    from cotune.compression.llama_graph import LlamaGraph, without_adapters
     from cotune.compression.onnx_graph import GraphParts
 
     with (folder / DATA_FILE).open("wb") as data:
@@ -215,6 +219,8 @@ def _write_graph(
         ).write()
     model = parts.model("llama", {METADATA_KEY: config.to_json()})
     (folder / GRAPH_FILE).write_bytes(model.SerializeToString())
+    if adapter_modules:
+        (folder / PLAIN_FILE).write_bytes(without_adapters(model).SerializeToString())
 
 
 def _bits(written: WrittenWeights) -> int:
@@ -222,10 +228,10 @@ def _bits(written: WrittenWeights) -> int:
     return max(written.bits_of(module) for module in written.modules() if module.startswith("model.layers."))
 
 
-def _try_out(folder: Path, shape: LlamaShape) -> None:
-    """Open what was written and ask for a token, where onnxruntime is installed."""
+def _try_out(graph: Path, shape: LlamaShape) -> None:
+    """Open a graph and ask for a token, where onnxruntime is installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return
     from cotune.compression.onnx_decoder import OnnxDecoder
 
-    OnnxDecoder(folder / GRAPH_FILE, shape).extend([shape.bos_id or 0])
+    OnnxDecoder(graph, shape).extend([shape.bos_id or 0])

@@ -196,6 +196,23 @@ def test_adapters_are_swapped_without_a_rebuild(tmp_path: Path) -> None:
         assert_same(np.concatenate([decoder.extend(TOKENS[:4]), decoder.extend(TOKENS[4:])]), expected)
 
 
+def test_beside_it_is_the_same_graph_without_inputs_for_adapters(tmp_path: Path) -> None:
+    """With what is left of sums where only some of the modules that read one input take adapters, and with biases."""
+    model = save_llama(tmp_path / "source", attention_bias=True)
+    config = OnnxExportConfig(rounding=Rounding(bits=32), adapter_modules=("q_proj", "gate_proj", "up_proj", "o_proj"))
+    export_onnx(tmp_path / "source", tmp_path / "out", config)
+    plain = tmp_path / "out" / "model.plain.onnx"
+    files = (plain, tmp_path / "out" / "model.onnx")
+    graphs = [onnx.load(str(path), load_external_data=False).graph for path in files]
+    assert [any("lora_" in one.name for one in graph.input) for graph in graphs] == [False, True]
+    assert [sum(node.op_type == "MatMul" for node in graph.node) for graph in graphs] == [0, 2 * 2 * 4]
+    assert (
+        json.loads((tmp_path / "out" / "genai_config.json").read_bytes())["model"]["decoder"]["filename"] == plain.name
+    )
+    decoder = OnnxDecoder(plain, LlamaFolder(tmp_path / "source").shape)
+    assert_same(decoder.extend(TOKENS), logits_of(model))
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("names", [(), ("q_proj", "v_proj")])
 def test_only_the_chosen_modules_take_adapters(names: tuple[str, ...], tmp_path: Path) -> None:
@@ -203,6 +220,7 @@ def test_only_the_chosen_modules_take_adapters(names: tuple[str, ...], tmp_path:
     decoder = exported(tmp_path, OnnxExportConfig(rounding=Rounding(bits=32), adapter_modules=names))
     described = json.loads((tmp_path / "out" / "offline.json").read_bytes())
     assert len(described["adapter_modules"]) == 2 * len(names)
+    assert ("model.plain.onnx" in described["files"]) == bool(names)
     assert_same(decoder.extend(TOKENS), logits_of(model))
     if names:
         wrapped, inputs = lora_inputs(model, dict.fromkeys(names, 4))
@@ -237,8 +255,10 @@ def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("rounding", [Rounding(bits=4), Rounding(bits=4, is_symmetric=False), Rounding(bits=32)])
+@pytest.mark.parametrize(
+    ("rounding", "tied"),
+    [(Rounding(bits=4), True), (Rounding(bits=4, is_symmetric=False), False), (Rounding(bits=32), True)],
+)
 def test_its_size_is_known_before_it_is_written(rounding: Rounding, tied: bool, tmp_path: Path) -> None:
     save_llama(tmp_path / "source", hidden_size=96, intermediate_size=800, vocab_size=9000, tie_word_embeddings=tied)
     exported(tmp_path, OnnxExportConfig(rounding=rounding))

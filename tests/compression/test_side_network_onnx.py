@@ -79,7 +79,9 @@ def test_taps_of_another_shape_are_refused() -> None:
 
 def test_a_network_with_a_memory_is_refused() -> None:
     plugin = trained("attention_ladder", {"num_taps": 3, "tap_dim": 4, "basis_dim": 5, "side_width": 16, "head_dim": 8})
-    with pytest.raises(InputError, match="is of kind attention_ladder, expected one of tap_ladder, spa_ladder"):
+    with pytest.raises(
+        InputError, match="is of kind attention_ladder, expected one of tap_ladder, spa_ladder; run it in"
+    ):
         side_network_graph(plugin)
 
 
