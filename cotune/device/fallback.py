@@ -22,6 +22,7 @@ from cotune.device.stream import DeviceStream
 from cotune.errors import ConnectionLostError, CotuneError, InputError, RefusedError, WireTimeoutError
 from cotune.generation.request import Decision
 from cotune.generation.text import TextCodec
+from cotune.wire.description import CloudDescription
 
 OnDecision = Callable[[Decision], None]
 
@@ -75,6 +76,24 @@ class Fallback:
             return self.reach.description.max_context
         model = self.writer.model
         return model.context if model.description.reads_with(self.cloud_tokenizer_json) else _ANY_CONTEXT
+
+    async def start(self) -> CloudDescription | None:
+        """Look for the cloud, which may come later: what it hosts, or None where it is away.
+
+        Raises:
+            MismatchError: it is there, and hosts another model than expected.
+            RefusedError: it is there, and refuses for good.
+            WireError: what answers is no cloud.
+        """
+        try:
+            return await self.reach.greet()
+        except RefusedError as error:
+            if error.retry_after_s is None:
+                raise
+            self.reach.note_away(error)
+        except (ConnectionLostError, WireTimeoutError) as error:
+            self.reach.note_away(error)
+        return None
 
     async def run(self, client: CloudClient, stream: DeviceStream, prompt: str, on_decision: OnDecision | None) -> None:
         """Run `stream` to its end; where that comes without the cloud, `stream.cloud_counters` stays None.

@@ -29,7 +29,7 @@ class OfflineSettings:
         context: tokens that a text may have, prompt included; None for as many as the model was made for.
         num_threads: that compute one step; None for all processors that this process may use.
         memory_limit_bytes: for weights, caches and logits together; None for what the system says is free.
-        num_texts: texts at once, each with a cache of its own.
+        num_texts: texts at once, each with a cache of its own; fewer where memory has no room for so many.
     """
 
     context: int | None = None
@@ -127,6 +127,11 @@ class OfflineModel(Protocol):
     @property
     def context(self) -> int:
         """Tokens that fit into one text."""
+        ...
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that memory has room for at once; the caller keeps to it."""
         ...
 
     def load_adapter(self, path: Path) -> Adapter:

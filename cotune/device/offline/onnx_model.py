@@ -32,7 +32,7 @@ class OnnxModel:
 
     Args:
         folder: of runtime `onnx`.
-        settings: context and threads; memory is the business of `check_memory`.
+        settings: context and threads; memory is the business of `fit_memory`.
 
     Raises:
         InputError: onnxruntime is not installed, the file is damaged, or the graph is another one than described.
@@ -48,6 +48,7 @@ class OnnxModel:
         settings = settings or OfflineSettings()
         self.folder = folder
         self.context = settings.context_of(folder.description)
+        self.num_texts = settings.num_texts
         self._session: Any = _open_session(folder, settings.threads)
         self._cache_type, self._logit_type = _check_graph(self._session, folder)
 
