@@ -294,6 +294,31 @@ class Device:
         assert isinstance(stream, DeviceStream)
         return await self._made(client, stream, prompt, options, on_text, partial(fallback.run, client, stream, prompt))
 
+    async def generate_with_fallback(
+        self,
+        writer: OfflineWriter,
+        prompt: str,
+        options: GenerationOptions,
+        on_text: Callable[[str, Decision], None] | None = None,
+        config: ReachConfig | None = None,
+    ) -> DeviceGeneration:
+        """As `generate`, and by an offline model while the cloud is out of reach, from the first token to the last.
+
+        Args:
+            writer: the offline model.
+            prompt, options, on_text: as for `generate`.
+            config: when the cloud counts as away.
+
+        Raises:
+            MismatchError, RefusedError, InputError: as for `generate` and `generate_anyway`.
+        """
+        fallback = self.fallback_to(writer, config)
+        try:
+            await fallback.start()
+            return await self.generate_anyway(self.hasty_client(), fallback, prompt, options, on_text)
+        finally:
+            await fallback.reach.close()
+
     def fallback_to(self, writer: OfflineWriter, config: ReachConfig | None = None) -> Fallback:
         """What goes on where this device's cloud is out of reach; to be started in an event loop, and its reach closed.
 

@@ -15,6 +15,8 @@ from cotune.generation.sampling import Sampling
 SCHEDULES = ("blocking", "gated", "optimistic", "drafted", "auto")
 # Those in which the device sends no drafts: what can be compared without texts to draft from.
 PLAIN_SCHEDULES = SCHEDULES[:3]
+# Those in which it does.
+DRAFTED_SCHEDULES = SCHEDULES[3:]
 ANSWERS = ("token", "correction")
 
 
