@@ -73,7 +73,11 @@ class OfflineChoice:
         assert self.path is not None
         limit = None if self.memory_limit is None else parse_bytes(self.memory_limit, "--memory-limit")
         settings = OfflineSettings(
-            context=self.context, num_threads=self.threads, memory_limit_bytes=limit, num_texts=num_texts
+            context=self.context,
+            num_threads=self.threads,
+            memory_limit_bytes=limit,
+            num_texts=num_texts,
+            has_adapter=self.adapter is not None,
         )
         return load_offline_model(self.path, settings)
 

@@ -171,10 +171,9 @@ def serve(
 
         def ready(url: str) -> None:
             tell.ready(url, model_id, f"{loaded.num_parameters:,} private parameters, with {cloud}")
-            if source.fallback is not None and source.fallback.reach.is_away and not as_json:
-                stderr.print(
-                    f"[green4]the cloud is out of reach, the offline model writes: {source.fallback.reach.why}"
-                )
+            why = "" if source.fallback is None else source.fallback.reach.why
+            if why and not as_json:
+                stderr.print(f"[green4]the cloud is out of reach, the offline model writes: {escape(why)}")
 
         run_coroutine(run_server(source, book.totals, config, on_ready=ready))
     tell.stopped()
