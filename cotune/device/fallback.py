@@ -9,6 +9,7 @@ Each token is in the stream once, whoever decided it, and says so (`Decision.loc
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -139,22 +140,25 @@ class Fallback:
         """To the end of the text, or until the cloud is away."""
         work = asyncio.create_task(self._talk(client, stream, on_decision))
         half_s = wait_s = self.reach.patience_s / 2
+        since_s = time.monotonic()
         try:
             while True:
-                received = client.bytes_received
-                done, _ = await asyncio.wait({work}, timeout=wait_s)
+                since_s = max(since_s, client.heard_s)
+                left_s = since_s + wait_s - time.monotonic()
+                done, _ = await asyncio.wait({work}, timeout=max(0.0, left_s))
                 if done:
                     work.result()
                     return
-                if client.bytes_received > received:
+                if client.heard_s > since_s:
                     wait_s = half_s
                     continue
                 # A cloud that is only slow answers a greeting; it is not asked all the time.
                 is_there = await self.reach.answers(half_s)
-                if not is_there and client.bytes_received == received and not work.done():
+                if not is_there and client.heard_s <= since_s and not work.done():
                     silence = WireTimeoutError("the cloud is silent, and does not answer a new connection")
                     raise _AwayError(silence, is_sure=True)
                 wait_s = min(max(half_s, _MAX_WAIT_S), 2 * wait_s)
+                since_s = time.monotonic()
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
