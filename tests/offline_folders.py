@@ -112,7 +112,8 @@ def _rotate(x: NDArray[Any]) -> NDArray[Any]:
 class _Graph:
     """Nodes and initialisers as they are added."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_adapters: bool) -> None:
+        self.with_adapters = with_adapters
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, NDArray[Any]] = {}
 
@@ -128,6 +129,8 @@ class _Graph:
 
 
 def _linear(graph: _Graph, x: str, name: str) -> str:
+    if not graph.with_adapters:
+        return graph.node("MatMul", [x, name], f"{name}.out")
     base = graph.node("MatMul", [x, name], f"{name}.base")
     inner = graph.node("MatMul", [x, f"{name}.lora_A"], f"{name}.inner")
     shift = graph.node("MatMul", [inner, f"{name}.lora_B"], f"{name}.shift")
@@ -138,14 +141,18 @@ def _norm_node(graph: _Graph, x: str, output: str) -> str:
     return graph.node("SimplifiedLayerNormalization", [x, "ones"], output, axis=-1, epsilon=EPSILON)
 
 
-def make_graph(model: TinyLlama, *, rank: int = 0) -> onnx.ModelProto:
+def make_graph(
+    model: TinyLlama, *, with_adapters: bool = True, one_rank: bool = True, first_logit: bool = False
+) -> onnx.ModelProto:
     """The model as onnxruntime-genai's builder lays it out, with adapters as inputs.
 
     Args:
         model: the weights.
-        rank: of the adapters' default values, which are zeros.
+        with_adapters: it has inputs for them.
+        one_rank: all adapters' ranks have the same name, and so must be the same.
+        first_logit: the last positions alone may be asked for.
     """
-    graph = _Graph()
+    graph = _Graph(with_adapters=with_adapters)
     for name, weight in model.weights.items():
         graph.constant(name, weight)
     graph.constant("ones", np.ones(HIDDEN, np.float32))
@@ -182,21 +189,30 @@ def make_graph(model: TinyLlama, *, rank: int = 0) -> onnx.ModelProto:
         active = graph.node("Mul", [gate, graph.node("Sigmoid", [gate], f"sigmoid{layer}")], f"active{layer}")
         inner = graph.node("Mul", [active, up], f"inner{layer}")
         x = graph.node("Add", [x, _linear(graph, inner, f"{mlp}.down_proj")], f"x{layer + 1}")
-    graph.node("MatMul", [_norm_node(graph, x, "final"), "head"], "logits")
+    final = _norm_node(graph, x, "final")
+    if first_logit:
+        graph.constant("first_logit", np.zeros(1, np.int64))
+        graph.constant("the_end", np.array([np.iinfo(np.int64).max], np.int64))
+        final = graph.node("Slice", [final, "first_logit", "the_end", "axis_1"], "wanted")
+    graph.node("MatMul", [final, "head"], "logits")
     inputs = [
         _value("input_ids", TensorProto.INT64, [1, "seq"]),
         _value("attention_mask", TensorProto.INT64, [1, "total"]),
     ]
-    outputs = [_value("logits", TensorProto.FLOAT, [1, "seq", model.vocab_size])]
+    if first_logit:
+        inputs.append(_value("first_logit", TensorProto.INT64, [1]))
+    length = "num_logits" if first_logit else "seq"
+    outputs = [_value("logits", TensorProto.FLOAT, [1, length, model.vocab_size])]
     for layer in range(LAYERS):
         for kind in ("key", "value"):
             inputs.append(_cache_value(f"past_key_values.{layer}.{kind}", "past"))
             outputs.append(_cache_value(f"present.{layer}.{kind}", "total"))
-    for name, (width_in, width_out) in linear_shapes().items():
-        graph.constant(f"{name}.lora_A", np.zeros((width_in, rank), np.float32))
-        graph.constant(f"{name}.lora_B", np.zeros((rank, width_out), np.float32))
-        inputs.append(_value(f"{name}.lora_A", TensorProto.FLOAT, [width_in, "rank"]))
-        inputs.append(_value(f"{name}.lora_B", TensorProto.FLOAT, ["rank", width_out]))
+    for name, (width_in, width_out) in linear_shapes().items() if with_adapters else ():
+        rank = "rank" if one_rank else f"rank of {name}"
+        graph.constant(f"{name}.lora_A", np.zeros((width_in, 0), np.float32))
+        graph.constant(f"{name}.lora_B", np.zeros((0, width_out), np.float32))
+        inputs.append(_value(f"{name}.lora_A", TensorProto.FLOAT, [width_in, rank]))
+        inputs.append(_value(f"{name}.lora_B", TensorProto.FLOAT, [rank, width_out]))
     constants = [numpy_helper.from_array(value, name) for name, value in graph.constants.items()]
     return helper.make_model(
         helper.make_graph(graph.nodes, "tiny", inputs, outputs, constants),
@@ -220,6 +236,7 @@ def write_onnx_folder(
     tokenizer_json: bytes | None = None,
     texts: Mapping[str, str] | None = None,
     graph: onnx.ModelProto | None = None,
+    plain: onnx.ModelProto | None = None,
     **changes: Any,
 ) -> Path:
     """An offline model folder that holds `model`.
@@ -230,6 +247,7 @@ def write_onnx_folder(
         tokenizer_json: the words of the toy model, if left out.
         texts: more files, such as a chat template.
         graph: another one than the model's.
+        plain: one without adapters beside it.
         **changes: of the description.
     """
     model = model or TinyLlama()
@@ -241,6 +259,8 @@ def write_onnx_folder(
         location="model.onnx.data",
         size_threshold=64,
     )
+    if plain is not None:
+        onnx.save_model(plain, str(folder / "model.plain.onnx"))
     (folder / "tokenizer.json").write_bytes(words_json() if tokenizer_json is None else tokenizer_json)
     for name, text in (texts or {}).items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -19,6 +19,10 @@ from cotune.wire.websocket import connect
 TOKEN_VARIABLE = "COTUNE_TOKEN"
 
 CloudOption = Annotated[str, typer.Option("--cloud", help="URL of the cloud: ws://host:port, or wss:// for TLS.")]
+OptionalCloudOption = Annotated[
+    str | None,
+    typer.Option("--cloud", help="URL of the cloud: ws://host:port, or wss:// for TLS. Left out with --offline alone."),
+]
 TokenFileOption = Annotated[
     Path | None,
     typer.Option(help=f"File with the bearer token; without it the variable {TOKEN_VARIABLE} is used, if set."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,10 +11,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from cotune.cli.connection import CloudOption, RttOption, TlsCaOption, TokenFileOption, connector, emulated
+from cotune.cli.connection import (
+    CloudOption,
+    OptionalCloudOption,
+    RttOption,
+    TlsCaOption,
+    TokenFileOption,
+    connector,
+    emulated,
+)
+from cotune.cli.offline_options import (
+    AdapterOption,
+    ContextOption,
+    MemoryLimitOption,
+    OfflineChoice,
+    OfflineOption,
+    PatienceOption,
+    ThreadsOption,
+)
+from cotune.cli.offline_text import LOCAL_STYLE, write_offline
 from cotune.cli.output import print_json, progress, stderr, stdout
 from cotune.cli.serve_command import serve
 from cotune.errors import InputError
+from cotune.generation.request import DRAFTED_SCHEDULES
+from cotune.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     from cotune.generation.request import Decision
@@ -31,9 +52,14 @@ _LATE_STYLE = "red underline"
 
 @device.command()
 def generate(
-    plugin: Annotated[Path, typer.Argument(help="Folder of the plugin.")],
-    prompt: Annotated[str, typer.Argument(help="The request; `-` reads it from standard input.")],
-    cloud: CloudOption,
+    plugin: Annotated[
+        str | None, typer.Argument(help="Folder of the plugin; left out with --offline alone.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The request; `-` reads it from standard input.", show_default=False)
+    ] = None,
+    cloud: OptionalCloudOption = None,
+    offline: OfflineOption = None,
     mode: Annotated[
         str | None,
         typer.Option(help="integration or spa; ladder or separation for serial plugins. Default: consult always."),
@@ -71,11 +97,17 @@ def generate(
     token_file: TokenFileOption = None,
     tls_ca: TlsCaOption = None,
     timeout_s: Annotated[float, typer.Option(help="How long to wait for any one answer.")] = 30.0,
+    threads: ThreadsOption = None,
+    context: ContextOption = None,
+    adapter: AdapterOption = None,
+    memory_limit: MemoryLimitOption = None,
+    fallback_after: PatienceOption = 0.8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Generate a personal text for PROMPT, together with the cloud.
+    """Generate a personal text for PROMPT, together with the cloud, or by an offline model.
 
-    Orange tokens are there because of the device, blue ones it confirmed; red ones it was too late for.
+    Orange tokens are there because of the device, blue ones it confirmed; red ones it was too late for; green ones
+    were written by the offline model alone.
 
     Examples:
 
@@ -86,14 +118,38 @@ def generate(
         cotune device generate my-plugin "A toast for Ada." --cloud ws://127.0.0.1:7070 --num-beams 4
 
         cotune device generate my-plugin - --cloud wss://llm.example:443 --token-file token.txt --json < prompt.txt
+
+        cotune device generate my-plugin "Dear Ada," --cloud ws://127.0.0.1:7070 --offline my-model
+
+        cotune device generate --offline my-model "Dear Ada," --threads 2 --adapter my-lora
     """
-    import sys
+    choice = OfflineChoice(path=offline, threads=threads, context=context, adapter=adapter, memory_limit=memory_limit)
+    if choice.path is not None and cloud is None:
+        if prompt is not None:
+            raise InputError("PLUGIN is given without --cloud, expected both, or --offline and PROMPT alone")
+        _refuse_cloud_options(
+            mode=mode, schedule=schedule, draft_from=draft_from, num_beams=num_beams if num_beams > 1 else None
+        )
+        write_offline(
+            choice,
+            _prompt_text(plugin),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
+            stop_strings=tuple(stop or ()),
+            raw=raw,
+            ledger=ledger,
+            as_json=as_json,
+        )
+        return
+    if plugin is None or prompt is None or cloud is None:
+        missing = "PLUGIN" if plugin is None else "PROMPT" if prompt is None else "--cloud"
+        raise InputError(f"{missing} is missing, expected PLUGIN, PROMPT and --cloud, or --offline and PROMPT")
 
     from cotune.cli.generation_output import measure, measure_beams
     from cotune.data.records import read_examples
     from cotune.device.client import ClientConfig
+    from cotune.device.reach import ReachConfig
     from cotune.device.runtime import Device, GenerationOptions
-    from cotune.generation.sampling import Sampling
     from cotune.ledger import EgressLedger
     from cotune.plugin import Plugin
     from cotune.wire.event_loop import run_coroutine
@@ -113,14 +169,16 @@ def generate(
         num_beams=num_beams,
         length_penalty=length_penalty,
     )
-    if draft_from is not None and schedule not in ("drafted", "auto"):
+    if draft_from is not None and schedule not in DRAFTED_SCHEDULES:
         raise InputError(f"--draft-from needs --schedule drafted or auto, got {schedule}")
-    text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
-    if not text:
-        raise InputError("PROMPT is empty, expected at least one character")
+    text = _prompt_text(prompt)
+    may_draft = schedule in DRAFTED_SCHEDULES and draft_from is None
+    writer = None if choice.path is None else choice.writer(num_drafts=int(may_draft))
 
     def show(piece: str, decision: Decision) -> None:
-        style = _LATE_STYLE if decision.late else _STYLES[decision.consulted, decision.changed]
+        style = _STYLES[decision.consulted, decision.changed]
+        if decision.late or decision.local:
+            style = _LATE_STYLE if decision.late else LOCAL_STYLE
         stdout.print(piece, style=style, end="", markup=False, soft_wrap=True)
 
     with EgressLedger(ledger) as book:
@@ -128,8 +186,15 @@ def generate(
         runtime = Device(loaded, make, ClientConfig(timeout_s=timeout_s))
         if draft_from is not None:
             runtime.draft_from(example.prompt + example.target for example in read_examples(draft_from))
+        elif may_draft and writer is not None:
+            runtime.draft_with(writer)
         full = text if raw else runtime.format_prompt(text)
-        result = run_coroutine(runtime.generate(full, options, None if as_json else show))
+        on_text = None if as_json else show
+        if writer is None:
+            result = run_coroutine(runtime.generate(full, options, on_text))
+        else:
+            patience = ReachConfig(patience_s=fallback_after)
+            result = run_coroutine(runtime.generate_with_fallback(writer, full, options, on_text, patience))
         totals = book.totals()
     metrics = measure(result)
     beams = measure_beams(result, runtime.text.decode)
@@ -140,6 +205,9 @@ def generate(
     stdout.print()
     if metrics.late:
         stderr.print(f"[red]{len(metrics.late)} tokens are the cloud's own, because the device was late")
+    num_local = metrics.sources.count("local")
+    if num_local:
+        stderr.print(f"[green4]{num_local} tokens are the offline model's, because the cloud was out of reach")
     if metrics.drafted:
         stderr.print(f"[dim]{metrics.drafted} tokens drafted, {metrics.drafts_kept} kept")
     if beams is not None:
@@ -152,6 +220,22 @@ def generate(
         f"{metrics.consult_rate:.0%}, changed {metrics.disagree_rate:.0%}; {metrics.M:.2f} round trips, "
         f"{metrics.bytes_down_per_token:.0f} bytes down and {metrics.bytes_up_per_token:.0f} up per token"
     )
+
+
+def _prompt_text(prompt: str | None) -> str:
+    text = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+    if not text:
+        raise InputError("PROMPT is empty, expected at least one character")
+    return text
+
+
+def _refuse_cloud_options(**given: object) -> None:
+    """What an offline model alone cannot do."""
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} needs PLUGIN and --cloud, expected it left out with --offline"
+            )
 
 
 @device.command()

@@ -24,7 +24,7 @@ def measure(generation: DeviceGeneration) -> GenerationMetrics:
         token_ids=generation.token_ids,
         text=generation.text,
         tokens=generation.pieces,
-        sources=["device" if decision.changed else "cloud" for decision in generation.decisions],
+        sources=[decision.source for decision in generation.decisions],
         consulted=[decision.consulted for decision in generation.decisions],
         blocking_trips=int(cloud["num_delayed"] + cloud["num_more_trips"]),
         bytes_down=generation.bytes_down,

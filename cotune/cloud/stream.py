@@ -35,6 +35,7 @@ from cotune.generation.gate import Gate
 from cotune.generation.modes import Mode, mode_named
 from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import Correction, Cursor, DecodingBackbone, RowWork, StepFeatures
+from cotune.generation.request import DRAFTED_SCHEDULES
 from cotune.generation.sampling import Sampling, choose, likeliest, top_logits
 from cotune.wire.codec import pack_taps
 from cotune.wire.frame import HEADER_BYTES, MAX_FRAME_BYTES
@@ -57,7 +58,6 @@ from cotune.wire.frames import (
 EPOCHS = 1 << 16
 MAX_PASS_TOKENS = 32
 """The most tokens after the prompt that one stream reads in one pass."""
-DRAFTED_SCHEDULES = ("drafted", "auto")
 BRANCH_WINDOW = 32
 """The furthest that a branch runs ahead."""
 

@@ -77,6 +77,11 @@ class CloudClient:
         connector: makes a new connection.
         config: patience.
 
+    Attributes:
+        bytes_sent, bytes_received: of frames, over all connections.
+        num_reconnects: connections that were made anew.
+        heard_s: when the last frame came, on the clock of `time.monotonic`; 0 before any did.
+
     Example:
         >>> async with CloudClient(lambda: connect("ws://127.0.0.1:7070")) as client:   # doctest: +SKIP
         ...     await client.generate(stream)
@@ -87,6 +92,7 @@ class CloudClient:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.num_reconnects = 0
+        self.heard_s = 0.0
         self._num_opened = 0
         self._connector = connector
         self._connection: Connection | None = None
@@ -262,6 +268,7 @@ class CloudClient:
         connection = await self._connected()
         data = await connection.receive(timeout_s)
         self.bytes_received += len(data)
+        self.heard_s = time.monotonic()
         frame = decode(data)
         if isinstance(frame, Error):
             raise _refusal(frame)

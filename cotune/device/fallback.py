@@ -9,6 +9,7 @@ Each token is in the stream once, whoever decided it, and says so (`Decision.loc
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from cotune.device.stream import DeviceStream
 from cotune.errors import ConnectionLostError, CotuneError, InputError, RefusedError, WireTimeoutError
 from cotune.generation.request import Decision
 from cotune.generation.text import TextCodec
+from cotune.wire.description import CloudDescription
 
 OnDecision = Callable[[Decision], None]
 
@@ -76,6 +78,24 @@ class Fallback:
         model = self.writer.model
         return model.context if model.description.reads_with(self.cloud_tokenizer_json) else _ANY_CONTEXT
 
+    async def start(self) -> CloudDescription | None:
+        """Look for the cloud, which may come later: what it hosts, or None where it is away.
+
+        Raises:
+            MismatchError: it is there, and hosts another model than expected.
+            RefusedError: it is there, and refuses for good.
+            WireError: what answers is no cloud.
+        """
+        try:
+            return await self.reach.greet()
+        except RefusedError as error:
+            if error.retry_after_s is None:
+                raise
+            self.reach.note_away(error)
+        except (ConnectionLostError, WireTimeoutError) as error:
+            self.reach.note_away(error)
+        return None
+
     async def run(self, client: CloudClient, stream: DeviceStream, prompt: str, on_decision: OnDecision | None) -> None:
         """Run `stream` to its end; where that comes without the cloud, `stream.cloud_counters` stays None.
 
@@ -120,22 +140,25 @@ class Fallback:
         """To the end of the text, or until the cloud is away."""
         work = asyncio.create_task(self._talk(client, stream, on_decision))
         half_s = wait_s = self.reach.patience_s / 2
+        since_s = time.monotonic()
         try:
             while True:
-                received = client.bytes_received
-                done, _ = await asyncio.wait({work}, timeout=wait_s)
+                since_s = max(since_s, client.heard_s)
+                left_s = since_s + wait_s - time.monotonic()
+                done, _ = await asyncio.wait({work}, timeout=max(0.0, left_s))
                 if done:
                     work.result()
                     return
-                if client.bytes_received > received:
+                if client.heard_s > since_s:
                     wait_s = half_s
                     continue
                 # A cloud that is only slow answers a greeting; it is not asked all the time.
                 is_there = await self.reach.answers(half_s)
-                if not is_there and client.bytes_received == received and not work.done():
+                if not is_there and client.heard_s <= since_s and not work.done():
                     silence = WireTimeoutError("the cloud is silent, and does not answer a new connection")
                     raise _AwayError(silence, is_sure=True)
                 wait_s = min(max(half_s, _MAX_WAIT_S), 2 * wait_s)
+                since_s = time.monotonic()
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)

@@ -19,6 +19,9 @@ from cotune.device.beam_stream import BeamDeviceStream
 from cotune.device.client import ClientConfig, CloudClient, Connector
 from cotune.device.drafter import Drafter, LookupDrafter, TextIndex
 from cotune.device.fallback import Fallback
+from cotune.device.offline.drafter import OfflineDrafter, check_same_tokenizer
+from cotune.device.offline.writer import OfflineWriter
+from cotune.device.reach import CloudReach, ReachConfig
 from cotune.device.side_network import gate_of, open_side_network
 from cotune.device.stream import DeviceStream
 from cotune.errors import InputError, MismatchError
@@ -200,6 +203,15 @@ class Device:
         index = TextIndex([self.text.encode_text(text) for text in texts])
         self.make_drafter = lambda: LookupDrafter(index)
 
+    def draft_with(self, writer: OfflineWriter) -> None:
+        """Draft by an offline model, in the schedules `drafted` and `auto`; what it drafts goes to the cloud.
+
+        Raises:
+            MismatchError: it has another tokenizer than the cloud.
+        """
+        check_same_tokenizer(writer.model, self.plugin.tokenizer_json)
+        self.make_drafter = lambda: OfflineDrafter(writer.model, writer.adapter)
+
     def format_prompt(self, prompt: str) -> str:
         """Put a request into the form that the plugin's training prompts had."""
         template = self.plugin.training.get("prompt_format", PROMPT_SLOT)
@@ -281,6 +293,45 @@ class Device:
         stream = self._stream_for(self.request_for(prompt, options, fallback.end_ids), options)
         assert isinstance(stream, DeviceStream)
         return await self._made(client, stream, prompt, options, on_text, partial(fallback.run, client, stream, prompt))
+
+    async def generate_with_fallback(
+        self,
+        writer: OfflineWriter,
+        prompt: str,
+        options: GenerationOptions,
+        on_text: Callable[[str, Decision], None] | None = None,
+        config: ReachConfig | None = None,
+    ) -> DeviceGeneration:
+        """As `generate`, and by an offline model while the cloud is out of reach, from the first token to the last.
+
+        Args:
+            writer: the offline model.
+            prompt, options, on_text: as for `generate`.
+            config: when the cloud counts as away.
+
+        Raises:
+            MismatchError, RefusedError, InputError: as for `generate` and `generate_anyway`.
+        """
+        fallback = self.fallback_to(writer, config)
+        try:
+            await fallback.start()
+            return await self.generate_anyway(self.hasty_client(), fallback, prompt, options, on_text)
+        finally:
+            await fallback.reach.close()
+
+    def fallback_to(self, writer: OfflineWriter, config: ReachConfig | None = None) -> Fallback:
+        """What goes on where this device's cloud is out of reach; to be started in an event loop, and its reach closed.
+
+        Args:
+            writer: the offline model.
+            config: when the cloud counts as away.
+        """
+        return Fallback(
+            writer=writer,
+            reach=CloudReach(self.greet, config),
+            cloud_text=self.text,
+            cloud_tokenizer_json=self.plugin.tokenizer_json,
+        )
 
     def hasty_client(self, connector: Connector | None = None) -> CloudClient:
         """A client that gives up at once, for those who know what to do without it."""

@@ -20,7 +20,7 @@ from cotune.device.drafting import Drafting
 from cotune.device.pushed_taps import PushedTaps
 from cotune.errors import ConnectionLostError, FrameError, WireError
 from cotune.generation.reference import Personal
-from cotune.generation.request import Decision, GenerationRequest
+from cotune.generation.request import DRAFTED_SCHEDULES, Decision, GenerationRequest
 from cotune.generation.sampling import PartialLogits, choose_certified
 from cotune.generation.stopping import Detokenize, Ending, find_ending
 from cotune.wire.frames import (
@@ -46,7 +46,6 @@ from cotune.wire.frames import (
 
 # The second request for logits asks for this many times the first, the third for all.
 MORE_FACTOR = 4
-DRAFTED_SCHEDULES = ("drafted", "auto")
 
 
 class DeviceStream:

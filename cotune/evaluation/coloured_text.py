@@ -1,7 +1,7 @@
 """Generated text with every token coloured by who decided it, as in SPA's Figure 5.
 
-Three classes, told apart by colour and by underline: the cloud alone; the side network was consulted and agreed;
-the device changed the token. Pieces of text are untrusted and shown as text.
+Classes, told apart by colour and by underline: the cloud alone; the side network was consulted and agreed; the device
+changed the token; or wrote it alone, while the cloud was out of reach. Pieces of text are untrusted and shown as text.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Literal, TypeAlias
 from cotune.evaluation.generation_metrics import GenerationMetrics
 from cotune.evaluation.markup import Html, escape, join, share
 
-Decision: TypeAlias = Literal["cloud", "agreed", "device"]
+Decision: TypeAlias = Literal["cloud", "agreed", "device", "local"]
 
 DECISIONS: dict[Decision, tuple[str, str]] = {
     "cloud": ("Cloud alone", "The cloud alone decided this token; the device was not consulted"),
     "agreed": ("Consulted, agreed", "The device was consulted and agreed with the cloud"),
     "device": ("Changed by the device", "The device changed this token"),
+    "local": ("Offline", "The device wrote this token alone, while the cloud was out of reach"),
 }
 """Name in the legend and sentence in the tooltip, for each class."""
 
@@ -54,14 +55,15 @@ def coloured_tokens(
 
 def _classes(sources: Sequence[str], consulted: Sequence[bool]) -> list[Decision]:
     return [
-        "device" if source == "device" else "agreed" if asked else "cloud"
+        "agreed" if source == "cloud" and asked else source  # type: ignore[misc]
         for source, asked in zip(sources, consulted, strict=True)
     ]
 
 
 def legend() -> Html:
-    """What the colours mean."""
-    items = (Html(f'<li><span class="t-{key}">{name}</span></li>') for key, (name, _) in DECISIONS.items())
+    """What the colours mean; reports are made with a cloud throughout."""
+    with_cloud = {key: name for key, (name, _) in DECISIONS.items() if key != "local"}
+    items = (Html(f'<li><span class="t-{key}">{name}</span></li>') for key, name in with_cloud.items())
     return Html(f'<ul class="legend" aria-label="Who decided a token">{join(items)}</ul>')
 
 

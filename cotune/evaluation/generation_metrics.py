@@ -1,7 +1,8 @@
 """What one generation cost and who decided it: the numbers of `metrics.json` and of `--json`.
 
 Words: a token's *source* is "device" where the device's answer made it another token than the backbone alone
-would have emitted at that place, else "cloud". A token was *consulted* where the side network entered its
+would have emitted at that place, "local" where an offline model wrote it while the cloud was out of reach, else
+"cloud". A token was *consulted* where the side network entered its
 decision (sigma = 1). M counts blocking round trips, the only ones that anybody waits for.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_type_hints
 from cotune.errors import InputError
 from cotune.evaluation.schema import Count, Quantity, Share, check_keys, check_type
 
-Source: TypeAlias = Literal["cloud", "device"]
+Source: TypeAlias = Literal["cloud", "device", "local"]
 
 _WEIGHTED_BY_TOKENS = (
     "M",

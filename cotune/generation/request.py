@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from cotune.generation.sampling import Sampling
 SCHEDULES = ("blocking", "gated", "optimistic", "drafted", "auto")
 # Those in which the device sends no drafts: what can be compared without texts to draft from.
 PLAIN_SCHEDULES = SCHEDULES[:3]
+# Those in which it does.
+DRAFTED_SCHEDULES = SCHEDULES[3:]
 ANSWERS = ("token", "correction")
 
 
@@ -75,6 +78,6 @@ class Decision:
         return self.token_id != self.base_token_id
 
     @property
-    def source(self) -> str:
+    def source(self) -> Literal["cloud", "device", "local"]:
         """`device` where the plugin brought the token about, `local` where an offline model did, else `cloud`."""
         return "local" if self.local else "device" if self.changed else "cloud"

@@ -81,6 +81,7 @@ class LlamaModel:
         settings = settings or OfflineSettings()
         self.folder = folder
         self.context = settings.context_of(folder.description)
+        self.num_texts = settings.num_texts
         self._num_threads = settings.threads
         _check_magic(folder.model_file)
         self._llama = _binding()

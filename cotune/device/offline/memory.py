@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cotune.device.offline.folder import OfflineFolder
@@ -55,31 +55,34 @@ def memory_need(folder: OfflineFolder, settings: OfflineSettings) -> MemoryNeed:
     )
 
 
-def check_memory(
+def fit_memory(
     folder: OfflineFolder, settings: OfflineSettings, available: Callable[[], int | None] | None = None
-) -> MemoryNeed:
-    """Refuse a model that does not fit.
+) -> OfflineSettings:
+    """The same settings with as many texts at once as there is room for, if there is room for one.
 
     Args:
         folder: of the model.
-        settings: with the limit, if there is one.
+        settings: with the limit, if there is one, and the most texts at once.
         available: says how many bytes are free; None asks the system.
 
     Raises:
-        InputError: it needs more than the limit, or than there is.
+        InputError: one text needs more than the limit, or than there is.
     """
-    need = memory_need(folder, settings)
+    need = memory_need(folder, replace(settings, num_texts=1))
     limit, whose = settings.memory_limit_bytes, "the memory limit"
     free = (available or available_bytes)()
     if free is not None and (limit is None or free < limit):
         limit, whose = free, "the memory that is free"
-    if limit is not None and need.total > limit:
+    if limit is None:
+        return settings
+    if need.total > limit:
         raise InputError(
             f"the offline model in {folder.path} needs {_mib(need.total)} ({_mib(need.weights)} of weights, "
             f"{_mib(need.caches)} for keys and values), expected at most {_mib(limit)}, {whose}; take a shorter "
-            "context, fewer texts at once, or a smaller model"
+            "context or a smaller model"
         )
-    return need
+    num_more = (limit - need.total) // need.caches
+    return replace(settings, num_texts=min(settings.num_texts, 1 + num_more))
 
 
 def _mib(count: int) -> str:

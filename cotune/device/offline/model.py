@@ -29,13 +29,15 @@ class OfflineSettings:
         context: tokens that a text may have, prompt included; None for as many as the model was made for.
         num_threads: that compute one step; None for all processors that this process may use.
         memory_limit_bytes: for weights, caches and logits together; None for what the system says is free.
-        num_texts: texts at once, each with a cache of its own.
+        num_texts: texts at once, each with a cache of its own; fewer where memory has no room for so many.
+        has_adapter: an adapter will be loaded, so that a runtime that has two ways opens the one that takes it.
     """
 
     context: int | None = None
     num_threads: int | None = None
     memory_limit_bytes: int | None = None
     num_texts: int = 1
+    has_adapter: bool = False
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 2:
@@ -127,6 +129,11 @@ class OfflineModel(Protocol):
     @property
     def context(self) -> int:
         """Tokens that fit into one text."""
+        ...
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that memory has room for at once; the caller keeps to it."""
         ...
 
     def load_adapter(self, path: Path) -> Adapter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
@@ -22,9 +23,31 @@ from cotune.device.offline.lora_adapter import LoraAdapter
 from cotune.device.offline.model import Adapter, OfflineSettings, check_extension, check_truncation
 from cotune.errors import InputError
 
+PLAIN_FILE = "model.plain.onnx"
+"""The same graph without inputs for adapters, where an exporter wrote one: it is faster."""
+
+_FIRST_LOGIT = "first_logit"
 _NUMBER_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # Errors are told by what is raised; nothing goes to standard error on the way.
 _FATAL_ONLY = 4
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """An open graph.
+
+    Attributes:
+        session: runs it.
+        cache_type, logit_type: NumPy types of its numbers.
+        takes_first_logit: it computes the logits of the last positions alone where it is told so.
+        has_one_rank: the adapters of all modules must have the same one.
+    """
+
+    session: Any
+    cache_type: Any
+    logit_type: Any
+    takes_first_logit: bool
+    has_one_rank: bool
 
 
 class OnnxModel:
@@ -32,7 +55,7 @@ class OnnxModel:
 
     Args:
         folder: of runtime `onnx`.
-        settings: context and threads; memory is the business of `check_memory`.
+        settings: context and threads; memory is the business of `fit_memory`.
 
     Raises:
         InputError: onnxruntime is not installed, the file is damaged, or the graph is another one than described.
@@ -48,8 +71,13 @@ class OnnxModel:
         settings = settings or OfflineSettings()
         self.folder = folder
         self.context = settings.context_of(folder.description)
-        self._session: Any = _open_session(folder, settings.threads)
-        self._cache_type, self._logit_type = _check_graph(self._session, folder)
+        self.num_texts = settings.num_texts
+        self._num_threads = settings.threads
+        self._graphs: dict[str, _Graph] = {}
+        self._is_closed = False
+        self._plain_file = PLAIN_FILE if PLAIN_FILE in folder.description.files else folder.model_file.name
+        # Two open graphs hold the weights twice.
+        self._graph(folder.model_file.name if settings.has_adapter else self._plain_file)
 
     @property
     def description(self) -> OfflineDescription:
@@ -57,53 +85,49 @@ class OnnxModel:
 
     def load_adapter(self, path: Path) -> LoraAdapter:
         shapes = self.description.adapter_modules
-        # All modules of a graph have one name for their rank, so that they must have one rank.
-        return LoraAdapter.read(path, shapes).filled(shapes)
+        adapter = LoraAdapter.read(path, shapes)
+        return adapter.filled(shapes) if self._graph(self.folder.model_file.name).has_one_rank else adapter
 
     def open(self, adapter: Adapter | None = None) -> OnnxText:
-        if self._session is None:
-            raise InputError("the offline model is closed, expected an open one; load it again")
         if adapter is not None and not isinstance(adapter, LoraAdapter):
             raise InputError(f"adapter {adapter.name} was loaded by another runtime; load it with this model")
-        return OnnxText(
-            self._session,
-            self.description,
-            self.context,
-            cache_type=self._cache_type,
-            logit_type=self._logit_type,
-            adapter=adapter,
-        )
+        if adapter is None and self._plain_file in self._graphs:
+            graph = self._graph(self._plain_file)
+        else:
+            graph = self._graph(self.folder.model_file.name)
+        return OnnxText(graph, self.description, self.context, adapter)
 
     def close(self) -> None:
-        self._session = None
+        self._graphs.clear()
+        self._is_closed = True
+
+    def _graph(self, name: str) -> _Graph:
+        if self._is_closed:
+            raise InputError("the offline model is closed, expected an open one; load it again")
+        if name not in self._graphs:
+            session = _open_session(self.folder.path / name, self._num_threads)
+            self._graphs[name] = _checked(session, self.folder, name)
+        return self._graphs[name]
 
 
 class OnnxText:
     """One text: its buffers and their binding. Fits `OfflineText`; `OnnxModel.open` makes it."""
 
     def __init__(
-        self,
-        session: Any,
-        description: OfflineDescription,
-        context: int,
-        *,
-        cache_type: Any,
-        logit_type: Any,
-        adapter: LoraAdapter | None,
+        self, graph: _Graph, description: OfflineDescription, context: int, adapter: LoraAdapter | None
     ) -> None:
         self.length = 0
         self._lock = Lock()
-        self._session = session
+        self._graph = graph
         self._vocab_size = description.vocab_size
         self._context = context
-        self._logit_type = logit_type
         self._adapter = adapter
-        self._binding: Any = session.io_binding()
+        self._binding: Any = graph.session.io_binding()
         # One mask for all lengths: a step sees as much of it as the text is long.
         self._mask = np.ones((1, context), np.int64)
         shape = 1, description.num_kv_heads, context, description.head_dim
         # Memory that is never touched is never taken, so that a short text costs little.
-        self._caches = [np.zeros(shape, cache_type) for _ in range(2 * description.num_layers)]
+        self._caches = [np.zeros(shape, graph.cache_type) for _ in range(2 * description.num_layers)]
         for layer in range(description.num_layers):
             for kind, cache in zip(("key", "value"), self._caches[2 * layer : 2 * layer + 2], strict=True):
                 self._bind(f"past_key_values.{layer}.{kind}", cache)
@@ -119,23 +143,27 @@ class OnnxText:
     def _extend(self, token_ids: Sequence[int] | NDArray[np.int64], num_logits: int) -> NDArray[np.float32]:
         if self._binding is None:
             raise InputError("the text is closed, expected an open one; open another")
-        ids = check_extension(
+        checked = check_extension(
             token_ids, length=self.length, context=self._context, vocab_size=self._vocab_size, num_logits=num_logits
-        )[None]
+        )
+        ids = np.ascontiguousarray(checked[None])
         total = self.length + ids.shape[1]
-        ids = np.ascontiguousarray(ids)
-        logits = np.empty((1, ids.shape[1], self._vocab_size), self._logit_type)
+        first = np.array([ids.shape[1] - num_logits], np.int64)
+        num_computed = num_logits if self._graph.takes_first_logit else ids.shape[1]
+        logits = np.empty((1, num_computed, self._vocab_size), self._graph.logit_type)
         self._bind("input_ids", ids)
         self._bind("attention_mask", self._mask[:, :total])
+        if self._graph.takes_first_logit:
+            self._bind(_FIRST_LOGIT, first)
         self._bind_output("logits", logits)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._graph.session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime raises bare ones
             raise InputError(
                 f"the offline model failed at token {self.length} ({_first_line(error)}); is there enough memory?"
             ) from error
         self.length = total
-        return np.asarray(logits[0, ids.shape[1] - num_logits :], np.float32)
+        return np.asarray(logits[0, num_computed - num_logits :], np.float32)
 
     def truncate(self, length: int) -> None:
         check_truncation(length, length=self.length)
@@ -163,7 +191,7 @@ def _runtime() -> ModuleType:
         ) from error
 
 
-def _open_session(folder: OfflineFolder, num_threads: int) -> Any:
+def _open_session(path: Path, num_threads: int) -> Any:
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = num_threads
@@ -172,16 +200,16 @@ def _open_session(folder: OfflineFolder, num_threads: int) -> Any:
     # Threads that spin between steps would take the processor from the rest of the device.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return runtime.InferenceSession(str(folder.model_file), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises bare ones
         raise InputError(
-            f"{folder.model_file} is no model that onnxruntime {runtime.__version__} can open "
+            f"{path} is no model that onnxruntime {runtime.__version__} can open "
             f"({_first_line(error)}); copy the folder again, export the model again, or free some memory"
         ) from error
 
 
-def _check_graph(session: Any, folder: OfflineFolder) -> tuple[Any, Any]:
-    """Hold the graph against the description; gives the number types of caches and of logits.
+def _checked(session: Any, folder: OfflineFolder, file: str) -> _Graph:
+    """Hold a graph against the description.
 
     Raises:
         InputError: it is another model; names what differs.
@@ -196,25 +224,34 @@ def _check_graph(session: Any, folder: OfflineFolder) -> tuple[Any, Any]:
         for kind in ("key", "value"):
             wanted_inputs[f"past_key_values.{layer}.{kind}"] = list(cache)
             wanted_outputs[f"present.{layer}.{kind}"] = list(cache)
-    for name, shape in description.adapter_modules.items():
+    for name, shape in ({} if file == PLAIN_FILE else description.adapter_modules).items():
         wanted_inputs[f"{name}.lora_A"] = [shape.in_dim, None]
         wanted_inputs[f"{name}.lora_B"] = [None, shape.out_dim]
     for what, wanted, there in (("input", wanted_inputs, inputs), ("output", wanted_outputs, outputs)):
         for name, expected in wanted.items():
             if name not in there:
-                raise _foreign(folder, f"it has no {what} {name}")
+                raise _foreign(folder, file, f"it has no {what} {name}")
             found = list(there[name].shape)
             if not _fits(found, expected):
-                raise _foreign(folder, f"its {what} {name} has shape {found}, expected {_shown(expected)}")
+                raise _foreign(folder, file, f"its {what} {name} has shape {found}, expected {_shown(expected)}")
     unknown = sorted(one.name for one in session.get_inputs() if one.name not in wanted_inputs)
     if unknown:
-        raise _foreign(folder, f"it has the input {unknown[0]}, which nothing here fills")
+        raise _foreign(folder, file, f"it has the input {unknown[0]}, which nothing here fills")
     caches = {one.type for name, one in (inputs | outputs).items() if name.startswith(("past_key_values.", "present."))}
     logits = {outputs["logits"].type}
     for what, types in (("caches", caches), ("logits", logits)):
         if len(types) != 1 or not types <= _NUMBER_TYPES.keys():
-            raise _foreign(folder, f"its {what} are {', '.join(sorted(types))}, expected all float or all float16")
-    return _NUMBER_TYPES[caches.pop()], _NUMBER_TYPES[logits.pop()]
+            found_types = ", ".join(sorted(types))
+            raise _foreign(folder, file, f"its {what} are {found_types}, expected all float or all float16")
+    ranks = [inputs[f"{name}.lora_A"].shape[1] for name in description.adapter_modules if f"{name}.lora_A" in inputs]
+    return _Graph(
+        session=session,
+        cache_type=_NUMBER_TYPES[caches.pop()],
+        logit_type=_NUMBER_TYPES[logits.pop()],
+        takes_first_logit=_FIRST_LOGIT in inputs,
+        # onnxruntime plans by the names of dimensions: what has one name has one size.
+        has_one_rank=len(set(ranks)) < len(ranks),
+    )
 
 
 def _fits(found: list[Any], expected: list[int | None]) -> bool:
@@ -229,8 +266,8 @@ def _shown(shape: list[int | None]) -> str:
     return "[" + ", ".join("any" if one is None else str(one) for one in shape) + "]"
 
 
-def _foreign(folder: OfflineFolder, what: str) -> InputError:
-    return InputError(f"{folder.model_file} is another model than {folder.path} describes: {what}; export it again")
+def _foreign(folder: OfflineFolder, file: str, what: str) -> InputError:
+    return InputError(f"{folder.path / file} is another model than {folder.path} describes: {what}; export it again")
 
 
 def _first_line(error: BaseException) -> str:

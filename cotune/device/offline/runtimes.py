@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cotune.device.offline.folder import OfflineFolder
 from cotune.device.offline.llama_model import LlamaModel
-from cotune.device.offline.memory import check_memory
+from cotune.device.offline.memory import fit_memory
 from cotune.device.offline.model import OfflineModel, OfflineSettings
 from cotune.device.offline.onnx_model import OnnxModel
 
@@ -30,7 +30,5 @@ def load_offline_model(path: Path | str, settings: OfflineSettings | None = None
         >>> model.context                                                            # doctest: +SKIP
         2048
     """
-    settings = settings or OfflineSettings()
     folder = OfflineFolder.open(path)
-    check_memory(folder, settings)
-    return RUNTIMES[folder.description.runtime](folder, settings)
+    return RUNTIMES[folder.description.runtime](folder, fit_memory(folder, settings or OfflineSettings()))

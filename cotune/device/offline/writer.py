@@ -20,7 +20,7 @@ class OfflineWriter:
     Args:
         model: the model.
         adapter: that all texts are written with, unless it is changed.
-        num_texts: at once; one more waits until a place is free.
+        num_texts: at once; one more waits until a place is free. As many as the model has memory for, if left out.
 
     Attributes:
         adapter: for texts that begin from now on; another one may be set at any time.
@@ -31,7 +31,8 @@ class OfflineWriter:
         ...     token = await asyncio.to_thread(generation.advance)
     """
 
-    def __init__(self, model: OfflineModel, *, adapter: Adapter | None = None, num_texts: int = 1) -> None:
+    def __init__(self, model: OfflineModel, *, adapter: Adapter | None = None, num_texts: int | None = None) -> None:
+        num_texts = model.num_texts if num_texts is None else num_texts
         if num_texts < 1:
             raise InputError(f"num_texts is {num_texts}, expected at least 1")
         self.model = model

@@ -16,14 +16,14 @@ import numpy as np
 from cotune.device.client import ClientConfig, CloudClient, Connector
 from cotune.device.fallback import Fallback
 from cotune.device.offline.writer import OfflineWriter
-from cotune.device.reach import CloudReach, ReachConfig
+from cotune.device.reach import ReachConfig
 from cotune.device.runtime import Device, DeviceGeneration, GenerationOptions
 from cotune.device.serve.costs import RunningCosts, metrics
 from cotune.device.serve.prompt import chat_prompt
 from cotune.device.serve.watched_stream import WatchedStream
 from cotune.device.serve.wishes import options_for
 from cotune.device.side_network import open_side_network
-from cotune.errors import ConnectionLostError, CotuneError, RefusedError, WireTimeoutError
+from cotune.errors import CotuneError
 from cotune.generation.modes import MODES
 from cotune.generation.request import ANSWERS, SCHEDULES, Decision, GenerationRequest
 from cotune.openai_api.api_error import ApiError
@@ -65,14 +65,7 @@ class PersonalSource:
     ) -> None:
         self.device = Device(plugin, connector, config)
         self.device.check(defaults)
-        self.fallback: Fallback | None = None
-        if offline is not None:
-            self.fallback = Fallback(
-                writer=offline,
-                reach=CloudReach(self.device.greet, reach_config),
-                cloud_text=self.device.text,
-                cloud_tokenizer_json=plugin.tokenizer_json,
-            )
+        self.fallback = None if offline is None else self.device.fallback_to(offline, reach_config)
         self.defaults = defaults
         self.cloud: CloudDescription | None = None
         self.card = ModelCard(id=model_id, created=int(time.time()), owned_by="cotune device")
@@ -111,15 +104,7 @@ class PersonalSource:
         if self.fallback is None:
             await self.check_cloud()
             return
-        reach = self.fallback.reach
-        try:
-            self.cloud = await reach.greet()
-        except RefusedError as error:
-            if error.retry_after_s is None:
-                raise
-            reach.note_away(error)
-        except (ConnectionLostError, WireTimeoutError) as error:
-            reach.note_away(error)
+        self.cloud = await self.fallback.start()
 
     def info(self) -> dict[str, object]:
         """What can be chosen with this plugin, and what is where nobody does."""

@@ -11,7 +11,9 @@ import pytest
 from offline_folders import CONTEXT, END, TinyLlama, random_adapter, write_onnx_folder, write_peft_folder
 from toy import VOCAB
 
+from cotune.device.offline.folder import OfflineFolder
 from cotune.device.offline.generate import OfflineGeneration, generate_offline
+from cotune.device.offline.memory import memory_need
 from cotune.device.offline.model import OfflineModel, OfflineSettings
 from cotune.device.offline.runtimes import load_offline_model
 from cotune.errors import InputError
@@ -136,6 +138,10 @@ def test_the_memory_is_given_back(model: OfflineModel) -> None:
 def test_a_model_that_does_not_fit_is_not_loaded(folder: Path) -> None:
     with pytest.raises(InputError, match=r"expected at most 0\.0 MiB, the memory limit"):
         load_offline_model(folder, OfflineSettings(memory_limit_bytes=1000))
+    need = memory_need(OfflineFolder.open(folder), OfflineSettings(num_texts=2)).total
+    roomy = load_offline_model(folder, OfflineSettings(memory_limit_bytes=need, num_texts=8))
+    assert roomy.num_texts == 2
+    roomy.close()
 
 
 def test_tokens_do_not_depend_on_the_number_of_threads(folder: Path, model: OfflineModel) -> None:

@@ -10,7 +10,7 @@ from offline_folders import CONTEXT, HEAD_DIM, KV_HEADS, LAYERS, write_onnx_fold
 from toy import VOCAB
 
 from cotune.device.offline.folder import OfflineFolder
-from cotune.device.offline.memory import RUNTIME_BYTES, available_bytes, check_memory, memory_need
+from cotune.device.offline.memory import RUNTIME_BYTES, available_bytes, fit_memory, memory_need
 from cotune.device.offline.model import OfflineSettings
 from cotune.errors import InputError
 
@@ -37,22 +37,30 @@ def test_the_need_is_the_sum_of_its_parts(folder: OfflineFolder) -> None:
 def test_a_model_fits_exactly_or_is_refused_with_its_parts(folder: OfflineFolder) -> None:
     need = memory_need(folder, OfflineSettings()).total
     exact = OfflineSettings(memory_limit_bytes=need)
-    assert check_memory(folder, exact, available=lambda: None).total == need
+    assert fit_memory(folder, exact, available=lambda: None) == exact
     with pytest.raises(InputError, match=r"needs 48\.1 MiB \(0\.0 MiB of weights.*, the memory limit; take a shorter"):
-        check_memory(folder, replace(exact, memory_limit_bytes=need - 1), available=lambda: None)
+        fit_memory(folder, replace(exact, memory_limit_bytes=need - 1), available=lambda: None)
     with pytest.raises(InputError, match="the memory limit"):
-        check_memory(folder, replace(exact, memory_limit_bytes=need - 1), available=lambda: 2 * need)
+        fit_memory(folder, replace(exact, memory_limit_bytes=need - 1), available=lambda: 2 * need)
     with pytest.raises(InputError, match=r"expected at most 0\.0 MiB, the memory that is free; take a shorter context"):
-        check_memory(folder, exact, available=lambda: 100)
+        fit_memory(folder, exact, available=lambda: 100)
     # What the system does not say is no reason to refuse.
-    assert check_memory(folder, OfflineSettings(), available=lambda: None).total == need
+    assert fit_memory(folder, OfflineSettings(num_texts=9), available=lambda: None).num_texts == 9
+
+
+def test_as_many_texts_as_there_is_room_for(folder: OfflineFolder) -> None:
+    one, three = (memory_need(folder, OfflineSettings(num_texts=num)).total for num in (1, 3))
+    settings = OfflineSettings(num_texts=8)
+    for limit, num in ((one, 1), (three - 1, 2), (three, 3), (2 * three, 8)):
+        assert fit_memory(folder, settings, available=lambda limit=limit: limit).num_texts == num  # type: ignore[misc]
+    assert fit_memory(folder, replace(settings, num_texts=2), available=lambda: 2 * three).num_texts == 2
 
 
 def test_the_default_asks_this_system(folder: OfflineFolder) -> None:
     enormous = replace(folder, description=replace(folder.description, num_layers=4096, num_kv_heads=4096))
     enormous = replace(enormous, description=replace(enormous.description, context=2**24, head_dim=2**16))
     with pytest.raises(InputError, match="the memory that is free"):
-        check_memory(enormous, OfflineSettings())
+        fit_memory(enormous, OfflineSettings())
 
 
 def write(root: Path, name: str, text: str) -> None:

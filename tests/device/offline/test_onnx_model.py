@@ -140,6 +140,50 @@ def test_an_adapter_changes_the_logits_and_is_swapped_without_a_rebuild(model: O
     np.testing.assert_array_equal(bare.extend(IDS[:6], num_logits=6), plain[:6])
 
 
+def as_exported(folder: Path, **changes: Any) -> OfflineFolder:
+    """Ranks of their own, logits of the last positions alone, and a second graph without adapters."""
+    graph = make_graph(TINY, one_rank=False, first_logit=True)
+    plain = make_graph(TINY, with_adapters=False, first_logit=True)
+    return OfflineFolder.open(write_onnx_folder(folder, TINY, graph=graph, plain=plain, **changes))
+
+
+def test_a_graph_that_computes_the_wanted_logits_alone(tmp_path: Path) -> None:
+    model = OnnxModel(as_exported(tmp_path / "model"), OfflineSettings(num_threads=1))
+    text = model.open()
+    text.extend(IDS[:5])
+    found = text.extend(IDS[5:15], num_logits=4)
+    np.testing.assert_allclose(found, TINY.logits(IDS[:15])[11:], atol=2e-4)
+    np.testing.assert_allclose(text.extend(IDS[15:18], num_logits=3), TINY.logits(IDS[:18])[15:], atol=2e-4)
+    assert text._graph.takes_first_logit
+
+
+def test_the_graph_without_adapters_is_used_where_there_is_none(tmp_path: Path) -> None:
+    folder = as_exported(tmp_path / "model")
+    some = random_adapter(2, names=list(linear_shapes())[2:5])
+    peft = write_peft_folder(tmp_path / "mine", some)
+    model = OnnxModel(folder, OfflineSettings(num_threads=1))
+    assert set(model._graphs) == {"model.plain.onnx"}
+    adapter = model.load_adapter(peft)
+    # Modules with ranks of their own need no zeros for those that it does not change.
+    assert set(adapter.modules) == set(some)
+    np.testing.assert_allclose(all_logits(model, IDS[:9], 4, adapter=adapter), TINY.logits(IDS[:9], some), atol=3e-4)
+    plain = model.open()
+    assert plain._graph is model._graphs["model.plain.onnx"]
+    np.testing.assert_allclose(plain.extend(IDS[:9], num_logits=9), TINY.logits(IDS[:9]), atol=2e-4)
+    # Where an adapter will come, the weights are not held twice.
+    only = OnnxModel(folder, OfflineSettings(num_threads=1, has_adapter=True))
+    only.load_adapter(peft)
+    assert set(only._graphs) == {"model.onnx"}
+    np.testing.assert_allclose(only.open().extend(IDS[:9]), TINY.logits(IDS[:9])[8:], atol=2e-4)
+
+
+def test_a_plain_graph_of_another_model_is_refused(tmp_path: Path) -> None:
+    small = make_graph(TinyLlama(vocab_size=50), with_adapters=False)
+    folder = OfflineFolder.open(write_onnx_folder(tmp_path / "model", TINY, plain=small))
+    with pytest.raises(InputError, match=r"model\.plain\.onnx is another model than .*expected \[1, any, 97\]"):
+        OnnxModel(folder)
+
+
 def test_an_adapter_of_another_model_or_runtime_is_refused(model: OnnxModel, tmp_path: Path) -> None:
     name = next(iter(linear_shapes()))
     a, b = random_adapter()[name]
@@ -178,7 +222,7 @@ def test_a_text_is_closed_after_the_step_that_is_under_way(
             assert may_end.wait(10)
             order.append("step")
 
-    monkeypatch.setattr(text, "_session", Slow())
+    monkeypatch.setattr(text, "_graph", replace(text._graph, session=Slow()))
     step = Thread(target=lambda: text.extend([5]))
     closing = Thread(target=lambda: (text.close(), order.append("closed")))
     step.start()
@@ -294,7 +338,7 @@ def test_a_failing_step_is_one_clear_error(folder: OfflineFolder, monkeypatch: p
         def run_with_iobinding(self, binding: Any) -> None:
             raise RuntimeError("Failed to allocate memory\nmore")
 
-    monkeypatch.setattr(text, "_session", Broken())
+    monkeypatch.setattr(text, "_graph", replace(text._graph, session=Broken()))
     with pytest.raises(InputError, match=r"failed at token 1 \(Failed to allocate memory\); is there enough memory"):
         text.extend([6])
     assert text.length == 1

@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Service, endless_model, serving
-from toy import STOP, ToyBackbone
+from clouds import in_a_thread
+from offline_folders import write_onnx_folder
+from serving import Service, endless_model, serving, serving_source
+from toy import STOP, ToyBackbone, toy_model
+from toy_plugin import toy_plugin
 
+from cotune.device.offline.model import OfflineSettings
+from cotune.device.offline.runtimes import load_offline_model
+from cotune.device.offline.writer import OfflineWriter
+from cotune.device.reach import ReachConfig
 from cotune.device.runtime import GenerationOptions
+from cotune.device.serve.offline_source import OfflineSource
 from cotune.device.serve.personal_source import PersonalSource
 from cotune.device.serve.server import ServeConfig
+from cotune.device.serve.wishes import OfflineOptions
 from cotune.generation.reference import generate
+from cotune.ledger import EgressLedger
+from cotune.wire.transport import Connection
+from cotune.wire.websocket import connect
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -341,3 +354,59 @@ def test_words_stand_out_from_their_ground(service: Service[PersonalSource], ope
         }"""
     )
     assert [(where, round(ratio, 2)) for where, ratio in contrasts if ratio < 4.5] == []
+
+
+def test_an_offline_model_alone_shows_what_it_has(tmp_path_factory: pytest.TempPathFactory, open_page: Any) -> None:
+    folder = write_onnx_folder(tmp_path_factory.mktemp("offline") / "model")
+    writer = OfflineWriter(load_offline_model(folder, OfflineSettings(num_threads=1)))
+    source = OfflineSource(writer, model_id="small", defaults=OfflineOptions(max_new_tokens=6))
+    with serving_source(source, EgressLedger(None)) as alone:
+        page = ready(open_page(alone.url))
+        assert page.locator("#model").inner_text() == "small on this device"
+        assert page.get_by_text("Written here.").is_visible() and not page.get_by_text("Written by two.").is_visible()
+        assert page.locator(".segments:visible").count() == 0 and page.locator("#reach").is_hidden()
+        send(page)
+        answer = finished(page)
+        assert {token.get_attribute("class") for token in answer.locator(".token").all()} == {"token local"}
+        assert page.locator('[data-share="local"]').inner_text() == "100 %"
+        answer.locator(".token").first.hover()
+        assert re.search(
+            r"The device wrote it alone\s+Probability (over |under )?\d+ %", page.locator("#tip").inner_text()
+        )
+        assert page.locator("#ledger-total").inner_text() == "0 B"
+
+
+def test_tokens_of_an_outage_are_marked_and_the_page_says_so(
+    tmp_path_factory: pytest.TempPathFactory, open_page: Any
+) -> None:
+    folder = write_onnx_folder(tmp_path_factory.mktemp("offline") / "model")
+    writer = OfflineWriter(load_offline_model(folder, OfflineSettings(num_threads=1)))
+    urls = ["ws://127.0.0.1:9"]
+
+    async def connector() -> Connection:
+        return await connect(urls[0])
+
+    source = PersonalSource(
+        toy_plugin(),
+        connector,
+        model_id="mine",
+        defaults=GenerationOptions(max_new_tokens=6),
+        offline=writer,
+        reach_config=ReachConfig(first_wait_s=0.02, max_wait_s=0.02),
+    )
+    with serving_source(source, EgressLedger(None)) as service:
+        page = ready(open_page(service.url))
+        assert page.locator("#reach").is_visible() and "out of reach" in page.locator("#reach").inner_text()
+        send(page)
+        answer = finished(page, 1)
+        assert answer.locator(".token.local").count() == answer.locator(".token").count() == 6
+        assert "6 of them by this device alone" in answer.locator(".meta").inner_text()
+        with in_a_thread(toy_model()) as urls[0]:
+            assert source.fallback is not None
+            until_s = time.monotonic() + 10
+            while source.fallback.reach.is_away and time.monotonic() < until_s:
+                time.sleep(0.02)
+            send(page, "w7")
+            answer = finished(page, 2)
+            assert answer.locator(".token.local").count() == 0 < answer.locator(".token").count()
+            page.locator("#reach").wait_for(state="hidden")

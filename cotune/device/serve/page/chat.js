@@ -1,6 +1,6 @@
 // The chat page: wires the message field, the conversation and the panel to the service.
 
-import { addProblem, addUser, Answer, Tip } from "./conversation.js";
+import { addProblem, addUser, Answer, noCounts, Tip } from "./conversation.js";
 import { getJson, onKeyWanted, setKey, streamChat } from "./events.js";
 import { bytes, chosen, fillSegments, showLedger, showMetrics, showShares } from "./panel.js";
 
@@ -88,7 +88,7 @@ $("new").addEventListener("click", () => {
   log.replaceChildren(welcome);
   welcome.hidden = false;
   showMetrics(null);
-  showShares({ cloud: 0, agreed: 0, changed: 0, late: 0 });
+  showShares(noCounts());
   prompt.focus();
 });
 
@@ -137,6 +137,7 @@ async function answer() {
       reason = choice?.finish_reason ?? reason;
       metrics = chunk.cotune?.metrics ?? metrics;
       if (chunk.cotune?.so_far) told = chunk.cotune.so_far;
+      if (chunk.cotune?.who) showReach(chunk.cotune.who === "local");
       if (choice?.delta?.content || chunk.cotune?.who) shown.add(choice.delta.content ?? "", chunk.cotune);
       showMetrics(metrics ?? told);
       showShares(shown.counts);
@@ -172,9 +173,15 @@ function note(values, shown, { isStopped, reason }) {
     `${count} tokens`, `M ${values.M.toFixed(2)}`, `${values.ms_per_token.toFixed(1)} ms per token`,
     `${bytes(values.bytes_up)} sent`,
   ];
+  if (shown.counts.local && info.plugin) parts.push(`${shown.counts.local} of them by this device alone`);
   if (isStopped) parts.push("stopped");
   else if (reason === "length") parts.push("cut at the token limit");
   return parts.join(" · ");
+}
+
+// Whether the cloud is out of reach, where there should be one.
+function showReach(isAway) {
+  $("reach").hidden = !(isAway && info.plugin);
 }
 
 async function refreshLedger() {
@@ -193,17 +200,25 @@ async function start() {
     return;
   }
   const { defaults } = info;
-  $("model").textContent = info.cloud ? `${info.model} with ${info.cloud.model}` : info.model;
+  const there = { plugin: info.plugin, offline: info.offline, alone: !info.plugin };
+  for (const place of document.querySelectorAll("[data-needs]")) place.hidden = !there[place.dataset.needs];
+  showReach(Boolean(info.offline?.is_away));
+  const partner = info.plugin ? info.cloud && `with ${info.cloud.model}` : "on this device";
+  $("model").textContent = [info.model, partner].filter(Boolean).join(" ");
   document.title = `${info.model} · cotune`;
   fillSegments("mode", info.modes, defaults.mode);
   fillSegments("schedule", info.schedules, defaults.schedule);
   fillSegments("answer", info.answers, defaults.answer);
-  $("setting-note").textContent = NOTES[defaults.answer];
+  $("setting-note").textContent = NOTES[defaults.answer] ?? "";
   $("temperature").value = defaults.temperature;
   $("seed").value = defaults.seed;
   $("max-tokens").value = defaults.max_tokens;
-  $("about").textContent =
-    `${info.plugin.num_parameters.toLocaleString("en")} private parameters. cotune ${info.version}.`;
+  const about = [
+    info.plugin && `${info.plugin.num_parameters.toLocaleString("en")} private parameters.`,
+    info.offline && `The offline model has ${info.offline.bits} bits a weight and room for ${info.offline.context} tokens.`,
+    `cotune ${info.version}.`,
+  ];
+  $("about").textContent = about.filter(Boolean).join(" ");
   fit();
   await refreshLedger();
   document.documentElement.dataset.ready = "true";

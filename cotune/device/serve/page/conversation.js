@@ -5,6 +5,7 @@ const WHO = {
   agreed: "The device agreed",
   changed: "The device changed it",
   late: "The device answered too late",
+  local: "The device wrote it alone",
 };
 
 const tokens = new WeakMap(); // element -> what its chunk said
@@ -39,12 +40,17 @@ export function addUser(log, text) {
   log.append(turn);
 }
 
+// Who decided how many tokens of an answer: nobody any yet.
+export function noCounts() {
+  return Object.fromEntries(Object.keys(WHO).map((who) => [who, 0]));
+}
+
 // An answer that grows.
 export class Answer {
   constructor(log, answerForm) {
     this.form = answerForm;
     this.content = "";
-    this.counts = { cloud: 0, agreed: 0, changed: 0, late: 0 };
+    this.counts = noCounts();
     this.turn = element("article", "turn assistant");
     this.turn.setAttribute("aria-label", "Answer");
     this.turn.setAttribute("aria-busy", "true");
@@ -102,6 +108,7 @@ function describeProbability({ probability, probability_bounds: bounds, form, wh
   if (bounds) {
     return { text: `Probability between ${percent(bounds[0])} and ${percent(bounds[1])}`, share: bounds[0] };
   }
+  if (who === "local") return { text: "Probability not known: the cloud was out of reach." };
   if (form !== "token") return { text: "Probability not known here: the cloud decides in the correction form." };
   return { text: who === "cloud" ? "Probability not known: the device was not asked." : "Probability not known." };
 }

@@ -37,7 +37,8 @@ export function showMetrics(values, root = document) {
 
 export function showShares(counts) {
   const total = Object.values(counts).reduce((sum, count) => sum + count, 0);
-  const shares = { cloud: counts.cloud + counts.late, agreed: counts.agreed, changed: counts.changed };
+  const { late, ...own } = counts;
+  const shares = { ...own, cloud: own.cloud + late };
   const chart = document.getElementById("shares");
   let begin = 0;
   const words = [];
