@@ -21,6 +21,7 @@ def test_few_signs_are_kept_and_are_those_that_are_made_anew(dtype: torch.dtype)
             assert torch.equal(direction.read_signs(start, num, dtype), Direction(3).signs(start, num, dtype))
     assert short.keeps_signs and not long.keeps_signs and not Direction(3).keeps_signs
     assert short.read_signs(5, 9, dtype).data_ptr() == short.read_signs(5, 9, dtype).data_ptr()
+    assert torch.equal(short.read_signs(5, 9, torch.float16), Direction(3).signs(5, 9, torch.float16))
     # What is not kept is the caller's own.
     long.read_signs(0, 9, dtype).zero_()
     assert torch.equal(long.read_signs(0, 9, dtype), short.read_signs(0, 9, dtype))
