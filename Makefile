@@ -16,8 +16,10 @@ test-flower:
 	$(MAKE) VENV=.venv-flower .venv-flower/.installed-flower
 	.venv-flower/bin/pytest tests/federation/flower tests/cli/test_federate_keys.py tests/integration/test_flower.py
 
-$(VENV)/.installed-flower: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[flower]'
+# All in one step, so that one set of versions suits both: Flower's old typer needs an older transformers.
+$(VENV)/.installed-flower: pyproject.toml constraints-flower.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-flower.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-flower.txt -e '.[dev,flower]'
 	@touch $@
 
 lint: $(VENV)/.installed-dev

@@ -142,6 +142,7 @@ def test_devices_of_little_memory_learn_with_one_that_has_more_and_the_smallest_
             "d4": "d4 has 100 bytes, expected at least 2,000 for seed; give it a smaller model, or leave it out"
         }
         assert (record.bytes_up["lora_B"], record.bytes_up["slopes"]) == (4 * 6, 3 * 4 * 24)
+        assert record.lost == [] and record.seconds == 1.0
     assert "d4" not in end.since and end.offences == {}
     assert end.start_loss is not None and end.best_loss is not None and end.best_loss < 0.2 * end.start_loss
     # Where no device has the memory there is nothing to wait for.

@@ -120,7 +120,7 @@ def prepare(root: Path, simulated: ToyFederation, deadline_s: float) -> ServerFo
     settings = root / "settings.toml"
     tables = {
         "data": {"num_judge": 0},
-        "seed_mode": SEED_MODE,
+        "options.seed": SEED_MODE,
         "rounds": {"num_rounds": NUM_ROUNDS, "deadline_s": deadline_s, "min_devices": 2},
         "combine": {"rule": "mean"},
     }
