@@ -144,6 +144,20 @@ def by_start(measured: Measured) -> str:
     return markdown(["start", "learning rate", "nats", "less the default's", "start, s"], rows)
 
 
+def by_shared_start(measured: Measured) -> str:
+    rows = [
+        [
+            name,
+            f"{measured['factors'][name]:g}",
+            number(row["loss"], 3),
+            "" if row["difference"] is None else number(row["difference"], 3),
+            f"{row['up'] / 1e3:.1f}",
+        ]
+        for name, row in measured["rows"].items()
+    ]
+    return markdown(["algorithm, start", "times its own rate", "nats", "less the random start's", "KB up"], rows)
+
+
 def by_way(measured: Measured) -> str:
     times = list(measured["ways"]["before"]["bits"])
     rows = [
@@ -286,6 +300,10 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "federated_methods": (
         "Nats per held-out token by split, ± 95 % over seeds, and what a device spent on the whole first one",
         by_federation,
+    ),
+    "federated_starts": (
+        "Nats per held-out token of a federation, each start at its best learning rate, ± 95 % over seeds",
+        by_shared_start,
     ),
     "federated_attacks": (
         "Nats per held-out token, ± 95 % over seeds, and in brackets over the honest mean",
