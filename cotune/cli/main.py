@@ -5,6 +5,7 @@ Errors that cotune raises on purpose end as one sentence on standard error and a
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -62,8 +63,14 @@ def _options(
     pass
 
 
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """Anything but that bitsandbytes, which peft loads for whole weights too, lacks a kernel that it can do without."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
 def main() -> None:
     """Entry point of the command line."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_saying)
     try:
         app()
     except CotuneError as error:
