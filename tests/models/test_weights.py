@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cotune.errors import InputError
-from cotune.models import Backbone, Projections, weights
+from cotune.models import Backbone, Projections
 from cotune.models.weights import digest_folder, digest_model, find_model_folder
 
 MakeModel = Callable[..., PreTrainedModel]
