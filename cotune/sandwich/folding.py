@@ -1,0 +1,161 @@
+"""A text as detectors read it: one way to write a digit, a dash, a dot and a space, and nothing invisible.
+
+People and copied documents write one address in many ways: full-width digits, a zero-width space in the middle, an
+ideographic full stop, letters with separate accents, JSON escapes. `FoldedText` undoes these (Unicode's NFKC, UAX 15,
+and what is said below) and remembers where each character came from, so that what is found in the folded text is cut
+out of the text as it was.
+
+    removed       format characters (Cf: zero-width, bidirectional, soft hyphen), variation selectors
+    to 0..9       decimal digits of all scripts
+    to -          dashes (Pd) and the minus sign
+    to .          the dots of other scripts that stand in addresses: 。 · ‧ ꓸ ۔
+    to a space    all spaces (Zs)
+    \\u00e9        escapes of this form are read as their character
+
+Letters that look alike in two scripts (Cyrillic а, Latin a) are not made one.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+_DOTS = "\u3002\u00b7\u2027\ua4f8\u06d4"
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_ESCAPED_PAIR = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
+_JSON_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+
+@dataclass(frozen=True)
+class FoldedText:
+    """A folded text and where it came from.
+
+    Args:
+        text: the folded text.
+        starts, ends: for each of its characters, the piece of the original that it stands for.
+
+    Example:
+        >>> folded = FoldedText.of("tel: \uff11\uff12\u200b\uff13")
+        >>> folded.text, folded.original_span(5, 8)
+        ('tel: 123', (5, 9))
+    """
+
+    text: str
+    starts: tuple[int, ...] | range
+    ends: tuple[int, ...] | range
+
+    @classmethod
+    def of(cls, text: str, *, is_json: bool = False, invisible: str = "") -> FoldedText:
+        """Fold a text.
+
+        Args:
+            text: any text.
+            is_json: read all escapes of JSON strings, such as a backslash and n, as their characters.
+            invisible: what takes the place of invisible characters.
+        """
+        if text.isascii() and "\\" not in text:
+            return cls(text, range(len(text)), range(1, len(text) + 1))
+        folded: list[str] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        for cluster, start, end in _clusters(text, is_json):
+            written = _fold_cluster(cluster, invisible)
+            folded.append(written)
+            starts.extend([start] * len(written))
+            ends.extend([end] * len(written))
+        return cls("".join(folded), tuple(starts), tuple(ends))
+
+    def casefolded(self) -> FoldedText:
+        """Without upper and lower case, by Unicode's full case folding: ß is ss."""
+        parts = [letter.casefold() for letter in self.text]
+        if all(len(part) == 1 for part in parts):
+            return FoldedText("".join(parts), self.starts, self.ends)
+        origins = [index for index, part in enumerate(parts) for _ in part]
+        return FoldedText(
+            "".join(parts), tuple(self.starts[i] for i in origins), tuple(self.ends[i] for i in origins)
+        )
+
+    def original_span(self, start: int, end: int) -> tuple[int, int]:
+        """The piece of the original that text[start:end] stands for; start < end."""
+        return self.starts[start], self.ends[end - 1]
+
+
+def fold_views(text: str, *, is_json: bool = False) -> list[FoldedText]:
+    """The foldings to look at: invisible characters left out, and, where there are any, as spaces too.
+
+    A zero-width space stands inside an address to hide it, or between two words to part them; nobody knows which.
+
+    Example:
+        >>> [view.text for view in fold_views("Ann\u200bLee")]
+        ['AnnLee', 'Ann Lee']
+    """
+    first = FoldedText.of(text, is_json=is_json)
+    if first.text.isascii() and len(first.text) == len(text):
+        return [first]
+    second = FoldedText.of(text, is_json=is_json, invisible=" ")
+    return [first] if second.text == first.text else [first, second]
+
+
+def _clusters(text: str, is_json: bool) -> Iterator[tuple[str, int, int]]:
+    """A base character with its marks, and where it stands; an escape counts as its character."""
+    cluster, cluster_start, cluster_end = "", 0, 0
+    for letter, start, end in _characters(text, is_json):
+        if cluster and not _continues(letter):
+            yield cluster, cluster_start, cluster_end
+            cluster = ""
+        if not cluster:
+            cluster_start = start
+        cluster += letter
+        cluster_end = end
+    if cluster:
+        yield cluster, cluster_start, cluster_end
+
+
+def _characters(text: str, is_json: bool) -> Iterator[tuple[str, int, int]]:
+    position = 0
+    while position < len(text):
+        letter, end = text[position], position + 1
+        if letter == "\\":
+            letter, end = _unescape(text, position, is_json)
+        yield letter, position, end
+        position = end
+
+
+def _unescape(text: str, position: int, is_json: bool) -> tuple[str, int]:
+    if pair := _ESCAPED_PAIR.match(text, position):
+        high, low = (int(digits, 16) for digits in pair.groups())
+        return chr(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00)), pair.end()
+    if escape := _ESCAPE.match(text, position):
+        return chr(int(escape[1], 16)), escape.end()
+    if is_json and position + 1 < len(text) and text[position + 1] in _JSON_ESCAPES:
+        return _JSON_ESCAPES[text[position + 1]], position + 2
+    return text[position], position + 1
+
+
+@lru_cache(maxsize=4096)
+def _continues(letter: str) -> bool:
+    """Whether it is written together with the character before it: marks, vowels and finals of Hangul."""
+    return unicodedata.combining(letter) != 0 or "\u1160" <= letter <= "\u11ff"
+
+
+@lru_cache(maxsize=4096)
+def _fold_cluster(cluster: str, invisible: str) -> str:
+    return "".join(_fold_letter(letter, invisible) for letter in unicodedata.normalize("NFKC", cluster))
+
+
+def _fold_letter(letter: str, invisible: str) -> str:
+    category = unicodedata.category(letter)
+    if category == "Nd":
+        return str(unicodedata.decimal(letter))
+    if category == "Pd" or letter == "\u2212":
+        return "-"
+    if letter in _DOTS:
+        return "."
+    if category == "Zs":
+        return " "
+    if category == "Cf" or "\ufe00" <= letter <= "\ufe0f" or letter in "\u034f\u115f\u1160\u3164":
+        return invisible
+    return letter
