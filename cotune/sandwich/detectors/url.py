@@ -34,11 +34,11 @@ class UrlDetector:
 
     def find(self, text: str) -> Iterator[Finding]:
         """See `Detector`."""
-        for pattern in (_WITH_SCHEME, _WITH_WWW, _BARE):
-            for found in pattern.finditer(text):
-                url = _without_sentence_end(found[0])
-                if not url.endswith("://") and len(url) > 4:
-                    yield Finding(found.start(), found.start() + len(url), "URL", url)
+        found = [match for pattern in (_WITH_SCHEME, _WITH_WWW, _BARE) for match in pattern.finditer(text)]
+        places = {(match.start(), _without_sentence_end(match[0])) for match in found}
+        for start, url in sorted(places):
+            if not url.endswith("://") and len(url) >= len("a.io"):
+                yield Finding(start, start + len(url), "URL", url)
 
 
 def _without_sentence_end(url: str) -> str:
