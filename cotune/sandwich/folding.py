@@ -74,9 +74,7 @@ class FoldedText:
         if all(len(part) == 1 for part in parts):
             return FoldedText("".join(parts), self.starts, self.ends)
         origins = [index for index, part in enumerate(parts) for _ in part]
-        return FoldedText(
-            "".join(parts), tuple(self.starts[i] for i in origins), tuple(self.ends[i] for i in origins)
-        )
+        return FoldedText("".join(parts), tuple(self.starts[i] for i in origins), tuple(self.ends[i] for i in origins))
 
     def original_span(self, start: int, end: int) -> tuple[int, int]:
         """The piece of the original that text[start:end] stands for; start < end."""

@@ -26,7 +26,8 @@ from urllib.parse import quote
 
 from cotune.errors import InputError
 from cotune.sandwich.finding import KIND_PATTERN
-from cotune.sandwich.json_text import escape_json, unescape_json
+from cotune.sandwich.folding import FoldedText
+from cotune.sandwich.json_text import escape_json
 from cotune.sandwich.surrogates import SURROGATES, letters_and_digits, surrogate_pattern
 
 Style = Literal["typed", "surrogate"]
@@ -44,7 +45,9 @@ _OPENINGS = ("<", "\\<", "\\\\<", "&lt;", "&#60;", "%3c", "\\u003c", "\\\\u003c"
 _CLOSINGS = (">", "\\>", "\\\\>", "&gt;", "&#62;", "%3e", "\\u003e", "\\\\u003e", "\uff1e", "\u203a", "\u00bb")
 _ANY_OPENING = "|".join(re.escape(each) for each in sorted(_OPENINGS, key=len, reverse=True))
 _ANY_CLOSING = "|".join(re.escape(each) for each in sorted(_CLOSINGS, key=len, reverse=True))
-_TAIL = re.compile(r"[\\_ \u00a0#:.\-]{0,3}\d{0,6}(?:\\{0,2}[_.\-]\d{0,3})?\s?[\\u003e&gt;#62%\uff1e\u203a\u00bb]{0,8}", re.IGNORECASE)
+_TAIL = re.compile(
+    r"[\\_ \u00a0#:.\-]{0,3}\d{0,6}(?:\\{0,2}[_.\-]\d{0,3})?\s?[\\u003e&gt;#62%\uff1e\u203a\u00bb]{0,8}", re.IGNORECASE
+)
 _MAX_TYPED = 64
 
 
@@ -89,9 +92,7 @@ class PlaceholderMap:
         ('<EMAIL_7311>', 'I wrote to Ann@x.org.', PlaceholderMap(EMAIL: 1))
     """
 
-    def __init__(
-        self, generator: random.Random, *, taken: set[int] | None = None, style: Style = "typed"
-    ) -> None:
+    def __init__(self, generator: random.Random, *, taken: set[int] | None = None, style: Style = "typed") -> None:
         if style not in ("typed", "surrogate"):
             raise InputError(f"style is {style!r}, expected typed or surrogate")
         self._generator = generator
@@ -101,7 +102,7 @@ class PlaceholderMap:
         self._seen_text = ""
         self._numbers: dict[tuple[str, str], int] = {}
         self._entries: dict[tuple[int, int], Entry] = {}
-        self._by_writing: dict[tuple[int, str, str | None, bool], Entry] = {}
+        self._by_writing: dict[tuple[int, str, str | None, bool, bool], Entry] = {}
         self._surrogates: dict[str, Entry] = {}
         self._patterns: dict[bool, re.Pattern[str]] = {}
 
@@ -122,18 +123,32 @@ class PlaceholderMap:
             self._seen_text += " " + letters_and_digits(text)
 
     def placeholder_for(
-        self, kind: str, identity: str, value: str, *, json_text: str | None = None, is_number: bool = False
+        self,
+        kind: str,
+        identity: str,
+        value: str,
+        *,
+        json_text: str | None = None,
+        is_number: bool = False,
+        is_glued: bool = False,
     ) -> str:
         """What stands for a value: the same for the same value, another spelling of the same number for another way to
-        write the same thing."""
+        write the same thing.
+
+        Args:
+            kind, identity: of the finding.
+            value, json_text, is_number: see `Entry`.
+            is_glued: a letter or digit stands right beside it, where a surrogate could not be told from its neighbours.
+        """
         number = self._numbers.get((kind, identity))
         if number is None:
             number = self._numbers[kind, identity] = self._draw()
-        writing = (number, value, json_text, is_number)
+        writing = (number, value, json_text, is_number, is_glued and self._style == "surrogate")
         entry = self._by_writing.get(writing)
         if entry is None:
             spelling = 1 + sum(key[0] == number for key in self._entries)
-            placeholder = self._surrogate(kind, value) or _typed(kind, number, spelling)
+            surrogate = None if is_glued else self._surrogate(kind, value)
+            placeholder = surrogate or _typed(kind, number, spelling)
             entry = Entry(placeholder, kind, identity, value, json_text, is_number)
             self._entries[number, spelling] = self._by_writing[writing] = entry
             if not placeholder.startswith("<"):
@@ -157,8 +172,9 @@ class PlaceholderMap:
     def _surrogate(self, kind: str, value: str) -> str | None:
         if self._style == "typed" or kind not in SURROGATES:
             return None
+        plain = FoldedText.of(value).text
         for _ in range(100):
-            made = SURROGATES[kind](value, self._generator)
+            made = SURROGATES[kind](plain, self._generator)
             skeleton = letters_and_digits(made)
             clashes = any(skeleton in other or other in skeleton for other in self._surrogates)
             if not clashes and skeleton not in self._seen_text and skeleton != letters_and_digits(value):
@@ -312,7 +328,7 @@ class PlaceholderMap:
         self._taken.add(number)
         self._numbers[entry.kind, entry.identity] = number
         self._entries[number, spelling] = entry
-        self._by_writing[number, entry.value, entry.json_text, entry.is_number] = entry
+        self._by_writing[number, entry.value, entry.json_text, entry.is_number, False] = entry
         if not entry.placeholder.startswith("<"):
             self._surrogates[letters_and_digits(entry.placeholder)] = entry
 
@@ -328,8 +344,3 @@ class PlaceholderMap:
 
 def _typed(kind: str, number: int, spelling: int) -> str:
     return f"<{kind}_{number}>" if spelling == 1 else f"<{kind}_{number}_{spelling}>"
-
-
-def json_value(json_text: str) -> str:
-    """What a piece of a JSON string says as plain text."""
-    return unescape_json(json_text)

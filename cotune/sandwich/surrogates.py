@@ -46,12 +46,15 @@ def surrogate_pattern(surrogate: str) -> str:
     """A regular expression for a surrogate however it is grouped: up to three signs between two digits.
 
     Example:
-        >>> bool(re.fullmatch(surrogate_pattern("202-555-0143"), "(202) 555 0143".lstrip("(")))
+        >>> bool(re.fullmatch(surrogate_pattern("202-555-0143"), "202) 555 0143"))
         True
     """
     kept = [letter for letter in surrogate if letter.isalnum()]
     if sum(letter.isdigit() for letter in kept) * 2 > len(kept):  # a number: its grouping is free
-        return (r"\+?" if surrogate.startswith("+") else "") + r"[\s().\-/]{0,3}".join(map(re.escape, kept))
+        signs = re.fullmatch(r"([\W_]*).*?([\W_]*)", surrogate)
+        assert signs is not None
+        first, last = (f"(?:{re.escape(each)})?" for each in signs.groups())
+        return first + r"[\s().\-/]{0,3}".join(map(re.escape, kept)) + last
     return r"\s{1,2}".join(re.escape(word) for word in surrogate.split(" "))
 
 

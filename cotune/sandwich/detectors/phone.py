@@ -19,7 +19,9 @@ from collections.abc import Iterator
 
 from cotune.sandwich.finding import Finding
 
-_RUN = re.compile(r"(?<![\w+])(?<!\d[.,/:-])(?:\+|\()?[ ]?\(?\d{1,15}\)?(?:[ \t]?[-./()][ \t]?\(?\d{1,15}\)?|[ \t]\(?\d{1,15}\)?){0,8}(?!\w)")
+_RUN = re.compile(
+    r"(?<![\w+])(?<!\d[.,/:-])(?:\+|\()?[ ]?\(?\d{1,15}\)?(?:[ \t]?[-./()][ \t]?\(?\d{1,15}\)?|[ \t]\(?\d{1,15}\)?){0,8}(?!\w)"
+)
 _DIGITS = re.compile(r"\d+")
 _MIN_DIGITS, _MAX_DIGITS = 7, 15
 _WORDS = re.compile(
