@@ -1,8 +1,8 @@
 """Detectors in a process of their own, stopped when they take too long: the gate that fails closed.
 
-A thread cannot be stopped, and Python's regular expressions let no other thread run while they match. A process can be
-killed whatever it does. It is started once and kept; a detector that fails or takes too long costs that process, and the
-next request starts another.
+A thread cannot be stopped, and Python's regular expressions let no other thread run while they match. A process can
+be killed whatever it does. It is started once and kept; a detector that fails or takes too long costs that process,
+and the next request starts another.
 """
 
 from __future__ import annotations

@@ -82,9 +82,13 @@ class DetectorSettings:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> DetectorSettings:
         """What `as_json` gave."""
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        entries = (DictionaryEntry(tuple(entry["forms"]), entry["kind"]) for entry in fields["dictionary"])
-        return cls(**{**plain, "dictionary": tuple(entries)})
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        plain["dictionary"] = tuple(
+            DictionaryEntry(tuple(each["forms"]), each["kind"]) for each in fields["dictionary"]
+        )
+        return cls(**plain)
 
 
 DETECTORS: dict[str, Callable[[DetectorSettings], Detector]] = {

@@ -12,7 +12,8 @@ import json
 import os
 import struct
 import sys
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import IO, Any
 
 from cotune.errors import InputError
 from cotune.sandwich.detect import Passage, detect
@@ -23,7 +24,7 @@ _LENGTH = struct.Struct(">I")
 MAX_MESSAGE_BYTES = 1 << 30
 
 
-def read_message(stream: BinaryIO) -> Any:
+def read_message(stream: IO[bytes]) -> Any:
     """The next message; None at the end."""
     header = stream.read(_LENGTH.size)
     if len(header) < _LENGTH.size:
@@ -35,14 +36,14 @@ def read_message(stream: BinaryIO) -> Any:
     return json.loads(body) if len(body) == length else None
 
 
-def write_message(stream: BinaryIO, message: Any) -> None:
+def write_message(stream: IO[bytes], message: Any) -> None:
     """Send one message."""
     body = json.dumps(message).encode("ascii")
     stream.write(_LENGTH.pack(len(body)) + body)
     stream.flush()
 
 
-def serve(requests: BinaryIO, answers: BinaryIO, silence: Any) -> None:
+def serve(requests: IO[bytes], answers: IO[bytes], silence: Any) -> None:
     """Answer until the requests end."""
     opening = read_message(requests)
     if opening is None:
@@ -80,7 +81,7 @@ def _answer(detector: Detector, passages: list[Passage]) -> dict[str, Any]:
 def main() -> None:
     """Serve this process's pipes. What detectors print goes nowhere: it may hold private values."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    with open(os.devnull, "w") as silence:
+    with Path(os.devnull).open("w", encoding="utf-8") as silence:
         os.dup2(silence.fileno(), sys.stdout.fileno())
         os.dup2(silence.fileno(), sys.stderr.fileno())
         serve(sys.stdin.buffer, answers, silence)

@@ -70,6 +70,8 @@ class FoldedText:
 
     def casefolded(self) -> FoldedText:
         """Without upper and lower case, by Unicode's full case folding: ß is ss."""
+        if self.text.isascii():
+            return FoldedText(self.text.lower(), self.starts, self.ends)
         parts = [letter.casefold() for letter in self.text]
         if all(len(part) == 1 for part in parts):
             return FoldedText("".join(parts), self.starts, self.ends)

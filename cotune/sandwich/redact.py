@@ -9,8 +9,9 @@
 It fails closed: where a detector fails or takes too long, where a text is too long to be looked at, or where a value
 that was found still stands somewhere, `RedactionError` or `InputError` is raised and there is nothing to send.
 
-All that a detector found once is replaced everywhere in the request, also where no detector would have seen it. Overlapping
-findings are replaced together. Texts that look like placeholders are replaced too, so that restoring is exact.
+All that a detector found once is replaced everywhere in the request, also where no detector would have seen it.
+Overlapping findings are replaced together. Texts that look like placeholders are replaced too, so that restoring is
+exact.
 """
 
 from __future__ import annotations
@@ -217,8 +218,16 @@ class RedactedRequest:
             RedactionError, InputError: as `redact`; also for what is no JSON, or deeper than 100.
         """
         passages: list[Passage] = []
-        _walk(value, "", frozenset(keep), redact_keys, lambda passage, _: passages.append(passage) or "")
-        redacted = iter(self._redact_passages(passages, numbers=_numbers(value, frozenset(keep), redact_keys)))
+        numbers: set[int] = set()
+
+        def collect(passage: Passage, original: Any) -> Any:
+            if not isinstance(original, str):
+                numbers.add(len(passages))
+            passages.append(passage)
+            return original
+
+        _walk(value, "", frozenset(keep), redact_keys, collect)
+        redacted = iter(self._redact_passages(passages, numbers=frozenset(numbers)))
         counts: Counter[str] = Counter()
 
         def put(passage: Passage, original: Any) -> Any:
@@ -359,17 +368,21 @@ def _repeated(views: Sequence[FoldedText], known: Mapping[str, tuple[str, str]])
 
 def _check_nothing_left(passage: Passage, redacted: Redacted, known: Mapping[str, tuple[str, str]]) -> None:
     """Look once more at what is left of the passage between the placeholders: the gate's last word."""
-    end = 0
-    for start, next_end in [*((each.start, each.end) for each in redacted.replacements), (len(passage.text),) * 2]:
-        left = passage.text[end:start]
-        end = next_end
-        for view in fold_views(left, is_json=passage.is_json):
-            text = view.casefolded().text
-            kind = next((what[0] for value, what in known.items() if any(_places(text, value))), None)
-            if kind is not None:
-                raise RedactionError(
-                    f"a value of kind {kind} is left in the text, so nothing is sent; report this text's form"
-                )
+    starts = [each.start for each in redacted.replacements] + [len(passage.text)]
+    ends = [0] + [each.end for each in redacted.replacements]
+    left = [
+        fold_views(passage.text[end:start], is_json=passage.is_json) for end, start in zip(ends, starts, strict=True)
+    ]
+    for text in (
+        "\0".join(views[0].casefolded().text for views in left),
+        "\0".join(views[-1].casefolded().text for views in left),
+    ):
+        kind = next((what[0] for value, what in known.items() if any(_places(text, value))), None)
+        if kind is not None:
+            raise RedactionError(
+                f"a value of kind {kind} would be left in the text, so nothing is sent; "
+                "report what is special about how the text writes it"
+            )
 
 
 Put = Callable[[Passage, Any], Any]
@@ -409,13 +422,6 @@ def _passage(text: str, name: str) -> Passage:
 def _context(name: str) -> str:
     """What a detector reads before a field: `phone: 4155552671` is a telephone number."""
     return f"{name}: " if name else ""
-
-
-def _numbers(value: Any, keep: frozenset[str], redact_keys: bool) -> frozenset[int]:
-    """Which of the passages of `_walk` are numbers."""
-    kinds: list[bool] = []
-    _walk(value, "", keep, redact_keys, lambda _, original: kinds.append(not isinstance(original, str)) or "")
-    return frozenset(index for index, is_number in enumerate(kinds) if is_number)
 
 
 def _restore_value(value: Any, placeholders: PlaceholderMap, depth: int) -> Any:

@@ -19,14 +19,15 @@ from collections.abc import Callable
 
 from cotune.sandwich.detectors.payment_card import passes_luhn
 
-_FIRST_NAMES = (
+_FIRST = (
     "Ada Bela Cleo Dara Edin Faye Gwen Hana Ines Juno Kira Lina Mara Nora Odin Pavo Quin Rhea Sven Tara Ulla Vera Wren "
     "Xena Yara Zeno"
-).split()
-_LAST_NAMES = (
+)
+_LAST = (
     "Alder Birch Cedar Dogwood Elmer Ferns Gorse Hazel Ivers Jasmin Kapok Laurel Maple Neem Oakley Poplar Quince Rowan "
     "Sorrel Teak Umber Viburn Willow Yewtree Zelkov Ashby"
-).split()
+)
+_FIRST_NAMES, _LAST_NAMES = _FIRST.split(), _LAST.split()
 _DOMAINS = ("example.org", "example.net", "example.com")
 _DOCUMENTATION = ("192.0.2", "198.51.100", "203.0.113")
 _LETTERS = "abcdefghijkmnpqrstuvwxyz"

@@ -30,7 +30,7 @@ _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _PEM_END = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _NAMED = re.compile(
     r"(?:pass(?:word|wd|phrase|code)?|pwd|secret|credential|token|pin|api[_ -]?key|access[_ -]?key|private[_ -]?key|"
-    r"client[_ -]?secret|auth(?:orization)?)[\"']?(?:[ \t]{0,3}(?P<sign>=|:|=>|:=)[ \t]{0,3}|[ \t](?P<word>is|was)[ \t])"
+    r"client[_ -]?secret|auth(?:orization)?)[\"']?(?:[ \t]{0,3}(?P<sign>=|:|=>|:=)[ \t]{0,3}|[ \t](?:is|was)[ \t])"
     r"(?P<quote>[\"'`]?)(?:(?:Bearer|Basic)[ \t])?(?P<value>[^\s\"'`,;<>]{4,512})",
     re.IGNORECASE,
 )

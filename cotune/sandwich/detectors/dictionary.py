@@ -10,11 +10,11 @@ is a TERM; empty lines and lines that begin with # do not count.
 How words are matched:
 
 - case: Unicode's full case folding (STRASSE finds Straße); accents count (Muller does not find Müller: add it);
-- boundaries: whole words only. Letters and digits part, as do _ and the humps of no case: `blue_heron-2` holds Blue Heron,
-  `blueherons` does not. Scripts written without spaces (Han, Kana, Thai, Lao, Khmer, Myanmar) match anywhere;
+- boundaries: whole words only. A letter beside a digit is a boundary, and so is _: `blue_heron2` holds Blue Heron,
+  `blueheron` does not. Scripts written without spaces (Han, Kana, Thai, Lao, Khmer, Myanmar) match anywhere;
 - between the words of an entry: up to four spaces, line ends, dots, dashes, underscores, slashes or apostrophes;
-- endings: 's and ' stay outside the finding, as do the endings of `endings` (s, es, n, en: plural and genitive); nothing
-  else is inflected. Add other forms with bars: all of one line are the same thing to the cloud.
+- endings: 's and ' stay outside the finding, as do the endings of `endings` (s, es, n, en: plural and genitive);
+  nothing else is inflected. Add other forms with bars: all of one line are the same thing to the cloud.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from cotune.errors import InputError
 from cotune.sandwich.finding import KIND_PATTERN, Finding
@@ -137,7 +138,7 @@ class DictionaryDetector:
         matches = list(_WORD.finditer(form))
         if not matches:
             raise InputError(f"a form of an entry of kind {kind} has no letter or digit once folded; leave it out")
-        gaps = tuple(form[one.end() : two.start()] for one, two in zip(matches, matches[1:], strict=False))
+        gaps = tuple(form[one.end() : two.start()] for one, two in pairwise(matches))
         words = tuple(match[0] for match in matches)
         self._by_first_word.setdefault(words[0], []).append(_Form(words, gaps, kind, identity))
 

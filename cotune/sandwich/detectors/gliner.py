@@ -7,6 +7,7 @@ comes after them, so longer texts are read in windows that overlap.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,8 @@ class GlinerDetector:
         labels: what to look for, in words.
         threshold: least score, from 0 to 1.
         window_words, overlap_words: how much is read at once, and how much of it twice. An entity longer than the
-            overlap may be missed where two windows meet. Punctuation counts as words to the model: stay well under its limit.
+            overlap may be missed where two windows meet. The model counts punctuation as words: stay well under its
+            limit.
         loaded: a model that is there already.
 
     Raises:
@@ -80,9 +82,9 @@ def _load(model: str) -> Any:
     if not model:
         raise InputError("the detector gliner needs a model: give a folder or a hub name with --gliner-model")
     try:
-        from gliner import GLiNER
+        library = importlib.import_module("gliner")
     except ImportError:
         raise InputError(
             "the detector gliner needs a package that is not installed; pip install 'cotune[gliner]'"
         ) from None
-    return GLiNER.from_pretrained(model)
+    return library.GLiNER.from_pretrained(model)

@@ -8,8 +8,8 @@ There is no check digit, so this is a rule of thumb: 7 to 15 digits (ITU-T E.164
 - begin with the 0 of a national number and have 9 to 12 digits in two groups or more, or
 - stand within 24 characters after a word such as phone, mobile, call, fax, Tel. or WhatsApp.
 
-Dates do not count. The `phonenumbers` package knows every country's plan, takes 20 MB, and finds little without a country
-to assume; it is not used.
+Dates do not count. The package `phonenumbers` knows every country's plan, takes 20 MB on the disk, and must be told
+which country to assume; it is not used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from cotune.sandwich.finding import Finding
 
 _RUN = re.compile(
-    r"(?<![\w+])(?<!\d[.,/:-])(?:\+|\()?[ ]?\(?\d{1,15}\)?(?:[ \t]?[-./()][ \t]?\(?\d{1,15}\)?|[ \t]\(?\d{1,15}\)?){0,8}(?!\w)"
+    r"(?<![\w+])(?<!\d[.,/:-])(?:\+|\()?[ ]?\(?\d{1,15}\)?"
+    r"(?:[ \t]?[-./()][ \t]?\(?\d{1,15}\)?|[ \t]\(?\d{1,15}\)?){0,8}(?!\w)"
 )
 _DIGITS = re.compile(r"\d+")
 _MIN_DIGITS, _MAX_DIGITS = 7, 15

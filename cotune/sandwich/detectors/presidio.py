@@ -6,6 +6,7 @@ objects with `entity_type`, `start`, `end` and `score`. It needs a spaCy model o
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,10 +67,10 @@ def _kind(entity_type: str) -> str:
 
 def _load() -> Any:
     try:
-        from presidio_analyzer import AnalyzerEngine
+        library = importlib.import_module("presidio_analyzer")
     except ImportError:
         raise InputError(
             "the detector presidio needs a package that is not installed; pip install 'cotune[presidio]', "
             "and a spaCy model: python -m spacy download en_core_web_lg"
         ) from None
-    return AnalyzerEngine()
+    return library.AnalyzerEngine()
