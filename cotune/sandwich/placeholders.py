@@ -104,6 +104,7 @@ class PlaceholderMap:
         self._entries: dict[tuple[int, int], Entry] = {}
         self._by_writing: dict[tuple[int, str, str | None, bool, bool], Entry] = {}
         self._surrogates: dict[str, Entry] = {}
+        self._kinds = {*_KINDS}
         self._patterns: dict[bool, re.Pattern[str]] = {}
 
     @property
@@ -121,6 +122,12 @@ class PlaceholderMap:
         self._seen_numbers.update(_NUMBER.findall(text))
         if self._style == "surrogate":
             self._seen_text += " " + letters_and_digits(text)
+
+    def expect_kinds(self, kinds: set[str]) -> None:
+        """From now on, unknown placeholders of these kinds are marked too."""
+        if not kinds <= self._kinds:
+            self._kinds |= kinds
+            self._patterns.clear()
 
     def placeholder_for(
         self,
@@ -140,6 +147,7 @@ class PlaceholderMap:
             value, json_text, is_number: see `Entry`.
             is_glued: a letter or digit stands right beside it, where a surrogate could not be told from its neighbours.
         """
+        self.expect_kinds({kind})
         number = self._numbers.get((kind, identity))
         if number is None:
             number = self._numbers[kind, identity] = self._draw()
@@ -255,19 +263,18 @@ class PlaceholderMap:
         assert letters is not None
         word, tail = letters[0].upper(), inner[letters.end() :]
         if not tail:
-            return any(kind.startswith(word) for kind in self._known_kinds())
-        return word in self._known_kinds() and _TAIL.fullmatch(tail.rstrip('"')) is not None
+            return any(kind.startswith(word) for kind in self._kinds)
+        return word in self._kinds and _TAIL.fullmatch(tail.rstrip('"')) is not None
 
     def _may_be_surrogate(self, rest: str) -> bool:
         skeleton = letters_and_digits(rest)
-        return bool(skeleton) and any(known.startswith(skeleton) for known in self._surrogates)
-
-    def _known_kinds(self) -> set[str]:
-        return {*_KINDS, *(entry.kind for entry in self._entries.values())}
+        if not skeleton:  # signs that a surrogate begins with
+            return any(entry.placeholder.startswith(rest) for entry in self._surrogates.values())
+        return any(known.startswith(skeleton) for known in self._surrogates)
 
     def _pattern(self, is_json: bool) -> re.Pattern[str]:
         if is_json not in self._patterns:
-            kinds = "|".join(sorted(self._known_kinds(), key=len, reverse=True))
+            kinds = "|".join(sorted(self._kinds, key=len, reverse=True))
             typed = (
                 rf"(?:(?P<open>{_ANY_OPENING})\s?|(?<![A-Za-z0-9]))(?P<kind>{kinds})(?:\\{{0,2}}[_ \u00a0#:\-])?"
                 r"(?P<number>\d{4,6})(?!\d)(?P<tail>\\{0,2}[_.\-](?P<spelling>\d{1,3})(?!\d))?"
@@ -325,6 +332,7 @@ class PlaceholderMap:
         )
         if not KIND_PATTERN.fullmatch(entry.kind) or not 0 <= number <= _MAX_NUMBER:
             raise ValueError
+        self._kinds.add(entry.kind)
         self._taken.add(number)
         self._numbers[entry.kind, entry.identity] = number
         self._entries[number, spelling] = entry

@@ -41,6 +41,10 @@ _CHAT_KEPT = ("role", "type", "model", "object", "finish_reason")
 _MAX_DEPTH = 100
 _ANYWHERE_CHARS = 8  # values at least this long are looked for inside of words too
 _MIN_REPEATED_CHARS = 3
+_MAX_LOOKS = 8
+
+Known = Mapping[str, tuple[str, str]]
+"""Folded values, with their kind and identity."""
 
 
 @dataclass(frozen=True)
@@ -277,23 +281,19 @@ class RedactedRequest:
             )
         for passage in passages:
             self._placeholders.avoid(passage.text)
-        views = [fold_views(passage.text, is_json=passage.is_json) for passage in passages]
-        folded = [[view.casefolded() for view in each] for each in views]
         found = self._finder.find(passages)
         known = self._known_values(passages, found)
+        self._placeholders.expect_kinds({finding.kind for findings in found for finding in findings})
         redacted = []
         for index, passage in enumerate(passages):
-            findings = [*found[index], *_repeated(folded[index], known)]
-            findings += [Finding(*place, LITERAL, passage.text[slice(*place)]) for place in self._literals(passage)]
-            redacted.append(self._replace(passage, merge_overlaps(findings), index in numbers))
-        for passage, done in zip(passages, redacted, strict=True):
-            _check_nothing_left(passage, done, known)
+            views = _case_views(passage.text, passage.is_json)
+            findings = [*found[index], *_repeated(views, known)]
+            literals = self._placeholders.touched(passage.text)
+            findings += [Finding(*place, LITERAL, passage.text[slice(*place)]) for place in literals]
+            redacted.append(self._replace(passage, _cover_all(passage, findings, known), index in numbers))
         return redacted
 
-    def _literals(self, passage: Passage) -> Iterator[tuple[int, int]]:
-        return self._placeholders.touched(passage.text)
-
-    def _known_values(self, passages: Sequence[Passage], found: list[list[Finding]]) -> dict[str, tuple[str, str]]:
+    def _known_values(self, passages: Sequence[Passage], found: list[list[Finding]]) -> Known:
         """All values of the conversation, folded, with their kind and identity."""
         known: dict[str, tuple[str, str]] = {}
         for entry in self._placeholders.entries:
@@ -323,7 +323,7 @@ class RedactedRequest:
                 unescape_json(surface) if passage.is_json and not piece_is_number else surface,
                 json_text=surface if passage.is_json and not piece_is_number else None,
                 is_number=piece_is_number,
-                is_glued=is_glued or passage.is_json,
+                is_glued=is_glued or passage.is_json or piece_is_number,
             )
             if passage.is_json and piece_is_number:
                 placeholder = f'"{placeholder}"'
@@ -358,7 +358,7 @@ def _places(text: str, value: str) -> Iterator[tuple[int, int]]:
         start = text.find(value, start + 1)
 
 
-def _repeated(views: Sequence[FoldedText], known: Mapping[str, tuple[str, str]]) -> Iterator[Finding]:
+def _repeated(views: Sequence[FoldedText], known: Known) -> Iterator[Finding]:
     """Known values wherever they stand in a passage."""
     for view in views:
         for value, (kind, identity) in known.items():
@@ -366,23 +366,44 @@ def _repeated(views: Sequence[FoldedText], known: Mapping[str, tuple[str, str]])
                 yield Finding(*view.original_span(start, end), kind, identity)
 
 
-def _check_nothing_left(passage: Passage, redacted: Redacted, known: Mapping[str, tuple[str, str]]) -> None:
-    """Look once more at what is left of the passage between the placeholders: the gate's last word."""
-    starts = [each.start for each in redacted.replacements] + [len(passage.text)]
-    ends = [0] + [each.end for each in redacted.replacements]
-    left = [
-        fold_views(passage.text[end:start], is_json=passage.is_json) for end, start in zip(ends, starts, strict=True)
-    ]
-    for text in (
-        "\0".join(views[0].casefolded().text for views in left),
-        "\0".join(views[-1].casefolded().text for views in left),
-    ):
-        kind = next((what[0] for value, what in known.items() if any(_places(text, value))), None)
-        if kind is not None:
-            raise RedactionError(
-                f"a value of kind {kind} would be left in the text, so nothing is sent; "
-                "report what is special about how the text writes it"
-            )
+def _cover_all(passage: Passage, findings: list[Finding], known: Known) -> list[Finding]:
+    """Merge findings, and look once more at what is left between them: the gate's last word.
+
+    A value may first become a word of its own where something beside it is cut out.
+    """
+    merged = merge_overlaps(findings)
+    for _ in range(_MAX_LOOKS):
+        gaps = _gaps(passage, merged)
+        left = _values_in([passage.text[start:end] for start, end in gaps], passage.is_json, known)
+        if not left:
+            return merged
+        again = [
+            Finding(gap_start + finding.start, gap_start + finding.end, finding.kind, finding.identity)
+            for gap_start, gap_end in gaps
+            for finding in _repeated(_case_views(passage.text[gap_start:gap_end], passage.is_json), left)
+        ]
+        merged = merge_overlaps([*merged, *again])
+    kind = next(iter(left.values()))[0]
+    raise RedactionError(
+        f"a value of kind {kind} would be left in the text, so nothing is sent; report how the text writes it"
+    )
+
+
+def _gaps(passage: Passage, merged: Sequence[Finding]) -> list[tuple[int, int]]:
+    starts = [0, *(each.end for each in merged)]
+    ends = [*(each.start for each in merged), len(passage.text)]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
+
+
+def _values_in(texts: Sequence[str], is_json: bool, known: Known) -> Known:
+    """The known values that stand in one of these texts."""
+    views = [_case_views(text, is_json) for text in texts]
+    joined = ["\0".join(each[index].text for each in views) for index in (0, -1)]
+    return {value: what for value, what in known.items() if any(any(_places(text, value)) for text in joined)}
+
+
+def _case_views(text: str, is_json: bool) -> list[FoldedText]:
+    return [view.casefolded() for view in fold_views(text, is_json=is_json)]
 
 
 Put = Callable[[Passage, Any], Any]
@@ -428,10 +449,12 @@ def _restore_value(value: Any, placeholders: PlaceholderMap, depth: int) -> Any:
     if depth > _MAX_DEPTH:
         raise InputError(f"the JSON value is deeper than {_MAX_DEPTH}, expected less")
     if isinstance(value, str):
-        number = next((e for e in placeholders.entries if e.is_number and e.placeholder == value), None)
-        if number is not None:
-            return json.loads(number.value)
-        return placeholders.restore(value, is_json=is_json_document(value))
+        if is_json_document(value):
+            return placeholders.restore(value, is_json=True)
+        quoted = placeholders.restore(f'"{value}"', is_json=True)
+        if not quoted.startswith('"'):  # the string was the placeholder of a number, and nothing else
+            return json.loads(quoted)
+        return placeholders.restore(value)
     if isinstance(value, list | tuple):
         return [_restore_value(each, placeholders, depth + 1) for each in value]
     if isinstance(value, dict):
