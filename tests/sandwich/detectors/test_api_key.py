@@ -31,7 +31,7 @@ def test_finds_known_prefixes(prefix: str, rest: str) -> None:
 
 
 def test_a_private_key_is_found_whole_also_when_it_is_cut_off() -> None:
-    block = "-----BEGIN RSA " + "PRIVATE KEY-----\nabc\ndef\n-----END RSA " + "PRIVATE KEY-----"
+    block = "-----BEGIN RSA " + "PRIVATE KEY-----\nabc\n" + "def\n" * 20 + "-----END RSA " + "PRIVATE KEY-----"
     assert block in found(f"here:\n{block}\nthanks")
     assert block[:-40] in found(f"here:\n{block[:-40]}")
 
