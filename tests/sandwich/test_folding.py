@@ -17,7 +17,7 @@ from cotune.sandwich.folding import FoldedText, fold_views
         ("a\u200bn\u00adn\u2060@x", "ann@x"),
         ("\uff14\uff11\uff11\uff11", "4111"),
         ("٤١١١", "4111"),
-        ("ann＠x．org", "ann@x.org"),
+        ("ann\uff20x\uff0eorg", "ann@x.org"),
         ("ann@x。org", "ann@x.org"),
         ("555\u2011\u2212\u2013", "555---"),
         ("a\u00a0b\u202fc\u3000d", "a b c d"),
@@ -37,12 +37,12 @@ def test_json_escapes_are_read_where_the_text_is_json() -> None:
     folded = FoldedText.of('{"a": "x\\n\\"ann\\/\\\\"}', is_json=True)
     assert folded.text == '{"a": "x\n"ann/\\"}'
     start = folded.text.index("ann")
-    assert folded.original_span(start, start + 3) == (11, 14)
+    assert folded.original_span(start, start + 3) == (12, 15)
 
 
 def test_case_folding_keeps_its_places() -> None:
     folded = FoldedText.of("xStraße").casefolded()
-    assert folded.text == "xstrasse" and folded.original_span(6, 8) == (6, 7)
+    assert folded.text == "xstrasse" and folded.original_span(5, 7) == (5, 6)
     assert folded.original_span(1, 8) == (1, 7)
 
 
