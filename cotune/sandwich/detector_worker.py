@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cotune.errors import InputError
-from cotune.sandwich.detect import Passage, detect
+from cotune.sandwich.detect import FoldedPassage, Passage, detect
 from cotune.sandwich.detector_table import DetectorSettings, build_detector
 from cotune.sandwich.finding import Detector
 
@@ -58,7 +58,8 @@ def serve(requests: IO[bytes], answers: IO[bytes], silence: Any) -> None:
         return
     write_message(answers, {"ready": list(detectors)})
     while (request := read_message(requests)) is not None:
-        passages = [Passage(text, context, is_json) for text, context, is_json in request["passages"]]
+        faulthandler.dump_traceback_later(opening["last_resort_s"], exit=True, file=silence)
+        passages = [FoldedPassage.of(Passage(*each)) for each in request["passages"]]
         for detector in detectors.values():
             faulthandler.dump_traceback_later(opening["last_resort_s"], exit=True, file=silence)
             answer = _answer(detector, passages)
@@ -70,7 +71,7 @@ def _build(settings: DetectorSettings) -> dict[str, Detector]:
     return {name: build_detector(name, settings) for name in settings.names}
 
 
-def _answer(detector: Detector, passages: list[Passage]) -> dict[str, Any]:
+def _answer(detector: Detector, passages: list[FoldedPassage]) -> dict[str, Any]:
     try:
         found = [detect(detector, passage) for passage in passages]
         return {"found": [[[f.start, f.end, f.kind, f.identity] for f in each] for each in found]}

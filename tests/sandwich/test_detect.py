@@ -6,20 +6,22 @@ import pytest
 from sandwich_detectors import Failing, Names, OutOfPlace
 
 from cotune.errors import RedactionError
-from cotune.sandwich.detect import HereFinder, Passage, detect
+from cotune.sandwich.detect import FoldedPassage, HereFinder, Passage, detect
 from cotune.sandwich.detectors.phone import PhoneDetector
 
 
 def test_places_are_those_of_the_text_as_it_was() -> None:
     passage = Passage("\uff46rom \u200bAn\u200bn!")
-    (finding,) = {(each.start, each.end) for each in detect(Names(), passage)}
+    (finding,) = {(each.start, each.end) for each in detect(Names(), FoldedPassage.of(passage))}
     assert passage.text[slice(*finding)] == "An\u200bn"
 
 
 def test_context_is_read_and_not_found() -> None:
-    assert [(each.start, each.end) for each in detect(PhoneDetector(), Passage("4155552671", "phone: "))] == [(0, 10)]
-    assert detect(PhoneDetector(), Passage("4155552671", "id: ")) == []
-    assert detect(Names(), Passage("nobody", "from Ann ")) == []
+    assert [
+        (each.start, each.end) for each in detect(PhoneDetector(), FoldedPassage.of(Passage("4155552671", "phone: ")))
+    ] == [(0, 10)]
+    assert detect(PhoneDetector(), FoldedPassage.of(Passage("4155552671", "id: "))) == []
+    assert detect(Names(), FoldedPassage.of(Passage("nobody", "from Ann "))) == []
 
 
 def test_a_failure_tells_its_kind_and_no_text() -> None:

@@ -37,7 +37,7 @@ def test_finds_what_the_same_detectors_find_here(rules: DetectorProcess) -> None
 
 
 def test_lone_surrogates_and_large_texts_pass_the_pipe(rules: DetectorProcess) -> None:
-    text = "\ud800 " + "word " * 60_000 + "ann@x.org"
+    text = "\ud800 " + "word " * 30_000 + "ann@x.org"
     assert [(each.start, each.end) for each in rules.find([Passage(text)])[0]] == [(len(text) - 9, len(text))]
 
 

@@ -67,3 +67,21 @@ def test_places_lead_back(text: str) -> None:
 def test_a_folded_text_is_in_normal_form(text: str) -> None:
     folded = FoldedText.of(text.replace("\\", "")).text
     assert unicodedata.normalize("NFKC", folded) == folded or not unicodedata.is_normalized("NFC", text)
+
+
+def test_every_invisible_character_is_looked_at_in_two_ways() -> None:
+    """The quick test for invisible characters knows all that folding removes."""
+    for code in range(0x110000):
+        letter = chr(code)
+        if unicodedata.category(letter) == "Cf" or letter in "\ufe00\ufe0f\u034f\u3164":
+            assert len(fold_views(f"a{letter}b")) == 2, hex(code)
+
+
+def test_what_is_skipped_for_speed_folds_to_itself() -> None:
+    for code in range(0x10000):
+        letter = chr(code)
+        if FoldedText.of(f"é{letter}x").text == f"é{letter}x" and unicodedata.combining(letter) == 0:
+            continue
+        assert not ("\u0410" <= letter <= "\u044f" or "\u4e00" <= letter <= "\u9fff" or "\uac00" <= letter <= "\ud7a3")
+        expected = unicodedata.normalize("NFKC", letter)
+        assert expected != letter or not letter.isalpha() or letter == "\\", hex(code)
