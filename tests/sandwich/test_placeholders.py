@@ -144,7 +144,7 @@ def test_a_saved_map_restores_the_same(style: Any) -> None:
         placeholders.placeholder_for("PHONE", "1", "123456789", is_number=True, is_glued=True),
     ]
     again = PlaceholderMap.from_json(placeholders.to_json())
-    text = '{"a": "%s, %s, %s", "b": "%s"}' % tuple(sent)
+    text = '{{"a": "{}, {}, {}", "b": "{}"}}'.format(*sent)
     for is_json in (False, True):
         assert again.restore(text, is_json=is_json) == placeholders.restore(text, is_json=is_json) != text
 
