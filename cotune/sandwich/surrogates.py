@@ -52,7 +52,7 @@ def surrogate_pattern(surrogate: str) -> str:
     """
     kept = [letter for letter in surrogate if letter.isalnum()]
     if sum(letter.isdigit() for letter in kept) * 2 > len(kept):  # a number: its grouping is free
-        signs = re.fullmatch(r"([\W_]*).*?([\W_]*)", surrogate)
+        signs = re.fullmatch(r"([\W_]*).*?([\W_]*)", surrogate, re.DOTALL)
         assert signs is not None
         first, last = (f"(?:{re.escape(each)})?" for each in signs.groups())
         return first + r"[\s().\-/]{0,3}".join(map(re.escape, kept)) + last

@@ -123,7 +123,7 @@ def test_a_number_is_a_number_again_alone_and_text_in_text(written: str) -> None
     placeholder = request.redact_json({"phone": 4155552671.0}).value["phone"].strip("<>")
     restored = request.restore_json({"a": written.format(placeholder)})["a"]
     assert restored == (4155552671.0 if not written.endswith(" ") else "4155552671.0 ")
-    assert isinstance(restored, str) or isinstance(restored, float)
+    assert isinstance(restored, str | float)
 
 
 def test_names_of_fields_are_redacted_in_free_json_and_kept_where_asked() -> None:
