@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from cotune.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from cotune.sandwich.detector_table import DetectorSettings
+    from cotune.sandwich.placeholders import Style
     from cotune.sandwich.redact import Redacted, RedactedRequest
 
 _BYTES_PER_CHAR = 4
@@ -35,8 +36,8 @@ def redact(
     detectors: Annotated[
         str | None,
         typer.Option(
-            help="Names with commas: email, phone, iban, card, ip, url, key, dictionary, presidio, gliner. All but the "
-            "last two if left out."
+            help="Names with commas: email, phone, iban, card, ip, url, key, dictionary, id, presidio, gliner. All but "
+            "the last three if left out."
         ),
     ] = None,
     dictionary: Annotated[
@@ -84,7 +85,7 @@ def redact(
     settings = _settings(detectors, dictionary, language, gliner_model)
     text = _read_text(file, max_chars)
     generator = None if seed is None else random.Random(seed)
-    with Redactor(settings, style=_style(style), timeout_s=timeout, max_chars=max_chars) as redactor:
+    with Redactor(settings, style=cast("Style", style), timeout_s=timeout, max_chars=max_chars) as redactor:
         request = redactor.request(generator)
         redacted = request.redact_arguments(text) if is_json else request.redact(text)
     if save_map is not None:
@@ -154,12 +155,6 @@ def _settings(
     )
 
 
-def _style(style: str) -> Literal["typed", "surrogate"]:
-    if style == "typed" or style == "surrogate":
-        return style
-    raise InputError(f"--style is {style!r}, expected typed or surrogate")
-
-
 def _read_text(file: str, max_chars: int) -> str:
     limit = max_chars * _BYTES_PER_CHAR
     if file == "-":
@@ -206,7 +201,8 @@ def _show(redacted: Redacted) -> None:
     for each in redacted.replacements:
         shown.stylize(f"bold {_COLOURS[kinds.index(each.kind) % len(_COLOURS)]}", each.sent_start, each.sent_end)
     stdout.print(shown, soft_wrap=True, end="" if redacted.text.endswith("\n") else "\n")
-    table = Table("kind", "replaced", title=f"would be sent: {len(redacted.payload):,} bytes")
+    stderr.print(f"would be sent: {len(redacted.payload):,} bytes")
+    table = Table("kind", "replaced")
     table.columns[1].justify = "right"
     for index, (kind, count) in enumerate(redacted.counts.items()):
         table.add_row(Text(kind, style=_COLOURS[index % len(_COLOURS)]), f"{count:,}")

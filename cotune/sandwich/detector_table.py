@@ -13,6 +13,7 @@ from cotune.sandwich.detectors.dictionary import DictionaryDetector, DictionaryE
 from cotune.sandwich.detectors.email import EmailDetector
 from cotune.sandwich.detectors.gliner import LABELS, GlinerDetector
 from cotune.sandwich.detectors.iban import IbanDetector
+from cotune.sandwich.detectors.identifier import IdentifierDetector
 from cotune.sandwich.detectors.ip_address import IpAddressDetector
 from cotune.sandwich.detectors.payment_card import PaymentCardDetector
 from cotune.sandwich.detectors.phone import PhoneDetector
@@ -21,7 +22,7 @@ from cotune.sandwich.detectors.url import UrlDetector
 from cotune.sandwich.finding import Detector
 
 RULES = ("email", "phone", "iban", "card", "ip", "url", "key")
-"""Detectors that need nothing."""
+"""Detectors that need nothing, and look where none are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ DETECTORS: dict[str, Callable[[DetectorSettings], Detector]] = {
     "ip": lambda _: IpAddressDetector(),
     "url": lambda _: UrlDetector(),
     "key": lambda _: ApiKeyDetector(),
+    "id": lambda _: IdentifierDetector(),
     "dictionary": lambda settings: DictionaryDetector(settings.dictionary, endings=settings.endings),
     "presidio": lambda settings: PresidioDetector(language=settings.presidio_language or "en"),
     "gliner": lambda settings: GlinerDetector(settings.gliner_model or "", labels=settings.gliner_labels),

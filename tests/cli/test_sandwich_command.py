@@ -86,7 +86,7 @@ def test_a_json_document_stays_one(run: Callable[..., Any], tmp_path: Path) -> N
         (["--detectors", "presidio"], "pip install 'cotune[presidio]'"),
         (["--detectors", "gliner"], "needs a model"),
         (["--language", "de"], "presidio_language is given"),
-        (["--style", "nice"], "--style is 'nice'"),
+        (["--style", "nice"], "style is 'nice', expected typed or surrogate"),
         (["--max-chars", "5"], "has more than 20 bytes"),
         (["--max-chars", "20"], "characters, expected at most 20"),
         (["--timeout", "0"], "timeout_s is 0"),

@@ -39,9 +39,9 @@ def test_settings_travel_as_json() -> None:
 
 
 def test_every_rule_can_be_built_and_has_one_method() -> None:
-    for name in (*RULES, "dictionary"):
+    for name in (*RULES, "id", "dictionary"):
         assert list(build_detector(name, DetectorSettings(dictionary=ANN)).find("")) == [], name
-    assert set(DETECTORS) == {*RULES, "dictionary", "presidio", "gliner"}
+    assert set(DETECTORS) == {*RULES, "id", "dictionary", "presidio", "gliner"}
 
 
 def test_own_detectors_come_by_their_name() -> None:

@@ -30,9 +30,13 @@ _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _PEM_END = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _NAMED = re.compile(
     r"(?:pass(?:word|wd|phrase|code)?|pwd|secret|credential|token|pin|api[_ -]?key|access[_ -]?key|private[_ -]?key|"
-    r"client[_ -]?secret|auth(?:orization)?)[\"']?(?:[ \t]{0,3}(?P<sign>=|:|=>|:=)[ \t]{0,3}|[ \t](?:is|was)[ \t])"
+    r"client[_ -]?secret|auth(?:orization)?)[\"']?(?:[ \t]{0,3}(?P<sign>=|:|=>|:=)[ \t]{0,3}|[ \t](?P<verb>is|was|(?:will|to|should) be)[ \t])"
     r"(?P<quote>[\"'`]?)(?:(?:Bearer|Basic)[ \t])?(?P<value>[^\s\"'`,;<>]{4,512})",
     re.IGNORECASE,
+)
+_NOT_PASSWORDS = frozenset(
+    "also always changed correct encrypted expired hashed here incorrect invalid just kept longer missing more needed never "
+    "only optional reset required sent shared stored that this used valid weak wrong your".split()
 )
 _TOKEN = re.compile(r"(?<![\w+/-])[\w+/-]{20,512}={0,2}(?![\w+/-])")
 _HEX = re.compile(r"[0-9a-f-]+|[0-9A-F-]+")
@@ -82,8 +86,13 @@ class ApiKeyDetector:
 
 
 def _is_value(named: re.Match[str]) -> bool:
-    """Prose says `the secret: be kind`; a value has a digit, is quoted, or stands after an equals sign."""
+    """Prose says `the secret: be kind`; a value has a digit, is quoted, or stands after an equals sign.
+
+    After `password is` almost anything is one.
+    """
     value = named["value"]
+    if named["verb"] and named[0].lower().startswith("pass"):
+        return value.rstrip(".!?").lower() not in _NOT_PASSWORDS
     assigned = named["sign"] in ("=", ":=", "=>") or named["quote"] != ""
     return any(letter.isdigit() for letter in value) or (assigned and value.isascii() and "(" not in value)
 

@@ -44,6 +44,7 @@ def test_a_private_key_is_found_whole_also_when_it_is_cut_off() -> None:
         ("my password is hunter22.", "hunter22"),
         ("Authorization: Bearer abc123def", "abc123def"),
         ("PIN: 4821", "4821"),
+        ("my new password will be heron.", "heron"),
     ],
 )
 def test_finds_what_is_named(text: str, value: str) -> None:
@@ -64,6 +65,8 @@ def test_finds_what_looks_random() -> None:
         "a" * 64,
         "12345678901234567890123456789012",
         "token limit exceeded",
+        "the password is required.",
+        "the token is valid",
         "HelloWorldThisIsAFunctionName",
         "risk-averse",
     ],
