@@ -30,14 +30,16 @@ _PEM = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _PEM_END = re.compile(r"-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
 _NAMED = re.compile(
     r"(?:pass(?:word|wd|phrase|code)?|pwd|secret|credential|token|pin|api[_ -]?key|access[_ -]?key|private[_ -]?key|"
-    r"client[_ -]?secret|auth(?:orization)?)[\"']?(?:[ \t]{0,3}(?P<sign>=|:|=>|:=)[ \t]{0,3}|[ \t](?P<verb>is|was|(?:will|to|should) be)[ \t])"
+    r"client[_ -]?secret|auth(?:orization)?)[\"']?(?:[ \t]{0,3}(?P<sign>=|:|=>|:=)[ \t]{0,3}|"
+    r"[ \t](?P<verb>is|was|(?:will|to|should) be)[ \t])"
     r"(?P<quote>[\"'`]?)(?:(?:Bearer|Basic)[ \t])?(?P<value>[^\s\"'`,;<>]{4,512})",
     re.IGNORECASE,
 )
-_NOT_PASSWORDS = frozenset(
-    "also always changed correct encrypted expired hashed here incorrect invalid just kept longer missing more needed never "
-    "only optional reset required sent shared stored that this used valid weak wrong your".split()
+_PROSE = (
+    "also always changed correct encrypted expired hashed here incorrect invalid just kept longer missing more needed "
+    "never only optional reset required sent shared stored that this used valid weak wrong your"
 )
+_NOT_PASSWORDS = frozenset(_PROSE.split())
 _TOKEN = re.compile(r"(?<![\w+/-])[\w+/-]{20,512}={0,2}(?![\w+/-])")
 _HEX = re.compile(r"[0-9a-f-]+|[0-9A-F-]+")
 _MIN_HEX = 32

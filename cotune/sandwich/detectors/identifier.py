@@ -1,8 +1,8 @@
 """Numbers and names that identify: user, appointment and account ids, references, bare long numbers. Not on by default.
 
-Found are what stands after a word such as `ID`, `account number` or `ref`, and has a digit; digits in a row, 6 or more;
-letters and digits mixed, 5 characters or more with 3 digits or more. The last two also take amounts and model names that
-the cloud may need, so this detector must be asked for.
+Found are what stands after a word such as `ID`, `account number` or `ref`, and has a digit; digits in a row, 6 or
+more; letters and digits mixed, 5 characters or more with 3 digits or more. The last two also take amounts and model
+names that the cloud may need, so this detector must be asked for.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from cotune.sandwich.finding import Finding
 
 _NAMED = re.compile(
-    r"\b(?:id|identifier|user[ _-]?name|login|account|appointment|booking|reservation|order|invoice|customer|member|patient|"
-    r"policy|passport|licen[cs]e|case|ticket|ref(?:erence)?|ssn|social security|tax)"
+    r"\b(?:id|identifier|user[ _-]?name|login|account|appointment|booking|reservation|order|invoice|customer|"
+    r"member|patient|policy|passport|licen[cs]e|case|ticket|ref(?:erence)?|ssn|social security|tax)"
     r"(?:[ _-]?(?:id|identifier|number|code|no\.?|nr\.?))?[ \t]{0,2}(?:(?:is|was|will be|=|:|#)[ \t]{0,2}|(?=\d))"
     r"[\"'`]?(?P<value>[^\W_][\w.@/-]{1,63})",
     re.IGNORECASE,
