@@ -36,8 +36,8 @@ def passes_mod_97(iban: str) -> bool:
 class IbanDetector:
     """Finds account numbers, in groups or not, in upper or lower case; kind IBAN, identity without spaces.
 
-    A country that is not in the registry may have any length from 15 to 34 and must be in capitals. Words and numbers of
-    a sentence pass the check digits once in a hundred times: at least 8 characters after the first four must be digits.
+    A country that is not in the registry may have any length from 15 to 34 and must be in capitals. Sentences pass the
+    check digits once in a hundred times, so at least 8 characters after the first four must be digits.
 
     Example:
         >>> [f.identity for f in IbanDetector().find("to GB82 WEST 1234 5698 7654 32 please")]
