@@ -21,9 +21,11 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 _DOTS = "\u3002\u00b7\u2027\ua4f8\u06d4"
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_DEEP_ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|([\"/bfnrt]))")
 _ESCAPED_PAIR = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 # Letters that folding leaves as they are, for speed, as far as no mark comes after them.
 _SAME = r"\x00-\[\]-\x7f\u00c0-\u00f6\u00f8-\u00ff\u0391-\u03a9\u03b1-\u03c9\u0410-\u044f\u4e00-\u9fff\uac00-\ud7a3"
@@ -34,6 +36,9 @@ _INVISIBLE = re.compile(
     "\U0001d173-\U0001d17a\U000e0001-\U000e007f\\\\]"
 )
 _JSON_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
+
+Escapes = Literal["unicode", "json", "all"]
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,13 @@ class FoldedText:
     ends: tuple[int, ...] | range
 
     @classmethod
-    def of(cls, text: str, *, is_json: bool = False, invisible: str = "") -> FoldedText:
+    def of(cls, text: str, *, escapes: Escapes = "unicode", invisible: str = "") -> FoldedText:
         """Fold a text.
 
         Args:
             text: any text.
-            is_json: read all escapes of JSON strings, such as a backslash and n, as their characters.
+            escapes: which are read as their characters: of the form \\u00e9 alone; all of `json` strings; or `all` of
+                them behind any number of backslashes, as in JSON inside of JSON.
             invisible: what takes the place of invisible characters.
         """
         if text.isascii() and "\\" not in text:
@@ -76,7 +82,7 @@ class FoldedText:
                 ends.extend(range(position + 1, plain.end() + 1))
                 position = plain.end()
                 continue
-            cluster, end = _cluster(text, position, is_json)
+            cluster, end = _cluster(text, position, escapes)
             written = _fold_cluster(cluster, invisible)
             folded.append(written)
             starts.extend([position] * len(written))
@@ -100,45 +106,49 @@ class FoldedText:
 
 
 def fold_views(text: str, *, is_json: bool = False) -> list[FoldedText]:
-    """The foldings to look at: invisible characters left out, and, where there are any, as spaces too.
+    """The foldings to look at: with invisible characters left out or as spaces, and with escapes read or not.
 
-    A zero-width space stands inside an address to hide it, or between two words to part them; nobody knows which.
+    A zero-width space stands inside an address to hide it, or between two words to part them; a backslash and n is the
+    end of a line in pasted JSON and a piece of a path elsewhere. Nobody knows which.
 
     Example:
         >>> [view.text for view in fold_views("Ann\u200bLee")]
         ['AnnLee', 'Ann Lee']
     """
-    first = FoldedText.of(text, is_json=is_json)
-    if not _INVISIBLE.search(text):
-        return [first]
-    second = FoldedText.of(text, is_json=is_json, invisible=" ")
-    return [first] if second.text == first.text else [first, second]
+    first: Escapes = "json" if is_json else "unicode"
+    ways = [first, "all"] if _DEEP_ESCAPE.search(text) else [first]
+    views = [FoldedText.of(text, escapes=way) for way in ways]
+    if _INVISIBLE.search(text):
+        views += [FoldedText.of(text, escapes=way, invisible=" ") for way in ways]
+    return [view for index, view in enumerate(views) if view.text not in [other.text for other in views[:index]]]
 
 
-def _cluster(text: str, position: int, is_json: bool) -> tuple[str, int]:
+def _cluster(text: str, position: int, escapes: Escapes) -> tuple[str, int]:
     """A character with the marks after it, and where they end; an escape counts as its character."""
-    cluster, end = _character(text, position, is_json)
+    cluster, end = _character(text, position, escapes)
     while end < len(text):
-        letter, next_end = _character(text, end, is_json)
+        letter, next_end = _character(text, end, escapes)
         if not _continues(letter):
             break
         cluster, end = cluster + letter, next_end
     return cluster, end
 
 
-def _character(text: str, position: int, is_json: bool) -> tuple[str, int]:
+def _character(text: str, position: int, escapes: Escapes) -> tuple[str, int]:
     if text[position] == "\\":
-        return _unescape(text, position, is_json)
+        return _unescape(text, position, escapes)
     return text[position], position + 1
 
 
-def _unescape(text: str, position: int, is_json: bool) -> tuple[str, int]:
+def _unescape(text: str, position: int, escapes: Escapes) -> tuple[str, int]:
+    if escapes == "all" and (deep := _DEEP_ESCAPE.match(text, position)):
+        return chr(int(deep[1], 16)) if deep[1] else _JSON_ESCAPES[deep[2]], deep.end()
     if pair := _ESCAPED_PAIR.match(text, position):
         high, low = (int(digits, 16) for digits in pair.groups())
         return chr(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00)), pair.end()
     if escape := _ESCAPE.match(text, position):
         return chr(int(escape[1], 16)), escape.end()
-    if is_json and position + 1 < len(text) and text[position + 1] in _JSON_ESCAPES:
+    if escapes == "json" and position + 1 < len(text) and text[position + 1] in _JSON_ESCAPES:
         return _JSON_ESCAPES[text[position + 1]], position + 2
     return text[position], position + 1
 

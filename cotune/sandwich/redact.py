@@ -336,7 +336,7 @@ class RedactedRequest:
 
 
 def _searched(value: str, *, is_json: bool = False) -> str:
-    return FoldedText.of(value, is_json=is_json).casefolded().text.strip()
+    return FoldedText.of(value, escapes="json" if is_json else "unicode").casefolded().text.strip()
 
 
 def _is_worth_searching(value: str) -> bool:
@@ -398,7 +398,8 @@ def _gaps(passage: Passage, merged: Sequence[Finding]) -> list[tuple[int, int]]:
 def _values_in(texts: Sequence[str], is_json: bool, known: Known) -> Known:
     """The known values that stand in one of these texts."""
     views = [_case_views(text, is_json) for text in texts]
-    joined = ["\0".join(each[index].text for each in views) for index in (0, -1)]
+    num_views = max(map(len, views), default=0)
+    joined = ["\0".join(each[index % len(each)].text for each in views) for index in range(num_views)]
     return {value: what for value, what in known.items() if any(any(_places(text, value)) for text in joined)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 
 import pytest
@@ -35,7 +36,7 @@ def test_each_trap(text: str, folded: str) -> None:
 
 
 def test_json_escapes_are_read_where_the_text_is_json() -> None:
-    folded = FoldedText.of('{"a": "x\\n\\"ann\\/\\\\"}', is_json=True)
+    folded = FoldedText.of('{"a": "x\\n\\"ann\\/\\\\"}', escapes="json")
     assert folded.text == '{"a": "x\n"ann/\\"}'
     start = folded.text.index("ann")
     assert folded.original_span(start, start + 3) == (12, 15)
@@ -50,6 +51,14 @@ def test_case_folding_keeps_its_places() -> None:
 def test_invisible_characters_are_looked_at_in_two_ways() -> None:
     assert [view.text for view in fold_views("é\u200bb")] == ["éb", "é b"]
     assert len(fold_views("plain")) == 1 and len(fold_views("é")) == 1
+
+
+def test_escapes_are_looked_at_in_two_ways() -> None:
+    assert [view.text for view in fold_views("the\\n+49")] == ["the\\n+49", "the\n+49"]
+    nested = json.dumps(json.dumps({"a": "x\n1"}))
+    view = fold_views(nested, is_json=True)[1]
+    assert view.text == '"{"a": "x\n1"}"'
+    assert nested[slice(*view.original_span(view.text.index("1"), view.text.index("1") + 1))] == "1"
 
 
 @settings(max_examples=150)
