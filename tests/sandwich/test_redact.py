@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from redaction import redactor_here
+from redactors import redactor_here
 from sandwich_detectors import Failing
 
 from cotune.errors import InputError, RedactionError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from redaction import redactor_here
+from redactors import redactor_here
 
 from cotune.sandwich.redact import Redactor
 

@@ -7,7 +7,7 @@ import random
 import re
 
 import pytest
-from redaction import redactor_here
+from redactors import redactor_here
 from sandwich_detectors import Failing
 
 from cotune.errors import InputError, RedactionError
