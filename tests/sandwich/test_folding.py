@@ -61,7 +61,7 @@ def test_escapes_are_looked_at_in_two_ways() -> None:
     assert nested[slice(*view.original_span(view.text.index("1"), view.text.index("1") + 1))] == "1"
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.text(max_size=30))
 def test_places_lead_back(text: str) -> None:
     for view in fold_views(text):
@@ -72,7 +72,7 @@ def test_places_lead_back(text: str) -> None:
         assert list(view.starts) == sorted(view.starts)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.text(alphabet=st.characters(categories=["L", "N", "P", "Zs"]), max_size=30))
 def test_a_folded_text_is_in_normal_form(text: str) -> None:
     folded = FoldedText.of(text.replace("\\", "")).text

@@ -71,7 +71,7 @@ def plain(text: str) -> str:
 
 
 @STYLES
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(parts=texts, seed=st.integers(0, 5))
 def test_what_is_redacted_comes_back(style: str, parts: list[tuple[str, str]], seed: int) -> None:
     text = written(parts)
@@ -82,7 +82,7 @@ def test_what_is_redacted_comes_back(style: str, parts: list[tuple[str, str]], s
 
 
 @STYLES
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(parts=texts, seed=st.integers(0, 5))
 def test_nothing_private_is_in_what_is_sent(style: str, parts: list[tuple[str, str]], seed: int) -> None:
     sent = REDACTORS[style].request(random.Random(seed)).redact(written(parts)).payload
@@ -106,7 +106,7 @@ json_values = st.recursive(
 
 
 @STYLES
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(value=json_values)
 def test_json_comes_back_and_holds_nothing_private(style: str, value: Any) -> None:
     request = REDACTORS[style].request(random.Random(0))
@@ -118,7 +118,7 @@ def test_json_comes_back_and_holds_nothing_private(style: str, value: Any) -> No
         assert plain(private) not in seen
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(parts=texts, cuts=st.lists(st.integers(0, 300), max_size=6))
 def test_an_echo_in_a_stream_comes_back(parts: list[tuple[str, str]], cuts: list[int]) -> None:
     text = written(parts)

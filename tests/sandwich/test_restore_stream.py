@@ -47,7 +47,7 @@ def fed(placeholders: PlaceholderMap, text: str, cuts: list[int], is_json: bool)
 
 
 @pytest.mark.parametrize("placeholders", [TYPED, SURROGATE], ids=["typed", "surrogate"])
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_every_way_to_cut_gives_the_same_text(placeholders: PlaceholderMap, data: st.DataObject) -> None:
     text = "".join(data.draw(st.lists(pieces(placeholders), max_size=8)))
