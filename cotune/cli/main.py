@@ -23,6 +23,7 @@ from cotune.cli.federate_command import federate
 from cotune.cli.ledger_command import ledger
 from cotune.cli.output import stderr
 from cotune.cli.plan_command import plan
+from cotune.cli.sandwich_command import sandwich
 from cotune.cli.tune_command import tune
 from cotune.errors import CotuneError
 
@@ -45,6 +46,7 @@ app.command()(plan)
 app.command()(evaluate)
 app.add_typer(audit)
 app.add_typer(federate)
+app.add_typer(sandwich)
 app.command()(ledger)
 
 
