@@ -43,6 +43,7 @@ class TokenBytes:
     Attributes:
         pieces: for each row of the model's output embedding, the bytes, or None where the token writes nothing.
         end_ids: tokens that end a text.
+        always_prepends: whether a space stands in front of every text, also of one that begins with a space.
 
     Raises:
         InputError: an end token that is not in the vocabulary, or that writes something.
@@ -50,6 +51,7 @@ class TokenBytes:
 
     pieces: tuple[bytes | None, ...]
     end_ids: frozenset[int]
+    always_prepends: bool = False
 
     def __post_init__(self) -> None:
         for token_id in self.end_ids:
@@ -96,7 +98,7 @@ class TokenBytes:
         for token_id in end_ids:
             if 0 <= token_id < vocab_size:
                 pieces[token_id] = None
-        return cls(tuple(pieces), frozenset(end_ids))
+        return cls(tuple(pieces), frozenset(end_ids), writing.always_prepends)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -120,11 +122,7 @@ class TokenBytes:
 
     @cached_property
     def ids_by_bytes(self) -> dict[bytes, int]:
-        """The token that writes these bytes.
-
-        Of several, the one whose name is longest in bytes beyond its characters would be a fallback; the last of the
-        vocabulary is taken, as fallback tokens stand in front.
-        """
+        """The token that writes these bytes; of several the last, as byte-fallback tokens stand in front."""
         return {piece: token_id for token_id, piece in enumerate(self.pieces) if piece}
 
     @cached_property
@@ -149,8 +147,11 @@ class _Writing:
     has_fallback: bool
     space_mark: str | None
     continuation: str | None
+    splits_words: bool
+    """Where nothing splits at spaces, a token that continues nothing begins with what it says."""
     word_end: str | None
     unknown: str | None
+    always_prepends: bool
 
     @classmethod
     def of(cls, parts: Mapping[str, Any]) -> _Writing:
@@ -178,10 +179,11 @@ class _Writing:
             is_byte_level="ByteLevel" in types,
             has_fallback=bool(model.get("byte_fallback")) or "ByteFallback" in types,
             space_mark=marks[0] if marks else None,
-            # Without a step that splits at spaces, a token that continues nothing begins with what it says.
-            continuation=(model.get("continuing_subword_prefix") or None) if parts.get("pre_tokenizer") else None,
+            continuation=model.get("continuing_subword_prefix") or None,
+            splits_words=bool(parts.get("pre_tokenizer")),
             word_end=model.get("end_of_word_suffix") or None,
             unknown=unknown,
+            always_prepends="Prepend" in types,
         )
 
     def bytes_of(self, token: str) -> bytes | None:
@@ -198,7 +200,10 @@ class _Writing:
         if self.space_mark is not None:
             token = token.replace(self.space_mark, " ")
         if self.continuation is not None:
-            token = token[len(self.continuation) :] if token.startswith(self.continuation) else " " + token
+            if token.startswith(self.continuation):
+                token = token.removeprefix(self.continuation)
+            elif self.splits_words:
+                token = " " + token
         if self.word_end is not None and token.endswith(self.word_end):
             token = token.removesuffix(self.word_end) + " "
         return token.encode(errors="replace")
