@@ -163,9 +163,7 @@ class _Side:
         )
 
     def tokens(self, spans: ByteSpans) -> ChunkTokens:
-        return ChunkTokens(
-            input_ids=spans.input_ids, first_tokens=self.first_tokens, end_tokens=self.end_tokens
-        )
+        return ChunkTokens(input_ids=spans.input_ids, first_tokens=self.first_tokens, end_tokens=self.end_tokens)
 
 
 def _marks(spans: ByteSpans) -> NDArray[np.bool_]:

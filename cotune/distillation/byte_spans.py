@@ -95,9 +95,7 @@ class ByteSpans:
         return cls.of_encoding(encoding, text, table, end_id=end_id)
 
     @classmethod
-    def of_encoding(
-        cls, encoding: Encoding, text: str, table: TokenBytes, *, end_id: int | None = None
-    ) -> ByteSpans:
+    def of_encoding(cls, encoding: Encoding, text: str, table: TokenBytes, *, end_id: int | None = None) -> ByteSpans:
         """Of a text that was encoded, and perhaps truncated on either side; without padding.
 
         Raises:

@@ -55,7 +55,9 @@ class CommonTokens:
             if piece in theirs and first.is_prefix[own] == second.is_prefix[theirs[piece]]
         )
         if not pairs:
-            raise InputError("the two vocabularies have no token in common, expected at least one; set token_weight to 0")
+            raise InputError(
+                "the two vocabularies have no token in common, expected at least one; set token_weight to 0"
+            )
         first_ids, second_ids = torch.tensor(pairs).unbind(dim=1)
         return cls(first_ids.contiguous(), second_ids.contiguous())
 

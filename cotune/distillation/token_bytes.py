@@ -171,7 +171,9 @@ class _Writing:
         for step in steps:
             if step["type"] == "Replace":
                 pattern = step["pattern"].get("String")
-                marks += [mark for mark, space in ((pattern, step["content"]), (step["content"], pattern)) if space == " "]
+                marks += [
+                    mark for mark, space in ((pattern, step["content"]), (step["content"], pattern)) if space == " "
+                ]
         unknown = model.get("unk_token")
         if model["type"] == "Unigram" and model.get("unk_id") is not None:
             unknown = model["vocab"][model["unk_id"]][0]
