@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cotune.distillation.alignment import Alignment
@@ -83,12 +84,12 @@ class ChunkIndex:
         return ChunkIndex(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
-def _ranges(first: np.ndarray, end: np.ndarray) -> np.ndarray:
+def _ranges(first: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
     """first[0] .. end[0] - 1, first[1] .. end[1] - 1, and so on."""
     sizes = end - first
     before = np.cumsum(sizes) - sizes
-    return np.arange(sizes.sum()) + np.repeat(first - before, sizes)
+    return np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(first - before, sizes)
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)

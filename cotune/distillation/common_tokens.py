@@ -3,9 +3,10 @@
 coplms.md, section 3.1, "teacher top-k restricted to byte-identical tokens and one rest bucket". At a shared boundary,
 with v_1 .. v_k the teacher's likeliest common tokens,
 
-    p~ = (p_v1 .. p_vk, 1 - sum p_vi),  q~ = (q_v1 .. q_vk, 1 - sum q_vi),    L_tok = KL(p~ || q~)
+    p~ = (p_v1 .. p_vk, 1 - sum p_vi),  q~ = (q_v1 .. q_vk, 1 - sum q_vi),    L_tok = KL(p~^(1/T) || q~^(1/T))
 
-where p = softmax(z_T / T), q = softmax(z_S / T), each over its own whole vocabulary.
+where p = softmax(z_T), q = softmax(z_S), each over its own whole vocabulary; the flattened sides are normalised. Summed
+first and flattened after, as in `cotune.distillation.next_byte`, so that the size of a vocabulary changes nothing.
 
 Two tokens of the same bytes are still two events where longer tokens begin with them in only one vocabulary: with
 "there" at hand, "the" says that no "re" follows. Those are left out.
@@ -76,33 +77,29 @@ class TopCommon:
 
     Attributes:
         places: int64 (positions, k), ascending, in `CommonTokens`.
-        log_probs: float32 (positions, k + 1), log p~, the rest last.
+        log_probs: float32 (positions, k + 1), log p~ at temperature 1, the rest last.
     """
 
     places: Tensor
     log_probs: Tensor
 
     @classmethod
-    def of_logits(
-        cls, logits: Tensor, common: CommonTokens, *, top_k: int, student_vocab: int, temperature: float = 1.0
-    ) -> TopCommon:
+    def of_logits(cls, logits: Tensor, common: CommonTokens, *, top_k: int, student_vocab: int) -> TopCommon:
         """Of the first vocabulary's model.
 
         Args:
             logits: float (positions, vocab).
             top_k: k; at most as many as there are, with one token left for the rest on either side.
             student_vocab: the size of the second vocabulary.
-            temperature: T.
 
         Raises:
-            InputError: `top_k` is less than 1, or the temperature is not positive.
+            InputError: `top_k` is less than 1.
         """
         check_top_k(top_k)
-        check_temperature(temperature)
         top_k = min(top_k, len(common), logits.shape[1] - 1, student_vocab - 1)
         ids = common.first_ids.to(logits.device)
         places = logits[:, ids].topk(top_k, dim=1).indices.sort(dim=1).values
-        return cls(places, _log_shares(logits, ids[places], temperature))
+        return cls(places, _log_shares(logits, ids[places]))
 
     def divergence(
         self,
@@ -116,18 +113,23 @@ class TopCommon:
 
         Args:
             student: logits, float (positions, vocab), of the second vocabulary's model.
-            common, temperature: as for the teacher.
-            divergence: KL(p~ || q~) if None.
+            common: as for the teacher.
+            temperature: T.
+            divergence: KL if None.
 
         Returns:
             (positions,), nats.
+
+        Raises:
+            InputError: the temperature is not positive.
         """
+        check_temperature(temperature)
         divergence = divergence or ForwardKl()
         ids = common.second_ids.to(student.device)[self.places.to(student.device)]
-        q = _log_shares(student, ids, temperature)
-        return divergence(self.log_probs.to(q), q)
+        q = _log_shares(student, ids)
+        p, q = ((side / temperature).log_softmax(dim=1) for side in (self.log_probs.to(q), q))
+        return divergence(p, q)
 
 
-def _log_shares(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    return lumped_logits(exact / temperature, ids).log_softmax(dim=1)
+def _log_shares(logits: Tensor, ids: Tensor) -> Tensor:
+    return lumped_logits(logits, ids).log_softmax(dim=1)

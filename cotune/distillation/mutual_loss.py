@@ -5,11 +5,11 @@ coplms.md, section 3.1:
     L = (1 - a) CE + a sum_k g_k (l_b T^2 L_byte(k) + l_t T^2 L_tok(k) + l_c L_chunk(k)) / sum_k 1
 
 over the usable chunks k of a batch. L_byte and L_tok are taken where chunk k begins and are zero for chunks that have
-no start of their own; g_k is the gate. T^2 keeps the size of the gradients, as in arXiv 1503.02531, section 2, and as in
+no start of their own; g_k is the gate. T^2 keeps the size of the gradients, as in arXiv 1503.02531, section 2, and in
 the loss for one tokenizer; the specification leaves it open here.
 
-The teacher's half is read once and can be kept: 257 numbers at each chunk for L_byte, one for L_chunk, k + 1 and k token
-places for L_tok. Then the teacher is no longer needed, so that a device never holds two models while it trains.
+The teacher's half is read once and can be kept: 257 numbers at each chunk for L_byte, one for L_chunk, k + 1 and k
+token places for L_tok. Then the teacher is no longer needed, so that a device never holds two models while it trains.
 """
 
 from __future__ import annotations
@@ -126,12 +126,10 @@ class MutualLoss:
             logits: float (batch, seq, teacher's vocab).
             index: the teacher's side.
         """
-        starts, temperature = _starts(logits, index), self.config.temperature
+        starts = _starts(logits, index)
         return ChunkReadings(
             log_likelihoods=chunk_log_likelihoods(logits, index),
-            next_bytes=None
-            if self._events is None
-            else next_byte_log_probs(starts, self._teacher, temperature=temperature),
+            next_bytes=None if self._events is None else next_byte_log_probs(starts, self._teacher),
             top_common=None
             if self._common is None
             else TopCommon.of_logits(
@@ -139,7 +137,6 @@ class MutualLoss:
                 self._common,
                 top_k=self.config.top_k,
                 student_vocab=len(self._student),
-                temperature=temperature,
             ),
         )
 
@@ -160,18 +157,18 @@ class MutualLoss:
         gates = torch.ones_like(own) if config.gate is None else config.gate(told, own, index.num_bytes)
         gates = gates.detach()
         starts, start_gates = _starts(logits, index), gates[index.has_own_start]
-        total, scale = own.sum() * 0.0, config.temperature**2
+        total, heat = own.sum() * 0.0, config.temperature
         chunk = byte = token = None
         if config.chunk_weight > 0:
             chunk = chunk_divergence(told, own, tau=config.tau)
             total = total + config.chunk_weight * (gates * chunk).sum()
         if self._events is not None and teacher.next_bytes is not None:
-            expected = next_byte_log_probs(starts, self._student, temperature=config.temperature)
-            byte = next_byte_divergence(teacher.next_bytes.to(expected), expected, self._events)
-            total = total + config.byte_weight * scale * (start_gates * byte).sum()
+            expected = next_byte_log_probs(starts, self._student)
+            byte = next_byte_divergence(teacher.next_bytes.to(expected), expected, self._events, temperature=heat)
+            total = total + config.byte_weight * heat**2 * (start_gates * byte).sum()
         if self._common is not None and teacher.top_common is not None:
-            token = teacher.top_common.divergence(starts, self._common, temperature=config.temperature)
-            total = total + config.token_weight * scale * (start_gates * token).sum()
+            token = teacher.top_common.divergence(starts, self._common, temperature=heat)
+            total = total + config.token_weight * heat**2 * (start_gates * token).sum()
         terms = (None if term is None else term.detach() for term in (chunk, byte, token))
         return MutualTerms(total / max(len(index), 1), gates, *terms)
 

@@ -2,11 +2,15 @@
 
 coplms.md, section 3.1. At a shared boundary
 
-    P_m(c) = sum over tokens v that begin with byte c of softmax(z_m / T)_v,    L_byte = KL(P_T || P_S)
+    P_m(c) = sum over tokens v that begin with byte c of softmax(z_m)_v,    L_byte = KL(P_T^(1/T) || P_S^(1/T))
 
-over 256 bytes and one event more for the end of the text. Each token counts for one event, so that P_m is exact, and
+each side normalised, over 256 bytes and one event more for the end of the text. Each token counts for one event, so that P_m is exact, and
 two models with any two vocabularies can be compared. Tokens that say nothing of the text (padding, begin, unknown) are
 left out, and so are events that one of the vocabularies cannot bring about at all; the rest is normalised.
+
+The temperature T flattens the bytes, where the specification flattens the tokens, softmax(z_m / T), before they are
+summed. At T = 1 that is the same. At another T, flattened tokens give a byte the more the more tokens begin with it, so
+that two models which agree on every byte would still differ because their vocabularies do.
 
 How far P_m is from what the model expects as the next byte of the *text*: having read a token, a model with BPE knows
 that the longer tokens which begin with it did not come. At a boundary inside of a word two models can know different
@@ -24,20 +28,19 @@ from cotune.distillation.token_bytes import NO_EVENT, NUM_EVENTS, TokenBytes
 from cotune.errors import InputError
 
 
-def next_byte_log_probs(logits: Tensor, table: TokenBytes, *, temperature: float = 1.0) -> Tensor:
+def next_byte_log_probs(logits: Tensor, table: TokenBytes) -> Tensor:
     """log P_m of each event.
 
     Args:
         logits: float (positions, vocab), at shared boundaries.
         table: of this model's tokenizer, with as many tokens.
-        temperature: T.
 
     Returns:
         float32 (positions, 257), nats, normalised; -inf for events that this vocabulary does not have. float64 for
         float64 logits.
 
     Raises:
-        InputError: a vocabulary of another size, or a temperature that is not positive.
+        InputError: a vocabulary of another size.
 
     Example:
         >>> table = TokenBytes((b"a", b"ab", b"b"), frozenset())
@@ -45,14 +48,13 @@ def next_byte_log_probs(logits: Tensor, table: TokenBytes, *, temperature: float
         >>> log_probs.exp()[0, ord("a")]
         tensor(0.5000)
     """
-    check_temperature(temperature)
     if logits.ndim != 2 or logits.shape[1] != len(table):
         raise InputError(
             f"the logits are {tuple(logits.shape)}, expected (positions, {len(table)}), the size of the table; "
             "make the table with vocab_size of this model"
         )
     events = torch.from_numpy(table.first_events).to(logits.device)
-    sums = grouped_log_sum_exp(logits, events, NO_EVENT + 1, temperature=temperature)
+    sums = grouped_log_sum_exp(logits, events, NO_EVENT + 1)
     possible = torch.from_numpy(table.possible_events).to(logits.device).nonzero()[:, 0]
     log_probs = sums.new_full((len(sums), NUM_EVENTS), -torch.inf)
     return log_probs.index_copy(1, possible, sums[:, possible].log_softmax(dim=1))
@@ -71,17 +73,26 @@ def shared_events(first: TokenBytes, second: TokenBytes) -> Tensor:
 
 
 def next_byte_divergence(
-    teacher: Tensor, student: Tensor, events: Tensor, *, divergence: Divergence | None = None
+    teacher: Tensor,
+    student: Tensor,
+    events: Tensor,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence | None = None,
 ) -> Tensor:
     """L_byte of each position; zero where both expect the same.
 
     Args:
         teacher, student: from `next_byte_log_probs`, (positions, 257).
         events: from `shared_events`; both sides are normalised over them.
-        divergence: KL(P_T || P_S) if None.
+        temperature: T.
+        divergence: KL if None.
 
     Returns:
         (positions,), nats.
+
+    Raises:
+        InputError: the temperature is not positive.
 
     Example:
         >>> table = TokenBytes((b"a", b"b"), frozenset())
@@ -89,6 +100,8 @@ def next_byte_divergence(
         >>> round(float(next_byte_divergence(sure, unsure, shared_events(table, table))), 3)
         0.692
     """
+    check_temperature(temperature)
     divergence = divergence or ForwardKl()
     events = events.to(student.device)
-    return divergence(teacher[:, events].log_softmax(dim=1), student[:, events].log_softmax(dim=1))
+    p, q = ((side[:, events] / temperature).log_softmax(dim=1) for side in (teacher, student))
+    return divergence(p, q)

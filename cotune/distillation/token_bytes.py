@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ class TokenBytes:
         """
         result = np.zeros(len(self.pieces), np.bool_)
         ordered = sorted(self.ids_by_bytes)
-        longer = {piece for piece, after in zip(ordered, ordered[1:], strict=False) if after.startswith(piece)}
+        longer = {piece for piece, after in pairwise(ordered) if after.startswith(piece)}
         for token_id, piece in enumerate(self.pieces):
             result[token_id] = piece in longer
         return result
