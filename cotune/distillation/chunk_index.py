@@ -88,7 +88,8 @@ def _ranges(first: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int6
     """first[0] .. end[0] - 1, first[1] .. end[1] - 1, and so on."""
     sizes = end - first
     before = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(first - before, sizes)
+    places: NDArray[np.int64] = np.arange(int(sizes.sum())) + np.repeat(first - before, sizes)
+    return places
 
 
 def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

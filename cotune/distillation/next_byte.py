@@ -4,9 +4,10 @@ coplms.md, section 3.1. At a shared boundary
 
     P_m(c) = sum over tokens v that begin with byte c of softmax(z_m)_v,    L_byte = KL(P_T^(1/T) || P_S^(1/T))
 
-each side normalised, over 256 bytes and one event more for the end of the text. Each token counts for one event, so that P_m is exact, and
-two models with any two vocabularies can be compared. Tokens that say nothing of the text (padding, begin, unknown) are
-left out, and so are events that one of the vocabularies cannot bring about at all; the rest is normalised.
+each side normalised, over 256 bytes and one event more for the end of the text. Each token counts for one event, so
+that P_m is exact, and two models with any two vocabularies can be compared. Tokens that say nothing of the text
+(padding, begin, unknown) are left out, and so are events that one of the vocabularies cannot bring about at all; the
+rest is normalised.
 
 The temperature T flattens the bytes, where the specification flattens the tokens, softmax(z_m / T), before they are
 summed. At T = 1 that is the same. At another T, flattened tokens give a byte the more the more tokens begin with it, so
