@@ -33,13 +33,14 @@ def test_what_a_token_writes() -> None:
 
 
 def test_the_byte_level_alphabet_is_the_tokenizers_own() -> None:
-    """Its pre-tokenizer writes a character's bytes as characters: all bytes that UTF-8 has, 0xC0, 0xC1 and above 0xF4 not."""
+    """Its pre-tokenizer writes a character's bytes as characters; 0xC0, 0xC1 and above 0xF4 are not in UTF-8."""
     table, splitter = table_of("byte_level"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     ids = tokenizer_of("byte_level").get_vocab()
     seen = set()
     for character in [
         *map(chr, range(0x800)),
         *map(chr, range(0x800, 0xD800, 61)),
+        *map(chr, range(0xE000, 0x10000, 61)),
         *map(chr, range(0x10000, 0x110000, 4093)),
     ]:
         ((mapped, _),) = splitter.pre_tokenize_str(character)
