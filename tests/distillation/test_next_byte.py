@@ -86,7 +86,7 @@ def test_two_vocabularies_over_one_language_of_bytes_agree(text: str) -> None:
 
 
 def test_flattened_tokens_would_not_agree() -> None:
-    """Why bytes are flattened and not tokens: two of the four kinds of tokens above T = 1 count the vocabulary."""
+    """Why bytes are flattened and not tokens: above T = 1, a byte with more tokens would get more than its share."""
     oracle, text = ByteOracle.of_abc(), "abcabcc"
     sides = [longest_match("aa", "ab", "ac", "b", "c"), longest_match("a", "ba", "bb", "bc", "c")]
     as_bytes, as_tokens = [], []
