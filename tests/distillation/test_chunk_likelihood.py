@@ -59,8 +59,8 @@ def test_sure_and_hopeless_chunks_stay_finite() -> None:
     l_t = torch.tensor([0.0, -1e-9, -400.0, 0.0, -400.0], requires_grad=True)
     l_s = torch.tensor([0.0, -3.0, -3.0, -400.0, 0.0], requires_grad=True)
     loss = chunk_divergence(l_t.detach(), l_s, tau=1.0)
-    assert torch.isfinite(loss).all() and (loss >= -1e-6).all() and float(loss[0]) == 0
-    assert float(loss[4]) == pytest.approx(-math.log(SMALLEST_REST), rel=1e-3)
+    assert torch.isfinite(loss).all() and (loss >= -1e-6).all() and loss[0].item() == 0
+    assert loss[4].item() == pytest.approx(-math.log(SMALLEST_REST), rel=1e-3)
     loss.sum().backward()
     assert l_s.grad is not None and torch.isfinite(l_s.grad).all()
 
