@@ -78,7 +78,7 @@ def test_gradients_agree_with_finite_differences() -> None:
         moved = torch.zeros_like(logits)
         moved[0, place, other] = bump
         up, down = (chunk_log_likelihoods(logits + sign * moved, index).sum() for sign in (1, -1))
-        assert float(gradient[0, place, other]) == pytest.approx(float(up - down) / 2e-6, abs=1e-8)
+        assert float(gradient[0, place, other]) == pytest.approx((up - down).item() / 2e-6, abs=1e-8)
     assert gradient[0, place, token] > 0
 
 
