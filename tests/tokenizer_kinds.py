@@ -12,7 +12,7 @@ from cotune.distillation.byte_spans import ByteSpans
 from cotune.distillation.token_bytes import TokenBytes
 
 TEXTS = [
-    "hello world, the cat 😀 sat on naïve mats. 日本語のテキスト ﬁne Ｆull",
+    "hello world, the cat 😀 sat on naïve mats. 日本語のテキスト ﬁne \uff26ull",
     "the dog  ran\nfar  away; the other one did not.",
     "the theory of these others: 日本 and 語, e\u0301t\u00e9 👩‍👩‍👧",
 ] * 3
@@ -33,7 +33,7 @@ PIECES = [
     "é",
     "e\u0301",
     "ﬁ",
-    "Ｆ",
+    "\uff26",
     "ⅷ",
     "½",
     "T",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizer_kinds import table_of, tokenizer_of
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cotune.distillation.token_bytes import END_EVENT, NO_EVENT, TokenBytes
 from cotune.errors import InputError
