@@ -1,8 +1,8 @@
 """TRL's GOLD and ULD beside the terms here, in an environment that has TRL.
 
-TRL is no dependency and no part of CI: its losses stand in `trl.experimental`, whose interfaces may change. Written after
-`trl/experimental/gold/gold_trainer.py` of July 2026 and not run here; make an environment with `pip install trl` and
-this package, and run this file there.
+TRL is no dependency and no part of CI: its losses stand in `trl.experimental`, whose interfaces may change. Written
+after `trl/experimental/gold/gold_trainer.py` of July 2026 and not run here; make an environment with `pip install trl`
+and this package, and run this file there.
 """
 
 from __future__ import annotations
