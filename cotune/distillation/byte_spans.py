@@ -86,37 +86,54 @@ class ByteSpans:
             >>> spans.ends.tolist()
             [2, 3, 4, 5]
         """
-        if max_tokens is not None and max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}, expected at least 1")
-        encoding = tokenizer.encode(text)
-        if max_tokens is not None and len(encoding) + (end_id is not None) > max_tokens:
-            encoding.truncate(max_tokens)
-            end_id = None
-        return cls.of_encoding(encoding, text, table, end_id=end_id)
+        return cls.of_encoding(tokenizer.encode(text), text, table, end_id=end_id, max_tokens=max_tokens)
 
     @classmethod
-    def of_encoding(cls, encoding: Encoding, text: str, table: TokenBytes, *, end_id: int | None = None) -> ByteSpans:
-        """Of a text that was encoded, and perhaps truncated on either side; without padding.
+    def of_encoding(
+        cls,
+        encoding: Encoding,
+        text: str,
+        table: TokenBytes,
+        *,
+        end_id: int | None = None,
+        max_tokens: int | None = None,
+    ) -> ByteSpans:
+        """Of a text that was encoded, and perhaps truncated on either side. Padding is left out.
+
+        Args:
+            end_id, max_tokens: as for `of_text`.
 
         Raises:
-            InputError: a token is not in the table, or an offset is not in the text.
+            InputError: `max_tokens` is less than 1, a token is not in the table, or an offset is not in the text.
         """
-        ids, offsets = [*encoding.ids, *([] if end_id is None else [end_id])], encoding.offsets
+        if max_tokens is not None and max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}, expected at least 1")
+        tokens = [
+            (token_id, offset, bool(is_added))
+            for token_id, offset, is_added, is_read in zip(
+                encoding.ids, encoding.offsets, encoding.special_tokens_mask, encoding.attention_mask, strict=True
+            )
+            if is_read
+        ]
+        if encoding.overflowing or (max_tokens is not None and len(tokens) + (end_id is not None) > max_tokens):
+            tokens, end_id = tokens[:max_tokens], None
+        ids = [token_id for token_id, _, _ in tokens]
+        if end_id is not None:
+            ids.append(end_id)
         if max(ids, default=0) >= len(table):
             raise InputError(
                 f"the text has token {max(ids)}, expected less than {len(table)}, the size of the table; "
                 "make the table from the tokenizer that encodes"
             )
-        if max((end for _, end in offsets), default=0) > len(text):
+        farthest = max((end for _, (_, end), _ in tokens), default=0)
+        if farthest > len(text):
             raise InputError(
-                f"an offset is {max(end for _, end in offsets)}, expected at most {len(text)}, the characters of the "
-                "text; give the text that was encoded"
+                f"an offset is {farthest}, expected at most {len(text)}, the characters of the text; "
+                "give the text that was encoded"
             )
         byte_of = [0, *accumulate(len(character.encode()) for character in text)]
         walk = _Walk(text.encode(), always_prepends=table.always_prepends)
-        for index, (token_id, (begin, end), is_added) in enumerate(
-            zip(encoding.ids, offsets, encoding.special_tokens_mask, strict=True)
-        ):
+        for index, (token_id, (begin, end), is_added) in enumerate(tokens):
             if not is_added:
                 walk.read(index, table.pieces[token_id], byte_of[begin], byte_of[end])
         return walk.finished(ids, table)

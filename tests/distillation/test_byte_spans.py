@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from tokenizer_kinds import END, HARD_TEXTS, spans_of, table_of, tokenizer_of
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Regex, Tokenizer, models, normalizers
 
 from cotune.distillation.byte_spans import ByteSpans
 from cotune.distillation.token_bytes import TokenBytes
@@ -131,6 +131,46 @@ def test_what_a_normaliser_adds_belongs_to_what_follows() -> None:
     tokenizer.normalizer = normalizers.Replace("b", "xa")
     spans = ByteSpans.of_text(tokenizer, "b", TokenBytes.of_tokenizer(tokenizer))
     assert spans.ends.tolist() == [1] and not spans.is_exact[0] and spans.end_tokens.tolist() == [2]
+
+
+def test_a_text_that_is_not_read_to_its_end_has_no_end() -> None:
+    """WordPiece drops the last space, so that an end token does not stand behind the text as it is."""
+    assert spans_of("word_piece", "cat", has_end=True).end_token is not None
+    assert spans_of("word_piece", "cat ", has_end=True).end_token is None
+
+
+def test_the_same_letters_elsewhere_are_not_it() -> None:
+    """The first b is dropped; the token stands for the second one, and the offsets know it."""
+    tokenizer = Tokenizer(models.WordPiece({"a": 0, "##b": 1, "?": 2}, unk_token="?"))
+    tokenizer.normalizer = normalizers.Replace(Regex("(?<=a)b"), "")
+    spans = ByteSpans.of_text(tokenizer, "abb", TokenBytes.of_tokenizer(tokenizer))
+    assert pieces(spans, "abb") == [("a", True), ("bb", False)]
+
+
+def test_what_a_normaliser_adds_at_the_end_is_not_of_the_text() -> None:
+    tokenizer = Tokenizer(models.WordPiece({"ab": 0, "##z": 1, "?": 2}, unk_token="?"))
+    tokenizer.normalizer = normalizers.Replace(Regex("$"), "z")
+    spans = ByteSpans.of_text(tokenizer, "ab", TokenBytes.of_tokenizer(tokenizer))
+    assert spans.input_ids.tolist() == [0, 1]
+    assert pieces(spans, "ab") == [("ab", False)] and spans.end_tokens.tolist() == [2]
+
+
+@pytest.mark.parametrize("direction", ["left", "right"])
+def test_padding_is_left_out(direction: str) -> None:
+    """Also where the padding token is the one that ends a text, as often with GPT-2."""
+    tokenizer = Tokenizer.from_str(tokenizer_of("byte_level").to_str())
+    tokenizer.enable_padding(direction=direction, pad_id=0, pad_token="<|end|>", length=30)
+    padded = ByteSpans.of_text(tokenizer, "the cat", table_of("byte_level"))
+    plain = spans_of("byte_level", "the cat")
+    assert padded.input_ids.tolist() == plain.input_ids.tolist() and padded.end_token is None
+    assert padded.first_tokens.tolist() == plain.first_tokens.tolist()
+
+
+def test_a_tokenizer_that_truncates_by_itself_says_no_end() -> None:
+    tokenizer = Tokenizer.from_str(tokenizer_of("byte_level").to_str())
+    tokenizer.enable_truncation(3)
+    cut = ByteSpans.of_text(tokenizer, "the cat sat", table_of("byte_level"), end_id=0)
+    assert len(cut.input_ids) == 3 and cut.end_token is None and 0 not in cut.input_ids
 
 
 def test_no_text() -> None:
