@@ -28,6 +28,7 @@ PLAIN_FILE = "model.plain.onnx"
 
 _FIRST_LOGIT = "first_logit"
 _NUMBER_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # Errors are told by what is raised; nothing goes to standard error on the way.
 _FATAL_ONLY = 4
 
@@ -56,6 +57,7 @@ class OnnxModel:
     Args:
         folder: of runtime `onnx`.
         settings: context and threads; memory is the business of `fit_memory`.
+        graph: another one over the same weights, to be run in place of the folder's, as bytes.
 
     Raises:
         InputError: onnxruntime is not installed, the file is damaged, or the graph is another one than described.
@@ -67,13 +69,16 @@ class OnnxModel:
         17
     """
 
-    def __init__(self, folder: OfflineFolder, settings: OfflineSettings | None = None) -> None:
+    def __init__(
+        self, folder: OfflineFolder, settings: OfflineSettings | None = None, *, graph: bytes | None = None
+    ) -> None:
         settings = settings or OfflineSettings()
         self.folder = folder
         self.context = settings.context_of(folder.description)
         self.num_texts = settings.num_texts
         self._num_threads = settings.threads
         self._graphs: dict[str, _Graph] = {}
+        self._other_graph = graph
         self._is_closed = False
         self._plain_file = PLAIN_FILE if PLAIN_FILE in folder.description.files else folder.model_file.name
         # Two open graphs hold the weights twice.
@@ -105,7 +110,7 @@ class OnnxModel:
         if self._is_closed:
             raise InputError("the offline model is closed, expected an open one; load it again")
         if name not in self._graphs:
-            session = _open_session(self.folder.path / name, self._num_threads)
+            session = _open_session(self.folder.path / name, self._num_threads, self._other_graph)
             self._graphs[name] = _checked(session, self.folder, name)
         return self._graphs[name]
 
@@ -191,7 +196,8 @@ def _runtime() -> ModuleType:
         ) from error
 
 
-def _open_session(path: Path, num_threads: int) -> Any:
+def _open_session(path: Path, num_threads: int, graph: bytes | None) -> Any:
+    """A session of the file, or of `graph` with the weights that lie beside the file."""
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = num_threads
@@ -199,8 +205,10 @@ def _open_session(path: Path, num_threads: int) -> Any:
     options.log_severity_level = _FATAL_ONLY
     # Threads that spin between steps would take the processor from the rest of the device.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if graph is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
     try:
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises bare ones
         raise InputError(
             f"{path} is no model that onnxruntime {runtime.__version__} can open "
