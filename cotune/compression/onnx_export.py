@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from cotune.compression.llama_folder import LAYER_MODULES, LlamaFolder, LlamaShape
-from cotune.compression.offline_folder import describe, offline_folder
+from cotune.compression.offline_folder import describe
 from cotune.compression.written_weights import WHOLE, Rounding, WrittenWeights
-from cotune.device.offline.folder import MODEL_FILES, OfflineFolder
+from cotune.device.offline.folder import MODEL_FILES, OfflineFolder, new_offline_folder
 from cotune.device.offline.model import OfflineSettings
 from cotune.device.offline.onnx_model import PLAIN_FILE, OnnxModel
 from cotune.errors import InputError
@@ -97,7 +97,7 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
     written = WrittenWeights(source, config.rounding)
     modules = source.shape.module_shapes()
     chosen = {name: modules[name] for name in modules if name.rpartition(".")[2] in config.adapter_modules}
-    with offline_folder(out, num_bytes=num_export_bytes(written)) as folder:
+    with new_offline_folder(out, num_bytes=num_export_bytes(written)) as folder:
         _write_graph(folder, written, config, chosen)
         genai = genai_config(source.shape, PLAIN_FILE if chosen else GRAPH_FILE)
         (folder / GENAI_FILE).write_text(json.dumps(genai, indent=1) + "\n", encoding="utf-8")

@@ -314,13 +314,6 @@ def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
-    save_llama(tmp_path / "source")
-    (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match="is there already"):
-        export_onnx(tmp_path / "source", tmp_path / "out")
-
-
 def test_a_head_that_onnxruntime_cannot_rotate_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     save_llama(tmp_path / "source", head_dim=8)
     with pytest.raises(InputError, match="heads of 8 numbers, expected a multiple of 16"):

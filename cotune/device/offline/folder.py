@@ -6,8 +6,9 @@
     model.gguf                          runtime `gguf`
     chat_template.jinja, tokenizer_config.json, genai_config.json, ...   where the source has them
 
-`cotune compress --export` writes it. Nothing in it is code. Sizes are checked before anything is read, and every file
-against its digest.
+`cotune compress --export` writes it by `new_offline_folder` and `write_description`, devices read it by
+`OfflineFolder.open`. Nothing in it is code. Sizes are checked before anything is read, and every file against its
+digest.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cotune.durable import new_folder
 from cotune.errors import InputError
 
 FORMAT = 1
@@ -36,6 +40,8 @@ MAX_MODULES = 16_384
 
 _TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TEXT_FILES = (TOKENIZER_FILE, _TOKENIZER_CONFIG_FILE, "special_tokens_map.json", _TEMPLATE_FILE)
+"""What an exporter takes over from its source where it is there: how text is read and conversations are laid out."""
 _SPECIAL_PARTS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MAX_TOKENIZER_CONFIG_BYTES = 16 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
@@ -50,6 +56,7 @@ _MOST = {
     "bits": 32,
 }
 _MAX_WIDTH = 2**24
+_SPARE_BYTES = 2**24  # left free on the disk beside a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +206,54 @@ def digest_file(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_offline_folder(out: Path, *, num_bytes: int) -> Iterator[Path]:
+    """Give a folder to write a model into; at the end it is called `out`, after an error nothing is left.
+
+    Args:
+        out: what it is called at the end; nothing is there yet.
+        num_bytes: how much will be written, at most.
+
+    Raises:
+        InputError: there is something at `out`, the disk has too little room, or refuses.
+
+    Example:
+        >>> with new_offline_folder(Path("my-model"), num_bytes=2**20) as folder:   # doctest: +SKIP
+        ...     (folder / "model.gguf").write_bytes(data)
+    """
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} is there already, expected a new folder; remove it, or name another one")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < num_bytes + _SPARE_BYTES:
+            raise InputError(
+                f"{out} takes {num_bytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free there, expected that and "
+                f"{_SPARE_BYTES >> 20} MiB to spare; make room, take fewer bits, or name another disk"
+            )
+        with new_folder(out) as folder:
+            yield folder
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}; nothing is left of it") from error
+
+
+def write_description(folder: Path, **about: Any) -> OfflineDescription:
+    """Put `offline.json` to a model that is otherwise complete.
+
+    Args:
+        folder: with all other files, the tokenizer among them.
+        **about: the fields of `OfflineDescription` but for `files` and `tokenizer_digest`, which the files give.
+
+    Raises:
+        InputError: a field is not what it should be, or a file that must be there is missing.
+        OSError: the disk refuses.
+    """
+    files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+    description = OfflineDescription(files=files, tokenizer_digest=files.get(TOKENIZER_FILE, ""), **about)
+    (folder / DESCRIPTION_FILE).write_bytes(description.to_json())
+    return description
 
 
 @dataclass(frozen=True, kw_only=True)
