@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tiny_models import tokenizer_json
 
 from cotune.compression import model_folder
-from cotune.compression.depth import drop_blocks
+from cotune.compression.fewer_layers import drop_blocks
 from cotune.compression.model_folder import save_model
 from cotune.errors import InputError
 from cotune.models.weights import load_model
