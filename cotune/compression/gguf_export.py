@@ -20,7 +20,8 @@ from cotune.compression.gguf_names import ARCHITECTURES, gguf_name, row_order
 from cotune.compression.gguf_tokenizer import GgufTokenizer, read_gguf_tokenizer
 from cotune.compression.llama_folder import EMBEDDING, FINAL_NORM, HEAD, LlamaFolder, LlamaShape
 from cotune.compression.offline_folder import describe
-from cotune.device.offline.folder import MODEL_FILES, new_offline_folder
+from cotune.device.offline.folder import MODEL_FILES
+from cotune.durable import new_sized_folder
 from cotune.errors import InputError
 from cotune.models.packed_weights import PackedWeight
 from cotune.models.weights import read_tokenizer
@@ -102,7 +103,7 @@ def export_gguf(model: str | Path, out: Path, config: GgufExportConfig | None = 
     kind = "F16" if by_llama_cpp else config.kind
     planned = list(_planned(source, kind, config.embedding_kind or kind))
     num_bytes = sum(tensor.num_bytes for tensor in planned) * (2 if by_llama_cpp else 1)
-    with new_offline_folder(out, num_bytes=num_bytes + 3 * len(tokenizer_json) + _METADATA_BYTES) as folder:
+    with new_sized_folder(out, num_bytes=num_bytes + 3 * len(tokenizer_json) + _METADATA_BYTES) as folder:
         written = folder / (_F16_FILE if by_llama_cpp else MODEL_FILE)
         _write(written, source, tokenizer, planned, kind)
         if by_llama_cpp:

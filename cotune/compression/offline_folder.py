@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cotune.compression.llama_folder import LlamaFolder
-from cotune.device.offline.folder import TEXT_FILES, ModuleShape, write_description
+from cotune.compression.model_folder import TOKENIZER_FILES
+from cotune.device.offline.folder import ModuleShape, write_description
 from cotune.models.weights import read_tokenizer
 
 
@@ -28,7 +29,7 @@ def describe(
         OSError: the disk refuses.
     """
     read_tokenizer(source.path)
-    for name in TEXT_FILES:
+    for name in TOKENIZER_FILES:
         if (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
     shape = source.shape

@@ -23,9 +23,10 @@ from typing import Any
 from cotune.compression.llama_folder import LAYER_MODULES, LlamaFolder, LlamaShape
 from cotune.compression.offline_folder import describe
 from cotune.compression.written_weights import WHOLE, Rounding, WrittenWeights
-from cotune.device.offline.folder import MODEL_FILES, OfflineFolder, new_offline_folder
+from cotune.device.offline.folder import MODEL_FILES, OfflineFolder
 from cotune.device.offline.model import OfflineSettings
 from cotune.device.offline.onnx_model import PLAIN_FILE, OnnxModel
+from cotune.durable import new_sized_folder
 from cotune.errors import InputError
 
 GRAPH_FILE, DATA_FILE, GENAI_FILE = MODEL_FILES["onnx"], "model.onnx.data", "genai_config.json"
@@ -97,7 +98,7 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
     written = WrittenWeights(source, config.rounding)
     modules = source.shape.module_shapes()
     chosen = {name: modules[name] for name in modules if name.rpartition(".")[2] in config.adapter_modules}
-    with new_offline_folder(out, num_bytes=num_export_bytes(written)) as folder:
+    with new_sized_folder(out, num_bytes=num_export_bytes(written)) as folder:
         _write_graph(folder, written, config, chosen)
         genai = genai_config(source.shape, PLAIN_FILE if chosen else GRAPH_FILE)
         (folder / GENAI_FILE).write_text(json.dumps(genai, indent=1) + "\n", encoding="utf-8")

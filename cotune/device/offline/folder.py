@@ -6,9 +6,8 @@
     model.gguf                          runtime `gguf`
     chat_template.jinja, tokenizer_config.json, genai_config.json, ...   where the source has them
 
-`cotune compress --export` writes it by `new_offline_folder` and `write_description`, devices read it by
-`OfflineFolder.open`. Nothing in it is code. Sizes are checked before anything is read, and every file against its
-digest.
+`cotune compress --export` writes its description with `write_description`, devices read it with `OfflineFolder.open`.
+Nothing in it is code. Sizes are checked before anything is read, and every file against its digest.
 """
 
 from __future__ import annotations
@@ -16,14 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cotune.durable import new_folder
 from cotune.errors import InputError
 
 FORMAT = 1
@@ -40,8 +36,6 @@ MAX_MODULES = 16_384
 
 _TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-TEXT_FILES = (TOKENIZER_FILE, _TOKENIZER_CONFIG_FILE, "special_tokens_map.json", _TEMPLATE_FILE)
-"""What an exporter takes over from its source where it is there: how text is read and conversations are laid out."""
 _SPECIAL_PARTS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MAX_TOKENIZER_CONFIG_BYTES = 16 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
@@ -56,7 +50,6 @@ _MOST = {
     "bits": 32,
 }
 _MAX_WIDTH = 2**24
-_SPARE_BYTES = 2**24  # left free on the disk beside a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,37 +201,6 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def new_offline_folder(out: Path, *, num_bytes: int) -> Iterator[Path]:
-    """Give a folder to write a model into; at the end it is called `out`, after an error nothing is left.
-
-    Args:
-        out: what it is called at the end; nothing is there yet.
-        num_bytes: how much will be written, at most.
-
-    Raises:
-        InputError: there is something at `out`, the disk has too little room, or refuses.
-
-    Example:
-        >>> with new_offline_folder(Path("my-model"), num_bytes=2**20) as folder:   # doctest: +SKIP
-        ...     (folder / "model.gguf").write_bytes(data)
-    """
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} is there already, expected a new folder; remove it, or name another one")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < num_bytes + _SPARE_BYTES:
-            raise InputError(
-                f"{out} takes {num_bytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free there, expected that and "
-                f"{_SPARE_BYTES >> 20} MiB to spare; make room, take fewer bits, or name another disk"
-            )
-        with new_folder(out) as folder:
-            yield folder
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}; nothing is left of it") from error
-
-
 def write_description(folder: Path, **about: Any) -> OfflineDescription:
     """Put `offline.json` to a model that is otherwise complete.
 
@@ -309,7 +271,7 @@ class OfflineFolder:
                 "`cotune compress MODEL --out DIR --export onnx`"
             )
         try:
-            description = OfflineDescription.from_json(_read_bounded(described, MAX_DESCRIPTION_BYTES))
+            description = OfflineDescription.from_json(read_bounded(described, MAX_DESCRIPTION_BYTES))
         except InputError as error:
             raise InputError(f"{described} cannot be used: {error}") from error
         for name, digest in description.files.items():
@@ -318,7 +280,7 @@ class OfflineFolder:
         return cls(
             path=path,
             description=description,
-            tokenizer_json=_read_bounded(path / TOKENIZER_FILE, MAX_TOKENIZER_BYTES),
+            tokenizer_json=read_bounded(path / TOKENIZER_FILE, MAX_TOKENIZER_BYTES),
             chat_template=_chat_template(path, description.files, settings),
             special_tokens=_special_tokens(settings),
         )
@@ -330,7 +292,12 @@ def _guess(path: Path) -> str:
     return " but a Hugging Face model" if (path / "config.json").is_file() else ""
 
 
-def _read_bounded(path: Path, most: int) -> bytes:
+def read_bounded(path: Path, most: int) -> bytes:
+    """The bytes of a file, whose size is looked at first.
+
+    Raises:
+        InputError: it is larger than `most` bytes, or cannot be read.
+    """
     try:
         size = path.stat().st_size
         if size <= most:
@@ -359,7 +326,7 @@ def _tokenizer_settings(path: Path, files: Mapping[str, str]) -> dict[str, Any]:
     if _TOKENIZER_CONFIG_FILE not in files:
         return {}
     config = path / _TOKENIZER_CONFIG_FILE
-    data = _read_bounded(config, _MAX_TOKENIZER_CONFIG_BYTES)
+    data = read_bounded(config, _MAX_TOKENIZER_CONFIG_BYTES)
     try:
         settings = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -372,7 +339,7 @@ def _tokenizer_settings(path: Path, files: Mapping[str, str]) -> dict[str, Any]:
 def _chat_template(path: Path, files: Mapping[str, str], settings: Mapping[str, Any]) -> str | None:
     """From the file of its own, or from the tokenizer's settings, as transformers writes it."""
     if _TEMPLATE_FILE in files:
-        data = _read_bounded(path / _TEMPLATE_FILE, MAX_TEMPLATE_BYTES)
+        data = read_bounded(path / _TEMPLATE_FILE, MAX_TEMPLATE_BYTES)
         try:
             return data.decode()
         except UnicodeDecodeError as error:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
 from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +16,6 @@ from cotune.device.offline.folder import (
     OfflineDescription,
     OfflineFolder,
     digest_file,
-    new_offline_folder,
     write_description,
 )
 from cotune.errors import InputError
@@ -186,38 +183,10 @@ def test_what_cannot_be_read_again_is_not_written_either(tmp_path: Path) -> None
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     about = {one.name: getattr(describe(FILES), one.name) for one in fields(OfflineDescription)}
     del about["files"], about["tokenizer_digest"]
-    with new_offline_folder(tmp_path / "deep" / "model", num_bytes=1) as folder:
-        for name, data in FILES.items():
-            (folder / name).write_bytes(data)
-        assert write_description(folder, **about) == describe(FILES)
-        assert not (tmp_path / "deep" / "model").exists()
-    assert OfflineFolder.open(tmp_path / "deep" / "model").description == describe(FILES)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
-
-
-def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "model"
-    with (
-        pytest.raises(InputError, match="No space left on device; nothing is left of it"),
-        new_offline_folder(out, num_bytes=1) as folder,
-    ):
-        (folder / "model.onnx").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
-    with (
-        pytest.raises(
-            InputError, match=r"takes 2\.0 MiB and 1\.0 MiB are free there, expected that and 16 MiB to spare"
-        ),
-        new_offline_folder(out, num_bytes=2**21),
-    ):
-        pytest.fail("it begins although there is no room")
-    assert not list(tmp_path.iterdir())
-    out.mkdir()
-    with (
-        pytest.raises(InputError, match="is there already, expected a new folder"),
-        new_offline_folder(out, num_bytes=1),
-    ):
-        pytest.fail("it begins although something is there")
+    for name, data in FILES.items():
+        (tmp_path / name).write_bytes(data)
+    assert write_description(tmp_path, **about) == describe(FILES)
+    assert OfflineFolder.open(tmp_path).description == describe(FILES)
 
 
 def test_the_digest_of_a_file(tmp_path: Path) -> None:
