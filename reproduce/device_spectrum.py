@@ -52,13 +52,11 @@ FORMATS = {
     "gguf4": "GGUF Q4_K_M",
 }
 """What runs a model, and what the page calls it."""
-EXPECTED = {
-    "question": "what fits a device of 256 MB to 16 GB with 1 to N threads, and how fast it is; no numbers given"
-}
+EXPECTED = {"question": "what fits 256 MB to 16 GB with 1 to N threads, and how fast; no numbers given"}
 DEVIATIONS = (
     "The limit is RLIMIT_AS in the process, set when its libraries are imported: what is resident then, and every "
-    "address that is mapped afterwards, count. Weights that are mapped from a file count in full, as a device must hold "
-    "them or read them again for every token; addresses that libraries reserve and never touch do not count.",
+    "address that is mapped afterwards, count. Weights that are mapped from a file count in full, as a device must "
+    "hold them or read them again for every token; addresses that libraries reserve and never touch do not count.",
     "What the rest of a device's system needs is not in it: a device of 512 MB has less for a model.",
     "A smaller process is the same process under a larger limit, so that limits above the first that fits are only run "
     "with --every-limit.",
@@ -74,11 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=(
             "examples:\n"
-            "  python reproduce/device_spectrum.py                          # starter and shapes of 1 to 600 M numbers\n"
+            "  python reproduce/device_spectrum.py          # starter, and random weights in shapes of 1 to 600 M numbers\n"
             "  python reproduce/device_spectrum.py --models ./my-llama --shapes --memory 256MB 1GB --threads 1 2 4\n"
             "  python reproduce/device_spectrum.py --shapes tinyllama-1.1b --formats onnx4 onnx8 bfloat16\n\n"
-            "A shape of n numbers takes 2 n bytes of disk in --work, and half and a little more than n for 4 and 8 bits."
-            "\nFinished cells are kept in --cells and never run again."
+            "A shape of n numbers takes 2 n bytes of disk in --work, and about 1.1 n and 0.6 n with 8 and 4 bits.\n"
+            "Finished cells are kept in --cells and never run again."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -145,6 +143,10 @@ class Row:
         return None if self.least is None else self.cells[self.least]
 
 
+class SmallMachineError(CotuneError):
+    """This machine has less memory free than a limit allows, so that it would not be the limit that is met."""
+
+
 class Study:
     """Cells of some models.
 
@@ -160,12 +162,15 @@ class Study:
         self.limits = sorted({parse_bytes(size, "--memory") for size in args.memory})
         self.threads = args.threads or [2**i for i in range(num_processors().bit_length())]
         self.formats = [kind for kind in args.formats or FORMATS if _is_installed(kind, told=args.formats is not None)]
-        if args.prompt + args.tokens > args.context:
-            raise InputError(
-                f"prompt and tokens are {args.prompt + args.tokens}, expected at most context, {args.context}"
-            )
         self.cells: Cells = open_cells(args)
         self.sources = [self._model(name) for name in args.models] + [self._shape(name) for name in args.shapes]
+        needed = args.prompt + args.tokens
+        for source in self.sources:
+            if needed > self._context(source):
+                raise InputError(
+                    f"prompt and tokens are {needed}, expected at most {self._context(source)}, the context with "
+                    f"{source.name}; take fewer"
+                )
         if not self.sources:
             raise InputError("there is no model, expected some of --models or --shapes")
         if len({source.name for source in self.sources}) < len(self.sources):
@@ -195,16 +200,14 @@ class Study:
         """Limit after limit, up to the first that fits."""
         found: dict[int, Value] = {}
         for limit in self.limits:
-            free = available_bytes()
-            if free is not None and limit > free and any(not one["fits"] for one in found.values()):
-                unfinished.append(
-                    f"{source.name}, {FORMATS[kind]} under {_size(limit)}, which this machine has not free"
-                )
-                break
+            what = f"{source.name}, {FORMATS[kind]}, {threads} threads under {_size(limit)}"
             try:
                 found[limit] = self._cell(source, kind, threads, limit)
             except OutOfTimeError:
-                unfinished.append(f"{source.name}, {FORMATS[kind]}, {threads} threads under {_size(limit)}")
+                unfinished.append(what)
+                break
+            except SmallMachineError:
+                unfinished.append(f"{what}, which this machine has not free")
                 break
             if found[limit]["fits"] and not self.args.every_limit:
                 break
@@ -218,7 +221,7 @@ class Study:
             "format": kind,
             "limit_bytes": limit,
             "threads": threads,
-            "context": args.context,
+            "context": self._context(source),
             "prompt": args.prompt,
             "tokens": args.tokens,
             "runs": args.runs,
@@ -226,13 +229,26 @@ class Study:
         }
         return self.cells.get(f"{source.name}-spectrum", key, lambda: self._measure(source, kind, threads, limit))
 
+    def _context(self, source: Source) -> int:
+        return min(int(self.args.context), source.shape.context)
+
     def _measure(self, source: Source, kind: str, threads: int, limit: int) -> Value:
+        free = available_bytes()
+        if free is not None and limit > free:
+            raise SmallMachineError
         try:
             folder = self._exported(source, kind)
         except InputError as error:
             return {"fits": False, "error": f"no export: {error}"}
         command = [str(BENCHMARKS / "limited_decode.py"), str(folder), "--format", kind, "--limit-bytes", str(limit)]
-        command += ["--vocab", str(source.shape.vocab), "--threads", str(threads), "--context", str(self.args.context)]
+        command += [
+            "--vocab",
+            str(source.shape.vocab),
+            "--threads",
+            str(threads),
+            "--context",
+            str(self._context(source)),
+        ]
         command += ["--prompt", str(self.args.prompt), "--tokens", str(self.args.tokens), "--runs", str(self.args.runs)]
         return run_limited(command, threads=threads)
 
@@ -263,9 +279,7 @@ def run_limited(command: Sequence[str], *, threads: int, timeout_s: float = TIME
             [sys.executable, *command], capture_output=True, text=True, timeout=timeout_s, check=False, env=variables
         )
     except subprocess.TimeoutExpired as error:
-        raise CotuneError(
-            f"a cell took longer than {timeout_s:g} s; measure a smaller model or fewer tokens"
-        ) from error
+        raise CotuneError(f"a cell took longer than {timeout_s:g} s; measure a smaller model, or less") from error
     if done.returncode < 0:
         return {"fits": False, "error": f"the process was ended by {signal.Signals(-done.returncode).name}"}
     try:
@@ -281,9 +295,7 @@ def _is_installed(kind: str, *, told: bool) -> bool:
     if package is None or importlib.util.find_spec(package) is not None:
         return True
     if told:
-        raise InputError(
-            f"--formats has {kind}, which needs the package {package}; install it, or leave the format out"
-        )
+        raise InputError(f"--formats has {kind}, which needs the package {package}; install it, or leave it out")
     print(f"left out: {FORMATS[kind]}, {package} is not installed")
     return False
 
