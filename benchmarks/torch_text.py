@@ -36,9 +36,10 @@ class TorchText:
 
     def truncate(self, length: int) -> None:
         """Drop all tokens from place `length` on."""
-        self._cache = DynamicCache(config=self._model.config) if length == 0 else self._cache
-        if length:
-            self._cache.crop(length)
+        if length == 0:
+            self.close()
+        elif length < self.length:
+            self._cache.crop(length - self.length)
         self.length = length
 
     def close(self) -> None:

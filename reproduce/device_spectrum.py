@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog=(
             "examples:\n"
-            "  python reproduce/device_spectrum.py          # starter, and random weights in shapes of 1 to 600 M numbers\n"
+            "  python reproduce/device_spectrum.py      # starter, and random weights in shapes of 1 to 600 M\n"
             "  python reproduce/device_spectrum.py --models ./my-llama --shapes --memory 256MB 1GB --threads 1 2 4\n"
             "  python reproduce/device_spectrum.py --shapes tinyllama-1.1b --formats onnx4 onnx8 bfloat16\n\n"
             "A shape of n numbers takes 2 n bytes of disk in --work, and about 1.1 n and 0.6 n with 8 and 4 bits.\n"
@@ -240,16 +240,18 @@ class Study:
             folder = self._exported(source, kind)
         except InputError as error:
             return {"fits": False, "error": f"no export: {error}"}
-        command = [str(BENCHMARKS / "limited_decode.py"), str(folder), "--format", kind, "--limit-bytes", str(limit)]
-        command += [
-            "--vocab",
-            str(source.shape.vocab),
-            "--threads",
-            str(threads),
-            "--context",
-            str(self._context(source)),
-        ]
-        command += ["--prompt", str(self.args.prompt), "--tokens", str(self.args.tokens), "--runs", str(self.args.runs)]
+        options = {
+            "format": kind,
+            "limit-bytes": limit,
+            "vocab": source.shape.vocab,
+            "threads": threads,
+            "context": self._context(source),
+            "prompt": self.args.prompt,
+            "tokens": self.args.tokens,
+            "runs": self.args.runs,
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        command = [str(BENCHMARKS / "limited_decode.py"), str(folder), *words]
         return run_limited(command, threads=threads)
 
     def _exported(self, source: Source, kind: str) -> Path:
