@@ -20,16 +20,45 @@ from cotune.models.spa_ladder import SpaLadder, SpaLadderConfig
 from cotune.models.tap_ladder import TapLadderConfig
 
 
+def _llama(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, *, is_tied: bool = True
+) -> dict[str, object]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": is_tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+DEVICE_CONFIGS: dict[str, dict[str, object]] = {
+    "1m": _llama(128, 384, 4, 4, 2, 2048),
+    "25m": _llama(384, 1024, 12, 6, 2, 16_384),
+    "151m": _llama(768, 2048, 16, 12, 4, 32_768, is_tied=False),
+    "600m": _llama(1280, 3456, 32, 20, 4, 32_768),
+}
+"""Shapes that small devices may hold, of no published model, by their number of parameters."""
+
+
 def named_config(name: str) -> PreTrainedConfig:
-    """The config of one of `KNOWN_CONFIGS`.
+    """The config of one of `KNOWN_CONFIGS` or `DEVICE_CONFIGS`.
 
     Raises:
         InputError: an unknown name.
     """
-    if name not in KNOWN_CONFIGS:
-        known = ", ".join(KNOWN_CONFIGS)
+    configs = {**KNOWN_CONFIGS, **DEVICE_CONFIGS}
+    if name not in configs:
+        known = ", ".join(configs)
         raise InputError(f"shape is {name!r}, expected one of {known}; give another one as --config FILE")
-    return AutoConfig.for_model(**KNOWN_CONFIGS[name])
+    return AutoConfig.for_model(**configs[name])
 
 
 def read_config(path: Path) -> PreTrainedConfig:

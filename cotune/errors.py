@@ -23,6 +23,17 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a foreign exception says, or its name; as much of it as a sentence holds.
+
+    Example:
+        >>> first_line(ValueError("no such tensor\\nstack of C++ calls")), first_line(KeyError())
+        ('no such tensor', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return f"{lines[0]:.300}" if lines else type(error).__name__
+
+
 class CotuneError(Exception):
     """Root of all errors that cotune raises on purpose."""
 
