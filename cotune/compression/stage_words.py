@@ -20,12 +20,12 @@ from cotune.compression.distil import DistilSettings
 from cotune.compression.gguf_export import GgufExportConfig
 from cotune.compression.onnx_export import OnnxExportConfig
 from cotune.compression.prune import PRUNERS, pruner_named
-from cotune.compression.quantise import QUANTISERS, quantiser_named
+from cotune.compression.pruner import Pruner
+from cotune.compression.quantise import QUANTISERS, Quantiser, quantiser_named
 from cotune.compression.stages import Distil, Export, Prune, Quantise, Stage
 from cotune.compression.written_weights import Rounding
 from cotune.distillation.divergences import DIVERGENCES, divergence_named
 from cotune.errors import InputError
-from cotune.tuning.loop import LoopConfig
 
 Made = TypeVar("Made")
 
@@ -61,20 +61,39 @@ class Words:
             settings[key] = _value(setting)
         return cls(kind=kind, name=name, value=value if colon else None, settings=settings)
 
-    def take(self, make: Callable[..., Made], *, named: Iterable[str] = ()) -> Made:
+    def take(self, make: type[Made], *, named: Iterable[str] = ()) -> Made:
         """An object of a dataclass with those of the settings that are its fields, which are used up.
 
         Args:
             make: a dataclass.
             named: fields that are not for settings.
+
+        Raises:
+            InputError: a setting is of another type than its field, or out of range.
         """
-        assert isinstance(make, type)
-        own = {field.name for field in dataclasses.fields(make)} - set(named)
-        chosen = {key: self.settings.pop(key) for key in list(self.settings) if key in own}
-        try:
-            return make(**chosen)
-        except TypeError as error:
-            raise InputError(f"{self.kind} {self.name} has a setting of the wrong kind: {error}") from error
+        chosen: dict[str, Any] = {}
+        for field in dataclasses.fields(make):  # type: ignore[arg-type]
+            if field.name in self.settings and field.name not in named:
+                chosen[field.name] = self.pop(field.name, str(field.type))
+        return make(**chosen)
+
+    def pop(self, key: str, types: str) -> Any:
+        """The value of a setting that is there, which is used up.
+
+        Args:
+            key: its name.
+            types: what it may be, such as `int | None`.
+
+        Raises:
+            InputError: it is something else.
+        """
+        value = self.settings.pop(key)
+        allowed = [kind.strip() for kind in types.split("|")]
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        found = "None" if value is None else type(value).__name__
+        if found not in allowed and not (is_whole and "float" in allowed):
+            raise InputError(f"{self.kind} {self.name} has {key}={value!r}, expected {' or '.join(allowed)}")
+        return value
 
     def finish(self, known: Mapping[str, Any] | Iterable[str]) -> None:
         """Raise `InputError` where a setting was not used."""
@@ -111,7 +130,7 @@ def _prune(words: Words) -> Stage:
     make = PRUNERS[words.name]
     # Those of width are pruners themselves.
     known = [field.name for field in dataclasses.fields(make) if field.name not in ("hidden_size", "channels")]  # type: ignore[arg-type]
-    how = words.take(make, named=("hidden_size", "channels"))
+    how: Pruner = words.take(make, named=("hidden_size", "channels"))
     words.finish(known)
     return Prune(how=how, amount=words.value)
 
@@ -119,11 +138,10 @@ def _prune(words: Words) -> Stage:
 def _distil(words: Words) -> Stage:
     if words.name not in DIVERGENCES:
         raise InputError(f"distil is {words.name!r}, expected one of {', '.join(DIVERGENCES)}")
-    beta = words.settings.pop("beta", 0.5)
-    loop = LoopConfig(
-        epochs=words.settings.pop("epochs", DistilSettings().loop.epochs),
-        learning_rate=words.settings.pop("learning_rate", DistilSettings().loop.learning_rate),
-    )
+    beta = words.pop("beta", "float") if "beta" in words.settings else 0.5
+    types = {"epochs": "int", "learning_rate": "float"}
+    course = {key: words.pop(key, kind) for key, kind in types.items() if key in words.settings}
+    loop = dataclasses.replace(DistilSettings().loop, **course)
     named = ("what", "divergence", "loop", "seed")
     known = [field.name for field in dataclasses.fields(DistilSettings) if field.name not in named]
     settings = words.take(DistilSettings, named=named)
@@ -136,7 +154,7 @@ def _quantise(words: Words) -> Stage:
     quantiser_named(words.name)
     make = QUANTISERS[words.name]
     known = [field.name for field in dataclasses.fields(make)]  # type: ignore[arg-type]
-    how = words.take(make)
+    how: Quantiser = words.take(make)
     bits = Quantise.bits if words.value is None else _whole(words)
     named = ("how", "bits")
     stage = words.take(Quantise, named=named)
@@ -148,11 +166,9 @@ def _export(words: Words) -> Stage:
     if words.name not in ("onnx", "gguf"):
         raise InputError(f"export is {words.name!r}, expected onnx or gguf")
     if words.name == "gguf":
-        known = ("embedding_kind", "context")
-        kind = GgufExportConfig.kind if words.value is None else words.value
-        options = {key: words.settings.pop(key) for key in known if key in words.settings}
-        words.finish(known)
-        return Export(config=GgufExportConfig(kind=kind, **options))
+        gguf = words.take(GgufExportConfig, named=("kind",))
+        words.finish(("embedding_kind", "context"))
+        return Export(config=gguf if words.value is None else dataclasses.replace(gguf, kind=words.value))
     bits = None if words.value is None else _whole(words)
     rounding = words.take(Rounding, named=("bits",))
     config = words.take(OnnxExportConfig, named=("rounding", "adapter_modules"))

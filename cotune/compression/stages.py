@@ -57,8 +57,8 @@ from cotune.models.packed_folder import is_packed
 from cotune.models.selected import SelectedParameters
 from cotune.models.weights import DTYPES
 from cotune.tuning.attached import Tunable
-from cotune.tuning.lora import Lora, target_nats
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
+from cotune.tuning.lora import Lora, target_nats
 from cotune.tuning.personal import encode_examples, split_examples
 from cotune.tuning.tune import TuneConfig, tune
 
@@ -77,7 +77,7 @@ class StageWork:
         original: the model that all began with.
         source: folder of the model as it is.
         adapter: peft folder of a LoRA that stands beside it; None where there is none.
-        out: folder to write; nothing is there yet.
+        out: folder to write; nothing is there yet, and nothing else is in the folder around it.
         scratch: folder for checkpoints.
         calibration: texts to measure layers with; None where there are none.
         examples: texts to learn from; may be empty.
@@ -102,6 +102,11 @@ class StageWork:
     seed: int
     resume: bool
     tell: Tell
+
+    @property
+    def adapter_out(self) -> Path:
+        """Where an adapter is written that stands beside the model; nothing is there yet."""
+        return self.out.with_name("adapter")
 
     def load(self) -> Backbone:
         """The model as it is, in float32, with the numbers that its folders can hold."""
@@ -357,7 +362,7 @@ class Recover:
         return True
 
     def run(self, work: StageWork) -> StageOutcome:
-        """See `Stage`. Of a quantised model the folder stays where it is, and `work.out` is the adapter."""
+        """See `Stage`. Of a quantised model the folder stays where it is, and only an adapter is written."""
         backbone = work.load()
         texts, heldout = work.texts(backbone)
         result = tune(
@@ -371,9 +376,9 @@ class Recover:
         )
         report: dict[str, Any] = {"best_epoch": result.best_epoch, "num_trained": result.num_trained}
         if is_packed(work.source):
-            result.adapter.save(work.out, backbone.model)
+            result.adapter.save(work.adapter_out, backbone.model)
             report |= {"is_merged": False, **_losses(result.curve)}
-            return StageOutcome(folder=work.source, adapter=work.out, report=report)
+            return StageOutcome(folder=work.source, adapter=work.adapter_out, report=report)
         report |= {"is_merged": True, **_merged(backbone, result.adapter, heldout, result.curve)}
         save_model(work.out, backbone.model, source=str(work.source), dtype=work.dtype)
         return StageOutcome(folder=work.out, report=report)
@@ -421,19 +426,16 @@ class Export:
 
     def run(self, work: StageWork) -> StageOutcome:
         """See `Stage`. An adapter beside the model becomes one that the runtime reads."""
-        adapter = None
         if work.adapter is not None:
-            adapter = work.scratch / ("adapter.gguf" if self.runtime == "gguf" else "adapter")
-            shutil.rmtree(adapter, ignore_errors=True)
-            adapter.parent.mkdir(parents=True, exist_ok=True)
             if self.runtime == "gguf":
-                export_gguf_adapter(work.adapter, str(work.source), adapter)
+                export_gguf_adapter(work.adapter, str(work.source), work.adapter_out)
             else:
-                shutil.copytree(work.adapter, adapter)
+                shutil.copytree(work.adapter, work.adapter_out)
         if isinstance(self.config, GgufExportConfig):
             export_gguf(work.source, work.out, self.config)
         else:
             export_onnx(work.source, work.out, self.config)
+        adapter = None if work.adapter is None else work.adapter_out
         return StageOutcome(folder=work.out, adapter=adapter, report={"runtime": self.runtime})
 
 
