@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from cotune.models.backbone import Backbone
 from cotune.models.weights import read_tokenizer
 
 METRICS_FILE = "metrics.jsonl"
+_COSTS = ("runtime", "dtype", "num_threads", "prefill", "decode", "peak_bytes")
 _AGREEMENT_TOKENS = 32
 
 
@@ -62,8 +64,8 @@ class ReportCard:
 
     def __init__(self, run: Path, settings: CardSettings, *, resume: bool) -> None:
         self._path, self._settings = run / METRICS_FILE, settings
-        about = [asdict(each) for each in settings.examples]
-        self._about = json.dumps([about, asdict(settings)], default=str)
+        described = json.dumps(asdict(settings), default=str)
+        self._about = hashlib.sha256(described.encode()).hexdigest()
         self._known = self._read() if resume else {}
         self._kept: list[dict[str, Any]] = []
         self.rows: list[CompressionRow] = []
@@ -104,7 +106,11 @@ class ReportCard:
             "num_parameters": sum(layer.num_numbers for layer in layers or ()),
             "layers": None if layers is None else [{**asdict(layer)} for layer in layers],  # type: ignore[typeddict-item]
         }
-        if settings.decode is not None:
+        if folder == source:
+            # An adapter came beside it, without which speed and memory are measured.
+            before: Any = self.rows[-1]
+            row.update({name: before[name] for name in _COSTS if name in before})  # type: ignore[typeddict-item]
+        elif settings.decode is not None:
             advance(0, 1, "speed and memory")
             cost = asdict(measure_decode(folder, settings.decode))
             row.update(cost)  # type: ignore[typeddict-item]

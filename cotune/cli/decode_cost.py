@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,8 +89,8 @@ class DecodeCost:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> DecodeCost:
         """What a child printed."""
-        speeds = {name: Speed(**found.pop(name)) for name in ("prefill", "decode")}
-        return cls(**found, **speeds)
+        speeds = {name: Speed(**found[name]) for name in ("prefill", "decode")}
+        return cls(**{**found, **speeds})
 
 
 class Runner(Protocol):
@@ -128,8 +129,7 @@ def decode_cost(folder: Path, settings: DecodeSettings) -> DecodeCost:
 
     def write(runner: Runner) -> tuple[float, list[float]]:
         runner.begin()
-        prefill_s = _timed(lambda: runner.read(prompt))
-        return prefill_s, [_timed(lambda token=token: runner.read([token])) for token in rest]
+        return _timed(partial(runner.read, prompt)), [_timed(partial(runner.read, [token])) for token in rest]
 
     runner = load()
     write(runner)

@@ -138,14 +138,7 @@ def compress(
         >>> compress("my-model", stages, Path("small"), Path("small.run"), inputs)  # doctest: +SKIP
     """
     inputs = inputs or CompressInputs()
-    check_stages(stages)
-    for path in (out, adapter_of(out, stages)):
-        if path.exists() or path.is_symlink():
-            raise InputError(f"{path} is there already, expected a new name; remove it, or name another one")
-    source = find_model_folder(model)
-    dtype = dtype_of(source) if inputs.dtype is None else inputs.dtype
-    check_model(source, model, stages, dtype)
-    _check_inputs(stages, inputs)
+    source, dtype = check_request(model, stages, out, inputs)
     folder = run / STAGES_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +190,27 @@ def compress(
         raise InputError(
             f"{error.filename or out} cannot be written: {error.strerror or error}; what was finished is in {run}"
         ) from error
+
+
+def check_request(model: str, stages: Sequence[Stage], out: Path, inputs: CompressInputs) -> tuple[Path, str]:
+    """Refuse what can be refused before anything is done; the arguments are those of `compress`.
+
+    Returns:
+        The model's folder, and the number type of whole weights in the folders to come.
+
+    Raises:
+        InputError: the result or its adapter is there, stages do not go together, texts are missing that they need, or
+            the model is not one that they can be done to.
+    """
+    check_stages(stages)
+    for path in (out, adapter_of(out, stages)):
+        if path.exists() or path.is_symlink():
+            raise InputError(f"{path} is there already, expected a new name; remove it, or name another one")
+    _check_inputs(stages, inputs)
+    source = find_model_folder(model)
+    dtype = dtype_of(source) if inputs.dtype is None else inputs.dtype
+    check_model(source, model, stages, dtype)
+    return source, dtype
 
 
 def adapter_of(out: Path, stages: Sequence[Stage]) -> Path:

@@ -39,7 +39,8 @@ SOURCE = "source"
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SPEED_NOTES = (
-    "Median of single passes, quartiles in brackets, on the machine that compressed; other work on it makes them slower.",
+    "Median of single passes, quartiles in brackets, on the machine that compressed, without adapters; other work on "
+    "it makes them slower.",
     "torch is plain transformers, one token at a time with a cache; exported models run in their own runtime, which is "
     "most of the difference.",
     "Memory is by how much a process grows at most while it loads the model and writes once: weights included, "
@@ -289,10 +290,10 @@ def _agreement_section(rows: Sequence[CompressionRow]) -> Section:
             continue
         parts.append(
             paragraph(
-                f"{row['name']}: of {found['num_prompts']} greedy texts {found['num_texts_same']} are the source's token "
-                f"by token; {found['num_same']} of {found['num_tokens']} choices on the source's own text are the same; "
-                f"logits differ by up to {number(found['largest_error'])}. The source is the same weights in PyTorch, "
-                "in float32."
+                f"{row['name']}: of {found['num_prompts']} greedy texts {found['num_texts_same']} are the source's "
+                f"token by token; {found['num_same']} of {found['num_tokens']} choices on the source's own text are "
+                f"the same; logits differ by up to {number(found['largest_error'])}. The source is the same weights in "
+                "PyTorch, in float32."
             )
         )
         if found["differences"]:
