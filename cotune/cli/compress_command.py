@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -217,7 +218,7 @@ def compress(
         report = write_compression_report(
             run,
             card.rows,
-            title=f"{Path(model).name}, smaller: " + ", ".join(stage.label for stage in stages),
+            title=f"{Path(model).name}, made smaller",
             repeat=shlex.join(["cotune", *sys.argv[1:]]),
             settings=config,
             versions=versions(),
@@ -417,10 +418,10 @@ def _print_table(rows: Sequence[CompressionRow]) -> None:
     ]
     speeds = any(row.get("decode") for row in rows)
     heads = ["size", "of source", "bits", *(head for head, _ in scores)]
-    heads += ["prefill tok/s", "decode tok/s", "memory"] if speeds else []
-    table = Table("stage", *heads)
+    heads += ["prefill/s", "decode/s", "memory"] if speeds else []
+    table = Table("stage", *heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for row in rows:
         cells = [
             size(row["size_bytes"]),

@@ -105,7 +105,7 @@ def stored_layers(model: Path | str) -> list[StoredLayer]:
     Example:
         >>> layers = stored_layers("starter")
         >>> sum(layer.num_numbers for layer in layers), {layer.code_bits for layer in layers}
-        (2802240, {16})
+        (2755008, {16})
     """
     folder = find_model_folder(str(model))
     return sorted(_layers(folder), key=lambda layer: layer.name)
@@ -115,7 +115,7 @@ def folder_bytes(folder: Path) -> int:
     """Bytes of weights and graphs in a model folder of any kind.
 
     Example:
-        >>> folder_bytes(find_model_folder("starter")) > 2 * 2_802_240
+        >>> folder_bytes(find_model_folder("starter")) > 2 * 2_755_008
         True
     """
     return sum(

@@ -144,7 +144,8 @@ def write_compression_report(
 
 def _lead(rows: Sequence[CompressionRow]) -> str:
     first, last = rows[0], rows[-1]
-    told = f"{share(last['size_bytes'] / first['size_bytes'])} of the size on disk after {len(rows) - 1} stages"
+    stages = ", ".join(row["name"] for row in rows[1:])
+    told = f"{stages}: {share(last['size_bytes'] / first['size_bytes'])} of the size on disk"
     before, after = _score(first, "perplexity"), _score(last, "perplexity")
     if before is not None and after is not None:
         told += f"; perplexity {number(before)} before, {number(after)} after"
@@ -272,7 +273,8 @@ def _speed_section(rows: Sequence[CompressionRow]) -> Section:
         heading="How fast it writes, and in how much memory",
         content=join(
             [
-                Html(f'<div class="grid">{plot}<div>{table("Speed and memory", columns)}</div></div>'),
+                plot,
+                table("Speed and memory", columns),
                 bullets(_SPEED_NOTES, css_class="remarks"),
             ]
         ),

@@ -191,7 +191,7 @@ def test_a_bad_model_is_refused_before_anything_is_done(source: Path, straight: 
 def test_too_little_room_is_said_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    with pytest.raises(InputError, match="needs up to .* MiB for two stages at a time and 1 MiB are free"):
+    with pytest.raises(InputError, match=r"needs up to .* MiB for two stages at a time and 1 MiB are free"):
         run(source, tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from llama_folders import save_llama
-from tokenizers import Tokenizer
 from tiny_models import tokenizer_json
+from tokenizers import Tokenizer
 
 from cotune.compression.calibration import CalibrationTexts
 from cotune.compression.magnitude import Magnitude
@@ -60,7 +60,9 @@ def work(tmp_path: Path) -> StageWork:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach() for name, tensor in load_model(folder, dtype="float32", device="cpu").named_parameters()}
+    return {
+        name: tensor.detach() for name, tensor in load_model(folder, dtype="float32", device="cpu").named_parameters()
+    }
 
 
 def test_pruning_writes_a_plain_model(work: StageWork) -> None:
