@@ -229,7 +229,7 @@ def dtype_of(folder: Path) -> str:
 
     Example:
         >>> dtype_of(find_model_folder("starter"))
-        'bfloat16'
+        'float16'
     """
     numbers: dict[str, int] = {}
     for tensor in stored_tensors(folder).values():
