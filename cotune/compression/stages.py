@@ -347,7 +347,7 @@ class Recover:
     """Sequences in one step."""
 
     def __post_init__(self) -> None:
-        self._config(0)
+        self.config(0)
 
     @property
     def label(self) -> str:
@@ -368,7 +368,7 @@ class Recover:
         result = tune(
             backbone,
             texts,
-            self._config(work.seed),
+            self.config(work.seed),
             heldout=heldout,
             run_dir=work.scratch,
             resume=work.resume,
@@ -383,7 +383,8 @@ class Recover:
         save_model(work.out, backbone.model, source=str(work.source), dtype=work.dtype)
         return StageOutcome(folder=work.out, report=report)
 
-    def _config(self, seed: int) -> TuneConfig:
+    def config(self, seed: int) -> TuneConfig:
+        """What is tuned, and how."""
         shape = LoraShape(rank=self.rank, alpha=2.0 * self.rank)
         return TuneConfig(
             what=Lora(shape=shape), loop=self.loop, num_batch_sequences=self.num_batch_sequences, seed=seed
