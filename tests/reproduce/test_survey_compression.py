@@ -79,4 +79,4 @@ def test_the_command_writes_its_folder(tmp_path: Path, command: Command, tiny_mo
     assert "compressed, then tuned" in (tmp_path / "out" / "report.html").read_text()
     # Finished cells are never run again.
     status, again = command("survey_compression", options)
-    assert status == 0 and "survey_compression-tiny-persona" in said and "survey_compression-tiny" not in again
+    assert status == 0 and "recipe depth:1+rtn:4" in said and "recipe depth:1+rtn:4" not in again
