@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -89,7 +90,7 @@ class ReportCard:
                 "the interrupted run, or begin anew without --resume"
             )
         row = self._row(step.stage.label, step.stage.kind, step.folder, step.adapter, step.source, advance)
-        row["notes"] = _notes(step)
+        row["notes"] = [*_notes(step), *row.get("notes", ())]
         if row["kind"] == "export":
             row["num_parameters"] = self.rows[-1]["num_parameters"]
         return row
@@ -98,6 +99,7 @@ class ReportCard:
         self, name: str, kind: str, folder: Path, adapter: Path | None, source: Path | None, advance: Advance
     ) -> CompressionRow:
         settings, is_exported = self._settings, (folder / DESCRIPTION_FILE).is_file()
+        missing = missing_runtime(folder) if is_exported else None
         layers = None if is_exported else stored_layers(folder)
         row: CompressionRow = {
             "name": name,
@@ -106,6 +108,9 @@ class ReportCard:
             "num_parameters": sum(layer.num_numbers for layer in layers or ()),
             "layers": None if layers is None else [{**asdict(layer)} for layer in layers],  # type: ignore[typeddict-item]
         }
+        if missing is not None:
+            row["notes"] = [f"{missing} is not installed here, so neither speed nor scores nor tokens were looked at"]
+            return row
         if folder == source:
             # An adapter came beside it, without which speed and memory are measured.
             before: Any = self.rows[-1]
@@ -151,6 +156,13 @@ class ReportCard:
             return {row.pop("key"): row for row in rows if row.pop("about", None) == self._about}
         except (OSError, ValueError, AttributeError, KeyError):
             return {}
+
+
+def missing_runtime(folder: Path) -> str | None:
+    """The package that runs an exported model, where it is not installed; None where it is."""
+    runtime = json.loads((folder / DESCRIPTION_FILE).read_bytes())["runtime"]
+    module, package = {"onnx": ("onnxruntime", "onnxruntime"), "gguf": ("llama_cpp", "llama-cpp-python")}[runtime]
+    return None if importlib.util.find_spec(module) is not None else package
 
 
 def agreement_prompts(folder: Path, texts: Sequence[str], *, context: int, num: int = 8) -> tuple[str, ...]:

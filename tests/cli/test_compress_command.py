@@ -103,6 +103,22 @@ def test_an_interrupted_run_measures_nothing_twice(
         assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
+def test_what_cannot_run_here_is_written_and_not_judged(
+    run: Run, model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GGUF file for another machine: llama.cpp takes a quarter of an hour to compile."""
+    from cotune.cli import compress_card
+
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    monkeypatch.setattr(compress_card, "missing_runtime", lambda folder: "llama-cpp-python")
+    words = ("compress", model, "--out", tmp_path / "small", "--export", "gguf:F16", "--data", texts, *QUICK, "--json")
+    told = json.loads(run(*words).out)
+    source, exported = told["rows"]
+    assert (tmp_path / "small" / "model.gguf").is_file() and exported["size_bytes"] > 0
+    assert source["judgement"] is not None and "judgement" not in exported and "agreement" not in exported
+    assert "llama-cpp-python is not installed here" in Path(told["report"]).read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def cloud(model: Path) -> Iterator[str]:
     with in_a_thread(HostedModel.of(Backbone.from_pretrained(str(model)))) as url:
