@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A plugin folder (with --cloud), or a model folder, hub name or `starter`.")
+        str,
+        typer.Argument(help="A plugin folder (with --cloud), or a model folder, hub name, `starter`, offline folder."),
     ],
     data: Annotated[str, typer.Argument(help="Held-out texts: .jsonl, .csv or .parquet, a folder, a Hub data set.")],
     cloud: Annotated[str | None, typer.Option(help="For a plugin: URL of its cloud.")] = None,
@@ -64,6 +65,8 @@ def evaluate(
 
         cotune evaluate starter reviews.jsonl --labels terrible,great
 
+        cotune evaluate my-exported-model heldout.jsonl
+
         cotune evaluate my-plugin heldout.jsonl --cloud ws://127.0.0.1:7070 --mode spa
     """
     from cotune.data.label_words import label_words
@@ -79,6 +82,9 @@ def evaluate(
         raise InputError("both --lora and --adapter are given; give one of them")
     if is_plugin and (lora is not None or adapter is not None):
         raise InputError(f"{model} is a plugin, which takes no --adapter; give a model, or leave it out")
+    is_offline = (Path(model) / "offline.json").is_file()
+    if is_offline and (base_bits is not None or mode is not None):
+        raise InputError(f"{model} is an exported model, which takes no --base-bits and no --mode; leave them out")
     examples = read_examples(data, template, limit, seed, split, share=share)
     words = () if labels is None else label_words(examples, split_words(labels))
     with progress("evaluating", enabled=not as_json) as advance:
@@ -86,6 +92,18 @@ def evaluate(
             make = connector(cloud, token_file=token_file, tls_ca=tls_ca)
             result = run_coroutine(
                 _judge_plugin(Path(model), make, examples, mode, max_new_tokens, words, seed, advance)
+            )
+        elif is_offline:
+            from cotune.cli.offline_judging import judge_offline
+
+            result = judge_offline(
+                Path(model),
+                examples,
+                adapter=adapter or lora,
+                max_new_tokens=max_new_tokens,
+                labels=words,
+                seed=seed,
+                advance=advance,
             )
         else:
             from cotune.cli.backbone_judging import judge_model

@@ -16,6 +16,7 @@ from rich.text import Text
 from cotune import __version__
 from cotune.cli.audit_command import audit
 from cotune.cli.cloud_command import cloud
+from cotune.cli.compress_command import compress
 from cotune.cli.demo_command import demo
 from cotune.cli.device_commands import device
 from cotune.cli.evaluate_command import evaluate
@@ -42,6 +43,7 @@ app.command()(demo)
 app.command()(cloud)
 app.add_typer(device)
 app.command()(tune)
+app.command()(compress)
 app.command()(plan)
 app.command()(evaluate)
 app.add_typer(audit)

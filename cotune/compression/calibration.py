@@ -51,6 +51,7 @@ class CalibrationTexts:
         length: int = 512,
         seed: int = 0,
         eos_token_id: int | None = None,
+        takes_fewer: bool = False,
     ) -> CalibrationTexts:
         """Cut texts into pieces, put pieces of many texts one after another, and cut these into rows.
 
@@ -63,6 +64,7 @@ class CalibrationTexts:
             num_texts, length: how many rows, and the tokens in each.
             seed: of the draw.
             eos_token_id: put behind each text; None puts nothing.
+            takes_fewer: whether fewer rows than `num_texts` will do, one at least.
 
         Raises:
             InputError: a size is below 1, or there are too few tokens.
@@ -84,6 +86,8 @@ class CalibrationTexts:
             tokens += piece
             if len(tokens) >= wanted:
                 return cls(np.array(tokens[:wanted], np.int64).reshape(num_texts, length))
+        if takes_fewer and len(tokens) >= length:
+            return cls(np.array(tokens[: len(tokens) // length * length], np.int64).reshape(-1, length))
         raise InputError(
             f"the calibration texts have {len(tokens)} tokens, expected num_texts * length = {num_texts} * {length} = "
             f"{wanted}; give more texts, or a smaller num_texts or length"
@@ -100,6 +104,7 @@ class CalibrationTexts:
         length: int = 512,
         seed: int = 0,
         eos_token_id: int | None = None,
+        takes_fewer: bool = False,
     ) -> CalibrationTexts:
         """As `from_texts`, of a file or data set that `cotune.data.read_examples` reads.
 
@@ -107,7 +112,7 @@ class CalibrationTexts:
             path: see `read_examples`; a text is prompt and target together.
             tokenizer_json: the bytes of the model's `tokenizer.json`.
             template: see `read_examples`.
-            num_texts, length, seed, eos_token_id: see `from_texts`.
+            num_texts, length, seed, eos_token_id, takes_fewer: see `from_texts`.
 
         Raises:
             DataError: the data cannot be read.
@@ -119,7 +124,13 @@ class CalibrationTexts:
         texts = [example.prompt + example.target for example in read_examples(path, template)]
         tokenizer = Tokenizer.from_str(tokenizer_json.decode())
         return cls.from_texts(
-            texts, tokenizer, num_texts=num_texts, length=length, seed=seed, eos_token_id=eos_token_id
+            texts,
+            tokenizer,
+            num_texts=num_texts,
+            length=length,
+            seed=seed,
+            eos_token_id=eos_token_id,
+            takes_fewer=takes_fewer,
         )
 
 

@@ -90,11 +90,7 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
     config = config or OnnxExportConfig()
     check_onnx()
     source = LlamaFolder(model, context=config.context)
-    if source.shape.head_dim % _HEAD_MULTIPLE:
-        raise InputError(
-            f"{model} has heads of {source.shape.head_dim} numbers, expected a multiple of {_HEAD_MULTIPLE}, as "
-            "onnxruntime's attention on a CPU; export it to GGUF"
-        )
+    check_heads(source)
     written = WrittenWeights(source, config.rounding)
     modules = source.shape.module_shapes()
     chosen = {name: modules[name] for name in modules if name.rpartition(".")[2] in config.adapter_modules}
@@ -200,6 +196,19 @@ def check_onnx() -> None:
     """
     if importlib.util.find_spec("onnx") is None:
         raise InputError("writing an ONNX graph needs the package onnx; install cotune[export]")
+
+
+def check_heads(source: LlamaFolder) -> None:
+    """Refuse heads that onnxruntime's attention does not compute on a CPU.
+
+    Raises:
+        InputError: their width is no multiple of 16.
+    """
+    if source.shape.head_dim % _HEAD_MULTIPLE:
+        raise InputError(
+            f"{source.path} has heads of {source.shape.head_dim} numbers, expected a multiple of {_HEAD_MULTIPLE}, as "
+            "onnxruntime's attention on a CPU; export it to GGUF"
+        )
 
 
 def _write_graph(
