@@ -98,8 +98,8 @@ def test_the_offline_model_drafts_where_the_schedule_is_drafted(
 ) -> None:
     arguments = ("device", "generate", plugin, "w5 w9", "--cloud", cloud, "--max-new-tokens", 12, "--json")
     plain = json.loads(run(*arguments).out)
-    # A busy machine is no cloud that is away.
-    patient = ("--fallback-after", 60)
+    # A busy machine is no cloud that is away; one that may not run ahead leaves time for drafts.
+    patient = ("--fallback-after", 60, "--window", 1)
     drafted = json.loads(run(*arguments, "--schedule", "drafted", "--offline", model, *patient).out)
     assert drafted["token_ids"] == plain["token_ids"] and drafted["drafted"] > 0
     other = write_onnx_folder(tmp_path / "other", TINY, tokenizer_json=b'{"version": "1.0"}')
