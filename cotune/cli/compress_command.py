@@ -197,7 +197,7 @@ def compress(
     stages = _stages(settings)
     with ExitStack() as stack:
         inputs = _inputs(settings, stages, stack, token_file, tls_ca)
-        source, resolved_dtype = check_request(model, stages, out, inputs)
+        source, resolved_dtype = check_request(model, stages, out, inputs, resume=resume)
         card_settings = _card_settings(settings, source, inputs)
         config = {**plain(settings), "resolved": {"stages": plain(stages), "dtype": resolved_dtype}}
         run = stack.enter_context(run_folder(settings.run, "cotune compress", config))
@@ -286,6 +286,7 @@ def _inputs(
 ) -> CompressInputs:
     from cotune.compression.compress import CompressInputs
     from cotune.data.records import read_examples
+    from cotune.models.weights import digest_folder, find_model_folder
 
     examples: list[Example] = []
     texts = settings.train_data or settings.calibration
@@ -297,6 +298,8 @@ def _inputs(
     name, make = settings.teacher or "", None
     if settings.teacher is not None:
         url = settings.teacher
+        if not url.startswith(_CLOUD):
+            name = digest_folder(find_model_folder(url))
 
         def make() -> Teacher:
             return _teacher(url, settings.run, stack, token_file, tls_ca)

@@ -23,12 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from cotune.compression.calibration import CalibrationTexts
+from cotune.compression.depth import Depth
 from cotune.compression.gguf_export import K_KINDS, GgufExportConfig, check_gguf, check_k_quants
 from cotune.compression.llama_folder import LlamaFolder
 from cotune.compression.onnx_export import check_heads, check_onnx
-from cotune.compression.stages import Distil, Export, Quantise, Stage, StageOutcome, StageWork, Tell, check_stages
+from cotune.compression.pruner import count_of
+from cotune.compression.stages import (
+    Distil,
+    Export,
+    Prune,
+    Quantise,
+    Stage,
+    StageOutcome,
+    StageWork,
+    Tell,
+    check_stages,
+)
 from cotune.compression.stored_layers import stored_layers, stored_tensors
 from cotune.data.templates import Example
 from cotune.distillation.teacher import Teacher
@@ -138,12 +151,14 @@ def compress(
         >>> compress("my-model", stages, Path("small"), Path("small.run"), inputs)  # doctest: +SKIP
     """
     inputs = inputs or CompressInputs()
-    source, dtype = check_request(model, stages, out, inputs)
+    source, dtype = check_request(model, stages, out, inputs, resume=resume)
     folder = run / STAGES_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
         chain = _Chain(folder, stages, _keys(source, stages, inputs, dtype))
         first = chain.first_unfinished() if resume else 0
+        if not chain.lacks_its_adapter(first):
+            _check_free(adapter_of(out, stages))
         chain.clear_from(first, scratch_too=not resume)
         _check_room(source, stages[first:], folder, dtype)
         done = StageOutcome(folder=source, report={})
@@ -192,7 +207,9 @@ def compress(
         ) from error
 
 
-def check_request(model: str, stages: Sequence[Stage], out: Path, inputs: CompressInputs) -> tuple[Path, str]:
+def check_request(
+    model: str, stages: Sequence[Stage], out: Path, inputs: CompressInputs, *, resume: bool = False
+) -> tuple[Path, str]:
     """Refuse what can be refused before anything is done; the arguments are those of `compress`.
 
     Returns:
@@ -203,9 +220,9 @@ def check_request(model: str, stages: Sequence[Stage], out: Path, inputs: Compre
             the model is not one that they can be done to.
     """
     check_stages(stages)
-    for path in (out, adapter_of(out, stages)):
-        if path.exists() or path.is_symlink():
-            raise InputError(f"{path} is there already, expected a new name; remove it, or name another one")
+    _check_free(out)
+    if not resume:
+        _check_free(adapter_of(out, stages))
     _check_inputs(stages, inputs)
     source = find_model_folder(model)
     dtype = dtype_of(source) if inputs.dtype is None else inputs.dtype
@@ -247,6 +264,7 @@ def check_model(source: Path, name: str, stages: Sequence[Stage], dtype: str) ->
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    _check_depth(source, name, stages)
     export = next((stage for stage in stages if isinstance(stage, Export)), None)
     changing = [stage.kind for stage in stages if not isinstance(stage, Export)]
     if changing and is_packed(source):
@@ -269,6 +287,28 @@ def check_model(source: Path, name: str, stages: Sequence[Stage], dtype: str) ->
                     "of them out, or export as gguf alone"
                 )
             check_k_quants(llama, export.config.kind)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} is there already, expected a new name; remove it, or name another one")
+
+
+def _check_depth(source: Path, name: str, stages: Sequence[Stage]) -> None:
+    """Refuse to take more blocks than there are."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True).get_text_config()
+        left = num_layers = int(config.num_hidden_layers)
+    except (AttributeError, ValueError, KeyError, TypeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{source / 'config.json'} cannot be used ({reason}); copy the model again") from error
+    for stage in stages:
+        if isinstance(stage, Prune) and isinstance(stage.how, Depth):
+            left -= count_of(stage.amount)
+        elif isinstance(stage, Distil) and stage.num_layers is not None:
+            left = stage.num_layers if stage.num_layers <= left else 0
+        if left < 1:
+            raise InputError(f"{stage.label} asks for more blocks than are left of {name}'s {num_layers}; take fewer")
 
 
 def _check_inputs(stages: Sequence[Stage], inputs: CompressInputs) -> None:
@@ -325,6 +365,11 @@ class _Chain:
             if done is not None and done.folder.is_dir() and all(self._known(i) is not None for i in range(index)):
                 return index + 1
         return 0
+
+    def lacks_its_adapter(self, first: int) -> bool:
+        """Whether all is finished, and the adapter has its last name already: the run was killed at its very end."""
+        done = self._known(len(self.stages) - 1) if first == len(self.stages) else None
+        return done is not None and done.adapter is not None and not done.adapter.exists()
 
     def clear_from(self, first: int, *, scratch_too: bool) -> None:
         """Remove what stages from `first` on left unfinished, and what belongs to other settings."""
