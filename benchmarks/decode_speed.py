@@ -45,13 +45,19 @@ def speeds(text: OfflineText, prompt: Sequence[int], *, num_tokens: int, runs: i
         runs: after one that warms up and does not count.
 
     Returns:
-        `prefill` over runs, and `decode` over all steps.
+        `prefill` over runs and `decode` over all steps, both by the clock; `decode_cpu_ms`, milliseconds of processor
+        time of a step over runs, of all threads together, which other work on the machine changes little.
     """
     prefills: list[float] = []
     steps: list[float] = []
+    worked: list[float] = []
     for run in range(runs + 1):
-        seconds, written = prefill_s(text, prompt), decode_s(text, num_tokens)
+        seconds = prefill_s(text, prompt)
+        before_s = time.process_time()
+        written = decode_s(text, num_tokens)
+        worked_s = time.process_time() - before_s
         if run:
             prefills.append(len(prompt) / seconds)
             steps += [1 / step for step in written]
-    return {"prefill": Spread.of(prefills), "decode": Spread.of(steps)}
+            worked.append(1e3 * worked_s / num_tokens)
+    return {"prefill": Spread.of(prefills), "decode": Spread.of(steps), "decode_cpu_ms": Spread.of(worked)}

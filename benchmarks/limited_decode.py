@@ -99,8 +99,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "fits": True,
         "load_s": load_s,
-        "prefill": asdict(found["prefill"]),
-        "decode": asdict(found["decode"]),
+        **{name: asdict(spread) for name, spread in found.items()},
         "runtime_bytes": resident,
         "peak_bytes": _kilobytes("VmHWM") * 1024,
     }

@@ -14,36 +14,17 @@ from split_layers import LayerShape
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cotune.errors import InputError
-from cotune.evaluation.model_shape import KNOWN_CONFIGS
+from cotune.evaluation.model_shape import KNOWN_CONFIGS, plain_config
 from cotune.models.anatomy import attention_shape
 from cotune.models.spa_ladder import SpaLadder, SpaLadderConfig
 from cotune.models.tap_ladder import TapLadderConfig
 
-
-def _llama(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, *, is_tied: bool = True
-) -> dict[str, object]:
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": is_tied,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-
-
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of the tokenizer of `starter`
 DEVICE_CONFIGS: dict[str, dict[str, object]] = {
-    "1m": _llama(128, 384, 4, 4, 2, 2048),
-    "25m": _llama(384, 1024, 12, 6, 2, 16_384),
-    "151m": _llama(768, 2048, 16, 12, 4, 32_768, is_tied=False),
-    "600m": _llama(1280, 3456, 32, 20, 4, 32_768),
+    "1m": plain_config("llama", 128, 384, 4, 4, 2, 2048, 2048, tie_word_embeddings=True, **_ENDS),
+    "25m": plain_config("llama", 384, 1024, 12, 6, 2, 16_384, 2048, tie_word_embeddings=True, **_ENDS),
+    "151m": plain_config("llama", 768, 2048, 16, 12, 4, 32_768, 2048, **_ENDS),
+    "600m": plain_config("llama", 1280, 3456, 32, 20, 4, 32_768, 2048, tie_word_embeddings=True, **_ENDS),
 }
 """Shapes that small devices may hold, of no published model, by their number of parameters."""
 

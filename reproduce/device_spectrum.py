@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 BENCHMARKS = HERE.parent / "benchmarks"
 NAME = "device_spectrum"
 # The meaning of a cell: one more, and all are run again.
-PROTOCOL = 1
+PROTOCOL = 2
 TIMEOUT_S = 3600.0
 SIZES = ("256MB", "512MB", "1GB", "2GB", "4GB", "8GB", "16GB")
 FORMATS = {
@@ -396,6 +396,7 @@ def _model_section(study: Study, source: Source, rows: Sequence[Row]) -> Section
     columns["load s"] = ["" if one is None else f"{one['load_s']:.2f}" for one in fitting]
     for what in ("prefill", "decode"):
         columns[f"{what} tokens/s"] = ["" if one is None else _spread(one[what]) for one in fitting]
+    columns["CPU ms a token"] = ["" if one is None else f"{one['decode_cpu_ms']['median']:.1f}" for one in fitting]
     columns["peak MB"] = ["" if one is None else f"{one['peak_bytes'] / 1e6:,.0f}" for one in fitting]
     errors = dict.fromkeys(
         f"{FORMATS[row.kind]} under {_size(limit)}: {cell['error']}"

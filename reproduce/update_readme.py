@@ -290,10 +290,16 @@ def by_device(measured: Measured) -> str:
                 str(row["threads"]),
                 "" if cell is None else f"{row['least_bytes'] / 1e6:,.0f}",
                 "" if cell is None else f"{cell['peak_bytes'] / 1e6:,.0f}",
-                *("" if cell is None else f"{cell[what]['median']:,.1f}" for what in ("prefill", "decode")),
+                *(
+                    "" if cell is None else f"{cell[what]['median']:,.1f}"
+                    for what in ("prefill", "decode", "decode_cpu_ms")
+                ),
             ]
         )
-    return markdown(["model", "run as", "threads", "fits MB", "peak MB", "prefill tokens/s", "decode tokens/s"], rows)
+    return markdown(
+        ["model", "run as", "threads", "fits MB", "peak MB", "prefill tokens/s", "decode tokens/s", "CPU ms a token"],
+        rows,
+    )
 
 
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"

@@ -45,13 +45,16 @@ def test_the_first_run_warms_up_and_does_not_count() -> None:
 
     found = speeds(Text(), TOKENS, num_tokens=3, runs=2)  # type: ignore[arg-type]
     assert read == [6, 1, 1, 1] * 3
-    assert (found["prefill"].num, found["decode"].num) == (2, 6)
+    assert (found["prefill"].num, found["decode"].num, found["decode_cpu_ms"].num) == (2, 6, 2)
 
 
 def test_ratios_are_formed_within_a_turn() -> None:
     times = [(4.0, 1.0, 1.5), (20.0, 4.0, 8.0), (9.0, 3.0, 2.0)]
     turns = [
-        {name: {"decode_ms": ms, "prefill_ms": 1.0} for name, ms in zip((TORCH, ONNX, LLAMA), one, strict=True)}
+        {
+            name: {"decode_ms": ms, "prefill_ms": 1.0, "decode_cpu_ms": 1.0}
+            for name, ms in zip((TORCH, ONNX, LLAMA), one, strict=True)
+        }
         for one in times
     ]
     assert ratios(turns, "decode_ms", TORCH).median == 4.0
