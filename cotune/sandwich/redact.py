@@ -30,7 +30,7 @@ from cotune.sandwich.detector_process import DetectorProcess
 from cotune.sandwich.detector_table import DetectorSettings
 from cotune.sandwich.finding import Finding, merge_overlaps
 from cotune.sandwich.folding import FoldedText, fold_views
-from cotune.sandwich.json_text import clip_to_tokens, is_json_document, unescape_json
+from cotune.sandwich.json_text import clip_to_tokens, escape_json, is_json_document, unescape_json
 from cotune.sandwich.placeholders import LITERAL, PlaceholderMap, Style
 from cotune.sandwich.restore_stream import StreamRestorer
 
@@ -317,13 +317,15 @@ class RedactedRequest:
             is_glued = (
                 text[finding.start - 1 : finding.start].isalnum() or text[finding.end : finding.end + 1].isalnum()
             )
+            value = unescape_json(surface) if passage.is_json and not piece_is_number else surface
             placeholder = self._placeholders.placeholder_for(
                 finding.kind,
                 finding.identity,
-                unescape_json(surface) if passage.is_json and not piece_is_number else surface,
-                json_text=surface if passage.is_json and not piece_is_number else None,
+                value,
+                # Only where it is written otherwise than JSON has to: plain text and JSON share their placeholders.
+                json_text=surface if passage.is_json and escape_json(value) != surface else None,
                 is_number=piece_is_number,
-                is_glued=is_glued or passage.is_json or piece_is_number,
+                is_glued=is_glued or piece_is_number,
             )
             if passage.is_json and piece_is_number:
                 placeholder = f'"{placeholder}"'
