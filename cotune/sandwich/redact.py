@@ -284,12 +284,13 @@ class RedactedRequest:
         found = self._finder.find(passages)
         known = self._known_values(passages, found)
         self._placeholders.expect_kinds({finding.kind for findings in found for finding in findings})
+        # Before anything is drawn, which avoids all these texts anyway.
+        literals = [[*self._placeholders.touched(passage.text)] for passage in passages]
         redacted = []
         for index, passage in enumerate(passages):
             views = _case_views(passage.text, passage.is_json)
             findings = [*found[index], *_repeated(views, known)]
-            literals = self._placeholders.touched(passage.text)
-            findings += [Finding(*place, LITERAL, passage.text[slice(*place)]) for place in literals]
+            findings += [Finding(*place, LITERAL, passage.text[slice(*place)]) for place in literals[index]]
             redacted.append(self._replace(passage, _cover_all(passage, findings, known), index in numbers))
         return redacted
 
@@ -454,10 +455,8 @@ def _restore_value(value: Any, placeholders: PlaceholderMap, depth: int) -> Any:
     if isinstance(value, str):
         if is_json_document(value):
             return placeholders.restore(value, is_json=True)
-        quoted = placeholders.restore(f'"{value}"', is_json=True)
-        if not quoted.startswith('"'):  # the string was the placeholder of a number, and nothing else
-            return json.loads(quoted)
-        return placeholders.restore(value)
+        number = placeholders.number_for(value)
+        return placeholders.restore(value) if number is None else number
     if isinstance(value, list | tuple):
         return [_restore_value(each, placeholders, depth + 1) for each in value]
     if isinstance(value, dict):
