@@ -197,10 +197,14 @@ def _save_map(request: RedactedRequest, path: Path) -> None:
 def _show(redacted: Redacted) -> None:
     """What would be sent, placeholders in the colour of their kind; counts on standard error."""
     kinds = list(redacted.counts)
-    shown = Text(redacted.text)
+    text = redacted.text.replace("\x1b", "\N{SYMBOL FOR ESCAPE}")  # a text does not command the terminal
+    shown, end = Text(), 0
     for each in redacted.replacements:
-        shown.stylize(f"bold {_COLOURS[kinds.index(each.kind) % len(_COLOURS)]}", each.sent_start, each.sent_end)
-    stdout.print(shown, soft_wrap=True, end="" if redacted.text.endswith("\n") else "\n")
+        colour = _COLOURS[kinds.index(each.kind) % len(_COLOURS)]
+        shown.append(text[end : each.sent_start]).append(text[each.sent_start : each.sent_end], f"bold {colour}")
+        end = each.sent_end
+    shown.append(text[end:])
+    stdout.print(shown, soft_wrap=True, end="" if text.endswith("\n") else "\n")
     stderr.print(f"would be sent: {len(redacted.payload):,} bytes")
     table = Table("kind", "replaced")
     table.columns[1].justify = "right"

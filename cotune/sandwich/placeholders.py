@@ -161,7 +161,7 @@ class PlaceholderMap:
             self._entries[number, spelling] = self._by_writing[writing] = entry
             if not placeholder.startswith("<"):
                 self._surrogates[letters_and_digits(placeholder)] = entry
-            self._patterns.clear()
+                self._patterns.clear()
         return entry.placeholder
 
     def _draw(self) -> int:
@@ -197,6 +197,16 @@ class PlaceholderMap:
             is_json: it is a JSON document: values are escaped for its strings, and numbers become numbers.
         """
         return self._pattern(is_json).sub(lambda match: self.replacement(match, is_json), text)
+
+    def number_for(self, text: str) -> int | float | None:
+        """The number of a JSON value whose placeholder is all of this text; None where it is anything else."""
+        match = self._pattern(True).fullmatch(f'"{text}"')
+        written = '"' if match is None else self.replacement(match, True)
+        if written.startswith('"'):
+            return None
+        number = json.loads(written)
+        assert isinstance(number, int | float)
+        return number
 
     def search(self, text: str, start: int, *, is_json: bool = False) -> re.Match[str] | None:
         """The next thing that `restore` would look at, from `start` on."""

@@ -30,7 +30,7 @@ from cotune.sandwich.detector_process import DetectorProcess
 from cotune.sandwich.detector_table import DetectorSettings
 from cotune.sandwich.finding import Finding, merge_overlaps
 from cotune.sandwich.folding import FoldedText, fold_views
-from cotune.sandwich.json_text import clip_to_tokens, is_json_document, unescape_json
+from cotune.sandwich.json_text import clip_to_tokens, escape_json, is_json_document, unescape_json
 from cotune.sandwich.placeholders import LITERAL, PlaceholderMap, Style
 from cotune.sandwich.restore_stream import StreamRestorer
 
@@ -284,12 +284,13 @@ class RedactedRequest:
         found = self._finder.find(passages)
         known = self._known_values(passages, found)
         self._placeholders.expect_kinds({finding.kind for findings in found for finding in findings})
+        # Before anything is drawn, which avoids all these texts anyway.
+        literals = [[*self._placeholders.touched(passage.text)] for passage in passages]
         redacted = []
         for index, passage in enumerate(passages):
             views = _case_views(passage.text, passage.is_json)
             findings = [*found[index], *_repeated(views, known)]
-            literals = self._placeholders.touched(passage.text)
-            findings += [Finding(*place, LITERAL, passage.text[slice(*place)]) for place in literals]
+            findings += [Finding(*place, LITERAL, passage.text[slice(*place)]) for place in literals[index]]
             redacted.append(self._replace(passage, _cover_all(passage, findings, known), index in numbers))
         return redacted
 
@@ -317,13 +318,15 @@ class RedactedRequest:
             is_glued = (
                 text[finding.start - 1 : finding.start].isalnum() or text[finding.end : finding.end + 1].isalnum()
             )
+            value = unescape_json(surface) if passage.is_json and not piece_is_number else surface
             placeholder = self._placeholders.placeholder_for(
                 finding.kind,
                 finding.identity,
-                unescape_json(surface) if passage.is_json and not piece_is_number else surface,
-                json_text=surface if passage.is_json and not piece_is_number else None,
+                value,
+                # Only where it is written otherwise than JSON has to: plain text and JSON share their placeholders.
+                json_text=surface if passage.is_json and escape_json(value) != surface else None,
                 is_number=piece_is_number,
-                is_glued=is_glued or passage.is_json or piece_is_number,
+                is_glued=is_glued or piece_is_number,
             )
             if passage.is_json and piece_is_number:
                 placeholder = f'"{placeholder}"'
@@ -452,10 +455,8 @@ def _restore_value(value: Any, placeholders: PlaceholderMap, depth: int) -> Any:
     if isinstance(value, str):
         if is_json_document(value):
             return placeholders.restore(value, is_json=True)
-        quoted = placeholders.restore(f'"{value}"', is_json=True)
-        if not quoted.startswith('"'):  # the string was the placeholder of a number, and nothing else
-            return json.loads(quoted)
-        return placeholders.restore(value)
+        number = placeholders.number_for(value)
+        return placeholders.restore(value) if number is None else number
     if isinstance(value, list | tuple):
         return [_restore_value(each, placeholders, depth + 1) for each in value]
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cotune.ledger import EgressLedger
 
@@ -32,6 +33,17 @@ def test_shows_what_would_be_sent_and_counts(run: Callable[..., Any], mail: Path
     assert re.fullmatch(r"Write to <PERSON_\d+> <<EMAIL_\d+>>, card <CARD_\d+>\.\n", done.out)
     assert re.search(r"would be sent: \d+ bytes", done.err)
     assert all(re.search(rf"{kind}\W+1\b", done.err) for kind in ("PERSON", "EMAIL", "CARD"))
+
+
+def test_colours_stand_on_the_placeholders_also_after_line_ends_of_windows(
+    run: Callable[..., Any], mail: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(force_terminal=True, color_system="standard", highlight=False, file=io.StringIO())
+    monkeypatch.setattr("cotune.cli.sandwich_command.stdout", console)
+    mail.write_bytes(b"one\r\n\r\ntwo \x1b[31m ann@example.org, 192.0.2.7\r\n")
+    assert run("sandwich", "redact", mail, "--timeout", 60).status == 0
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"\x1b\[1;36m<EMAIL_\d+>\x1b\[0m, \x1b\[1;35m<IP_\d+>\x1b\[0m", shown) and "\x1b[31m" not in shown
 
 
 def test_json_holds_the_text_places_and_no_value(run: Callable[..., Any], mail: Path) -> None:

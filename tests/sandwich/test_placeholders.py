@@ -125,6 +125,15 @@ def test_in_json_values_are_escaped_and_numbers_are_numbers() -> None:
     assert '"J\\u00e9"' in restored and placeholders.restore(verbatim) == "Jé"
 
 
+def test_only_a_whole_placeholder_of_a_number_is_a_number() -> None:
+    placeholders = PlaceholderMap(random.Random(0))
+    number = placeholders.placeholder_for("PHONE", "1", "4155552671", is_number=True)
+    text = placeholders.placeholder_for("PHONE", "2", "4155550000")
+    assert placeholders.number_for(number) == placeholders.number_for(number.lower().strip("<>")) == 4155552671
+    for other in (text, f"{number} ", f'{number}" and "{number}', "", '"', "<PHONE_0000>", "12"):
+        assert placeholders.number_for(other) is None
+
+
 def test_the_map_tells_nothing_unless_asked() -> None:
     placeholders, _ = with_mail()
     told = f"{placeholders} {placeholders!r} {placeholders.entries}"

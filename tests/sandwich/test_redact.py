@@ -59,6 +59,38 @@ def test_a_value_that_becomes_a_word_when_its_neighbour_goes_is_replaced_too() -
     assert "ann" not in sent.text and request.restore(sent.text) == "x-ann annbob"
 
 
+def test_a_known_value_that_overlaps_a_finding_goes_whole() -> None:
+    class Odd:
+        def find(self, text: str) -> list[Finding]:
+            return [
+                Finding(m.start(1), m.end(1), "TERM", m[1])
+                for m in re.finditer("(?=Dear (Ann Lee)|(Lee 77))", text)
+                if m[1]
+            ] + [Finding(m.start(), m.end(), "IP", m[0]) for m in re.finditer("Lee 77", text)]
+
+    request = Redactor(finder=HereFinder({"odd": Odd()})).request(random.Random(0))
+    assert "Ann" not in request.redact("Dear Ann Lee, and Ann Lee 77").text
+
+
+def test_surrogates_beside_letters_and_for_numbers_come_back() -> None:
+    request = redactor_here(style="surrogate").request(random.Random(0))
+    glued, arguments = "Nr4111111111111111 4111111111111111", '{"card": 4111111111111111, "to": "ann@x.org"}'
+    sent = request.redact(glued).text
+    assert re.fullmatch(r"Nr<CARD_\d+> \d{16}", sent) and request.restore(sent) == glued
+    sent_arguments = request.redact_arguments(arguments).text
+    assert (
+        re.fullmatch(r"<CARD_\d+(_\d)?>", json.loads(sent_arguments)["card"])
+        and "<" not in json.loads(sent_arguments)["to"]
+    )
+    assert request.restore_arguments(sent_arguments) == arguments
+
+
+def test_plain_text_and_json_share_their_placeholders() -> None:
+    request = redactor_here().request(random.Random(0))
+    sent = request.redact_json({"text": "to ann@x.org", "arguments": '{"to": "ann@x.org"}'}).value
+    assert sent["text"].split()[1] == json.loads(sent["arguments"])["to"]
+
+
 def test_requests_share_no_placeholder_even_with_the_same_generator() -> None:
     redactor = redactor_here()
     seen = [redactor.request(random.Random(0)).redact("to ann@x.org").text for _ in range(30)]

@@ -32,7 +32,7 @@ _NAMED = re.compile(
     r"(?:pass(?:word|wd|phrase|code)?|pwd|secret|credential|token|pin|api[_ -]?key|access[_ -]?key|private[_ -]?key|"
     r"client[_ -]?secret|auth(?:orization)?)[\"']?(?:[ \t]{0,3}(?P<sign>=|:|=>|:=)[ \t]{0,3}|"
     r"[ \t](?P<verb>is|was|(?:will|to|should) be)[ \t])"
-    r"(?P<quote>[\"'`]?)(?:(?:Bearer|Basic)[ \t])?(?P<value>[^\s\"'`,;<>]{4,512})",
+    r"(?P<quote>[\"'`]?)(?:(?:Bearer|Basic)[ \t])?(?P<value>[^\s\"'`,;<>]{3,512})",
     re.IGNORECASE,
 )
 _PROSE = (

@@ -43,6 +43,8 @@ def test_finds_numbers(text: str, number: str, identity: str) -> None:
         "order 20240512",
         "version 1.2.3",
         "call me at 5",
+        "call me on 2024-05-12",
+        "fax of 01.02.2023",
         "pi is 3.14159265",
         "x4155552671y",
         "page 12 of 345",
