@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,12 +130,88 @@ class ByteSpans:
                 f"an offset is {farthest}, expected at most {len(text)}, the characters of the text; "
                 "give the text that was encoded"
             )
-        byte_of = [0, *accumulate(len(character.encode()) for character in text)]
-        walk = _Walk(text.encode(), always_prepends=table.always_prepends)
-        for index, (token_id, (begin, end), is_added) in enumerate(tokens):
-            if not is_added:
-                walk.read(index, table.pieces[token_id], byte_of[begin], byte_of[end])
-        return walk.finished(ids, table)
+        raw, byte_of = text.encode(), _byte_of_character(text)
+        own = [(index, token_id, *offset) for index, (token_id, offset, is_added) in enumerate(tokens) if not is_added]
+        faithful = _faithful_spans(own, raw, byte_of, table)
+        if faithful is not None:
+            return faithful.finished(ids, table)
+        walk = _Walk(raw, always_prepends=table.always_prepends)
+        for index, token_id, begin, end in own:
+            walk.read(index, table.pieces[token_id], int(byte_of[begin]), int(byte_of[end]))
+        return walk.spans().finished(ids, table)
+
+
+@dataclass(frozen=True, eq=False)
+class _Spans:
+    """Spans before it is known what stands behind them."""
+
+    num_bytes: int
+    start: int
+    ends: NDArray[np.int64]
+    first_tokens: NDArray[np.int64]
+    end_tokens: NDArray[np.int64]
+    is_exact: NDArray[np.bool_]
+    has_own_start: NDArray[np.bool_]
+
+    def finished(self, ids: Sequence[int], table: TokenBytes) -> ByteSpans:
+        after = int(self.end_tokens[-1]) if len(self.ends) else 0
+        end = int(self.ends[-1]) if len(self.ends) else self.start
+        ending = [index for index in range(after, len(ids)) if ids[index] in table.end_ids]
+        return ByteSpans(
+            input_ids=np.array(ids, np.int64),
+            num_bytes=self.num_bytes,
+            start=self.start,
+            ends=self.ends,
+            first_tokens=self.first_tokens,
+            end_tokens=self.end_tokens,
+            is_exact=self.is_exact,
+            has_own_start=self.has_own_start,
+            end_token=ending[0] if ending and end == self.num_bytes else None,
+        )
+
+
+def _byte_of_character(text: str) -> NDArray[np.int64]:
+    """int64 (characters + 1,): where each character begins in UTF-8, and where the text ends."""
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _faithful_spans(
+    tokens: Sequence[tuple[int, int, int, int]], raw: bytes, byte_of: NDArray[np.int64], table: TokenBytes
+) -> _Spans | None:
+    """The spans of a text that its tokens write byte by byte, as most do; None for any other. What `_Walk` finds too.
+
+    Args:
+        tokens: place, id, and the first and the last character of each token.
+    """
+    pieces = [table.pieces[token_id] for _, token_id, _, _ in tokens]
+    if not all(pieces):
+        return None
+    written = b"".join(piece or b"" for piece in pieces)
+    is_prefixed = written[:1] == b" " and (table.always_prepends or not raw.startswith(written))
+    body = written[1:] if is_prefixed else written
+    is_whole = body == raw and (is_prefixed or not table.always_prepends or not tokens)
+    # Cut off behind, at the end of a word and where the tokenizer says so too; any other cut is left to the walk.
+    is_front = (
+        bool(tokens) and raw.startswith(body) and body[-1:].strip() != b"" and int(byte_of[tokens[-1][3]]) == len(body)
+    )
+    if not is_whole and (not is_front or table.always_prepends):
+        return None
+    ends = np.cumsum([len(piece or b"") for piece in pieces], dtype=np.int64) - is_prefixed
+    places = np.array([place for place, _, _, _ in tokens], np.int64)
+    own = np.ones(len(tokens), np.bool_)
+    own[:1] = not is_prefixed
+    has_width = ends > 0
+    return _Spans(
+        len(raw),
+        0,
+        ends[has_width],
+        places[has_width],
+        places[has_width] + 1,
+        np.ones(int(has_width.sum()), np.bool_),
+        own[has_width],
+    )
 
 
 class _Walk:
@@ -168,25 +243,20 @@ class _Walk:
                     return
         self._read_changed(index, begin, end)
 
-    def finished(self, ids: Sequence[int], table: TokenBytes) -> ByteSpans:
+    def spans(self) -> _Spans:
+        """All of them, once every token was read."""
         if self._waiting is not None and self._spans:
             # What they say is not in the text.
             last = self._spans[-1]
             self._spans[-1] = replace(last, end_token=self._waiting + 1, is_exact=False)
-        spans, start = self._spans, self._start or 0
-        after = spans[-1].end_token if spans else 0
-        end = spans[-1].end if spans else start
-        ending = [index for index in range(after, len(ids)) if ids[index] in table.end_ids]
-        return ByteSpans(
-            input_ids=np.array(ids, np.int64),
-            num_bytes=len(self._text),
-            start=start,
-            ends=np.array([span.end for span in spans], np.int64),
-            first_tokens=np.array([span.first_token for span in spans], np.int64),
-            end_tokens=np.array([span.end_token for span in spans], np.int64),
-            is_exact=np.array([span.is_exact for span in spans], np.bool_),
-            has_own_start=np.array([span.has_own_start for span in spans], np.bool_),
-            end_token=ending[0] if ending and end == len(self._text) else None,
+        return _Spans(
+            len(self._text),
+            self._start or 0,
+            np.array([span.end for span in self._spans], np.int64),
+            np.array([span.first_token for span in self._spans], np.int64),
+            np.array([span.end_token for span in self._spans], np.int64),
+            np.array([span.is_exact for span in self._spans], np.bool_),
+            np.array([span.has_own_start for span in self._spans], np.bool_),
         )
 
     def _is_cut(self, piece: bytes | None, begin: int) -> bool:

@@ -23,6 +23,7 @@ class ChunkIndex:
 
     Attributes:
         rows, positions: int64 (chunks,): logits[row, position] predicts the chunk's first token.
+        last_ids: int64 (chunks,), the token at that position.
         token_rows, token_positions: int64 (tokens,): logits[row, position] predicts a token of a chunk.
         token_ids: int64 (tokens,), which token.
         token_chunks: int64 (tokens,), of which chunk.
@@ -32,6 +33,7 @@ class ChunkIndex:
 
     rows: Tensor
     positions: Tensor
+    last_ids: Tensor
     token_rows: Tensor
     token_positions: Tensor
     token_ids: Tensor
@@ -54,7 +56,7 @@ class ChunkIndex:
             >>> logits[index.rows, index.positions].shape  # doctest: +SKIP
             torch.Size([17, 32000])
         """
-        firsts, ends, rows, ids, token_rows, sizes, own = [], [], [], [], [], [], []
+        firsts, ends, rows, last, ids, token_rows, sizes, own = [], [], [], [], [], [], [], []
         for row, alignment in enumerate(alignments):
             usable = alignment.is_usable
             tokens = alignment.sides[side]
@@ -62,6 +64,7 @@ class ChunkIndex:
             firsts.append(first)
             ends.append(end)
             rows.append(np.full(len(first), row))
+            last.append(tokens.input_ids[first - 1])
             places = _ranges(first, end)
             ids.append(tokens.input_ids[places])
             token_rows.append(np.full(len(places), row))
@@ -71,6 +74,7 @@ class ChunkIndex:
         return cls(
             rows=torch.from_numpy(_joined(rows)),
             positions=torch.from_numpy(first - 1),
+            last_ids=torch.from_numpy(_joined(last)),
             token_rows=torch.from_numpy(_joined(token_rows)),
             token_positions=torch.from_numpy(_ranges(first, end) - 1),
             token_ids=torch.from_numpy(_joined(ids)),

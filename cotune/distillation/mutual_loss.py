@@ -24,6 +24,7 @@ from cotune.distillation.chunk_index import ChunkIndex
 from cotune.distillation.chunk_likelihood import chunk_divergence, chunk_log_likelihoods
 from cotune.distillation.common_tokens import CommonTokens, TopCommon
 from cotune.distillation.divergences import check_temperature
+from cotune.distillation.merged_bytes import MergedBytes
 from cotune.distillation.next_byte import next_byte_divergence, next_byte_log_probs, shared_events
 from cotune.distillation.token_bytes import TokenBytes
 from cotune.distillation.top_log_probs import check_top_k
@@ -48,6 +49,8 @@ class MutualLossConfig:
     """Of chunk likelihoods."""
     top_k: int = 64
     """Common tokens of L_tok at each chunk."""
+    drops_merged: bool = False
+    """Leave the bytes out of L_byte that one of the two tokenizers would have merged into the token before."""
     gate: ChunkGate | None = field(default_factory=ChunkGate)
     """None counts every chunk fully."""
 
@@ -71,11 +74,13 @@ class ChunkReadings:
         log_likelihoods: float (chunks,), l of each chunk, nats.
         next_bytes: float (starts, 257), log P at the chunks that have a start of their own; None where it was not read.
         top_common: at the same chunks; None where it was not read.
+        merged: bool (starts, 257), X of the token before them; None where it was not read.
     """
 
     log_likelihoods: Tensor
     next_bytes: Tensor | None = None
     top_common: TopCommon | None = None
+    merged: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +121,8 @@ class MutualLoss:
         self.config = config
         self._teacher, self._student = teacher, student
         self._events = shared_events(teacher, student) if config.byte_weight > 0 else None
+        drops = config.drops_merged and self._events is not None
+        self._merged = (MergedBytes(teacher), MergedBytes(student)) if drops else None
         self._common = CommonTokens.of_tables(teacher, student) if config.token_weight > 0 else None
 
     @torch.no_grad()
@@ -138,6 +145,7 @@ class MutualLoss:
                 top_k=self.config.top_k,
                 student_vocab=len(self._student),
             ),
+            merged=None if self._merged is None else self._merged[0](index.last_ids[index.has_own_start]),
         )
 
     def __call__(self, teacher: ChunkReadings, logits: Tensor, index: ChunkIndex) -> MutualTerms:
@@ -164,7 +172,12 @@ class MutualLoss:
             total = total + config.chunk_weight * (gates * chunk).sum()
         if self._events is not None and teacher.next_bytes is not None:
             expected = next_byte_log_probs(starts, self._student)
-            byte = next_byte_divergence(teacher.next_bytes.to(expected), expected, self._events, temperature=heat)
+            merged = None
+            if self._merged is not None and teacher.merged is not None:
+                merged = teacher.merged.to(own.device) | self._merged[1](index.last_ids[index.has_own_start])
+            byte = next_byte_divergence(
+                teacher.next_bytes.to(expected), expected, self._events, merged=merged, temperature=heat
+            )
             total = total + config.byte_weight * heat**2 * (start_gates * byte).sum()
         if self._common is not None and teacher.top_common is not None:
             token = teacher.top_common.divergence(starts, self._common, temperature=heat)
@@ -185,13 +198,14 @@ class MutualLoss:
             )
         for name, term, reading in (
             ("byte_weight", self._events, teacher.next_bytes),
+            ("drops_merged", self._merged, teacher.merged),
             ("token_weight", self._common, None if teacher.top_common is None else teacher.top_common.log_probs),
         ):
             if term is not None and (reading is None or len(reading) != num_starts):
                 came = "nothing" if reading is None else f"{len(reading)} positions"
                 raise InputError(
-                    f"{name} is above 0 and the teacher told {came} for it, expected {num_starts} positions; "
-                    "read the teacher with the same config, or set the weight to 0"
+                    f"{name} is set and the teacher told {came} for it, expected {num_starts} positions; "
+                    "read the teacher with the same config, or set it to 0"
                 )
 
 

@@ -15,7 +15,7 @@ that two models which agree on every byte would still differ because their vocab
 
 How far P_m is from what the model expects as the next byte of the *text*: having read a token, a model with BPE knows
 that the longer tokens which begin with it did not come. At a boundary inside of a word two models can know different
-things of this kind.
+things of this kind; `cotune.distillation.merged_bytes` says where.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def next_byte_divergence(
     student: Tensor,
     events: Tensor,
     *,
+    merged: Tensor | None = None,
     temperature: float = 1.0,
     divergence: Divergence | None = None,
 ) -> Tensor:
@@ -86,6 +87,8 @@ def next_byte_divergence(
     Args:
         teacher, student: from `next_byte_log_probs`, (positions, 257).
         events: from `shared_events`; both sides are normalised over them.
+        merged: bool (positions, 257), events to leave out at each position, such as those of
+            `cotune.distillation.merged_bytes`; a position where nothing is left has a loss of zero.
         temperature: T.
         divergence: KL if None.
 
@@ -104,5 +107,12 @@ def next_byte_divergence(
     check_temperature(temperature)
     divergence = divergence or ForwardKl()
     events = events.to(student.device)
-    p, q = ((side[:, events] / temperature).log_softmax(dim=1) for side in (teacher, student))
-    return divergence(p, q)
+    sides = [side[:, events] / temperature for side in (teacher, student)]
+    if merged is None:
+        return divergence(*(side.log_softmax(dim=1) for side in sides))
+    left_out = merged[:, events]
+    is_empty = left_out.all(dim=1)
+    # A softmax over nothing has no gradient to multiply by zero.
+    left_out = left_out & ~is_empty[:, None]
+    loss = divergence(*(side.masked_fill(left_out, -torch.inf).log_softmax(dim=1) for side in sides))
+    return loss.masked_fill(is_empty, 0.0)

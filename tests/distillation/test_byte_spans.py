@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import unicodedata
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizer_kinds import END, HARD_TEXTS, spans_of, table_of, tokenizer_of
 from tokenizers import Regex, Tokenizer, models, normalizers
 
+from cotune.distillation import byte_spans
 from cotune.distillation.byte_spans import ByteSpans
 from cotune.distillation.token_bytes import TokenBytes
 from cotune.errors import InputError
@@ -48,6 +51,27 @@ def test_exact_spans_are_written_by_their_tokens_and_the_rest_is_said(kind: str,
         assert spans.is_exact.all() and spans.end == len(raw)
     if kind == "nfkc" and unicodedata.normalize("NFKC", text) == text:
         assert spans.is_exact.all() and spans.end == len(raw)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "trimmed", "unigram", "nfkc"])
+@given(text=HARD_TEXTS, cut=st.none() | st.integers(1, 8))
+@settings(max_examples=20, deadline=None)
+def test_the_short_way_for_faithful_texts_finds_what_the_walk_finds(kind: str, text: str, cut: int | None) -> None:
+    quick = spans_of(kind, text.strip(), max_tokens=cut)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(byte_spans, "_faithful_spans", lambda *_: None)
+        walked = spans_of(kind, text.strip(), max_tokens=cut)
+    for field in dataclasses.fields(ByteSpans):
+        assert np.array_equal(getattr(quick, field.name), getattr(walked, field.name)), field.name
+
+
+def test_the_short_way_is_taken() -> None:
+    raw = b"the cat"
+    assert byte_spans._faithful_spans([], raw, np.arange(8), table_of("unigram")) is None
+    encoding = tokenizer_of("unigram").encode("the cat", add_special_tokens=False)
+    own = [(index, one, *encoding.offsets[index]) for index, one in enumerate(encoding.ids)]
+    assert byte_spans._faithful_spans(own, raw, np.arange(8), table_of("unigram")) is not None
+    assert byte_spans._faithful_spans(own[:1], raw, np.arange(8), table_of("unigram")) is not None
 
 
 def test_characters_over_several_tokens() -> None:

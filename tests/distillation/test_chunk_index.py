@@ -28,6 +28,7 @@ def test_a_token_is_predicted_by_the_position_before_it() -> None:
     batch = [alignment([1, 3, 4], [3, 4, 7], [True, False, True]), alignment([2], [4], [True])]
     index = ChunkIndex.of_batch(batch, 0)
     assert index.rows.tolist() == [0, 0, 1] and index.positions.tolist() == [0, 3, 1]
+    assert index.last_ids.tolist() == [100, 103, 101]
     assert index.token_positions.tolist() == [0, 1, 3, 4, 5, 1, 2]
     assert index.token_ids.tolist() == [101, 102, 104, 105, 106, 102, 103]
     assert index.token_rows.tolist() == [0] * 5 + [1] * 2 and index.token_chunks.tolist() == [0, 0, 1, 1, 1, 2, 2]

@@ -15,6 +15,7 @@ from cotune.distillation.alignment import Alignment, align
 from cotune.distillation.byte_spans import ByteSpans
 from cotune.distillation.chunk_gate import ChunkGate
 from cotune.distillation.chunk_index import ChunkIndex
+from cotune.distillation.merged_bytes import MergedBytes
 from cotune.distillation.mutual_loss import ChunkReadings, MutualLoss, MutualLossConfig
 from cotune.distillation.next_byte import next_byte_log_probs
 from cotune.errors import InputError
@@ -161,6 +162,35 @@ def test_two_tokenizers_over_one_language_of_bytes_have_nothing_to_learn(tempera
             assert terms.loss.item() == pytest.approx(0.0, abs=1e-12)
 
 
+def test_what_one_tokenizer_merges_is_left_out_and_then_two_agree_again() -> None:
+    """Models that know, as real ones do, that a longer token did not come: no "b" after "a" where "ab" is a token."""
+    oracle, text = ByteOracle.of_abc(), "cabcacabccbcac"
+    sides = [longest_match("a", "b", "c", "ab", "abc"), longest_match("a", "b", "c", "bc", "ca")]
+    spans = [ByteSpans.of_text(tokenizer, text, table, end_id=1) for tokenizer, table in sides]
+    logits = []
+    for one, (_, table) in zip(spans, sides, strict=True):
+        own, merged = oracle.logits(one, table, text), MergedBytes(table)
+        firsts = torch.from_numpy(np.minimum(table.first_events, 256))
+        told = merged(torch.from_numpy(one.input_ids))[:, firsts]
+        assert bool(told.any())
+        logits.append(own.masked_fill(told[None], -40.0))
+    pair = align(*spans)
+    for way, seen in (((0, 1), pair), ((1, 0), pair.swapped())):
+        index = [ChunkIndex.of_batch([seen], side) for side in (0, 1)]
+        losses = {}
+        for drops in (False, True):
+            loss = MutualLoss(only("byte_weight", gate=None, drops_merged=drops), sides[way[0]][1], sides[way[1]][1])
+            readings = loss.read(logits[way[0]], index[0])
+            student = logits[way[1]].clone().requires_grad_()
+            terms = loss(readings, student, index[1])
+            (gradient,) = torch.autograd.grad(terms.loss, student)
+            assert torch.isfinite(gradient).all()
+            losses[drops] = terms.loss.item()
+        assert losses[False] > 0.1 and losses[True] == pytest.approx(0.0, abs=1e-12)
+        with pytest.raises(InputError, match="drops_merged is set and the teacher told nothing"):
+            loss(replace(readings, merged=None), student, index[1])
+
+
 # The label-shift toy: every letter is always followed by the same other one, so that a model which was taught by one
 # position too early or too late says the letter that it has just read.
 CYCLE = "abcd" * 4
@@ -284,9 +314,9 @@ def test_what_does_not_fit_is_refused() -> None:
     readings, student = loss.read(logits_of("unigram", 1), ChunkIndex.of_batch(pairs, 0)), logits_of("byte_level", 2)
     with pytest.raises(InputError, match="expected 0; give both sides of the same alignments"):
         loss(readings, student, ChunkIndex.of_batch([], 1))
-    with pytest.raises(InputError, match="byte_weight is above 0 and the teacher told nothing"):
+    with pytest.raises(InputError, match="byte_weight is set and the teacher told nothing"):
         loss(replace(readings, next_bytes=None), student, index)
-    with pytest.raises(InputError, match="token_weight is above 0 and the teacher told nothing"):
+    with pytest.raises(InputError, match="token_weight is set and the teacher told nothing"):
         loss(replace(readings, top_common=None), student, index)
     assert readings.next_bytes is not None
     with pytest.raises(InputError, match="told 1 positions"):

@@ -100,6 +100,24 @@ def test_flattened_tokens_would_not_agree() -> None:
     assert float(next_byte_divergence(*as_tokens, events)) > 0.02
 
 
+def test_events_that_are_left_out() -> None:
+    """Over a and the end: (.3, .15) / .45 against (.2, .2) / .4; where nothing is left, nothing is lost."""
+    table = TokenBytes((b"a", b"b", None), frozenset({2}))
+    teacher, student = (
+        next_byte_log_probs(torch.tensor([shares] * 2, dtype=torch.float64).log(), table)
+        for shares in ([0.3, 0.55, 0.15], [0.2, 0.6, 0.2])
+    )
+    merged = torch.zeros(2, 257, dtype=torch.bool)
+    merged[0, ord("b")] = True
+    merged[1] = True
+    student.requires_grad_()
+    loss = next_byte_divergence(teacher, student, shared_events(table, table), merged=merged)
+    expected = 2 / 3 * np.log(2 / 3 / 0.5) + 1 / 3 * np.log(1 / 3 / 0.5)
+    assert loss.tolist() == pytest.approx([expected, 0.0])
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert torch.isfinite(gradient).all() and gradient[0, ord("a")] < 0 and not gradient[1].any()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match=r"the logits are \(1, 3\), expected \(positions, 6\)"):
         next_byte_log_probs(torch.zeros(1, 3), TABLE)
