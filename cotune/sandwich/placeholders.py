@@ -246,6 +246,7 @@ class PlaceholderMap:
             written = quote(entry_or_none.value, safe="")
         elif opening.startswith("&"):
             written = html.escape(entry_or_none.value, quote=False)
+            written = escape_json(written) if is_json else written
         after = "" if closing else match["close"] or ""
         return f"{quotes[0]}{before}{written}{rest}{after}{quotes[1]}"
 
