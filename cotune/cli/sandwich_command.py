@@ -204,7 +204,9 @@ def _show(redacted: Redacted) -> None:
         shown.append(text[end : each.sent_start]).append(text[each.sent_start : each.sent_end], f"bold {colour}")
         end = each.sent_end
     shown.append(text[end:])
-    stdout.print(shown, soft_wrap=True, end="" if text.endswith("\n") else "\n")
+    if text.endswith("\n"):
+        shown.right_crop(1)
+    stdout.print(shown, soft_wrap=True)
     stderr.print(f"would be sent: {len(redacted.payload):,} bytes")
     table = Table("kind", "replaced")
     table.columns[1].justify = "right"

@@ -229,13 +229,16 @@ class PlaceholderMap:
             before, opening = opening[:-1], "<"  # the backslash is the text's own
         spelling = int(match["spelling"]) if match["spelling"] else 1
         entry_or_none = self._entries.get((int(match["number"]), spelling))
+        quotes = (match["quote"], match["unquote"] or "") if is_json else ("", "")
         rest = ""
         if entry_or_none is None and match["spelling"] and not closing:
             entry_or_none = self._entries.get((int(match["number"]), 1))  # such as EMAIL_4821-5
             rest = match["tail"]
         if entry_or_none is None or entry_or_none.kind != match["kind"].upper():
-            return UNKNOWN.format(match[0]) if opening and closing else match[0]
-        quotes = (match["quote"], match["unquote"]) if is_json else ("", "")
+            if not (opening and closing):
+                return match[0]
+            core = match[0][len(quotes[0]) : len(match[0]) - len(quotes[1])]
+            return f"{quotes[0]}{UNKNOWN.format(core)}{quotes[1]}"
         if entry_or_none.is_number and quotes == ('"', '"'):
             return entry_or_none.value
         written = self._written(entry_or_none, is_json)
@@ -243,6 +246,7 @@ class PlaceholderMap:
             written = quote(entry_or_none.value, safe="")
         elif opening.startswith("&"):
             written = html.escape(entry_or_none.value, quote=False)
+            written = escape_json(written) if is_json else written
         after = "" if closing else match["close"] or ""
         return f"{quotes[0]}{before}{written}{rest}{after}{quotes[1]}"
 

@@ -84,6 +84,24 @@ def test_another_number_or_kind_is_marked_and_never_guessed() -> None:
         assert placeholders.restore(other_text) == other_text
 
 
+def test_an_escaped_placeholder_in_a_json_document_leaves_it_one() -> None:
+    placeholders, number = with_mail()
+    text = f'{{"a": "&lt;EMAIL_{number}&gt;", "b": "%3CEMAIL_{number}%3E"}}'
+    assert json.loads(placeholders.restore(text, is_json=True)) == {
+        "a": 'Ann "A" &lt;ann@x.org&gt;',
+        "b": "Ann%20%22A%22%20%3Cann%40x.org%3E",
+    }
+
+
+def test_a_json_document_with_an_unknown_placeholder_stays_one() -> None:
+    placeholders, _ = with_mail()
+    text = '{"a": "<EMAIL_0000>", "b": ["to <PHONE_0000> "]}'
+    assert json.loads(placeholders.restore(text, is_json=True)) == {
+        "a": "[unknown placeholder <EMAIL_0000>]",
+        "b": ["to [unknown placeholder <PHONE_0000>] "],
+    }
+
+
 def test_same_value_same_placeholder_other_spelling_same_number() -> None:
     placeholders = PlaceholderMap(random.Random(3))
     first = placeholders.placeholder_for("EMAIL", "ann@x.org", "ann@x.org")
