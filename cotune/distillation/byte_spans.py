@@ -189,14 +189,13 @@ def _faithful_spans(
     if not all(pieces):
         return None
     written = b"".join(piece or b"" for piece in pieces)
-    is_prefixed = written[:1] == b" " and (table.always_prepends or not raw.startswith(written))
+    is_prefixed = written[:1] == b" " and not raw.startswith(written)
     body = written[1:] if is_prefixed else written
-    is_whole = body == raw and (is_prefixed or not table.always_prepends or not tokens)
     # Cut off behind, at the end of a word and where the tokenizer says so too; any other cut is left to the walk.
     is_front = (
         bool(tokens) and raw.startswith(body) and body[-1:].strip() != b"" and int(byte_of[tokens[-1][3]]) == len(body)
     )
-    if not is_whole and (not is_front or table.always_prepends):
+    if body != raw and not is_front:
         return None
     ends = np.cumsum([len(piece or b"") for piece in pieces], dtype=np.int64) - is_prefixed
     places = np.array([place for place, _, _, _ in tokens], np.int64)

@@ -111,8 +111,6 @@ def next_byte_divergence(
     if merged is None:
         return divergence(*(side.log_softmax(dim=1) for side in sides))
     left_out = merged[:, events]
-    is_empty = left_out.all(dim=1)
-    # A softmax over nothing has no gradient to multiply by zero.
-    left_out = left_out & ~is_empty[:, None]
     loss = divergence(*(side.masked_fill(left_out, -torch.inf).log_softmax(dim=1) for side in sides))
-    return loss.masked_fill(is_empty, 0.0)
+    # Where all is left out this is nan; neither that nor a gradient of it goes on.
+    return loss.masked_fill(left_out.all(dim=1), 0.0)

@@ -49,7 +49,7 @@ def test_shared_boundaries_by_hand() -> None:
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @given(text=HARD_TEXTS, has_end=st.booleans(), cut=st.none() | st.integers(2, 12), prompt=st.integers(0, 6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_chunks_are_what_both_sides_say(
     pair: tuple[str, str], text: str, has_end: bool, cut: int | None, prompt: int
 ) -> None:
@@ -82,7 +82,7 @@ def test_chunks_are_what_both_sides_say(
 
 @pytest.mark.parametrize("kind", ["byte_level", "unigram", "nfkc", "word_piece"])
 @given(text=HARD_TEXTS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_tokenizer_agrees_with_itself_in_every_span(kind: str, text: str) -> None:
     spans = spans_of(kind, text)
     alignment = align(spans, spans)

@@ -33,7 +33,7 @@ def pieces(spans: ByteSpans, text: str) -> list[tuple[str, bool]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=HARD_TEXTS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_exact_spans_are_written_by_their_tokens_and_the_rest_is_said(kind: str, text: str) -> None:
     spans, table, raw = spans_of(kind, text), table_of(kind), text.encode()
     starts = starts_of(spans)
@@ -55,7 +55,7 @@ def test_exact_spans_are_written_by_their_tokens_and_the_rest_is_said(kind: str,
 
 @pytest.mark.parametrize("kind", ["byte_level", "trimmed", "unigram", "nfkc"])
 @given(text=HARD_TEXTS, cut=st.none() | st.integers(1, 8))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_short_way_for_faithful_texts_finds_what_the_walk_finds(kind: str, text: str, cut: int | None) -> None:
     quick = spans_of(kind, text.strip(), max_tokens=cut)
     with pytest.MonkeyPatch.context() as patch:
