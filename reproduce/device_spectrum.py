@@ -200,7 +200,7 @@ class Study:
         """Limit after limit, up to the first that fits."""
         found: dict[int, Value] = {}
         for limit in self.limits:
-            what = f"{source.name}, {FORMATS[kind]}, {threads} threads under {_size(limit)}"
+            what = f"{source.name}, {FORMATS[kind]}, {_threads(threads)} under {_size(limit)}"
             try:
                 found[limit] = self._cell(source, kind, threads, limit)
             except OutOfTimeError:
@@ -323,7 +323,9 @@ def build(study: Study) -> Page:
         ],
         deviations=DEVIATIONS,
         lines=[
-            f"{row.model:16s} {FORMATS[row.kind]:15s} {row.threads} threads: {_told(row)}" for row in rows if row.cells
+            f"{row.model:16s} {FORMATS[row.kind]:15s} {_threads(row.threads)}: {_told(row)}"
+            for row in rows
+            if row.cells
         ],
         unfinished=unfinished,
     )
@@ -354,13 +356,12 @@ def overview(study: Study, rows: Sequence[Row]) -> Html:
         ]
         for name, found in by_format.items()
     }
+    sizes = {source.name: source.shape.num_parameters / 1e6 for source in study.sources}
     lines = {
         name: sorted(
             (
-                round(cell["peak_bytes"] / 1e6),
-                cell["decode"]["median"],
-                cell["decode"]["lower_quartile"],
-                cell["decode"]["upper_quartile"],
+                round(sizes[row.model], 1),
+                *(1e3 / cell["decode"][part] for part in ("median", "upper_quartile", "lower_quartile")),
             )
             for row in found
             for cell in (row.fitting,)
@@ -368,9 +369,10 @@ def overview(study: Study, rows: Sequence[Row]) -> Html:
         )
         for name, found in by_format.items()
     }
+    threads = _threads(study.threads[0])
     made = Html("")
     if any(point is not None for points in bars.values() for point in points):
-        caption = f"The smallest limit under which a model runs, {study.threads[0]} threads; no bar: none of them."
+        caption = f"The smallest limit under which a model runs, with {threads}; no bar: none of them."
         made = join([made, plot_groups("least-memory", caption, names, bars, y_label="MB")])
     if any(lines.values()):
         made = join(
@@ -378,11 +380,10 @@ def overview(study: Study, rows: Sequence[Row]) -> Html:
                 made,
                 plot_lines(
                     "speed",
-                    f"Decoding against the most memory that the process held, a point for each model, "
-                    f"{study.threads[0]} threads; bars are quartiles.",
+                    f"A written token by size of the model, where it first fits, with {threads}; bars are quartiles.",
                     {name: points for name, points in lines.items() if points},
-                    x_label="peak MB",
-                    y_label="tokens per second",
+                    x_label="million parameters",
+                    y_label="ms a token",
                     is_log_x=True,
                 ),
             ]
@@ -404,7 +405,7 @@ def _model_section(study: Study, source: Source, rows: Sequence[Row]) -> Section
         for limit, cell in row.cells.items()
         if not cell["fits"] and row.threads == study.threads[0]
     )
-    names = [f"{FORMATS[row.kind]}, {row.threads} thread{'' if row.threads == 1 else 's'}" for row in rows]
+    names = [f"{FORMATS[row.kind]}, {_threads(row.threads)}" for row in rows]
     return Section(
         name=source.name.replace(".", "-"),
         short=source.name,
@@ -442,6 +443,10 @@ def _told(row: Row) -> str:
         f"fits {_size(row.least or 0)}, loads in {cell['load_s']:.1f} s, reads {_spread(cell['prefill'])}/s, "
         f"writes {_spread(cell['decode'])}/s, peak {cell['peak_bytes'] / 1e6:,.0f} MB"
     )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _size(count: int) -> str:
