@@ -22,6 +22,7 @@ import cotune
 from cotune import __version__
 from cotune.data import DEMO_PERSONA, persona_split
 from cotune.plugin import Plugin
+from cotune.tuning.loop import LoopConfig
 
 STARTER = Path(cotune.__file__).parent / "models" / "starter" / "model.safetensors"
 KEYS_OF_A_GENERATION = {
@@ -372,7 +373,7 @@ main()
 @needs_starter
 @pytest.mark.integration
 def test_an_interrupted_tuning_resumes_to_the_same_plugin(
-    scene: Scene, tmp_path: Path, run: Any, one_thread: None
+    scene: Scene, tmp_path: Path, run: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the middle of the training of a real process, then `--resume`, against a run without a break."""
     script = tmp_path / "impatient.py"
@@ -401,6 +402,7 @@ def test_an_interrupted_tuning_resumes_to_the_same_plugin(
     metrics = tmp_path / "broken.run" / "side" / "metrics.jsonl"
     kept = metrics.read_text().splitlines()[:-2]
     assert kept
+    monkeypatch.setitem(LoopConfig.__init__.__kwdefaults__, "checkpoint_interval_s", 0.0)
     for name, more in (("broken", ["--resume"]), ("whole", [])):
         outcome = run(*arguments, "--out", tmp_path / name, "--json", *more)
         assert outcome.status == 0, outcome.err
