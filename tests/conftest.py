@@ -12,4 +12,4 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seconds", default="6", help="how long tests/wire/test_fuzz.py goes on, seconds in all")
-    parser.addoption("--connects", default="10000", help="connections in tests/cloud/test_front.py that come and go")
+    parser.addoption("--connects", default="3000", help="connections in tests/cloud/test_front.py that come and go")

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import cotune
 from cotune import __version__
 from cotune.data import DEMO_PERSONA, persona_split
 from cotune.plugin import Plugin
+from cotune.tuning.loop import LoopConfig
 
 STARTER = Path(cotune.__file__).parent / "models" / "starter" / "model.safetensors"
 KEYS_OF_A_GENERATION = {
@@ -338,6 +340,15 @@ def test_tune_a_side_network_that_starts_from_the_backbone(scene: Scene, run: An
 
 # A device that saves its run all the time instead of every ten seconds. Where PAUSE names a file, it makes
 # that and waits, in the middle of the training.
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the other processes here have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 IMPATIENT = """
 import os, pathlib, signal, sys, time
 # Whoever runs tests in the background of a shell has it ignored.
@@ -349,7 +360,7 @@ save, saved = Checkpoint.save, []
 def pausing(self, *args):
     save(self, *args)
     saved.append(self)
-    if "PAUSE" in os.environ and len(saved) == 25:
+    if len(saved) == 25:
         pathlib.Path(os.environ["PAUSE"]).touch()
         time.sleep(60)
 Checkpoint.save = pausing
@@ -361,21 +372,22 @@ main()
 
 @needs_starter
 @pytest.mark.integration
-def test_an_interrupted_tuning_resumes_to_the_same_plugin(scene: Scene, tmp_path: Path) -> None:
+def test_an_interrupted_tuning_resumes_to_the_same_plugin(
+    scene: Scene, tmp_path: Path, run: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C in the middle of the training of a real process, then `--resume`, against a run without a break."""
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT, encoding="utf-8")
     arguments = ["device", "tune", str(scene.texts), "--cloud", scene.url, "--epochs", "40", "--heldout-share", "0.4"]
 
-    def command(out: str) -> list[str]:
-        return [sys.executable, str(script), *arguments, "--out", str(tmp_path / out)]
-
-    def start(*arguments: str, **more: str) -> subprocess.Popen[str]:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(arguments, text=True, env={**ENVIRONMENT, **more}, **pipes)
-
     paused = tmp_path / "paused"
-    broken = start(*command("broken"), PAUSE=str(paused))
+    broken = subprocess.Popen(
+        [sys.executable, str(script), *arguments, "--out", str(tmp_path / "broken")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, "PAUSE": str(paused)},
+    )
     deadline_s = time.monotonic() + 120
     while not paused.is_file() and broken.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.05)
@@ -390,11 +402,11 @@ def test_an_interrupted_tuning_resumes_to_the_same_plugin(scene: Scene, tmp_path
     metrics = tmp_path / "broken.run" / "side" / "metrics.jsonl"
     kept = metrics.read_text().splitlines()[:-2]
     assert kept
-    running = {"broken": start(*command("broken"), "--resume", "--json"), "whole": start(*command("whole"), "--json")}
-    for name, process in running.items():
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        told = json.loads(out)
+    monkeypatch.setitem(LoopConfig.__init__.__kwdefaults__, "checkpoint_interval_s", 0.0)
+    for name, more in (("broken", ["--resume"]), ("whole", [])):
+        outcome = run(*arguments, "--out", tmp_path / name, "--json", *more)
+        assert outcome.status == 0, outcome.err
+        told = json.loads(outcome.out)
         # The features of an interrupted run are not asked for again.
         assert ("features request" in told["egress"]) == (name == "whole")
     for file in ("plugin.json", "plugin.safetensors"):

@@ -26,7 +26,7 @@ def _request(mode: str, seed: int, **changes: object) -> GenerationRequest:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     mode=st.sampled_from(sorted(MODES)),
     schedule=st.sampled_from(SCHEDULES),
@@ -238,7 +238,7 @@ def _check_late(personal: Personal, request: GenerationRequest, decisions: list[
         tokens = np.array([decision.token_id])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     mode=st.sampled_from(sorted(MODES)),
     schedule=st.sampled_from(SCHEDULES),
