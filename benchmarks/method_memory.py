@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from finished_cells import FinishedCells
 from measurement import Spread, Target, Timed, describe_machine, finish, interleave, make_parser, time_call
 from model_shapes import named_config, random_model, read_config
 from rich.console import Console
@@ -69,6 +70,7 @@ from cotune.wire.features import SequenceFeatures
 
 EXAMPLES = """  python benchmarks/method_memory.py                       # two shapes, about ten minutes on one core
   python benchmarks/method_memory.py --shape small --method lora --method side
+  python benchmarks/method_memory.py --resume              # go on where it was interrupted
   python benchmarks/method_memory.py --device cuda --dtype bfloat16
 """
 
@@ -426,18 +428,30 @@ def scene_of(name: str, args: argparse.Namespace) -> Scene:
     )
 
 
-def measure_shape(name: str, args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:
-    """All methods on one shape."""
-    scene = scene_of(name, args)
-    rows: dict[str, Any] = {}
-    for method in methods:
-        case = CASES[method]
+def measure_peaks(name: str, args: argparse.Namespace, cells: FinishedCells) -> None:
+    """The peaks of all methods on one shape that are not measured yet; each is kept as soon as it is."""
+    for method in args.method:
+        if (name, method) in cells:
+            continue
         arguments = [str(Path(__file__)), "--child", method, "--shape", name, "--seed", str(args.seed)]
         arguments += ["--batch", str(args.batch), "--length", str(args.length), "--steps", str(args.steps)]
         arguments += ["--dtype", args.dtype, "--device", args.device, "--threads", str(args.threads)]
-        peaks = [run_measured(arguments)["peak_bytes"] for _ in range(args.runs)]
-        cost, base = predict(case, scene), base_bytes(case, scene)
-        above = Spread.of([peak / 1e6 for peak in peaks])
+        peaks = [run_measured(arguments, timeout_s=args.timeout_s)["peak_bytes"] for _ in range(args.runs)]
+        cells.keep([{"shape": name, "method": method, "peak_bytes": peaks}])
+        print(f"{name} {method}: {Spread.of([peak / 1e6 for peak in peaks]).median:.0f} MB above the weights")
+
+
+def beside_predictions(scene: Scene, peaks: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """What was measured of each method, and what the planner says.
+
+    Args:
+        scene: the shape and its load.
+        peaks: bytes beyond the weights, by method.
+    """
+    rows = {}
+    for method, peak_bytes in peaks.items():
+        cost, base = predict(CASES[method], scene), base_bytes(CASES[method], scene)
+        above = Spread.of([peak / 1e6 for peak in peak_bytes])
         predicted_mb = (cost.peak - base) / 1e6
         rows[method] = {
             "base_mb": base / 1e6,
@@ -447,8 +461,7 @@ def measure_shape(name: str, args: argparse.Namespace, methods: list[str]) -> di
             "ratio_whole": cost.peak / 1e6 / (above.median + base / 1e6),
             "predicted": cost,
         }
-        print(f"{name} {method}: {above.median:.0f} MB above the weights, predicted {predicted_mb:.0f}")
-    return {"num_parameters": scene.shape.num_parameters, "methods": rows}
+    return rows
 
 
 def measure_times(name: str, args: argparse.Namespace, methods: list[str]) -> dict[str, Any]:
@@ -542,6 +555,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="processes for each method (default: %(default)s)")
     parser.add_argument("--timed-runs", type=int, default=5, help="turns of the timing (default: %(default)s)")
     parser.add_argument("--time", action="append", choices=CASES, help="methods to time (default: five of them)")
+    parser.add_argument("--timeout-s", type=float, default=1800.0, help="of a process (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="measure only the peaks that the result file lacks")
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -556,14 +571,20 @@ def main() -> None:
     args.shape = args.shape or [name for name in SHAPES if name != "small"]
     args.method = args.method or [name for name, case in CASES.items() if can_run(case)]
     args.time = args.time if args.time is not None else [name for name in TIMED if name in args.method]
-    results: dict[str, Any] = {}
+    cells = FinishedCells("method_memory", args, ("shape", "method"), free=("shape", "method", "time", "timed_runs"))
+    for name in args.shape:
+        measure_peaks(name, args, cells)
+    results: dict[str, Any] = {"rows": cells.rows, "shapes": {}}
     targets: list[Target] = []
     for name in args.shape:
-        memory = measure_shape(name, args, args.method)
+        scene = scene_of(name, args)
+        found = {row["method"]: row["peak_bytes"] for row in cells.rows if row["shape"] == name}
+        memory = beside_predictions(scene, {method: found[method] for method in args.method})
         times = measure_times(name, args, args.time) if args.time else {}
-        results[name] = {"sizes": SHAPES.get(name), **memory, "times": times}
-        targets += targets_of(name, memory["methods"], times)
-        show(name, memory["methods"], times)
+        num_parameters = scene.shape.num_parameters
+        results["shapes"][name] = {"num_parameters": num_parameters, "methods": memory, "times": times}
+        targets += targets_of(name, memory, times)
+        show(name, memory, times)
     finish("method_memory", args, machine, results, targets)
 
 

@@ -14,22 +14,32 @@ from split_layers import LayerShape
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cotune.errors import InputError
-from cotune.evaluation.model_shape import KNOWN_CONFIGS
+from cotune.evaluation.model_shape import KNOWN_CONFIGS, plain_config
 from cotune.models.anatomy import attention_shape
 from cotune.models.spa_ladder import SpaLadder, SpaLadderConfig
 from cotune.models.tap_ladder import TapLadderConfig
 
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of the tokenizer of `starter`
+DEVICE_CONFIGS: dict[str, dict[str, object]] = {
+    "1m": plain_config("llama", 128, 384, 4, 4, 2, 2048, 2048, tie_word_embeddings=True, **_ENDS),
+    "25m": plain_config("llama", 384, 1024, 12, 6, 2, 16_384, 2048, tie_word_embeddings=True, **_ENDS),
+    "151m": plain_config("llama", 768, 2048, 16, 12, 4, 32_768, 2048, **_ENDS),
+    "600m": plain_config("llama", 1280, 3456, 32, 20, 4, 32_768, 2048, tie_word_embeddings=True, **_ENDS),
+}
+"""Shapes that small devices may hold, of no published model, by their number of parameters."""
+
 
 def named_config(name: str) -> PreTrainedConfig:
-    """The config of one of `KNOWN_CONFIGS`.
+    """The config of one of `KNOWN_CONFIGS` or `DEVICE_CONFIGS`.
 
     Raises:
         InputError: an unknown name.
     """
-    if name not in KNOWN_CONFIGS:
-        known = ", ".join(KNOWN_CONFIGS)
+    configs = {**KNOWN_CONFIGS, **DEVICE_CONFIGS}
+    if name not in configs:
+        known = ", ".join(configs)
         raise InputError(f"shape is {name!r}, expected one of {known}; give another one as --config FILE")
-    return AutoConfig.for_model(**KNOWN_CONFIGS[name])
+    return AutoConfig.for_model(**configs[name])
 
 
 def read_config(path: Path) -> PreTrainedConfig:

@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from cotune.errors import InputError
+
 OWNER_ONLY = 0o600
+SPARE_BYTES = 2**24
+"""Left free on the disk beside what is large."""
 
 
 @contextmanager
@@ -121,6 +125,37 @@ def new_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     sync(folder.parent)
+
+
+@contextmanager
+def new_sized_folder(folder: Path, *, num_bytes: int) -> Iterator[Path]:
+    """`new_folder` for what is large: the disk is asked first, and refusals are one sentence.
+
+    Args:
+        folder: what it is called at the end; nothing is there yet. Folders above it are made.
+        num_bytes: how much will be written, at most.
+
+    Raises:
+        InputError: there is something at `folder`, the disk has too little room, or refuses; nothing is left of it.
+
+    Example:
+        >>> with new_sized_folder(Path("my-model"), num_bytes=2**30) as unfinished:   # doctest: +SKIP
+        ...     (unfinished / "model.gguf").write_bytes(data)
+    """
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} is there already, expected a new folder; remove it, or name another one")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < num_bytes + SPARE_BYTES:
+            raise InputError(
+                f"{folder} takes {num_bytes / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free there, expected that "
+                f"and {SPARE_BYTES >> 20} MiB to spare; make room, take fewer bits, or name another disk"
+            )
+        with new_folder(folder) as unfinished:
+            yield unfinished
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}; nothing is left of it") from error
 
 
 def remove_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@
     ├── NonFiniteLossError                training met nan or inf
     ├── CacheFullError                    no room for more keys and values
     ├── AuditError                        a model memorised more than the caller allows
+    ├── RedactionError                    a text could not be redacted; nothing of it may be sent
     └── WireError                         the other side, or the way to it
         ├── FrameError                    bytes that are no valid frame
         ├── ConnectionLostError           the connection broke; the session can be resumed
@@ -20,6 +21,17 @@ Every message names what was wrong, what came, what was expected and the next st
 from __future__ import annotations
 
 from pathlib import Path
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a foreign exception says, or its name; as much of it as a sentence holds.
+
+    Example:
+        >>> first_line(ValueError("no such tensor\\nstack of C++ calls")), first_line(KeyError())
+        ('no such tensor', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return f"{lines[0]:.300}" if lines else type(error).__name__
 
 
 class CotuneError(Exception):
@@ -75,6 +87,18 @@ class AuditError(CotuneError):
     """A model memorised more of its training texts than the caller allows; the audit itself went well."""
 
     exit_code = 3
+
+
+class RedactionError(CotuneError):
+    """A text could not be redacted, so nothing of it may be sent. The message never holds a part of the text.
+
+    Args:
+        detector: the detector that failed; None where none did.
+    """
+
+    def __init__(self, message: str, *, detector: str | None = None) -> None:
+        self.detector = detector
+        super().__init__(message)
 
 
 class CacheFullError(CotuneError):

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from cotune.federation.coordinator import Coordinator, FederationError, Progress
 from cotune.federation.device_agent import DeviceAgent
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.local_model import LocalModel, LocalSteps
-from cotune.federation.run_parts import rule_of
+from cotune.federation.run_parts import rule_of, with_start
 from cotune.federation.run_secret import RunSecret, direction_seed
 from cotune.federation.settings import AdapterSettings, DataSettings, FederationSettings
 from cotune.federation.signing import DeviceKey, Registry
@@ -44,6 +44,8 @@ from cotune.federation.simulation import mean_loss, start_of
 from cotune.federation.transport import Arrival, Transport
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
+from cotune.models.residual_lora import ResidualLora
+from cotune.tuning.lora_init import initial_lora
 from cotune.tuning.personal import encode_examples
 
 # The meaning of a cell: one more, and all are run again.
@@ -51,6 +53,7 @@ PROTOCOL = 1
 RATE_FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0)
 NOT_ON_LORA = {"fedpeptao": "it tunes a prompt, and the devices of this study hold a LoRA adapter"}
 """Why an algorithm is not run; all others say themselves what they cannot do."""
+PISSA = "pissa"
 STRAGGLERS, LOST = "stragglers", "lost replies"
 FAULT_SHARE = 0.2
 WORK_S = 1.0
@@ -228,6 +231,34 @@ class Lossy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where A begins.
+
+    Attributes:
+        method: of the product's `STARTS`; or `PISSA`, which the product refuses, as its B is not zero: here each device
+            takes it from the base itself and tunes the residual, so that the base on disk is the one that all share.
+        scale: of the product's `SCALES`.
+    """
+
+    method: str = "orthonormal"
+    scale: str = "lora"
+
+    def settings(self, rank: int) -> AdapterSettings:
+        """The product's; PiSSA begins where its arrays are, as `random` does."""
+        method = "random" if self.method == PISSA else self.method
+        return AdapterSettings(rank=rank, alpha=2.0 * rank, start=method, scale=self.scale)
+
+    def adapter(self, backbone: Backbone, shape: LoraShape, *, seed: int) -> LoraAdapter | ResidualLora:
+        """What the devices hold before anybody tells them where A begins."""
+        shape = replace(shape, use_rslora=self.scale == "rslora")
+        if self.method != PISSA:
+            return LoraAdapter.fresh(backbone.model, shape, seed=seed)
+        made = initial_lora(backbone, shape, PISSA, (), seed=seed)
+        assert isinstance(made, ResidualLora)
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scene:
     """One federation.
 
@@ -237,6 +268,8 @@ class Scene:
         split: of the texts.
         seed: of texts, batches, directions and start.
         fault: none, `STRAGGLERS` or `LOST`.
+        start: where A begins.
+        more_rounds: that the start takes for itself.
     """
 
     algorithm: str
@@ -244,6 +277,8 @@ class Scene:
     split: str = IID
     seed: int = 0
     fault: str | None = None
+    start: Start = Start()
+    more_rounds: int = 0
 
 
 @dataclass(kw_only=True)
@@ -330,27 +365,28 @@ class FederatedStudy:
         options = options_at(kind, factor, {one: getattr(self.args, one) for one in SIZES})
         return algorithm_named(name, options, seeds=lambda number, index: direction_seed(secret, number, index))
 
-    def settings(self, *, seed: int, num_rounds: int | None = None) -> FederationSettings:
+    def settings(self, *, seed: int, num_rounds: int | None = None, start: Start | None = None) -> FederationSettings:
         """The product's, as far as rules and starts need them."""
         args = self.args
         return FederationSettings(
             seed=seed,
             data=DataSettings(num_devices=args.devices),
-            adapter=AdapterSettings(rank=args.rank, alpha=2.0 * args.rank),
+            adapter=(start or Start()).settings(args.rank),
             rounds=RoundRules(num_rounds=num_rounds or args.rounds, seed=seed),
         )
 
     @contextmanager
-    def stage(self, split: str, seed: int) -> Iterator[Stage]:
+    def stage(self, split: str, seed: int, start: Start | None = None) -> Iterator[Stage]:
         """An adapter on the backbone and the devices' models.
 
         Raises:
             InputError: the texts cannot be split in this way.
         """
         parts = split_texts(self.texts, split, num_devices=self.args.devices, seed=seed)
-        settings, passes = self.settings(seed=seed), Counter[str]()
+        start, passes = start or Start(), Counter[str]()
+        settings = self.settings(seed=seed, start=start)
         shape = LoraShape(rank=settings.adapter.rank, alpha=settings.adapter.alpha)
-        with ResidentBackbone(self.backbone, LoraAdapter.fresh(self.backbone.model, shape, seed=seed)) as resident:
+        with ResidentBackbone(self.backbone, start.adapter(self.backbone, shape, seed=seed)) as resident:
             yield Stage(
                 start=start_of(resident.arrays, settings),
                 models={
@@ -428,9 +464,10 @@ class FederatedStudy:
             in bytes of one device, `device_s` and `server_s`; `passes` of batches per device and round.
         """
         secret = secret_of(scene.seed)
-        with self.stage(scene.split, scene.seed) as stage:
-            algorithm = self.algorithm(scene.algorithm, scene.factor, secret)
-            settings = self.settings(seed=scene.seed)
+        with self.stage(scene.split, scene.seed, scene.start) as stage:
+            num_rounds = self.args.rounds + scene.more_rounds
+            settings = self.settings(seed=scene.seed, num_rounds=num_rounds, start=scene.start)
+            algorithm = with_start(self.algorithm(scene.algorithm, scene.factor, secret), settings)
             coordinator = self.coordinator(
                 stage,
                 algorithm,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from cotune.cli.run_folder import write_json
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # A line of a plot: its x and y, and the ends of the intervals of y where they are known.
 Point = tuple[float, float, float | None, float | None]
+# Under the axis of a bar plot; from so many groups on its letters are smaller.
+_AXIS_CHARS, _MANY_GROUPS = 72, 5
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -119,12 +122,26 @@ def plot_groups(
             for place, one in zip(places, values, strict=True):
                 if one is not None and one[2] is not None and one[3] is not None:
                     axes.plot((place, place), (max(0.0, one[2]), one[3]), color=INK, linewidth=1.0)
-        axes.set_xticks(range(len(groups)), list(groups))
+        axes.set_xticks(range(len(groups)), in_lines(groups))
+        if len(groups) > _MANY_GROUPS:
+            axes.tick_params(axis="x", labelsize="small")
         axes.set_ylabel(y_label)
         axes.grid(visible=False, axis="x")
         axes.figure.legend(loc="outside lower left", ncols=3, handlelength=1.2, columnspacing=1.2)
 
     return figure(render_svg(name, described, 3.2, draw), caption)
+
+
+def in_lines(labels: Sequence[str]) -> list[str]:
+    """Labels of an axis, in lines short enough to stand beside each other.
+
+    Example:
+        >>> in_lines(["full", "lora + checkpoints", "soft_prompt", "mezo, lora", "bias", "ia3", "prefix"])[1:3]
+        ['lora +\\ncheckpoints', 'soft\\nprompt']
+    """
+    width = max(6, _AXIS_CHARS // max(1, len(labels)))
+    split = [label if len(label) <= width else label.replace("_", " ") for label in labels]
+    return ["\n".join(wrap(label, width, break_long_words=False)) for label in split]
 
 
 def _words(value: Any) -> str:

@@ -479,19 +479,18 @@ def plots(rows: dict[str, dict[str, Any]], base: float | None) -> Html:
     for group in ("PEFT", "MEFT"):
         names = [name for name, row in rows.items() if row["group"] in ("full", group)]
         # One below the other: there are many of them.
-        labels = [name.replace(", ", ",\n").replace(" + ", "\n+ ").replace("_", "\n") for name in names]
         memory = {
             what: [_point(rows[name][f"{what}_above_mb"]) for name in names] for what in ("measured", "predicted")
         }
         if any(point is not None for bars in memory.values() for point in bars):
             caption = f"{group}: peak above the weights; where a bar is missing, it was not measured or not predicted."
-            made += plot_groups(f"memory-{group}", caption, labels, memory, y_label="MB above the weights")
+            made += plot_groups(f"memory-{group}", caption, names, memory, y_label="MB above the weights")
         nats = [None if rows[name]["nats"] is None else rows[name]["nats"].point() for name in names]
         if any(point is not None for point in nats):
             caption = f"{group}: test texts, mean over seeds, 95 % intervals" + (
                 "." if base is None else f"; base model {base:.3f}."
             )
-            made += plot_groups(f"nats-{group}", caption, labels, {"nats": nats}, y_label="nats per token")
+            made += plot_groups(f"nats-{group}", caption, names, {"nats": nats}, y_label="nats per token")
     return Html(made)
 
 

@@ -144,6 +144,20 @@ def by_start(measured: Measured) -> str:
     return markdown(["start", "learning rate", "nats", "less the default's", "start, s"], rows)
 
 
+def by_shared_start(measured: Measured) -> str:
+    rows = [
+        [
+            name,
+            f"{measured['factors'][name]:g}",
+            number(row["loss"], 3),
+            "" if row["difference"] is None else number(row["difference"], 3),
+            f"{row['up'] / 1e3:.1f}",
+        ]
+        for name, row in measured["rows"].items()
+    ]
+    return markdown(["algorithm, start", "times its own rate", "nats", "less the random start's", "KB up"], rows)
+
+
 def by_way(measured: Measured) -> str:
     times = list(measured["ways"]["before"]["bits"])
     rows = [
@@ -265,6 +279,29 @@ def by_scale(measured: Measured) -> str:
     return markdown(["method", "parameters", "devices", "bytes", "server s", "device s", "process MB"], rows)
 
 
+def by_device(measured: Measured) -> str:
+    rows = []
+    for row in measured["rows"]:
+        cell = None if row["least_bytes"] is None else row["cells"][str(row["least_bytes"])]
+        rows.append(
+            [
+                row["model"],
+                row["format"],
+                str(row["threads"]),
+                "" if cell is None else f"{row['least_bytes'] / 1e6:,.0f}",
+                "" if cell is None else f"{cell['peak_bytes'] / 1e6:,.0f}",
+                *(
+                    "" if cell is None else f"{cell[what]['median']:,.1f}"
+                    for what in ("prefill", "decode", "decode_cpu_ms")
+                ),
+            ]
+        )
+    return markdown(
+        ["model", "run as", "threads", "fits MB", "peak MB", "prefill tokens/s", "decode tokens/s", "CPU ms a token"],
+        rows,
+    )
+
+
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 # In this order: the words over a table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
@@ -283,9 +320,14 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "memorisation": ("Exposure in bits of canaries by their copies, ± 95 % over seeds", by_way),
     "survey_combinations": ("Memory, nats per held-out token and time of each combination", by_combination),
     "survey_memory": ("Peak memory, time of a step and quality; quality is mean ± 95 % over seeds", by_cost),
+    "device_spectrum": ("The smallest enforced limit that fits, and the speed under it, medians", by_device),
     "federated_methods": (
         "Nats per held-out token by split, ± 95 % over seeds, and what a device spent on the whole first one",
         by_federation,
+    ),
+    "federated_starts": (
+        "Nats per held-out token of a federation, each start at its best learning rate, ± 95 % over seeds",
+        by_shared_start,
     ),
     "federated_attacks": (
         "Nats per held-out token, ± 95 % over seeds, and in brackets over the honest mean",

@@ -1,6 +1,7 @@
 """Texts of several sequences in one batch, from the bare passes of a backbone, whoever computes them.
 
-As a script under torchrun this is one rank of a shared `starter`; rank 0 prints what all computed as one JSON object.
+As a script under torchrun this is one rank of a shared `starter`; rank 0 prints what all computed as one JSON object,
+by number type.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _next(features: StepFeatures, cursor: BackboneCursor, sampling: Sampling) ->
     return choose(features.logits, sampling, cursor.length)
 
 
-def _one_rank(device: str, dtype: str) -> None:
+def _one_rank(device: str, *dtypes: str) -> None:
     import torch
 
     from cotune.models.ranks import Ranks
@@ -85,17 +86,22 @@ def _one_rank(device: str, dtype: str) -> None:
 
     torch.set_num_threads(1)
     ranks = Ranks(device, timeout_s=30)
+    found = {}
     try:
-        backbone = load_shared("starter", ranks, dtype=dtype, device=device)
-        if ranks.rank > 0:
-            follow(backbone, ranks)
-            return
-        leader = Leader(backbone, ranks)
-        print(json.dumps(batched_texts(backbone)), flush=True)
-        leader.end()
+        # One after the other in the same processes: starting them takes longer than all else.
+        for dtype in dtypes:
+            backbone = load_shared("starter", ranks, dtype=dtype, device=device)
+            if ranks.rank > 0:
+                follow(backbone, ranks)
+                continue
+            leader = Leader(backbone, ranks)
+            found[dtype] = batched_texts(backbone)
+            leader.end()
+        if ranks.rank == 0:
+            print(json.dumps(found), flush=True)
     finally:
         ranks.close()
 
 
 if __name__ == "__main__":
-    _one_rank(*(sys.argv[1:] or ["cpu", "float32"]))
+    _one_rank(*sys.argv[1:])

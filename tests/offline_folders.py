@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 from toy import VOCAB
 from toy_plugin import words_json
 
-from cotune.device.offline.folder import ModuleShape, OfflineDescription
+from cotune.device.offline.folder import ModuleShape, write_description
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, CONTEXT = 16, 24, 2, 1, 16, 2, 64
 END = 2
@@ -264,11 +263,9 @@ def write_onnx_folder(
     (folder / "tokenizer.json").write_bytes(words_json() if tokenizer_json is None else tokenizer_json)
     for name, text in (texts or {}).items():
         (folder / name).write_text(text, encoding="utf-8")
-    digests = {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
     modules = {name: ModuleShape(in_dim=a, out_dim=b) for name, (a, b) in linear_shapes().items()}
     fields: dict[str, Any] = {
         "runtime": "onnx",
-        "files": digests,
         "vocab_size": model.vocab_size,
         "context": CONTEXT,
         "num_layers": LAYERS,
@@ -279,9 +276,8 @@ def write_onnx_folder(
         "bos_id": None,
         "adapter_modules": modules,
         "source_digest": "5" * 64,
-        "tokenizer_digest": digests["tokenizer.json"],
     }
-    (folder / "offline.json").write_bytes(OfflineDescription(**{**fields, **changes}).to_json())
+    write_description(folder, **{**fields, **changes})
     return folder
 
 

@@ -137,6 +137,12 @@ def test_rooms_without_torch_import_neither_torch_nor_its_friends() -> None:
     assert loaded_after([module for room in NO_TORCH for module in all_modules(room)], HEAVY) == []
 
 
+def test_rooms_with_torch_load_transformers_and_peft_only_where_they_are_used() -> None:
+    """They take three times as long as PyTorch to load, and a device that tunes a side network needs neither."""
+    late = ("transformers", "peft", "bitsandbytes", "huggingface_hub", "datasets", "matplotlib", "sklearn", "opacus")
+    assert loaded_after([module for room in ("models", "tuning") for module in all_modules(room)], late) == []
+
+
 def test_the_check_of_loaded_libraries_sees_what_is_loaded() -> None:
     assert loaded_after(all_modules("wire"), ("numpy", "websockets", *HEAVY)) == ["numpy", "websockets"]
 

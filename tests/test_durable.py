@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from cotune.durable import new_folder, remove_folder, remove_unfinished, replacing, write_folder, write_new
+from cotune.durable import (
+    new_folder,
+    new_sized_folder,
+    remove_folder,
+    remove_unfinished,
+    replacing,
+    write_folder,
+    write_new,
+)
+from cotune.errors import InputError
 
 
 def names(folder: Path) -> list[str]:
@@ -132,3 +142,34 @@ def test_a_removed_folder_goes_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(names(tmp_path)) == 1, "another's"
     remove_unfinished(tmp_path, "f-")
     assert names(tmp_path) == []
+
+
+def test_a_large_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "model"
+    with (
+        pytest.raises(InputError, match="model cannot be written: no space left on device; nothing is left of it"),
+        new_sized_folder(out, num_bytes=1) as folder,
+    ):
+        (folder / "weights").write_bytes(b"half")
+        no_space()
+    assert not names(tmp_path / "deep")
+    with new_sized_folder(out, num_bytes=1) as folder:
+        (folder / "weights").write_bytes(b"all")
+        assert not out.exists()
+    assert names(out) == ["weights"] and names(tmp_path / "deep") == ["model"]
+    with (
+        pytest.raises(InputError, match="is there already, expected a new folder; remove it"),
+        new_sized_folder(out, num_bytes=1),
+    ):
+        pytest.fail("it begins although something is there")
+
+
+def test_a_folder_without_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    with (
+        pytest.raises(InputError, match=r"takes 2\.0 MiB and 1\.0 MiB are free there, expected that and 16 MiB"),
+        new_sized_folder(tmp_path / "model", num_bytes=2**21),
+    ):
+        pytest.fail("it begins although there is no room")
+    assert not names(tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from cotune.models.tap_ladder import TapLadder, TapLadderConfig
 from cotune.plugin import Plugin
 from cotune.tuning.plugin_folder import build_plugin
 from cotune.wire.codec import dequantise
+from cotune.wire.features import SequenceFeatures
 from cotune.wire.transport import Connection
 
 VOCAB, CONTEXT = 400, 128
@@ -124,8 +125,7 @@ def random_plugin(
     """A random side network whose delta is `ratio` times as large as the base logits, as standard deviations go."""
     network = untrained_attention(backbone, seed) if remembers else untrained_ladder(backbone, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    ids = probe_ids(backbone)
-    features = backbone.features(ids, 1, top_k=backbone.spec.vocab_size)
+    features = probe(backbone)
     taps = torch.from_numpy(dequantise(features.tap_codes, features.tap_scales))
     with torch.no_grad():
         network.head_weight.normal_(generator=generator)
@@ -137,8 +137,14 @@ def random_plugin(
 def gate_for(backbone: Backbone, seed: int = 0) -> Gate:
     """A random gate that fires at about half of the positions of a probe."""
     weight = np.random.default_rng(seed).standard_normal(backbone.spec.hidden_size).astype(np.float32)
-    hidden = backbone.features(probe_ids(backbone), 1, top_k=1).hidden.astype(np.float32)
+    hidden = probe(backbone).hidden.astype(np.float32)
     return Gate(weight=weight, threshold=float(np.median((hidden * weight).sum(axis=1))))
+
+
+@lru_cache(maxsize=4)
+def probe(backbone: Backbone) -> SequenceFeatures:
+    """What a backbone says of a random text; asked once, for the many plugins of a test."""
+    return backbone.features(probe_ids(backbone), 1, top_k=backbone.spec.vocab_size)
 
 
 def probe_ids(backbone: Backbone, num: int = 40) -> np.ndarray:

@@ -52,6 +52,7 @@ _LATE_STYLE = "red underline"
 
 @device.command()
 def generate(
+    invocation: typer.Context,
     plugin: Annotated[
         str | None, typer.Argument(help="Folder of the plugin; left out with --offline alone.", show_default=False)
     ] = None,
@@ -142,6 +143,9 @@ def generate(
         )
         return
     if plugin is None or prompt is None or cloud is None:
+        if plugin is None and cloud is None:
+            # Nothing was said: the usage, as of commands whose arguments Typer itself asks for.
+            stderr.print(invocation.get_usage(), markup=False, soft_wrap=True)
         missing = "PLUGIN" if plugin is None else "PROMPT" if prompt is None else "--cloud"
         raise InputError(f"{missing} is missing, expected PLUGIN, PROMPT and --cloud, or --offline and PROMPT")
 

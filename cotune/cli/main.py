@@ -5,6 +5,7 @@ Errors that cotune raises on purpose end as one sentence on standard error and a
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -23,6 +24,7 @@ from cotune.cli.federate_command import federate
 from cotune.cli.ledger_command import ledger
 from cotune.cli.output import stderr
 from cotune.cli.plan_command import plan
+from cotune.cli.sandwich_command import sandwich
 from cotune.cli.tune_command import tune
 from cotune.errors import CotuneError
 
@@ -46,6 +48,7 @@ app.command()(plan)
 app.command()(evaluate)
 app.add_typer(audit)
 app.add_typer(federate)
+app.add_typer(sandwich)
 app.command()(ledger)
 
 
@@ -64,8 +67,14 @@ def _options(
     pass
 
 
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """Anything but that bitsandbytes, which peft loads for whole weights too, lacks a kernel that it can do without."""
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
 def main() -> None:
     """Entry point of the command line."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_saying)
     try:
         app()
     except CotuneError as error:

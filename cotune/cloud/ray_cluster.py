@@ -23,7 +23,7 @@ from cotune.cloud.front import FrontConfig, front
 from cotune.cloud.host import HostConfig
 from cotune.cloud.hosted import HostedModel
 from cotune.cloud.service import CloudService
-from cotune.errors import InputError
+from cotune.errors import InputError, first_line
 from cotune.openai_api.bearer import BearerTokens
 from cotune.openai_api.plain_chat import plain_chat_format
 from cotune.wire.event_loop import asked_to_end
@@ -122,7 +122,7 @@ def _start(
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise InputError(
-            f"the Ray cluster at {cluster.address!r} cannot be used: {_first_line(error)}; check --ray-address"
+            f"the Ray cluster at {cluster.address!r} cannot be used: {first_line(error)}; check --ray-address"
         ) from error
     drain = ray.remote(num_cpus=0)(_Drain).remote()
     http = {"host": config.host, "port": config.port}
@@ -148,12 +148,8 @@ def _start(
         serve.run(deployment.bind(), name=_APPLICATION, route_prefix="/")
     except Exception as error:
         started.close(0.0)
-        raise InputError(f"the replicas cannot start: {_first_line(error)}; see Ray's logs") from error
+        raise InputError(f"the replicas cannot start: {first_line(error)}; see Ray's logs") from error
     return started
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class _Started:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from cotune.compression.calibration import LayerProgress, check_walk
+from cotune.compression.fewer_layers import drop_blocks
 from cotune.compression.pruner import Amount, Facts, count_of, refuse_skip, texts_of
 from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
@@ -66,39 +67,6 @@ def lowest_blocks(influence: Collection[float], num: int) -> list[int]:
     """
     ranked = sorted(enumerate(influence), key=lambda pair: (pair[1], pair[0]))
     return sorted(index for index, _ in ranked[:num])
-
-
-def drop_blocks(model: PreTrainedModel, blocks: Collection[int]) -> None:
-    """Take blocks out of a model in place; the others move up, and the config says how many there are.
-
-    Args:
-        model: of any architecture whose blocks are alike but for what `layer_types` of the config says.
-        blocks: their indices; one block at least stays.
-
-    Raises:
-        InputError: there are no such blocks, or none would stay.
-
-    Example:
-        >>> drop_blocks(model, lowest_blocks(block_influence(model, texts.input_ids), 2))  # doctest: +SKIP
-    """
-    layers = decoder_layers(model)
-    gone = set(blocks)
-    if not gone <= set(range(len(layers))) or not 0 < len(gone) < len(layers):
-        raise InputError(
-            f"the blocks to drop are {sorted(gone)}, expected some but not all of 0 to {len(layers) - 1}, the model's"
-        )
-    for index in sorted(gone, reverse=True):
-        del layers[index]
-    for index, layer in enumerate(layers):
-        for part in layer.modules():
-            # Attention finds its keys and values in the cache by it.
-            if "layer_idx" in vars(part):
-                vars(part)["layer_idx"] = index
-    config = model.config.get_text_config()
-    types = getattr(config, "layer_types", None)
-    if types is not None:
-        config.layer_types = [kind for index, kind in enumerate(types) if index not in gone]
-    config.num_hidden_layers = len(layers)
 
 
 @dataclass(frozen=True, kw_only=True)

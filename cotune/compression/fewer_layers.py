@@ -1,4 +1,4 @@
-"""A student to start from: the teacher's own weights with some of its decoder layers left out.
+"""A model with some of its decoder layers left out: pruned in place, or as a student beside its teacher.
 
 DistilBERT (Sanh et al., arXiv 1910.01108) starts from every other layer of its teacher; here the layers that stay are
 given, or spread evenly over the teacher's with the first and the last among them. Embeddings, norms and head are the
@@ -8,16 +8,50 @@ teacher's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
 from cotune.models.backbone import Backbone
 from cotune.models.low_bit import is_low_bit
-from cotune.models.seeded import seeded
+
+
+def drop_blocks(model: PreTrainedModel, blocks: Collection[int]) -> None:
+    """Take blocks out of a model in place; the others move up, and the config says how many there are.
+
+    Args:
+        model: of any architecture whose blocks are alike but for what `layer_types` of the config says.
+        blocks: their indices; one block at least stays.
+
+    Raises:
+        InputError: there are no such blocks, or none would stay.
+
+    Example:
+        >>> drop_blocks(model, [3, 4])  # doctest: +SKIP
+    """
+    layers = decoder_layers(model)
+    gone = set(blocks)
+    if not gone <= set(range(len(layers))) or not 0 < len(gone) < len(layers):
+        raise InputError(
+            f"the blocks to drop are {sorted(gone)}, expected some but not all of 0 to {len(layers) - 1}, the model's"
+        )
+    for index in sorted(gone, reverse=True):
+        del layers[index]
+    for index, layer in enumerate(layers):
+        for part in layer.modules():
+            # Attention finds its keys and values in the cache by it.
+            if "layer_idx" in vars(part):
+                vars(part)["layer_idx"] = index
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        config.layer_types = [kind for index, kind in enumerate(types) if index not in gone]
+    config.num_hidden_layers = len(layers)
 
 
 def spread_layers(num_layers: int, num_kept: int) -> tuple[int, ...]:
@@ -58,29 +92,17 @@ def with_fewer_layers(teacher: Backbone, kept: Sequence[int]) -> Backbone:
         raise InputError(f"kept is {chosen}, expected ascending indices of layers, some of 0 to {num_layers - 1}")
     if is_low_bit(model):
         raise InputError("the teacher has weights of few bits, expected whole ones to copy; load it without base bits")
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(chosen)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [config.layer_types[index] for index in chosen]
-    # Random values that are all written over; nobody else's draws change.
-    with seeded(0):
-        student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    student.load_state_dict(_renumbered(model, chosen))
-    student.generation_config = copy.deepcopy(model.generation_config)
-    return Backbone.from_model(student.to(model.device), teacher.tokenizer_json)
+    gone = set(range(num_layers)) - set(chosen)
+    student = _copied(model, [layer for index, layer in enumerate(decoder_layers(model)) if index in gone])
+    if gone:
+        drop_blocks(student, gone)
+    return Backbone.from_model(student, teacher.tokenizer_json)
 
 
-def _renumbered(model: PreTrainedModel, kept: Sequence[int]) -> dict[str, Tensor]:
-    """The model's tensors without those of other layers; layer kept[i] is called layer i."""
-    layers = decoder_layers(model)
-    (prefix,) = (name + "." for name, module in model.named_modules() if module is layers)
-    numbers = {str(index): str(number) for number, index in enumerate(kept)}
-    renumbered = {}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(prefix):
-            renumbered[name] = tensor
-            continue
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        if index in numbers:
-            renumbered[f"{prefix}{numbers[index]}.{rest}"] = tensor
-    return renumbered
+def _copied(model: PreTrainedModel, shared: Sequence[nn.Module]) -> PreTrainedModel:
+    """A copy without the hooks of whoever watches the model; `shared` modules, which will leave it, are not copied."""
+    memo: dict[int, Any] = {id(module): module for module in shared}
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            memo[id(hooks)] = OrderedDict()
+    return copy.deepcopy(model, memo)

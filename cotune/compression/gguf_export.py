@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from cotune.compression.gguf_names import ARCHITECTURES, gguf_name, row_order
 from cotune.compression.gguf_tokenizer import GgufTokenizer, read_gguf_tokenizer
 from cotune.compression.llama_folder import EMBEDDING, FINAL_NORM, HEAD, LlamaFolder, LlamaShape
-from cotune.compression.offline_folder import describe, offline_folder
+from cotune.compression.offline_folder import describe
+from cotune.device.offline.folder import MODEL_FILES
+from cotune.durable import new_sized_folder
 from cotune.errors import InputError
 from cotune.models.packed_weights import PackedWeight
 from cotune.models.weights import read_tokenizer
 
-MODEL_FILE = "model.gguf"
+MODEL_FILE = MODEL_FILES["gguf"]
 OWN_KINDS = ("F32", "F16", "Q8_0", "Q4_0")
 K_KINDS = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 
@@ -101,11 +103,11 @@ def export_gguf(model: str | Path, out: Path, config: GgufExportConfig | None = 
     kind = "F16" if by_llama_cpp else config.kind
     planned = list(_planned(source, kind, config.embedding_kind or kind))
     num_bytes = sum(tensor.num_bytes for tensor in planned) * (2 if by_llama_cpp else 1)
-    with offline_folder(out, num_bytes=num_bytes + 3 * len(tokenizer_json) + _METADATA_BYTES) as folder:
+    with new_sized_folder(out, num_bytes=num_bytes + 3 * len(tokenizer_json) + _METADATA_BYTES) as folder:
         written = folder / (_F16_FILE if by_llama_cpp else MODEL_FILE)
         _write(written, source, tokenizer, planned, kind)
         if by_llama_cpp:
-            from cotune.compression.llama_cpp_decoder import quantise_by_llama_cpp
+            from cotune.compression.k_quants import quantise_by_llama_cpp
 
             quantise_by_llama_cpp(written, folder / MODEL_FILE, config.kind)
             written.unlink()

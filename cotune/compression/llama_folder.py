@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from cotune.errors import InputError
+from cotune.errors import InputError, first_line
 from cotune.models.packed_folder import is_packed, read_packed
 from cotune.models.packed_weights import PackedWeight
 from cotune.models.weights import digest_folder, find_model_folder
@@ -196,8 +196,7 @@ def _read_shape(folder: Path, context: int | None) -> LlamaShape:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"config.json in {folder} cannot be read: {reason}") from error
+        raise InputError(f"config.json in {folder} cannot be read: {first_line(error)}") from error
     architecture = (config.architectures or [type(config).__name__])[0]
     if architecture not in ARCHITECTURES:
         raise InputError(

@@ -42,7 +42,7 @@ from cotune.models.packed_weights import PackedWeight
 FIRST_LOGIT = "first_logit"
 
 _FLOAT, _INT32, _INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
-_EXACT, _INT8_ACTIVATIONS = 1, 4  # MatMulNBits' accuracy levels
+_ACCURACY_LEVELS = {32: 1, 8: 4}  # of MatMulNBits, by the bits of what it reads
 _FACTORS = (".lora_A", ".lora_B")
 _LOW_RANK, _DELTA, _ADAPTED = ".low_rank", ".delta", ".adapted"
 
@@ -267,7 +267,7 @@ class LlamaGraph:
             N=num_out,
             bits=weight.bits,
             block_size=weight.block_size,
-            accuracy_level=_INT8_ACTIVATIONS if self.activation_bits == 8 else _EXACT,
+            accuracy_level=_ACCURACY_LEVELS[self.activation_bits],
         )
 
 
@@ -289,6 +289,17 @@ def without_adapters(model: onnx.ModelProto) -> onnx.ModelProto:
         del field[:]
         field.extend(copies)
     return plain
+
+
+def with_activations(model: onnx.ModelProto, activation_bits: int) -> onnx.ModelProto:
+    """The same graph with 8 or 32 bits for what quantised layers read; its tensors are the same."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for node in changed.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = _ACCURACY_LEVELS[activation_bits]
+    return changed
 
 
 def _in_blocks(weight: PackedWeight | NDArray[np.float32]) -> BlockWeight | NDArray[np.float32]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cotune.durable import new_folder
+from cotune.durable import new_sized_folder
 from cotune.errors import InputError
 from cotune.models.projections import FILE_NAME as PROJECTIONS_FILE
 from cotune.models.weights import DTYPES, digest_folder, find_model_folder
@@ -80,20 +80,15 @@ def write_model(
         num_bytes: of these files, about.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise InputError(f"{folder} exists, expected a new folder; choose another place or remove it")
     source_folder = find_model_folder(source)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(folder, num_bytes)
-        with new_folder(folder) as unfinished:
+        with new_sized_folder(folder, num_bytes=num_bytes) as unfinished:
             write_weights(unfinished)
             _save_configs(model, dtype, unfinished)
             for name in _companions(model, source_folder):
                 shutil.copyfile(source_folder / name, unfinished / name)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"the model cannot be written to {folder}: {reason}; nothing of it is left there") from error
+    except SafetensorError as error:
+        raise InputError(f"{folder} cannot be written: {error}; nothing is left of it") from error
     return digest_folder(folder)
 
 
@@ -114,14 +109,6 @@ def _exact_dtype(model: PreTrainedModel, tensors: dict[str, Tensor]) -> torch.dt
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise InputError(
-            f"the model needs {needed} bytes at {folder.parent} and {free} are free; make room or choose another place"
-        )
 
 
 def _save_configs(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:

@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from cotune.compression.llama_folder import LAYER_MODULES, LlamaFolder, LlamaShape
-from cotune.compression.offline_folder import describe, offline_folder
+from cotune.compression.offline_folder import describe
 from cotune.compression.written_weights import WHOLE, Rounding, WrittenWeights
+from cotune.device.offline.folder import MODEL_FILES, OfflineFolder
+from cotune.device.offline.model import OfflineSettings
+from cotune.device.offline.onnx_model import PLAIN_FILE, OnnxModel
+from cotune.durable import new_sized_folder
 from cotune.errors import InputError
 
-GRAPH_FILE, DATA_FILE, GENAI_FILE = "model.onnx", "model.onnx.data", "genai_config.json"
-PLAIN_FILE = "model.plain.onnx"
+GRAPH_FILE, DATA_FILE, GENAI_FILE = MODEL_FILES["onnx"], "model.onnx.data", "genai_config.json"
 METADATA_KEY = "cotune.export"
 """Under this name the graph tells how it was made, as JSON."""
 
@@ -91,13 +94,12 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
     written = WrittenWeights(source, config.rounding)
     modules = source.shape.module_shapes()
     chosen = {name: modules[name] for name in modules if name.rpartition(".")[2] in config.adapter_modules}
-    with offline_folder(out, num_bytes=num_export_bytes(written)) as folder:
+    with new_sized_folder(out, num_bytes=num_export_bytes(written)) as folder:
         _write_graph(folder, written, config, chosen)
         genai = genai_config(source.shape, PLAIN_FILE if chosen else GRAPH_FILE)
         (folder / GENAI_FILE).write_text(json.dumps(genai, indent=1) + "\n", encoding="utf-8")
         describe(folder, source, runtime="onnx", bits=_bits(written), adapter_modules=chosen)
-        for name in (GRAPH_FILE, PLAIN_FILE) if chosen else (GRAPH_FILE,):
-            _try_out(folder / name, source.shape)
+        _try_out(folder)
 
 
 def read_config(exported: Path) -> OnnxExportConfig:
@@ -237,10 +239,12 @@ def _bits(written: WrittenWeights) -> int:
     return max(written.bits_of(module) for module in written.modules() if module.startswith("model.layers."))
 
 
-def _try_out(graph: Path, shape: LlamaShape) -> None:
-    """Open a graph and ask for a token, where onnxruntime is installed."""
+def _try_out(folder: Path) -> None:
+    """Open a folder as devices do and ask its graphs for a token, where onnxruntime is installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         return
-    from cotune.compression.onnx_decoder import OnnxDecoder
-
-    OnnxDecoder(graph, shape).extend([shape.bos_id or 0])
+    checked = OfflineFolder.open(folder)
+    for has_adapter in (False, True):
+        model = OnnxModel(checked, OfflineSettings(num_threads=1, has_adapter=has_adapter))
+        model.open().extend([checked.description.bos_id or 0])
+        model.close()

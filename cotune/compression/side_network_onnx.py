@@ -13,14 +13,13 @@ trip, and costs 40 MB of onnxruntime. An attention ladder has no graph here.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cotune.compression.onnx_export import check_onnx
+from cotune.device.offline.onnx_session import open_session
 from cotune.errors import InputError
 from cotune.generation.protocols import Correction
 from cotune.generation.side_state import StatelessCorrector
@@ -111,19 +110,12 @@ class OnnxSideNetwork(StatelessCorrector):
     """
 
     def __init__(self, graph: bytes) -> None:
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise InputError("running the side network's graph needs onnxruntime; install cotune[edge]")
-        runtime: Any = importlib.import_module("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        try:
-            self._session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-            shapes = {one.name: one.shape for one in (*self._session.get_inputs(), *self._session.get_outputs())}
-            self.num_taps, _, self.tap_dim = shapes["codes"]
-            _, self.basis_dim = shapes["correction"]
-        except Exception as error:  # onnxruntime's have no class of their own in common
-            raise InputError(f"onnxruntime does not take the side network's graph ({error}); make it again") from error
+        self._session = open_session(graph, name="the side network's graph", num_threads=1)
+        shapes = {one.name: one.shape for one in (*self._session.get_inputs(), *self._session.get_outputs())}
+        if not {"codes", "correction"} <= shapes.keys():
+            raise InputError(f"the graph has {', '.join(sorted(shapes))}, expected codes, scales and correction")
+        self.num_taps, _, self.tap_dim = shapes["codes"]
+        _, self.basis_dim = shapes["correction"]
         self._codes = np.empty((self.num_taps, 1, self.tap_dim), np.int8)
         self._scales = np.empty((self.num_taps, 1, 1), np.float16)
         self._correction = np.empty((1, self.basis_dim), np.float32)

@@ -14,9 +14,9 @@ otherwise; there, logits that differ by up to a tenth of their spread are put do
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,13 +24,16 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
-from cotune.compression.gguf_export import MODEL_FILE, check_gguf
+from cotune.compression.gguf_export import check_gguf
 from cotune.compression.llama_folder import LlamaFolder
-from cotune.compression.offline_folder import read_description
-from cotune.compression.onnx_export import GRAPH_FILE, check_onnx, read_config
+from cotune.compression.onnx_export import check_onnx, read_config
 from cotune.compression.written_weights import WrittenWeights
+from cotune.device.offline.folder import OfflineFolder
+from cotune.device.offline.model import OfflineModel, OfflineSettings, OfflineText
+from cotune.device.offline.onnx_model import PLAIN_FILE, OnnxModel
+from cotune.device.offline.runtimes import RUNTIMES
 from cotune.errors import InputError
-from cotune.models.weights import load_model, read_tokenizer
+from cotune.models.weights import load_model
 
 INT8_ACTIVATIONS, ORDER_OF_SUMS, UNEXPLAINED = "int8 activations", "order of sums", "unexplained"
 """Why two tokens differ."""
@@ -39,19 +42,7 @@ _SUMS_DIFFER_BY = 1e-3
 """Of the spread of a position's logits: what float32 sums in another order may differ by."""
 _LLAMA_CPP_DIFFERS_BY = 0.1
 """The same of llama.cpp with its rounded activations."""
-
-
-class Decoder(Protocol):
-    """One text in an exported model, as `OnnxDecoder` and `LlamaCppDecoder` are."""
-
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from index `length` on."""
-        ...
-
-    def extend(self, token_ids: Sequence[int], *, first_logit: int = 0) -> NDArray[np.float32]:
-        """Append tokens; logits float32 (seq, vocab), of those from `first_logit` on."""
-        ...
-
+_SETTINGS = OfflineSettings(num_threads=1)
 
 Explain = Callable[[Sequence[int], NDArray[np.float32], NDArray[np.float32]], str]
 """From a text, and the source's and the exported model's logits (vocab,) behind it, to the cause of a difference."""
@@ -138,17 +129,18 @@ def compare_tokens(
         max_new_tokens: of each.
 
     Raises:
-        InputError: there are no prompts, or one is too long; the folder is no export, or another model's; what runs it
-            is not installed.
+        InputError: there are no prompts, or one is too long; the folder is no export, damaged, or another model's; what
+            runs it is not installed.
 
     Example:
         >>> print(compare_tokens("starter", Path("starter-int4"), ["User: hello"]))  # doctest: +SKIP
         1 of 1 texts are the same token by token, ...
     """
-    folder, runtime = _matching(source, exported)
-    tokenizer = Tokenizer.from_str(read_tokenizer(folder.path).decode())
+    folder = OfflineFolder.open(exported)
+    llama = _source_of(folder, source)
+    tokenizer = Tokenizer.from_str(folder.tokenizer_json.decode())
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
-    room = folder.shape.context - max_new_tokens
+    room = folder.description.context - max_new_tokens
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not 1 <= len(ids) <= room:
             raise InputError(
@@ -157,8 +149,12 @@ def compare_tokens(
             )
     if not encoded:
         raise InputError("prompts are none, expected at least one text")
-    model, decoder, explain = _RUNTIMES[runtime](exported, folder)
-    return _compare(model, decoder, explain, encoded, max_new_tokens)
+    reference, explain = _REFERENCES[folder.description.runtime](folder, llama)
+    model = RUNTIMES[folder.description.runtime](folder, _SETTINGS)
+    try:
+        return _compare(reference, model, explain, encoded, max_new_tokens)
+    finally:
+        model.close()
 
 
 def cause_of(source: NDArray[np.float32], exported: NDArray[np.float32], with_floats: NDArray[np.float32]) -> str:
@@ -190,42 +186,45 @@ def reference_model(written: WrittenWeights) -> PreTrainedModel:
     return model
 
 
-def _matching(source: str | Path, exported: Path) -> tuple[LlamaFolder, str]:
-    """The source as it was exported, and the runtime."""
-    described = read_description(exported)
-    runtime = described["runtime"]
-    if runtime not in _RUNTIMES:
-        raise InputError(f"{exported} is for the runtime {runtime!r:.40}, expected {' or '.join(_RUNTIMES)}")
-    folder = LlamaFolder(source, context=described["context"])
-    if described["source_digest"] != folder.digest:
+def _source_of(folder: OfflineFolder, source: str | Path) -> LlamaFolder:
+    """The source as it was exported."""
+    llama = LlamaFolder(source, context=folder.description.context)
+    if folder.description.source_digest != llama.digest:
         raise InputError(
-            f"{exported} was made of the model {described['source_digest'][:12]}, {source} is {folder.digest[:12]}; "
-            "name the model that it was made of, or export again"
+            f"{folder.path} was made of the model {folder.description.source_digest[:12]}, {source} is "
+            f"{llama.digest[:12]}; name the model that it was made of, or export again"
         )
-    return folder, runtime
+    return llama
 
 
-def _open_onnx(exported: Path, folder: LlamaFolder) -> tuple[PreTrainedModel, Decoder, Explain]:
+def _onnx_reference(folder: OfflineFolder, source: LlamaFolder) -> tuple[PreTrainedModel, Explain]:
     check_onnx()
-    from cotune.compression.onnx_decoder import OnnxDecoder
-
-    graph = exported / GRAPH_FILE
-    exact: list[OnnxDecoder] = []
+    exact: list[OfflineText] = []
 
     def explain(text: Sequence[int], mine: NDArray[np.float32], theirs: NDArray[np.float32]) -> str:
         if not exact:
-            exact.append(OnnxDecoder(graph, folder.shape, activation_bits=32))
+            exact.append(_with_float_activations(folder).open())
         exact[0].truncate(0)
-        return cause_of(mine, theirs, exact[0].extend(text, first_logit=-1)[0])
+        return cause_of(mine, theirs, exact[0].extend(text)[0])
 
-    model = reference_model(WrittenWeights(folder, read_config(exported).rounding))
-    return model, OnnxDecoder(graph, folder.shape), explain
+    return reference_model(WrittenWeights(source, read_config(folder.path).rounding)), explain
 
 
-def _open_gguf(exported: Path, folder: LlamaFolder) -> tuple[PreTrainedModel, Decoder, Explain]:
+def _with_float_activations(folder: OfflineFolder) -> OfflineModel:
+    """The graph that devices run without an adapter, with float32 where its quantised layers read int8."""
+    # onnx is not everywhere where this module is imported.
+    import onnx
+
+    from cotune.compression.llama_graph import with_activations
+
+    has_plain = PLAIN_FILE in folder.description.files
+    graph = onnx.load(str(folder.path / PLAIN_FILE if has_plain else folder.model_file), load_external_data=False)
+    return OnnxModel(folder, _SETTINGS, graph=with_activations(graph, 32).SerializeToString())
+
+
+def _gguf_reference(folder: OfflineFolder, source: LlamaFolder) -> tuple[PreTrainedModel, Explain]:
     check_gguf()
     from cotune.compression.gguf_model import load_gguf
-    from cotune.compression.llama_cpp_decoder import LlamaCppDecoder
 
     def explain(text: Sequence[int], mine: NDArray[np.float32], theirs: NDArray[np.float32]) -> str:
         error = float(np.abs(theirs - mine).max())
@@ -233,32 +232,32 @@ def _open_gguf(exported: Path, folder: LlamaFolder) -> tuple[PreTrainedModel, De
             return UNEXPLAINED
         return cause_of(mine, theirs, mine)
 
-    decoder = LlamaCppDecoder(exported / MODEL_FILE, folder.shape)
-    return load_gguf(exported / MODEL_FILE, folder), decoder, explain
+    return load_gguf(folder.model_file, source), explain
 
 
-_RUNTIMES: dict[str, Callable[[Path, LlamaFolder], tuple[PreTrainedModel, Decoder, Explain]]] = {
-    "onnx": _open_onnx,
-    "gguf": _open_gguf,
+_REFERENCES: dict[str, Callable[[OfflineFolder, LlamaFolder], tuple[PreTrainedModel, Explain]]] = {
+    "onnx": _onnx_reference,
+    "gguf": _gguf_reference,
 }
 
 
 def _compare(
-    model: PreTrainedModel, decoder: Decoder, explain: Explain, prompts: Sequence[list[int]], max_new_tokens: int
+    source: PreTrainedModel, exported: OfflineModel, explain: Explain, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> TokenAgreement:
     differences: list[Difference] = []
     num_same, largest_error = 0, 0.0
-    for index, prompt in enumerate(prompts):
-        tokens, logits = _greedy(model, prompt, max_new_tokens)
-        decoder.truncate(0)
-        theirs = decoder.extend([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
-        num_same += int((theirs.argmax(1) == tokens).sum())
-        largest_error = max(largest_error, float(np.abs(theirs - logits).max()))
-        written = _exported_greedy(decoder, prompt, max_new_tokens)
-        at = next((i for i, pair in enumerate(zip(tokens, written, strict=True)) if pair[0] != pair[1]), None)
-        if at is not None:
-            cause = explain([*prompt, *tokens[:at]], logits[at], theirs[at])
-            differences.append(_difference(index, at, int(tokens[at]), written[at], logits[at], theirs[at], cause))
+    with closing(exported.open()) as text:
+        for index, prompt in enumerate(prompts):
+            tokens, logits = _greedy(source, prompt, max_new_tokens)
+            text.truncate(0)
+            theirs = text.extend([*prompt, *tokens[:-1]], num_logits=max_new_tokens)
+            num_same += int((theirs.argmax(1) == tokens).sum())
+            largest_error = max(largest_error, float(np.abs(theirs - logits).max()))
+            written = _exported_greedy(text, prompt, max_new_tokens)
+            at = next((i for i, pair in enumerate(zip(tokens, written, strict=True)) if pair[0] != pair[1]), None)
+            if at is not None:
+                cause = explain([*prompt, *tokens[:at]], logits[at], theirs[at])
+                differences.append(_difference(index, at, int(tokens[at]), written[at], logits[at], theirs[at], cause))
     return TokenAgreement(
         num_prompts=len(prompts),
         num_tokens=len(prompts) * max_new_tokens,
@@ -305,12 +304,12 @@ def _greedy(
     return stacked.argmax(1), stacked
 
 
-def _exported_greedy(decoder: Decoder, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+def _exported_greedy(text: OfflineText, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """Token by token, as a device does."""
-    decoder.truncate(0)
+    text.truncate(0)
     tokens: list[int] = []
     pending = list(prompt)
     for _ in range(max_new_tokens):
-        tokens.append(int(decoder.extend(pending, first_logit=-1)[0].argmax()))
+        tokens.append(int(text.extend(pending)[0].argmax()))
         pending = tokens[-1:]
     return tokens

@@ -15,7 +15,7 @@ from cotune.data.row_readers import READERS, NumberedRow, find_suffix
 from cotune.data.sampling import draw
 from cotune.data.split_files import DEFAULT_SPLIT, SPLITS, find_split_files, list_splits, names_of
 from cotune.data.templates import Example, Template, choose_template, quote_names
-from cotune.errors import DataError
+from cotune.errors import DataError, first_line
 
 # The Hub is only asked by name, so that a mistyped private path never leaves the machine.
 HUB_PREFIX = "hub:"
@@ -234,11 +234,6 @@ def hub_parts(name: str) -> tuple[str, str | None]:
     """
     repository, _, configuration = name.partition(":")
     return repository, configuration or None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 DATASETS_ARE_MISSING = "reading a Hugging Face data set needs datasets; install it with: pip install 'cotune[train]'"

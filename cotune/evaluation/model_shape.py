@@ -188,7 +188,7 @@ class ModelShape:
         return cls.from_config(config)
 
 
-def _config(
+def plain_config(
     kind: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int, **more: object
 ) -> dict[str, object]:
     return {
@@ -206,14 +206,14 @@ def _config(
 
 
 KNOWN_CONFIGS: dict[str, dict[str, object]] = {
-    "llama-7b": _config("llama", 4096, 11_008, 32, 32, 32, 32_000, 2048),
-    "llama-13b": _config("llama", 5120, 13_824, 40, 40, 40, 32_000, 2048),
-    "llama-3-8b": _config("llama", 4096, 14_336, 32, 32, 8, 128_256, 8192),
-    "mistral-7b": _config("mistral", 4096, 14_336, 32, 32, 8, 32_000, 32_768, sliding_window=None),
-    "qwen2.5-0.5b": _config("qwen2", 896, 4864, 24, 14, 2, 151_936, 32_768, tie_word_embeddings=True),
-    "qwen2.5-1.5b": _config("qwen2", 1536, 8960, 28, 12, 2, 151_936, 32_768, tie_word_embeddings=True),
-    "qwen2.5-7b": _config("qwen2", 3584, 18_944, 28, 28, 4, 152_064, 32_768),
-    "tinyllama-1.1b": _config("llama", 2048, 5632, 22, 32, 4, 32_000, 2048),
+    "llama-7b": plain_config("llama", 4096, 11_008, 32, 32, 32, 32_000, 2048),
+    "llama-13b": plain_config("llama", 5120, 13_824, 40, 40, 40, 32_000, 2048),
+    "llama-3-8b": plain_config("llama", 4096, 14_336, 32, 32, 8, 128_256, 8192),
+    "mistral-7b": plain_config("mistral", 4096, 14_336, 32, 32, 8, 32_000, 32_768, sliding_window=None),
+    "qwen2.5-0.5b": plain_config("qwen2", 896, 4864, 24, 14, 2, 151_936, 32_768, tie_word_embeddings=True),
+    "qwen2.5-1.5b": plain_config("qwen2", 1536, 8960, 28, 12, 2, 151_936, 32_768, tie_word_embeddings=True),
+    "qwen2.5-7b": plain_config("qwen2", 3584, 18_944, 28, 28, 4, 152_064, 32_768),
+    "tinyllama-1.1b": plain_config("llama", 2048, 5632, 22, 32, 4, 32_000, 2048),
 }
 """Configs of published models, as far as they decide times and bytes, so that they can be planned for without files."""
 KNOWN_SHAPES = {name: ModelShape.from_config(config) for name, config in KNOWN_CONFIGS.items()}

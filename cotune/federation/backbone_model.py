@@ -10,13 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import InputError, NonFiniteLossError
@@ -31,6 +30,9 @@ from cotune.tuning.gradient import GradientState
 from cotune.tuning.in_place import InPlaceState, InPlaceTuner
 from cotune.tuning.objectives import AnswerNats
 from cotune.tuning.zeroth_order import measure_along
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_GRAD_NORM = 1.0
 EVALUATION_BATCH = 16
@@ -127,6 +129,8 @@ class ResidentBackbone:
         Raises:
             InputError: names or shapes are not the adapter's, it is no LoRA, or the weights have few bits.
         """
+        from peft.tuners.lora.layer import LoraLayer
+
         layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         if not layers:
             raise InputError("the adapter is no LoRA, which alone can be folded into weights; use kind = 'lora'")

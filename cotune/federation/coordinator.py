@@ -49,7 +49,7 @@ class RoundRules:
     num_devices_per_round: int | None = None
     """Drawn from those that can be reached; None: all of them."""
     quorum: float = 0.6
-    """Share of the asked devices whose replies a round needs."""
+    """Share of the devices with a task whose replies a round needs."""
     deadline_s: float = 60.0
     """Seconds from asking to the end of the round."""
     gather_s: float = 120.0
@@ -275,7 +275,7 @@ class Coordinator:
         if asked:
             open_round.ask(asked)
             open_round.listen(started_s + self._rules.deadline_s)
-        verdict, state, loss, remark = self._merged(before, number, open_round.counted, len(asked))
+        verdict, state, loss, remark = self._merged(before, number, open_round.counted, open_round.num_tasks)
         best_loss = before.best_loss
         if verdict == ACCEPTED and loss is not None and best_loss is not None:
             best_loss = min(best_loss, loss)
@@ -296,10 +296,10 @@ class Coordinator:
         )
 
     def _merged(
-        self, before: Progress, number: int, counted: Mapping[str, Reply], num_asked: int
+        self, before: Progress, number: int, counted: Mapping[str, Reply], num_tasks: int
     ) -> tuple[str, Arrays, float | None, str]:
         """Verdict, state after the round, the judge's loss, and why the round was not accepted."""
-        quorum = math.ceil(self._rules.quorum * num_asked)
+        quorum = math.ceil(self._rules.quorum * num_tasks)
         if not counted or len(counted) < quorum:
             return VOID, before.state, None, f"{len(counted)} replies count, expected at least {max(1, quorum)}"
         try:
@@ -362,6 +362,11 @@ class _OpenRound:
         self.refused: dict[str, str] = {}
         self.offenders: list[str] = []
         self._failed: dict[str, str] = {}
+
+    @property
+    def num_tasks(self) -> int:
+        """Devices that were given one, of which the quorum is a share."""
+        return len(self._plans)
 
     def ask(self, devices: Sequence[str]) -> None:
         """Send these devices their tasks; one that the algorithm has no task for, such as a small one, has failed.

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models import bottleneck, peft_adapter, selected
@@ -20,6 +20,9 @@ from cotune.models.peft_adapter import PeftAdapter
 from cotune.models.selected import SelectedParameters
 from cotune.models.weights import DTYPES, load_model
 from cotune.plugin import Plugin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Adapter = PeftAdapter | BottleneckAdapter | SelectedParameters
 PLUGIN_FILE = "plugin.json"

@@ -16,16 +16,18 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import peft
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from cotune.errors import InputError
 from cotune.models.low_bit import is_eight_bit
 from cotune.models.peft_adapter import WEIGHTS_FILE, PeftAdapter, read_config
 from cotune.models.selected import SelectedParameters
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel
 
 __all__ = ["WEIGHTS_FILE", "LoraAdapter", "LoraShape", "linear_targets", "lora_config", "rank_for_budget"]
 
@@ -125,6 +127,8 @@ class LoraAdapter:
             InputError: a file is missing or damaged, does not fit the model, or has ranks or strengths that differ
                 from layer to layer, which `PeftAdapter.load` reads.
         """
+        import peft
+
         config = read_config(folder)
         is_even = config.peft_type is peft.PeftType.LORA and not (config.rank_pattern or config.alpha_pattern)
         names = config.target_modules if is_even else None
@@ -154,6 +158,8 @@ def lora_config(model: PreTrainedModel, shape: LoraShape) -> peft.LoraConfig:
     Raises:
         InputError: a target is no linear layer of the model, or DoRA meets int8 weights.
     """
+    import peft
+
     if shape.use_dora and is_eight_bit(model):
         raise InputError("DoRA of peft does not compute on 8-bit weights; take 4 bits, whole weights, or lora")
     return peft.LoraConfig(
@@ -169,6 +175,8 @@ def lora_config(model: PreTrainedModel, shape: LoraShape) -> peft.LoraConfig:
 
 def has_transposed_weights(model: PreTrainedModel) -> bool:
     """Whether it stores its weights as (in, out), as GPT-2 does."""
+    from transformers.pytorch_utils import Conv1D
+
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
@@ -206,6 +214,8 @@ def rank_for_budget(model: PreTrainedModel, num_parameters: int, *, targets: tup
 
 def linear_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """(in, out) of the linear layers by module name, without the output embedding."""
+    from transformers.pytorch_utils import Conv1D
+
     head = model.get_output_embeddings()
     sizes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
 
 from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ def output_embedding(model: PreTrainedModel) -> nn.Linear:
     Raises:
         InputError: it is not linear, or the model has layers without attention, whose state cannot be cut back.
     """
+    from transformers import DynamicCache
+
     head = model.get_output_embeddings()
     caches = DynamicCache(config=model.config)
     if not isinstance(head, nn.Linear) or any(caches.is_linear):

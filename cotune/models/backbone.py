@@ -12,14 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import finalize
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.generation.output_basis import OutputBasis
@@ -45,6 +44,9 @@ from cotune.models.weights import digest_folder, digest_model, find_model_folder
 from cotune.wire.codec import quantise
 from cotune.wire.description import CloudDescription
 from cotune.wire.features import SequenceFeatures
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FLOAT16_MAX = 65504.0
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from cotune.errors import InputError
 
 Turns = Sequence[tuple[str, str]]
@@ -21,6 +19,8 @@ def chat_format_of(folder: Path) -> Callable[[Turns], str] | None:
     Raises:
         InputError: the tokenizer's files cannot be read.
     """
+    from transformers import AutoTokenizer
+
     has_template = (folder / "chat_template.jinja").is_file()
     config = folder / "tokenizer_config.json"
     if not has_template and not (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from cotune.models.anatomy import attention_shape
 from cotune.models.kv_pool import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Shares of the memory that is free after the weights: a GPU does nothing else, a computer does.
 _GPU_SHARE = 0.8

@@ -10,16 +10,18 @@ import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models.packed_folder import is_packed, read_packed
 from cotune.models.weights import DTYPES, find_model_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BITS = (4, 8)
 
@@ -35,6 +37,8 @@ def low_bit_placement(bits: int, *, dtype: str, device: str) -> dict[str, Any]:
     Raises:
         InputError: other bits, an unknown dtype, or bitsandbytes is not installed.
     """
+    from transformers import BitsAndBytesConfig
+
     if bits not in BITS:
         raise InputError(f"base bits are {bits}, expected 4 or 8, or none for whole weights")
     if dtype not in DTYPES:

@@ -16,17 +16,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models.kv_pool import BLOCK_SIZE, KVPool, num_blocks_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPT_CHUNK = 128
 """Prompts are read in pieces of this many tokens, so that a long one does not stall the others."""
@@ -269,6 +271,10 @@ class _Chunk(_Reader):
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within it the model's layers attend as the `PackedPass` says that is passed to them as `packed`."""
+    from transformers import AttentionInterface
+
+    # transformers' own way to add an attention function; masks for it are not made, as it is not in their mapping.
+    AttentionInterface.register(_IMPLEMENTATION, _attend)
     before = model.config._attn_implementation
     model.config._attn_implementation = _IMPLEMENTATION
     try:
@@ -309,7 +315,3 @@ def _attend(
     layer: int = module.layer_idx  # type: ignore[assignment]
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     return packed.attend(layer, queries, keys, values, AttentionForm(scaling, sliding_window, softcap))[None], None
-
-
-# transformers' own way to add an attention function; masks for it are not made, because it is not in their mapping.
-AttentionInterface.register(_IMPLEMENTATION, _attend)

@@ -14,20 +14,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.models.low_bit import is_low_bit
 from cotune.models.seeded import seeded
 from cotune.models.selected import SelectedParameters
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -107,6 +108,8 @@ class PeftAdapter:
         Raises:
             InputError: a soft prompt or a prefix is no weight of the model, or the model has low-bit weights.
         """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         if self.config.is_prompt_learning:
             raise InputError(
                 f"{self.config.peft_type.value} stands in front of the sequence and cannot be merged into weights; "
@@ -154,6 +157,8 @@ class PeftAdapter:
         Raises:
             InputError: a file is missing or damaged, of a kind that is not read, or does not fit the model.
         """
+        import peft
+
         config = read_config(folder)
         try:
             tensors = load_file(folder / WEIGHTS_FILE)
@@ -176,6 +181,8 @@ def read_config(folder: Path) -> peft.PeftConfig:
     Raises:
         InputError: it is missing or damaged, or asks for what is not read here.
     """
+    import peft
+
     path = folder / CONFIG_FILE
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -215,6 +222,8 @@ def wrapped_in_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int) 
     Raises:
         InputError: peft cannot put this adapter into this model.
     """
+    import peft
+
     if is_low_bit(model) and not (config.is_prompt_learning or config.peft_type is peft.PeftType.LORA):
         raise InputError(
             f"peft cannot take a {config.peft_type.value} adapter out of a low-bit model again; "

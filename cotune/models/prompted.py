@@ -5,12 +5,16 @@ The decoders of `Backbone` read text alone; what peft puts in front of it only p
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import peft
 import torch
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    import peft
 
 
 @torch.inference_mode()

@@ -14,14 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import peft
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cotune.models.adapters import LoraAdapter
 from cotune.models.selected import SelectedParameters
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 _CANDIDATES = (1, 2, 4, 8, 16, 32)
 _COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128, 130, 160)
@@ -96,6 +95,8 @@ def _is_prefix(part: Tensor, full: Tensor, num_rows: int) -> bool:
 
 def products(model: nn.Module) -> list[tuple[Callable[[Tensor], Tensor], int]]:
     """One of each kind and shape of the matrix products in a model."""
+    from transformers.pytorch_utils import Conv1D
+
     found: dict[tuple[object, ...], tuple[Callable[[Tensor], Tensor], int]] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear):

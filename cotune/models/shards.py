@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # All ranks' tensors of one shape, (ranks, ...), in the order of ranks.
 Gather = Callable[[Tensor], Tensor]

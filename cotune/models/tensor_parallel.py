@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig
-from transformers.distributed import DistributedConfig
 
 from cotune.errors import CotuneError, InputError
 from cotune.models.backbone import Backbone
@@ -50,6 +48,9 @@ def load_shared(
         InputError: as `Backbone.from_pretrained`; or the ranks cannot share this model, or hold different ones.
         RanksLostError: another rank failed.
     """
+    from transformers import AutoConfig
+    from transformers.distributed import DistributedConfig
+
     folder = find_model_folder(model)
     check_ranks(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False), ranks.num_ranks)
     digest = digest_folder(folder)

@@ -8,25 +8,18 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-)
-from transformers.utils import logging as transformers_logging
 
 from cotune.errors import InputError
 from cotune.models.packed_folder import PACKED_FILE, is_packed, read_contents, read_packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STARTER = "starter"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,6 +49,9 @@ def find_model_folder(model: str) -> Path:
 
 
 def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or not model
     if looks_like_path:
         raise InputError(f"{model!r} is no folder; give a Hugging Face model folder, a hub name or {STARTER}")
@@ -106,6 +102,8 @@ def load_model(folder: Path, *, dtype: str, device: str, placement: Mapping[str,
         InputError: an unknown dtype, an unsupported architecture, weights that do not fit the config, or damaged
             quantised ones.
     """
+    from transformers import AutoModelForCausalLM
+
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     options = {
@@ -142,6 +140,8 @@ def load_model(folder: Path, *, dtype: str, device: str, placement: Mapping[str,
 
 def _load_packed(folder: Path, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
     """As `AutoModelForCausalLM.from_pretrained`, with the quantised weights worked out."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{type(config).__name__} is the config of no causal language model")
@@ -194,6 +194,8 @@ def _to_device(model: PreTrainedModel, device: str) -> PreTrainedModel:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Inside, keep transformers' progress bars and advice off the screen, then give back the user's settings."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -9,11 +9,10 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import InputError
@@ -25,6 +24,9 @@ from cotune.tuning.gradient_checkpointing import gradient_checkpointing
 from cotune.tuning.loop import LoopConfig, LoopProgress, LoopResult, run_loop
 from cotune.tuning.own_tensors import own_tensors_restored, taken
 from cotune.tuning.tuner import Metrics, Params, StateT, Tuner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class AttachedConfig(Protocol):

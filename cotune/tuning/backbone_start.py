@@ -25,12 +25,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
@@ -40,6 +40,9 @@ from cotune.models.backbone import Backbone
 from cotune.models.projections import Projections
 from cotune.tuning.answer_loss import TokenBatches, answer_nats
 from cotune.tuning.side import SideConfig, attention_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NUM_EXAMPLES = 16
 """Texts that importance is measured on, at most."""

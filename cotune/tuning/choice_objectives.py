@@ -10,20 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
-from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
 from cotune.tuning.answer_loss import only_rows
 from cotune.tuning.objectives import Collate, ExampleLosses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

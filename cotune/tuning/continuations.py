@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
-from transformers import DynamicCache, PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Next token ids, int64 (texts,), of logits (texts, vocab).
 Choose = Callable[[Tensor], Tensor]
@@ -38,6 +41,8 @@ def continuations(
     Returns:
         New token ids of each text, at least one, with the stop token where it came to one.
     """
+    from transformers import DynamicCache
+
     device = next(iter(params.values())).device
     longest = max(map(len, prompts))
     ids, mask = (

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
 
 from cotune.data.batches import IGNORED_LABEL, TokenBatch
 from cotune.errors import InputError
@@ -37,6 +36,9 @@ from cotune.tuning.corrected_loss import corrected_nats
 from cotune.tuning.own_tensors import own_tensors, write_into
 from cotune.tuning.sequences import SequenceBatch
 from cotune.tuning.tuner import BatchT_contra, Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OPACUS_IS_MISSING = "training with differential privacy needs opacus; install it with: pip install 'cotune[private]'"
 # Of the sum of the texts' gradients against autograd's, relative; half precision rounds to about a hundredth.

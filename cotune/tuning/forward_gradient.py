@@ -20,11 +20,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import InputError, NonFiniteLossError
@@ -39,6 +39,9 @@ from cotune.tuning.sparse_mask import SparseMask
 from cotune.tuning.tuned_numbers import TunedNumbers
 from cotune.tuning.tuner import BatchT, Metrics
 from cotune.tuning.zeroth_order import check_zeroth_order, measure_along
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

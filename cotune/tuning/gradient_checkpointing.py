@@ -11,15 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
 
 from cotune.models.anatomy import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -82,6 +84,8 @@ def _recomputed(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
 
 def _snapshot(value: Any) -> Any:
     """A cache as it is now, such that reading on from it leaves the original alone; anything else itself."""
+    from transformers import Cache
+
     if not isinstance(value, Cache):
         return value
     same = copy.copy(value)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import peft
-
 from cotune.data.batches import EncodedExample
 from cotune.models.adapters import has_transposed_weights
 from cotune.models.backbone import Backbone
@@ -27,6 +25,8 @@ class Ia3:
         Raises:
             InputError: peft does not know the architecture.
         """
+        import peft
+
         config = peft.IA3Config(
             task_type=peft.TaskType.CAUSAL_LM, fan_in_fan_out=has_transposed_weights(backbone.model)
         )

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cotune.errors import InputError
 from cotune.tuning.attached import Attachable
@@ -23,6 +22,9 @@ from cotune.tuning.own_tensors import own_tensors, own_tensors_restored, taken, 
 from cotune.tuning.sparse_mask import SparseMask
 from cotune.tuning.tuned_numbers import TunedNumbers
 from cotune.tuning.tuner import Batches, BatchT, Params, Tuner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PARAMETER = "parameter."
 

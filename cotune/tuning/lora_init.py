@@ -11,15 +11,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
-from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch, pad_batch
 from cotune.errors import InputError
@@ -38,6 +33,11 @@ from cotune.models.residual_lora import ResidualLora
 from cotune.models.seeded import seeded
 from cotune.models.selected import SelectedParameters
 from cotune.tuning.answer_loss import answer_nats
+
+if TYPE_CHECKING:
+    import peft
+    from peft.tuners.lora.layer import LoraLayer
+    from transformers import PreTrainedModel
 
 NUM_CALIBRATION_EXAMPLES = 32
 """Texts that an initialisation looks at, at most."""
@@ -216,6 +216,8 @@ def _is_moved(name: str, parameter: Tensor, own: dict[str, Tensor]) -> bool:
 
 
 def _layers(wrapped: peft.PeftModel) -> list[LoraLayer]:
+    from peft.tuners.lora.layer import LoraLayer
+
     return [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
 
 
@@ -231,6 +233,8 @@ def _orthonormal(calibration: Calibration, wrapped: peft.PeftModel) -> None:
 
 
 def _eva(calibration: Calibration, wrapped: peft.PeftModel) -> None:
+    import peft
+
     rank = wrapped.peft_config["default"].r
     num_tokens = min(int(batch.attention_mask.sum()) for batch in calibration.batches)
     if num_tokens < rank:
@@ -263,11 +267,15 @@ def _counted_passes() -> Callable[[Any, Any], Any]:
 
 
 def _use_eva(calibration: Calibration, config: peft.LoraConfig) -> None:
+    import peft
+
     # rho = 1: each layer keeps its rank.
     config.eva_config = peft.EvaConfig(rho=1.0)
 
 
 def _use_corda(calibration: Calibration, config: peft.LoraConfig) -> None:
+    from peft.tuners.lora.config import CordaConfig
+
     model = calibration.backbone.model
     config.corda_config = CordaConfig(corda_method="kpm", verbose=False)
 
@@ -284,6 +292,9 @@ def _use_corda(calibration: Calibration, config: peft.LoraConfig) -> None:
 
 
 def _use_lora_ga(calibration: Calibration, config: peft.LoraConfig) -> None:
+    import peft
+    from peft.tuners.lora.loraga import preprocess_loraga
+
     model = calibration.backbone.model
     config.lora_ga_config = peft.LoraGAConfig()
 
@@ -300,6 +311,8 @@ def _use_lora_ga(calibration: Calibration, config: peft.LoraConfig) -> None:
 
 def _loftq(calibration: Calibration, wrapped: peft.PeftModel) -> None:
     """A and B from the largest singular vectors of what rounding took away, W - Q(W): LoftQ with one step."""
+    from peft.tuners.lora.layer import LoraLayer
+
     layers = {
         name.removeprefix("base_model.model."): m for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)
     }

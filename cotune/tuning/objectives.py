@@ -16,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cotune.data.batches import IGNORED_LABEL, EncodedExample, TokenBatch
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
 from cotune.tuning.answer_loss import answer_nats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BatchT_contra = TypeVar("BatchT_contra", contravariant=True)
 ExampleT = TypeVar("ExampleT")

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import peft
-
 from cotune.data.batches import EncodedExample
 from cotune.models.backbone import Backbone
 from cotune.models.peft_adapter import PeftAdapter
@@ -28,6 +26,8 @@ class PTuning:
 
     def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> PeftAdapter:
         """Random embeddings and a random MLP of the model's width."""
+        import peft
+
         config = peft.PromptEncoderConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             num_virtual_tokens=self.num_virtual_tokens,

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import peft
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from cotune.data.batches import EncodedExample
 from cotune.models.backbone import Backbone
@@ -33,6 +31,8 @@ class Prefix:
 
     def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> PeftAdapter:
         """Keys and values of random tokens."""
+        import peft
+
         config = peft.PrefixTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=self.num_virtual_tokens)
         adapter = PeftAdapter.fresh(backbone.model, config, seed=seed)
         (name,) = adapter.params
@@ -42,6 +42,8 @@ class Prefix:
 @torch.no_grad()
 def _keys_and_values(backbone: Backbone, num_tokens: int, seed: int) -> Tensor:
     """Of random tokens: (tokens, layers x 2 x kv_heads x head_dim), keys before values, as peft lays them out."""
+    from transformers import DynamicCache
+
     model = backbone.model
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(backbone.spec.vocab_size, (1, num_tokens), generator=generator)

@@ -17,12 +17,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch, pad_batch
 from cotune.errors import InputError
@@ -38,6 +38,9 @@ from cotune.tuning.private import SECRET, PrivateConfig, PrivateResult
 from cotune.tuning.sparse_mask import SparseMask
 from cotune.tuning.tuner import Metrics, Params
 from cotune.tuning.zeroth_order import ZerothOrderConfig, measure_along
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def private_scalars(

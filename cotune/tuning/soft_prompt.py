@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import peft
-
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
@@ -29,6 +27,8 @@ class SoftPrompt:
 
     def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> PeftAdapter:
         """Embeddings of random tokens."""
+        import peft
+
         config = peft.PromptTuningConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             num_virtual_tokens=self.num_virtual_tokens,

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import peft
-
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.adapters import has_transposed_weights, linear_targets
@@ -32,6 +30,8 @@ class Vera:
 
     def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> PeftAdapter:
         """Matrices by the seed; they are saved with the scales."""
+        import peft
+
         config = peft.VeraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             r=self.rank,

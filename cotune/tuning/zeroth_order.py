@@ -18,11 +18,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError, NonFiniteLossError
@@ -37,6 +36,9 @@ from cotune.tuning.perturbed import representable
 from cotune.tuning.seed_updates import PlainDescent, UpdateRule
 from cotune.tuning.sparse_mask import SparseMask
 from cotune.tuning.tuner import Batches, BatchT, Metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

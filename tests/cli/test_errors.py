@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -273,6 +274,18 @@ def test_misspelt_commands_are_explained(run: Any, command: str) -> None:
     outcome = run(*command.split())
     assert outcome.status == 2
     assert "Usage: " in outcome.out + outcome.err and "Traceback" not in outcome.err
+
+
+def test_only_advice_on_an_optional_kernel_is_silenced(
+    run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("--version")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    # Servers of other tests set up logging anew, which silences all loggers that were there.
+    monkeypatch.setattr(logger, "disabled", False)
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
+    logger.warning("Failed to load anything else")
+    assert [record.getMessage() for record in caplog.records] == ["Failed to load anything else"]
 
 
 @pytest.mark.integration

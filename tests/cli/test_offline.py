@@ -16,6 +16,7 @@ from offline_folders import CONTEXT, END, TinyLlama, random_adapter, write_onnx_
 from toy import toy_model
 from toy_plugin import toy_plugin
 
+from cotune.device.offline.drafter import OfflineDrafter
 from cotune.generation.sampling import Sampling, choose
 
 TINY = TinyLlama()
@@ -94,17 +95,25 @@ def test_with_a_cloud_that_is_away_the_offline_model_writes_for_the_plugin(
 
 
 def test_the_offline_model_drafts_where_the_schedule_is_drafted(
-    run: Any, model: Path, plugin: Path, cloud: str, tmp_path: Path
+    run: Any, model: Path, plugin: Path, cloud: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whether a draft is sent depends on how far the cloud is by then, so that what is counted is who was asked.
+    asked: list[list[int]] = []
+    draft = OfflineDrafter.draft
+    monkeypatch.setattr(OfflineDrafter, "draft", lambda self, path, k: asked.append(path) or draft(self, path, k))
     arguments = ("device", "generate", plugin, "w5 w9", "--cloud", cloud, "--max-new-tokens", 12, "--json")
     plain = json.loads(run(*arguments).out)
-    drafted = json.loads(run(*arguments, "--schedule", "drafted", "--offline", model).out)
-    assert drafted["token_ids"] == plain["token_ids"] and drafted["drafted"] > 0
+    assert not asked
+    # A busy machine is no cloud that is away.
+    patient = ("--fallback-after", 60, "--window", 1)
+    drafted = json.loads(run(*arguments, "--schedule", "drafted", "--offline", model, *patient).out)
+    assert drafted["token_ids"] == plain["token_ids"] and asked
+    asked.clear()
     other = write_onnx_folder(tmp_path / "other", TINY, tokenizer_json=b'{"version": "1.0"}')
     refused = run(*arguments, "--schedule", "drafted", "--offline", other)
     assert refused.status == 2
     lookup = json.loads(run(*arguments, "--schedule", "drafted").out)
-    assert lookup["token_ids"] == plain["token_ids"]
+    assert lookup["token_ids"] == plain["token_ids"] and not asked
 
 
 @pytest.mark.parametrize(

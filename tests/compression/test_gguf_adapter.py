@@ -11,6 +11,7 @@ import pytest
 import torch
 from llama_folders import save_llama
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from cotune.compression.gguf_export import GgufExportConfig, export_gguf
@@ -19,7 +20,7 @@ from cotune.errors import InputError
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
-from cotune.compression.gguf_adapter import export_gguf_adapter, read_lora  # noqa: E402
+from cotune.compression.gguf_adapter import export_gguf_adapter  # noqa: E402
 from cotune.compression.gguf_model import load_gguf, read_gguf_tensors  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -80,27 +81,26 @@ def test_added_by_llama_cpp_s_rule_it_is_the_adapter(kind: str, options: dict[st
     assert np.abs(expected - model(TOKENS).logits[0].numpy()).max() > 0.1
 
 
-def test_with_one_scale_the_factors_are_as_they_were(tmp_path: Path) -> None:
+def test_the_file_has_one_alpha_and_scaled_factors(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "source")
     save_adapter(model, tmp_path / "lora", target_modules=["o_proj"])
     export_gguf_adapter(tmp_path / "lora", tmp_path / "source", tmp_path / "lora.gguf")
-    own = read_lora(tmp_path / "lora", LlamaFolder(tmp_path / "source").shape.module_shapes())
+    own = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     stored = read_gguf_tensors(tmp_path / "lora.gguf")
     for i in (0, 1):
-        factors = own[f"model.layers.{i}.self_attn.o_proj"]
-        assert factors.scale == 1.5
-        np.testing.assert_array_equal(stored[f"blk.{i}.attn_output.weight.lora_a"], factors.a)
-        np.testing.assert_array_equal(stored[f"blk.{i}.attn_output.weight.lora_b"], factors.b)
+        module, name = f"base_model.model.model.layers.{i}.self_attn.o_proj", f"blk.{i}.attn_output.weight"
+        np.testing.assert_array_equal(stored[f"{name}.lora_a"], own[f"{module}.lora_A.weight"])
+        np.testing.assert_array_equal(stored[f"{name}.lora_b"], own[f"{module}.lora_B.weight"] * np.float32(1.5))
     fields = gguf.GGUFReader(tmp_path / "lora.gguf").fields
     facts = {name: fields[name].contents() for name in ("general.type", "adapter.type", "adapter.lora.alpha")}
-    assert facts == {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 6.0}
+    assert facts == {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "is a DORA adapter, expected LORA"),
-        ({"target_modules": ["lm_head"]}, "has base_model.model.lm_head.lora_A.weight, expected lora_A and lora_B of"),
+        ({"use_dora": True}, "sets use_dora, which an offline model cannot take"),
+        ({"target_modules": ["lm_head"]}, "changes 'lm_head', which this offline model cannot swap"),
     ],
 )
 def test_more_than_lora_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_more_than_lora_is_refused(options: dict[str, Any], message: str, tmp_pa
 def test_another_model_s_adapter_is_refused(tmp_path: Path) -> None:
     save_adapter(save_llama(tmp_path / "other", hidden_size=48), tmp_path / "lora")
     save_llama(tmp_path / "source")
-    with pytest.raises(InputError, match=r"of shapes .* for .*proj, expected \(rank, 32\)|expected \(rank, 48\)"):
+    with pytest.raises(InputError, match=r"has lora_A .* and lora_B .* for .*proj, expected \(rank, (32|48)\)"):
         export_gguf_adapter(tmp_path / "lora", tmp_path / "source", tmp_path / "lora.gguf")
 
 

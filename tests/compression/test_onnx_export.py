@@ -24,13 +24,17 @@ from cotune.compression.onnx_export import OnnxExportConfig, export_onnx, num_ex
 from cotune.compression.round_to_nearest import round_to_nearest
 from cotune.compression.token_agreement import reference_model
 from cotune.compression.written_weights import Rounding, WrittenWeights
+from cotune.device.offline.folder import OfflineFolder
+from cotune.device.offline.lora_adapter import LoraAdapter, LoraFactors
+from cotune.device.offline.model import OfflineSettings
+from cotune.device.offline.onnx_model import OnnxModel
 from cotune.errors import InputError
 from cotune.models.packed_folder import packed_files
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-from cotune.compression.onnx_decoder import OnnxDecoder  # noqa: E402
+from cotune.compression.llama_graph import with_activations  # noqa: E402
 
 TOKENS = [0, 17, 230, 5, 399, 88, 12, 301, 64, 7, 7, 150]
 WHOLE = OnnxExportConfig(rounding=Rounding(bits=32))
@@ -41,13 +45,25 @@ def logits_of(model: PreTrainedModel, tokens: Sequence[int] = TOKENS) -> NDArray
     return found
 
 
-def opened(folder: Path, **options: Any) -> OnnxDecoder:
-    return OnnxDecoder(folder / "model.onnx", LlamaFolder(folder.parent / "source").shape, **options)
+def opened(folder: Path, *, has_adapter: bool = False, graph: bytes | None = None) -> OnnxModel:
+    return OnnxModel(OfflineFolder.open(folder), OfflineSettings(num_threads=1, has_adapter=has_adapter), graph=graph)
 
 
-def exported(folder: Path, config: OnnxExportConfig = WHOLE) -> OnnxDecoder:
+def exported(folder: Path, config: OnnxExportConfig = WHOLE, *, has_adapter: bool = True) -> OnnxModel:
     export_onnx(folder / "source", folder / "out", config)
-    return opened(folder / "out")
+    return opened(folder / "out", has_adapter=has_adapter)
+
+
+def read_in_pieces(
+    model: OnnxModel, *lengths: int, adapter: LoraAdapter | None = None, tokens: Sequence[int] = TOKENS
+) -> NDArray[np.float32]:
+    """Logits of all positions, read in pieces of these lengths; all at once without any."""
+    text, found, start = model.open(adapter), [], 0
+    for length in lengths or (len(tokens),):
+        found.append(text.extend(tokens[start : start + length], num_logits=length))
+        start += length
+    assert start == len(tokens)
+    return np.concatenate(found)
 
 
 def assert_same(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
@@ -80,7 +96,7 @@ def assert_same(found: NDArray[np.float32], expected: NDArray[np.float32]) -> No
 )
 def test_whole_weights_give_the_source_s_logits(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     model = save_llama(tmp_path / "source", kind, **changes)
-    assert_same(exported(tmp_path).extend(TOKENS), logits_of(model))
+    assert_same(read_in_pieces(exported(tmp_path)), logits_of(model))
 
 
 @pytest.mark.parametrize(
@@ -97,9 +113,9 @@ def test_whole_weights_give_the_source_s_logits(kind: str, changes: dict[str, An
 @pytest.mark.parametrize("tied", [False, True])
 def test_rounded_weights_are_exactly_those_of_their_codes(rounding: Rounding, tied: bool, tmp_path: Path) -> None:
     save_llama(tmp_path / "source", hidden_size=24, tie_word_embeddings=tied)
-    decoder = exported(tmp_path, OnnxExportConfig(rounding=rounding, activation_bits=32))
+    model = exported(tmp_path, OnnxExportConfig(rounding=rounding, activation_bits=32))
     rounded = reference_model(WrittenWeights(LlamaFolder(tmp_path / "source"), rounding))
-    assert_same(decoder.extend(TOKENS), logits_of(rounded))
+    assert_same(read_in_pieces(model), logits_of(rounded))
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -124,23 +140,23 @@ def test_a_quantised_folder_s_own_codes_are_written(bits: int, tmp_path: Path) -
     for name, data in packed_files(packed, method="rtn", whole=(source / "model.safetensors").read_bytes()).items():
         (source / name).write_bytes(data)
     config = OnnxExportConfig(rounding=Rounding(embedding_bits=32), activation_bits=32)
-    assert_same(exported(tmp_path, config).extend(TOKENS), logits_of(model))
+    assert_same(read_in_pieces(exported(tmp_path, config)), logits_of(model))
 
 
 def test_pieces_drafts_and_rollbacks_give_the_logits_of_one_pass(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "source")
-    decoder = exported(tmp_path)
+    text = exported(tmp_path).open()
     expected = logits_of(model)
-    assert_same(decoder.extend(TOKENS[:5]), expected[:5])
-    assert_same(decoder.extend(TOKENS[5:6]), expected[5:6])
-    decoder.extend([3, 4, 5])  # a draft that is not taken
-    decoder.truncate(7)
-    decoder.truncate(6)
-    assert_same(decoder.extend(TOKENS[6:]), expected[6:])
-    decoder.truncate(3)
-    assert_same(decoder.extend(TOKENS[3:], first_logit=-1), expected[-1:])
-    decoder.truncate(3)
-    assert_same(decoder.extend(TOKENS[3:], first_logit=4), expected[7:])
+    assert_same(text.extend(TOKENS[:5], num_logits=5), expected[:5])
+    assert_same(text.extend(TOKENS[5:6]), expected[5:6])
+    text.extend([3, 4, 5])  # a draft that is not taken
+    text.truncate(7)
+    text.truncate(6)
+    assert_same(text.extend(TOKENS[6:], num_logits=len(TOKENS) - 6), expected[6:])
+    text.truncate(3)
+    assert_same(text.extend(TOKENS[3:]), expected[-1:])
+    text.truncate(3)
+    assert_same(text.extend(TOKENS[3:], num_logits=len(TOKENS) - 7), expected[7:])
 
 
 def test_without_shared_buffers_caches_grow(tmp_path: Path) -> None:
@@ -163,44 +179,44 @@ def test_without_shared_buffers_caches_grow(tmp_path: Path) -> None:
     assert_same(np.concatenate(found), logits_of(model))
 
 
-def lora_inputs(model: PreTrainedModel, ranks: dict[str, int]) -> tuple[peft.PeftModel, dict[str, NDArray[np.float32]]]:
+def lora_adapter(model: PreTrainedModel, ranks: dict[str, int]) -> tuple[peft.PeftModel, LoraAdapter]:
     """peft's model with random adapters of these ranks, and what the graph is given for them."""
     config = peft.LoraConfig(
         r=2, lora_alpha=6, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=dict.fromkeys(ranks, 6)
     )
     wrapped = peft.get_peft_model(model, config).eval()
-    inputs: dict[str, NDArray[np.float32]] = {}
+    modules: dict[str, LoraFactors] = {}
     generator = torch.Generator().manual_seed(1)
     for name, layer in wrapped.base_model.model.named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             for factor in (a, b):
                 torch.nn.init.normal_(factor.data, std=0.3, generator=generator)
-            inputs[f"{name}.lora_A"] = np.ascontiguousarray(a.detach().numpy().T)
-            inputs[f"{name}.lora_B"] = np.ascontiguousarray(b.detach().numpy().T) * layer.scaling["default"]
-    return wrapped, inputs
+            modules[name] = LoraFactors(
+                a=np.ascontiguousarray(a.detach().numpy().T),
+                b=np.ascontiguousarray(b.detach().numpy().T) * layer.scaling["default"],
+            )
+    return wrapped, LoraAdapter(name="random", modules=modules)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_adapters_are_swapped_without_a_rebuild(tmp_path: Path) -> None:
-    model = save_llama(tmp_path / "source", attention_bias=True)
-    decoder = exported(tmp_path)
-    plain = logits_of(model)
+    source = save_llama(tmp_path / "source", attention_bias=True)
+    model = exported(tmp_path)
+    plain = logits_of(source)
     # Ranks differ from module to module, and some have none.
-    wrapped, inputs = lora_inputs(model, {"q_proj": 2, "v_proj": 5, "o_proj": 3, "up_proj": 1, "down_proj": 7})
+    wrapped, adapter = lora_adapter(source, {"q_proj": 2, "v_proj": 5, "o_proj": 3, "up_proj": 1, "down_proj": 7})
     adapted = logits_of(wrapped)
     assert np.abs(adapted - plain).max() > 0.1
-    for expected, adapter in ((plain, {}), (adapted, inputs), (plain, {}), (adapted, inputs)):
-        decoder.set_adapter(adapter)
-        decoder.truncate(0)
-        assert_same(np.concatenate([decoder.extend(TOKENS[:4]), decoder.extend(TOKENS[4:])]), expected)
+    for expected, chosen in ((plain, None), (adapted, adapter), (plain, None), (adapted, adapter)):
+        assert_same(read_in_pieces(model, 4, len(TOKENS) - 4, adapter=chosen), expected)
 
 
 def test_beside_it_is_the_same_graph_without_inputs_for_adapters(tmp_path: Path) -> None:
     """With what is left of sums where only some of the modules that read one input take adapters, and with biases."""
-    model = save_llama(tmp_path / "source", attention_bias=True)
+    source = save_llama(tmp_path / "source", attention_bias=True)
     config = OnnxExportConfig(rounding=Rounding(bits=32), adapter_modules=("q_proj", "gate_proj", "up_proj", "o_proj"))
-    export_onnx(tmp_path / "source", tmp_path / "out", config)
+    model = exported(tmp_path, config, has_adapter=False)
     plain = tmp_path / "out" / "model.plain.onnx"
     files = (plain, tmp_path / "out" / "model.onnx")
     graphs = [onnx.load(str(path), load_external_data=False).graph for path in files]
@@ -209,31 +225,32 @@ def test_beside_it_is_the_same_graph_without_inputs_for_adapters(tmp_path: Path)
     assert (
         json.loads((tmp_path / "out" / "genai_config.json").read_bytes())["model"]["decoder"]["filename"] == plain.name
     )
-    decoder = OnnxDecoder(plain, LlamaFolder(tmp_path / "source").shape)
-    assert_same(decoder.extend(TOKENS), logits_of(model))
+    assert_same(read_in_pieces(model), logits_of(source))
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("names", [(), ("q_proj", "v_proj")])
 def test_only_the_chosen_modules_take_adapters(names: tuple[str, ...], tmp_path: Path) -> None:
-    model = save_llama(tmp_path / "source")
-    decoder = exported(tmp_path, OnnxExportConfig(rounding=Rounding(bits=32), adapter_modules=names))
+    source = save_llama(tmp_path / "source")
+    model = exported(tmp_path, OnnxExportConfig(rounding=Rounding(bits=32), adapter_modules=names))
     described = json.loads((tmp_path / "out" / "offline.json").read_bytes())
     assert len(described["adapter_modules"]) == 2 * len(names)
     assert ("model.plain.onnx" in described["files"]) == bool(names)
-    assert_same(decoder.extend(TOKENS), logits_of(model))
+    assert_same(read_in_pieces(model), logits_of(source))
     if names:
-        wrapped, inputs = lora_inputs(model, dict.fromkeys(names, 4))
-        decoder.set_adapter(inputs)
-        decoder.truncate(0)
-        assert_same(decoder.extend(TOKENS), logits_of(wrapped))
+        wrapped, adapter = lora_adapter(source, dict.fromkeys(names, 4))
+        assert_same(read_in_pieces(model, adapter=adapter), logits_of(wrapped))
 
 
 def test_int8_activations_differ_a_little_and_are_the_default(tmp_path: Path) -> None:
     save_llama(tmp_path / "source")
-    exported(tmp_path, OnnxExportConfig())
-    rounded, exact = (opened(tmp_path / "out", activation_bits=bits).extend(TOKENS) for bits in (8, 32))
-    np.testing.assert_array_equal(opened(tmp_path / "out").extend(TOKENS), rounded)
+    found = read_in_pieces(exported(tmp_path, OnnxExportConfig()))
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False)
+    rounded, exact = (
+        read_in_pieces(opened(tmp_path / "out", graph=with_activations(graph, bits).SerializeToString()))
+        for bits in (8, 32)
+    )
+    np.testing.assert_array_equal(found, rounded)
     assert 1e-4 < np.abs(rounded - exact).max() / exact.std() < 0.5
 
 
@@ -295,13 +312,6 @@ def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match="No space left on device; nothing is left"):
         export_onnx(tmp_path / "source", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
-    save_llama(tmp_path / "source")
-    (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match="is there already"):
-        export_onnx(tmp_path / "source", tmp_path / "out")
 
 
 def test_a_head_that_onnxruntime_cannot_rotate_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "write_bytes", full)
     (tmp_path / "here").mkdir()
-    with pytest.raises(InputError, match=r"cannot be written to .*: No space left on device"):
+    with pytest.raises(InputError, match=r"out cannot be written: No space left on device"):
         save_quantised(tmp_path / "here" / "out", model, report.packed, method="rtn", source=str(source))
     assert list((tmp_path / "here").iterdir()) == []
 
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
 def test_bad_input_is_one_clear_sentence(source: Path, tmp_path: Path) -> None:
     model = tiny_model()
     report = quantise(model, "rtn")
-    with pytest.raises(InputError, match="source exists, expected a new folder"):
+    with pytest.raises(InputError, match="source is there already, expected a new folder"):
         save_quantised(source, model, report.packed, method="rtn", source=str(source))
     with pytest.raises(InputError, match="is no folder"):
         save_quantised(tmp_path / "out", model, report.packed, method="rtn", source="./missing")

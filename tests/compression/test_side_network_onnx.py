@@ -86,11 +86,11 @@ def test_a_network_with_a_memory_is_refused() -> None:
 
 
 def test_a_foreign_graph_is_refused() -> None:
-    with pytest.raises(InputError, match="does not take the side network's graph"):
+    with pytest.raises(InputError, match="the side network's graph is no model that onnxruntime"):
         OnnxSideNetwork(b"no graph")
 
 
 def test_without_onnxruntime_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match=r"needs onnxruntime; install cotune\[edge\]"):
+    with pytest.raises(InputError, match=r"side network's graph needs onnxruntime .*cotune\[edge\]"):
         OnnxSideNetwork(b"")

@@ -22,6 +22,7 @@ from cotune.compression.token_agreement import (
     compare_tokens,
 )
 from cotune.compression.written_weights import Rounding
+from cotune.device.offline.folder import digest_file
 from cotune.errors import InputError
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -60,11 +61,14 @@ def test_int8_activations_are_named_as_the_cause(tmp_path: Path) -> None:
 def test_another_model_in_the_graph_is_no_rounding(tmp_path: Path) -> None:
     save_llama(tmp_path / "source")
     export_onnx(tmp_path / "source", tmp_path / "out", OnnxExportConfig(rounding=Rounding(bits=32)))
-    path = tmp_path / "out" / "model.onnx"
+    path = tmp_path / "out" / "model.plain.onnx"
     model = onnx.load(str(path), load_external_data=False)
     (damaged,) = [tensor for tensor in model.graph.initializer if tensor.name == "model.norm.weight"]
     damaged.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(damaged)[::-1].copy(), damaged.name))
     path.write_bytes(model.SerializeToString())
+    described = json.loads((tmp_path / "out" / "offline.json").read_bytes())
+    described["files"][path.name] = digest_file(path)
+    (tmp_path / "out" / "offline.json").write_text(json.dumps(described))
     found = compare_tokens(tmp_path / "source", tmp_path / "out", PROMPTS, max_new_tokens=8)
     assert not found.is_explained
     assert {difference.cause for difference in found.differences} == {UNEXPLAINED}
@@ -110,13 +114,13 @@ def test_without_llama_cpp_a_gguf_file_is_not_run(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     save_llama(tmp_path / "source")
     export_gguf(tmp_path / "source", tmp_path / "out")
-    with pytest.raises(InputError, match="needs llama-cpp-python"):
+    with pytest.raises(InputError, match="runtime gguf need llama-cpp-python"):
         compare_tokens(tmp_path / "source", tmp_path / "out", PROMPTS)
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
     save_llama(tmp_path / "source")
-    with pytest.raises(InputError, match=r"offline.json cannot be read .* expected the folder of an exported model"):
+    with pytest.raises(InputError, match=r"has no offline.json, so it is no offline model but a Hugging Face model"):
         compare_tokens(tmp_path / "source", tmp_path / "source", PROMPTS)
 
 

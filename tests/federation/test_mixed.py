@@ -145,6 +145,9 @@ def test_devices_of_little_memory_learn_with_one_that_has_more_and_the_smallest_
         assert record.lost == [] and record.seconds == 1.0
     assert "d4" not in end.since and end.offences == {}
     assert end.start_loss is not None and end.best_loss is not None and end.best_loss < 0.2 * end.start_loss
+    # A quorum is a share of those that were given a task: here one of three.
+    alone = federation_by_memory({"d0": 9_000, "*": 100}, [Watched(0), Tiny(1), Tiny(2)]).run()
+    assert {record.verdict for record in alone.records} == {"accepted"}
     # Where no device has the memory there is nothing to wait for.
     with pytest.raises(InputError, match="d1 has 100 bytes"):
         federation_by_memory({"*": 100}, [Tiny(0), Tiny(1)]).run()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cotune.errors import InputError
-from cotune.models import Backbone, Projections, weights
+from cotune.models import Backbone, Projections
 from cotune.models.weights import digest_folder, digest_model, find_model_folder
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -198,7 +198,7 @@ def test_a_hub_name_is_downloaded_without_pickles_and_code(folder: Path, monkeyp
         asked[name] = options
         return str(folder)
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert Backbone.from_pretrained("someone/tiny").spec.name == "someone/tiny"
     assert asked == {"someone/tiny": {"allow_patterns": ["*.json", "model*.safetensors", "packed.safetensors"]}}
 
@@ -207,7 +207,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     def download(name: str, **options: object) -> str:
         raise LocalEntryNotFoundError("cannot reach the hub\nand much more")
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(InputError, match=r"someone/tiny is neither a folder .* check the name") as caught:
         Backbone.from_pretrained("someone/tiny")
     assert "\n" not in str(caught.value)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import runpy
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,33 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return status, captured.out + captured.err
 
     return run
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What a study measures in children runs in this process, with 5 MB as every peak; gives what they were asked.
+
+    A child that loads PyTorch costs more than all else in such a test. `test_survey_memory.py` has a real one.
+    """
+    asked: list[list[str]] = []
+
+    def peak(work: Callable[[], object]) -> int:
+        work()
+        return 5_000_000
+
+    def run(arguments: Sequence[str], **ignored: object) -> dict[str, object]:
+        asked.append(list(arguments))
+        said = io.StringIO()
+        num_threads = torch.get_num_threads()
+        with monkeypatch.context() as patched, contextlib.redirect_stdout(said):
+            patched.setattr(sys, "argv", list(arguments))
+            runpy.run_path(arguments[0], run_name="__main__")
+        torch.set_num_threads(num_threads)
+        return dict(json.loads(said.getvalue().splitlines()[-1]))
+
+    monkeypatch.setattr("cotune.evaluation.measured_memory.run_measured", run)
+    monkeypatch.setattr("cotune.evaluation.measured_memory.resident_peak_bytes", peak)
+    return asked
 
 
 @pytest.fixture

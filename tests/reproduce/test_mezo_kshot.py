@@ -168,7 +168,7 @@ def test_steps_are_a_multiple_of_the_checks() -> None:
 
 @pytest.mark.integration
 def test_the_command_writes_its_folder_and_never_repeats_a_cell(
-    tmp_path: Path, tiny_model: Path, command: Command
+    tmp_path: Path, tiny_model: Path, command: Command, measured_here: list[list[str]]
 ) -> None:
     options = ["--model", str(tiny_model), "--methods", "zero_shot", "icl", "mezo"]
     options += ["--seeds", "2", "--steps", "4", "--backprop-steps", "2", "--checks", "2", "--batch", "4"]
@@ -179,7 +179,8 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(
     assert measured["accuracy"]["made"].keys() == {"zero_shot", "icl", "mezo"}
     assert measured["accuracy"]["made"]["mezo"]["num"] == 2
     assert [one["worse"] for one in measured["order"]["made"]] == ["zero_shot", "icl"]
-    assert measured["memory_mb"]["made"]["mezo"] > 0
+    assert measured["memory_mb"]["made"] == {"zero_shot": 5, "mezo": 5}
+    assert [one[one.index("--measure") + 1] for one in measured_here] == ["zero_shot", "mezo"]
     assert "The order" in (tmp_path / "out" / "report.html").read_text()
     cells = (tmp_path / "cells" / "tiny-kshot-made.jsonl").read_text()
     again_status, _ = command("mezo_kshot", options)

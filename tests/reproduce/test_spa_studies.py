@@ -15,6 +15,7 @@ from spa_judging import judge_backbone, judge_plugin
 from spa_study import plugin_row
 from spa_table4 import CELLS, rates
 from spa_training import Method, Training, cloud_for, parameter_budget, train_plugin, trained_in_cloud
+from study_command import Command
 from tiny_models import tiny_backbone, untrained_plugin
 
 from cotune.data.assistant_text import generate_exchanges
@@ -138,19 +139,22 @@ def test_differences_are_of_the_same_texts() -> None:
 
 
 @pytest.mark.integration
-def test_a_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPRODUCE / "all.py"), "--only", "spa_table4", "--budget-minutes", "5"]
-    command += ["--datasets", "persona", "--num-train", "24", "--num-test", "2", "--epochs", "3"]
-    command += ["--seeds", "1", "--learning-rates", "0.01", "--max-new-tokens", "6", "--max-length", "48"]
-    command += ["--cells", str(tmp_path / "cells"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert first.returncode == 0, first.stdout + first.stderr
+def test_a_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, command: Command) -> None:
+    options = ["--budget-minutes", "5"]
+    options += ["--datasets", "persona", "--num-train", "24", "--num-test", "2", "--epochs", "3"]
+    options += ["--seeds", "1", "--learning-rates", "0.01", "--max-new-tokens", "6", "--max-length", "48"]
+    options += ["--cells", str(tmp_path / "cells"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    status, first = command("spa_table4", options)
+    assert status == 0, first
     measured = json.loads((tmp_path / "out" / "measured.json").read_text())
     assert measured["persona"]["teacher_forced"].keys() >= {"asks", "differs", "asks_and_differs"}
     assert "Two by two" in (tmp_path / "out" / "report.html").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["config"]["num_train"] == 24 and config["deviations"] and config["hardware"]["cores"]
     kept = (tmp_path / "cells" / "starter-persona.jsonl").read_text()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert again.returncode == 0 and "starter-persona:" in first.stdout and "starter-persona:" not in again.stdout
+    # As a shell starts it, and by the command of all studies.
+    all_of_them = [sys.executable, str(REPRODUCE / "all.py"), "--only", "spa_table4", *options]
+    again = subprocess.run(all_of_them, capture_output=True, text=True, timeout=240, check=False)
+    assert again.returncode == 0 and "spa_table4         done" in again.stdout, again.stdout + again.stderr
+    assert "starter-persona:" in first and "starter-persona:" not in again.stdout
     assert (tmp_path / "cells" / "starter-persona.jsonl").read_text() == kept

@@ -68,15 +68,11 @@ def test_weights_are_counted_in_the_type_that_they_have() -> None:
 
 
 @pytest.mark.integration
-def test_the_command_writes_its_folder(tmp_path: Path, command: Command) -> None:
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("the peak of the resident set can be reset on Linux only")
-    backbone = tiny_backbone("llama")
-    folder = tmp_path / "tiny"
-    backbone.model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(backbone.tokenizer_json)
+def test_the_command_writes_its_folder(
+    tmp_path: Path, tiny_model: Path, command: Command, measured_here: list[list[str]]
+) -> None:
     has_bits = find_spec("bitsandbytes") is not None
-    options = ["--model", str(folder), "--num-train", "10"]
+    options = ["--model", str(tiny_model), "--num-train", "10"]
     options += ["--num-test", "2", "--seeds", "1", "--epochs", "1", "--batch-size", "4", "--max-length", "48"]
     options += ["--what", "full", "lora", "--how", "backprop", "--bits", "32", "4"]
     options += ["--memory-length", "64", "--rate-factors", "1"]
@@ -90,7 +86,8 @@ def test_the_command_writes_its_folder(tmp_path: Path, command: Command) -> None
     assert str(of("full", "backprop", 4)) in measured["refused"]
     assert (str(of("lora", "backprop", 4)) in measured["combinations"]) == has_bits
     row = measured["combinations"]["full, backprop, 32 bit"]
-    assert row["above_mb"] > 0 and row["weight_mb"] > 0
+    assert row["above_mb"] == 5 and 0.1 < row["weight_mb"] < 1
+    assert measured_here[0][-4:] == ["--child", "full", "backprop", "32"]
     # So few steps may not make it better.
     assert 0 < row["nats"]["mean"] != row["base_nats"]["mean"]
     page = (tmp_path / "out" / "report.html").read_text()

@@ -76,8 +76,16 @@ def test_goals_are_held_against_what_was_measured() -> None:
 
 @pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is Linux's")
+def test_a_row_is_measured_in_a_process_of_its_own(tmp_path: Path, tiny_model: Path) -> None:
+    options = ["--model", tiny_model, "--num-train", "10", "--num-test", "1", "--batch", "2", "--length", "16"]
+    study = Study(make_parser().parse_args([*map(str, options), "--cells", str(tmp_path / "cells")]))
+    found = study.measured("ia3", str(tiny_model))
+    assert 0 < found["peak_bytes"] < 2e6 and found["step_s"] > 0
+
+
+@pytest.mark.integration
 def test_the_command_writes_its_folder_and_never_repeats_a_cell(
-    tmp_path: Path, tiny_model: Path, command: Command
+    tmp_path: Path, tiny_model: Path, command: Command, measured_here: list[list[str]]
 ) -> None:
     options = ["--model", str(tiny_model), "--methods", "side", "mezo, lora", "ia3"]
     options += ["--num-train", "24", "--num-test", "3", "--epochs", "1", "--side-epochs", "1", "--forward-epochs", "1"]
@@ -87,8 +95,10 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(
     assert first_status == 0, first
     measured = json.loads((tmp_path / "out" / "measured.json").read_text())
     assert measured["methods"].keys() == {"side", "mezo, lora", "ia3"}
+    asked = [(one[one.index("--child") + 1], one[one.index("--shape") + 1]) for one in measured_here]
+    assert asked == [(ROWS[name].case, str(tiny_model)) for name in ("side", "mezo, lora", "ia3")]
     for row in measured["methods"].values():
-        assert row["measured_above_mb"] > 0 and row["step_ms"] > 0 and row["nats"]["mean"] > 0
+        assert row["measured_above_mb"] == 5 and row["step_ms"] > 0 and row["nats"]["mean"] > 0
     assert all(row["predicted_above_mb"] > 0 for row in measured["methods"].values())
     assert measured["shapes"]["llama-7b"]["mezo, lora"]["whole_mb"] > 25_000
     assert "llama-7b" in (tmp_path / "out" / "report.html").read_text()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from cotune.device.offline.folder import OfflineFolder
-from cotune.errors import InputError
+from cotune.errors import InputError, first_line
 from cotune.generation.text import TextCodec
 from cotune.openai_api.plain_chat import plain_chat_format
 from cotune.openai_api.requests import Message
@@ -52,7 +52,7 @@ def chat_format_of(folder: OfflineFolder, text: TextCodec) -> ChatFormat:
         template = environment.from_string(folder.chat_template)
     except jinja2.TemplateError as error:
         raise InputError(
-            f"the chat template in {folder.path} is no Jinja ({_first_line(error)}); export the model again"
+            f"the chat template in {folder.path} is no Jinja ({first_line(error)}); export the model again"
         ) from error
     words = _special_words(folder, text)
 
@@ -62,7 +62,7 @@ def chat_format_of(folder: OfflineFolder, text: TextCodec) -> ChatFormat:
             prompt = str(template.render(messages=turns, add_generation_prompt=True, **words))
         except Exception as error:  # whatever a text that is no code of ours can do
             raise InputError(
-                f"messages do not fit the model's chat template: {_first_line(error)}; send other roles, or a plain "
+                f"messages do not fit the model's chat template: {first_line(error)}; send other roles, or a plain "
                 "prompt"
             ) from error
         if len(prompt) > MAX_PROMPT_CHARACTERS:
@@ -95,8 +95,3 @@ def _to_json(value: object, indent: int | None = None) -> str:
 
 def _complain(message: str) -> NoReturn:
     raise _ComplaintError(message)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{lines[0]:.300}" if lines else type(error).__name__

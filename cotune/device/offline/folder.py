@@ -6,8 +6,8 @@
     model.gguf                          runtime `gguf`
     chat_template.jinja, tokenizer_config.json, genai_config.json, ...   where the source has them
 
-`cotune compress --export` writes it. Nothing in it is code. Sizes are checked before anything is read, and every file
-against its digest.
+`cotune compress --export` writes its description with `write_description`, devices read it with `OfflineFolder.open`.
+Nothing in it is code. Sizes are checked before anything is read, and every file against its digest.
 """
 
 from __future__ import annotations
@@ -201,6 +201,23 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_description(folder: Path, **about: Any) -> OfflineDescription:
+    """Put `offline.json` to a model that is otherwise complete.
+
+    Args:
+        folder: with all other files, the tokenizer among them.
+        **about: the fields of `OfflineDescription` but for `files` and `tokenizer_digest`, which the files give.
+
+    Raises:
+        InputError: a field is not what it should be, or a file that must be there is missing.
+        OSError: the disk refuses.
+    """
+    files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+    description = OfflineDescription(files=files, tokenizer_digest=files.get(TOKENIZER_FILE, ""), **about)
+    (folder / DESCRIPTION_FILE).write_bytes(description.to_json())
+    return description
+
+
 @dataclass(frozen=True, kw_only=True)
 class OfflineFolder:
     """A folder whose files are all there and as they were written.
@@ -254,7 +271,7 @@ class OfflineFolder:
                 "`cotune compress MODEL --out DIR --export onnx`"
             )
         try:
-            description = OfflineDescription.from_json(_read_bounded(described, MAX_DESCRIPTION_BYTES))
+            description = OfflineDescription.from_json(read_bounded(described, MAX_DESCRIPTION_BYTES))
         except InputError as error:
             raise InputError(f"{described} cannot be used: {error}") from error
         for name, digest in description.files.items():
@@ -263,7 +280,7 @@ class OfflineFolder:
         return cls(
             path=path,
             description=description,
-            tokenizer_json=_read_bounded(path / TOKENIZER_FILE, MAX_TOKENIZER_BYTES),
+            tokenizer_json=read_bounded(path / TOKENIZER_FILE, MAX_TOKENIZER_BYTES),
             chat_template=_chat_template(path, description.files, settings),
             special_tokens=_special_tokens(settings),
         )
@@ -275,7 +292,12 @@ def _guess(path: Path) -> str:
     return " but a Hugging Face model" if (path / "config.json").is_file() else ""
 
 
-def _read_bounded(path: Path, most: int) -> bytes:
+def read_bounded(path: Path, most: int) -> bytes:
+    """The bytes of a file, whose size is looked at first.
+
+    Raises:
+        InputError: it is larger than `most` bytes, or cannot be read.
+    """
     try:
         size = path.stat().st_size
         if size <= most:
@@ -304,7 +326,7 @@ def _tokenizer_settings(path: Path, files: Mapping[str, str]) -> dict[str, Any]:
     if _TOKENIZER_CONFIG_FILE not in files:
         return {}
     config = path / _TOKENIZER_CONFIG_FILE
-    data = _read_bounded(config, _MAX_TOKENIZER_CONFIG_BYTES)
+    data = read_bounded(config, _MAX_TOKENIZER_CONFIG_BYTES)
     try:
         settings = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -317,7 +339,7 @@ def _tokenizer_settings(path: Path, files: Mapping[str, str]) -> dict[str, Any]:
 def _chat_template(path: Path, files: Mapping[str, str], settings: Mapping[str, Any]) -> str | None:
     """From the file of its own, or from the tokenizer's settings, as transformers writes it."""
     if _TEMPLATE_FILE in files:
-        data = _read_bounded(path / _TEMPLATE_FILE, MAX_TEMPLATE_BYTES)
+        data = read_bounded(path / _TEMPLATE_FILE, MAX_TEMPLATE_BYTES)
         try:
             return data.decode()
         except UnicodeDecodeError as error:

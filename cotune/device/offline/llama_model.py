@@ -84,7 +84,7 @@ class LlamaModel:
         self.num_texts = settings.num_texts
         self._num_threads = settings.threads
         _check_magic(folder.model_file)
-        self._llama = _binding()
+        self._llama = llama_binding()
         parameters = self._llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.use_mmap = True
@@ -265,7 +265,12 @@ def _check_magic(path: Path, *, most: int | None = None) -> None:
 _QUIET: list[tuple[Any, Any]] = []
 
 
-def _binding() -> Any:
+def llama_binding() -> Any:
+    """llama-cpp-python's C interface, told to be quiet.
+
+    Raises:
+        InputError: it is not installed, or lacks what is used of it.
+    """
     try:
         llama: Any = importlib.import_module("llama_cpp")
     except (ImportError, OSError) as error:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
-from cotune.device.offline.folder import ModuleShape
+from cotune.device.offline.folder import ModuleShape, read_bounded
 from cotune.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
@@ -189,13 +189,7 @@ def _config(path: Path) -> dict[str, Any]:
 def _read(path: Path, most: int) -> bytes:
     if not path.is_file():
         raise InputError(f"{path} is missing, expected a LoRA adapter as peft or `cotune tune --method lora` writes it")
-    try:
-        size = path.stat().st_size
-        if size <= most:
-            return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    raise InputError(f"{path} has {size} bytes, expected at most {most}")
+    return read_bounded(path, most)
 
 
 def _tensors(path: Path) -> dict[str, NDArray[np.float32]]:

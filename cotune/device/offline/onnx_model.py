@@ -7,12 +7,10 @@ inputs of the graph, so that another one is another pointer.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,15 +19,14 @@ from numpy.typing import NDArray
 from cotune.device.offline.folder import OfflineDescription, OfflineFolder
 from cotune.device.offline.lora_adapter import LoraAdapter
 from cotune.device.offline.model import Adapter, OfflineSettings, check_extension, check_truncation
-from cotune.errors import InputError
+from cotune.device.offline.onnx_session import open_session
+from cotune.errors import InputError, first_line
 
 PLAIN_FILE = "model.plain.onnx"
 """The same graph without inputs for adapters, where an exporter wrote one: it is faster."""
 
 _FIRST_LOGIT = "first_logit"
 _NUMBER_TYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-# Errors are told by what is raised; nothing goes to standard error on the way.
-_FATAL_ONLY = 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class OnnxModel:
     Args:
         folder: of runtime `onnx`.
         settings: context and threads; memory is the business of `fit_memory`.
+        graph: another one over the same weights, to be run in place of the folder's, as bytes.
 
     Raises:
         InputError: onnxruntime is not installed, the file is damaged, or the graph is another one than described.
@@ -67,13 +65,16 @@ class OnnxModel:
         17
     """
 
-    def __init__(self, folder: OfflineFolder, settings: OfflineSettings | None = None) -> None:
+    def __init__(
+        self, folder: OfflineFolder, settings: OfflineSettings | None = None, *, graph: bytes | None = None
+    ) -> None:
         settings = settings or OfflineSettings()
         self.folder = folder
         self.context = settings.context_of(folder.description)
         self.num_texts = settings.num_texts
         self._num_threads = settings.threads
         self._graphs: dict[str, _Graph] = {}
+        self._other_graph = graph
         self._is_closed = False
         self._plain_file = PLAIN_FILE if PLAIN_FILE in folder.description.files else folder.model_file.name
         # Two open graphs hold the weights twice.
@@ -105,7 +106,12 @@ class OnnxModel:
         if self._is_closed:
             raise InputError("the offline model is closed, expected an open one; load it again")
         if name not in self._graphs:
-            session = _open_session(self.folder.path / name, self._num_threads)
+            session = open_session(
+                self._other_graph or self.folder.path / name,
+                name=str(self.folder.path / name),
+                num_threads=self._num_threads,
+                weights=self.folder.path,
+            )
             self._graphs[name] = _checked(session, self.folder, name)
         return self._graphs[name]
 
@@ -160,7 +166,7 @@ class OnnxText:
             self._graph.session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime raises bare ones
             raise InputError(
-                f"the offline model failed at token {self.length} ({_first_line(error)}); is there enough memory?"
+                f"the offline model failed at token {self.length} ({first_line(error)}); is there enough memory?"
             ) from error
         self.length = total
         return np.asarray(logits[0, num_computed - num_logits :], np.float32)
@@ -180,32 +186,6 @@ class OnnxText:
 
     def _bind_output(self, name: str, array: NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def _runtime() -> ModuleType:
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise InputError(
-            f"offline models of runtime onnx need onnxruntime ({error}); run: pip install 'cotune[edge]'"
-        ) from error
-
-
-def _open_session(path: Path, num_threads: int) -> Any:
-    runtime = _runtime()
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _FATAL_ONLY
-    # Threads that spin between steps would take the processor from the rest of the device.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises bare ones
-        raise InputError(
-            f"{path} is no model that onnxruntime {runtime.__version__} can open "
-            f"({_first_line(error)}); copy the folder again, export the model again, or free some memory"
-        ) from error
 
 
 def _checked(session: Any, folder: OfflineFolder, file: str) -> _Graph:
@@ -268,8 +248,3 @@ def _shown(shape: list[int | None]) -> str:
 
 def _foreign(folder: OfflineFolder, file: str, what: str) -> InputError:
     return InputError(f"{folder.path / file} is another model than {folder.path} describes: {what}; export it again")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{lines[0]:.300}" if lines else type(error).__name__

@@ -22,8 +22,9 @@ class Bulyan:
     1. Krum chooses one of the updates, it is taken out, and so on, until theta = n - 2 f are chosen.
     2. Of each coordinate's theta numbers, the beta = theta - 2 f nearest to their median are averaged.
 
-    So a liar that passes Krum because it is far off in one coordinate alone is cut there. Each device has one vote:
-    weights are ignored, except that weight 0 leaves a device out.
+    So a liar that passes Krum because it is far off in one coordinate alone is cut there: what is kept lies no farther
+    from the median, itself among the honest numbers, than some honest one does. Each device has one vote: weights are
+    ignored, except that weight 0 leaves a device out.
 
     Example:
         >>> updates = np.array([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0], [1e6]], dtype=np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from cotune.device.offline.folder import (
     OfflineDescription,
     OfflineFolder,
     digest_file,
+    write_description,
 )
 from cotune.errors import InputError
 
@@ -168,9 +169,24 @@ def test_a_description_that_is_no_json_object_is_refused(tmp_path: Path, data: b
         OfflineFolder.open(folder)
 
 
-def test_what_cannot_be_read_again_is_not_written_either() -> None:
+def test_what_cannot_be_read_again_is_not_written_either(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="vocab_size is 0"):
         replace(describe(FILES), vocab_size=0)
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    about = {one.name: getattr(describe(FILES), one.name) for one in fields(OfflineDescription)}
+    del about["files"], about["tokenizer_digest"]
+    with pytest.raises(InputError, match=r"files does not name tokenizer\.json"):
+        write_description(tmp_path, **about)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    about = {one.name: getattr(describe(FILES), one.name) for one in fields(OfflineDescription)}
+    del about["files"], about["tokenizer_digest"]
+    for name, data in FILES.items():
+        (tmp_path / name).write_bytes(data)
+    assert write_description(tmp_path, **about) == describe(FILES)
+    assert OfflineFolder.open(tmp_path).description == describe(FILES)
 
 
 def test_the_digest_of_a_file(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_weights_outside_the_folder_are_not_read(tmp_path: Path) -> None:
 
 def test_without_onnxruntime_the_extra_is_named(folder: OfflineFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match=r"need onnxruntime \(.*\); run: pip install 'cotune\[edge\]'"):
+    with pytest.raises(InputError, match=r"model\.onnx needs onnxruntime \(.*\); run: pip install 'cotune\[edge\]'"):
         OnnxModel(folder)
 
 

@@ -36,9 +36,11 @@ def test_near_updates_far_from_zero_keep_their_digits() -> None:
 
 
 def test_scores_by_hand() -> None:
-    points = np.array([0.0, 1.0, 3.0, 6.0, 50.0, 7.0])
-    # f = 1: the 3 nearest. 0: 1+9+36 = 46; 1: 1+4+25 = 30; 3: 4+9+9 = 22; 6: 1+9+25 = 35; 7: 1+16+36 = 53.
-    assert krum_order((points - points[:, None]) ** 2, 1).tolist() == [2, 1, 3, 0, 5, 4]
+    points = np.array([0.0, 1.0, 2.0, 2.5, 9.0, 8.0])
+    # f = 2: the 2 nearest. 0: 1+4 = 5; 1: 1+1 = 2; 2: 0.25+1 = 1.25; 2.5: 0.25+2.25 = 2.5; 9: 1+42.25; 8: 1+30.25.
+    assert krum_order((points - points[:, None]) ** 2, 2).tolist() == [2, 1, 3, 0, 5, 4]
+    # f = 1: the 3 nearest, and 1 with 4.25 comes before 2 with 5.25.
+    assert krum_order((points - points[:, None]) ** 2, 1).tolist()[:2] == [1, 2]
 
 
 def test_each_others_nearest_are_ordered_by_all_distances() -> None:

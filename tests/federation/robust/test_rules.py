@@ -96,10 +96,11 @@ def lie(kind: str, honest: np.ndarray, num: int, seed: int) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["median", "trimmed_mean", "bulyan"])
+# Of Bulyan's kept numbers a liar's may lie beyond the honest ones, but no farther from the median than an honest one.
+@pytest.mark.parametrize(("name", "slack"), [("median", 0), ("trimmed_mean", 0), ("bulyan", 1)])
 @settings(max_examples=60)
 @given(seed=SEEDS, kind=LIES, extra=st.integers(0, 4))
-def test_each_coordinate_lies_among_the_honest_ones(name: str, seed: int, kind: str, extra: int) -> None:
+def test_each_coordinate_lies_among_the_honest_ones(name: str, slack: int, seed: int, kind: str, extra: int) -> None:
     rule = made(name)
     num = max(rule.min_replies, 7) + extra
     num_liars = rule.max_byzantine(num)
@@ -107,7 +108,8 @@ def test_each_coordinate_lies_among_the_honest_ones(name: str, seed: int, kind: 
     honest = drawn(seed, num=num - num_liars)
     updates = np.vstack([lie(kind, honest, num_liars, seed), honest])
     combined = rule(updates, np.ones(num))
-    assert (honest.min(axis=0) <= combined).all() and (combined <= honest.max(axis=0)).all()
+    low, high = honest.min(axis=0), honest.max(axis=0)
+    assert (low - slack * (high - low) <= combined).all() and (combined <= high + slack * (high - low)).all()
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "mean"])

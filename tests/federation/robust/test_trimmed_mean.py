@@ -42,6 +42,11 @@ def test_the_share_is_taken_as_written(share: object, num: int) -> None:
     assert rule.min_replies == 3 or rule.max_byzantine(rule.min_replies - 1) == 0
 
 
+def test_products_of_floats_lose_nobody() -> None:
+    assert 0.29 * 100 < 29
+    assert TrimmedMean(share=0.29).max_byzantine(100) == 29
+
+
 @pytest.mark.parametrize("share", [0.0, -0.1, 0.5, 1.0, float("nan"), "0.2", True, None])
 def test_bad_shares(share: object) -> None:
     with pytest.raises(InputError, match="share is"):

@@ -1,4 +1,4 @@
-"""llama.cpp reads exported files as they are meant. All but the refusals need llama-cpp-python, which CI has not."""
+"""llama.cpp reads exported files as they are meant, and makes K-quants. It all needs llama-cpp-python, CI has none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 from llama_folders import save_llama
 
 from cotune.compression.gguf_export import GgufExportConfig, export_gguf
-from cotune.compression.llama_cpp_decoder import LlamaCppDecoder
+from cotune.compression.k_quants import quantise_by_llama_cpp
 from cotune.compression.llama_folder import LlamaFolder
+from cotune.device.offline.folder import OfflineFolder
+from cotune.device.offline.llama_model import LlamaModel
+from cotune.device.offline.model import OfflineSettings
 from cotune.errors import InputError
 
 pytest.importorskip("gguf", reason="gguf is not installed")
@@ -38,12 +41,14 @@ def test_it_gives_the_logits_of_the_file(architecture: str, kind: str, largest_e
     export_gguf(tmp_path / "source", tmp_path / "out", GgufExportConfig(kind=kind))
     source = LlamaFolder(tmp_path / "source")
     expected = load_gguf(tmp_path / "out" / "model.gguf", source)(torch.tensor([TOKENS])).logits[0].numpy()
-    decoder = LlamaCppDecoder(tmp_path / "out" / "model.gguf", source.shape)
-    found = np.concatenate([decoder.extend(TOKENS[:5]), decoder.extend(TOKENS[5:])])
+    model = LlamaModel(OfflineFolder.open(tmp_path / "out"), OfflineSettings(num_threads=1))
+    text = model.open()
+    found = np.concatenate([text.extend(TOKENS[:5], num_logits=5), text.extend(TOKENS[5:], num_logits=7)])
     assert np.abs(found - expected).max() <= largest_error * expected.std()
-    decoder.truncate(7)
-    again = decoder.extend(TOKENS[7:], first_logit=-1)
-    assert np.abs(again - expected[-1:]).max() <= largest_error * expected.std()
+    text.truncate(7)
+    assert np.abs(text.extend(TOKENS[7:]) - expected[-1:]).max() <= largest_error * expected.std()
+    text.close()
+    model.close()
 
 
 def test_it_makes_k_quants(tmp_path: Path) -> None:
@@ -60,7 +65,7 @@ def test_it_makes_k_quants(tmp_path: Path) -> None:
 
 
 def test_without_llama_cpp_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_llama(tmp_path / "source")
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(InputError, match="needs llama-cpp-python, which is not installed"):
-        LlamaCppDecoder(tmp_path / "model.gguf", LlamaFolder(tmp_path / "source").shape)
+    with pytest.raises(InputError, match="need llama-cpp-python"):
+        quantise_by_llama_cpp(tmp_path / "whole.gguf", tmp_path / "model.gguf", "Q4_K_M")
+    assert not list(tmp_path.iterdir())
