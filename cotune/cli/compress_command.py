@@ -150,8 +150,7 @@ def compress(
 
         cotune compress my-model --out small --prune depth:2 --recover --calibration texts.jsonl --data heldout.jsonl
 
-        cotune compress my-model --out phone --prune channels:0.25 --distill forward --quantize gptq:4 --export onnx
-        --recover --calibration texts.jsonl --data heldout.jsonl
+        cotune compress my-model --out phone --prune depth:2 --quantize gptq:4 --export onnx --calibration texts.jsonl
 
         cotune compress my-model --out small --distill js:4 --teacher wss://llm.example:7070 --train-data texts.jsonl
 

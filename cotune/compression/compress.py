@@ -264,7 +264,7 @@ def check_model(source: Path, name: str, stages: Sequence[Stage], dtype: str) ->
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    _check_depth(source, name, stages)
+    _check_depth(source, stages)
     export = next((stage for stage in stages if isinstance(stage, Export)), None)
     changing = [stage.kind for stage in stages if not isinstance(stage, Export)]
     if changing and is_packed(source):
@@ -294,7 +294,7 @@ def _check_free(path: Path) -> None:
         raise InputError(f"{path} is there already, expected a new name; remove it, or name another one")
 
 
-def _check_depth(source: Path, name: str, stages: Sequence[Stage]) -> None:
+def _check_depth(source: Path, stages: Sequence[Stage]) -> None:
     """Refuse to take more blocks than there are."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True).get_text_config()
@@ -308,7 +308,9 @@ def _check_depth(source: Path, name: str, stages: Sequence[Stage]) -> None:
         elif isinstance(stage, Distil) and stage.num_layers is not None:
             left = stage.num_layers if stage.num_layers <= left else 0
         if left < 1:
-            raise InputError(f"{stage.label} asks for more blocks than are left of {name}'s {num_layers}; take fewer")
+            raise InputError(
+                f"{stage.label} asks for more blocks than are left of the model's {num_layers}; take fewer"
+            )
 
 
 def _check_inputs(stages: Sequence[Stage], inputs: CompressInputs) -> None:

@@ -210,6 +210,10 @@ def test_each_text_gives_a_piece_before_any_gives_a_second_one() -> None:
     assert whole.dtype == np.int64 and len(set(whole.ravel().tolist())) == 36
     assert whole.ravel()[:12].tolist() == first
     assert np.array_equal(cut(9), whole) and not np.array_equal(cut(9, seed=1), whole)
+    fewer = CalibrationTexts.from_texts(
+        [text(number, 3) for number in range(13)], words(), num_texts=10, length=4, takes_fewer=True
+    )
+    assert fewer.input_ids.shape == (9, 4)
     with pytest.raises(InputError, match=r"39 tokens, expected num_texts \* length = 10 \* 4 = 40"):
         cut(10)
 
