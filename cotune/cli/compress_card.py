@@ -194,6 +194,12 @@ def _agreement(source: Path, exported: Path, prompts: Sequence[str]) -> dict[str
     }
 
 
+def _worded(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_worded, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _notes(step: Step) -> list[str]:
     """Sentences on what a stage's report says."""
     report, notes = step.report, []
@@ -201,7 +207,7 @@ def _notes(step: Step) -> list[str]:
         notes.append(str(report["note"]))
     for name, value in (report.get("facts") or {}).items():
         if not isinstance(value, list) or len(value) <= 8:
-            notes.append(f"{name.replace('_', ' ')}: {value}")
+            notes.append(f"{name.replace('_', ' ')}: {_worded(value)}")
     if report.get("nats_before") is not None and report.get("nats_after") is not None:
         notes.append(
             f"held-out loss of its own texts {report['nats_before']:.3f} before, {report['nats_after']:.3f} after"

@@ -419,9 +419,11 @@ def _print_table(rows: Sequence[CompressionRow]) -> None:
         if any((row.get("judgement") or {}).get(name) is not None for row in rows)
     ]
     speeds = any(row.get("decode") for row in rows)
-    heads = ["size", "of source", "bits", *(head for head, _ in scores)]
+    heads = ["size", "share", "bits", *(head for head, _ in scores)]
     heads += ["prefill/s", "decode/s", "memory"] if speeds else []
     table = Table("stage", *heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # So that all fit 80 characters and stages keep their names.
+    table.columns[0].min_width = 13
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for row in rows:
