@@ -261,10 +261,12 @@ def summarise(runs: Sequence[Value], when: str = "after") -> dict[str, Any]:
     """Means over seeds of one way; a seed's exposure is the mean over its canaries of that number of copies."""
     parts = [run[when] for run in runs]
     keys = ("heldout_nats", "train_nats", "auc", "extracted", "extracted_heldout")
+    # A cell that was kept has them in the order of letters.
+    all_times = sorted(parts[0]["bits"], key=int)
     return {
         **{key: Mean.of([part[key] for part in parts]) for key in keys},
-        "bits": {times: Mean.of([float(np.mean(part["bits"][times])) for part in parts]) for times in parts[0]["bits"]},
-        "completed": {times: Mean.of([part["completed"][times] for part in parts]) for times in parts[0]["completed"]},
+        "bits": {times: Mean.of([float(np.mean(part["bits"][times])) for part in parts]) for times in all_times},
+        "completed": {times: Mean.of([part["completed"][times] for part in parts]) for times in all_times},
     }
 
 
@@ -314,8 +316,8 @@ def build(study: AdaptationStudy) -> Page:
     rows |= {name: summarise(values) for name, values in finished.items()}
     said, names = cost_of_privacy(finished), list(rows)
     all_times = list(rows[BEFORE]["bits"])
-    exposures = {f"{times} times": [worded(rows[n]["bits"][times], 2) for n in names] for times in all_times}
-    secrets = {f"{times} times": [worded(rows[n]["completed"][times], 2) for n in names] for times in all_times}
+    exposures = {f"{times}×": [worded(rows[n]["bits"][times], 2) for n in names] for times in all_times}
+    secrets = {f"{times}×": [worded(rows[n]["completed"][times], 2) for n in names] for times in all_times}
     others = {
         "learning rate": ["-", *(f"{rates[name]:g}" for name in finished)],
         "held-out nats": [worded(rows[n]["heldout_nats"]) for n in names],

@@ -159,12 +159,12 @@ def by_shared_start(measured: Measured) -> str:
 
 
 def by_way(measured: Measured) -> str:
-    times = list(measured["ways"]["before"]["bits"])
+    times = sorted(measured["ways"]["before"]["bits"], key=int)
     rows = [
         [name, number(row["heldout_nats"], 3), *(number(row["bits"][one]) for one in times)]
         for name, row in measured["ways"].items()
     ]
-    return markdown(["tuned", "held-out nats", *(f"{one} times" for one in times)], rows)
+    return markdown(["tuned", "held-out nats", *(f"{one}×" for one in times)], rows)
 
 
 def by_combination(measured: Measured) -> str:

@@ -35,6 +35,13 @@ def test_a_seed_counts_once_however_many_canaries_it_has() -> None:
     assert summarise([run(2.0, (3.0, 5.0))], "before")["heldout_nats"].mean == 9.0
 
 
+def test_copies_are_in_the_order_of_their_numbers_also_where_a_cell_was_kept() -> None:
+    kept = run(2.0, (3.0, 5.0))
+    kept["after"] |= {"bits": {"0": [1.0], "16": [3.0], "4": [2.0]}, "completed": {"0": 0.0, "16": 0.5, "4": 0.0}}
+    found = summarise([kept])
+    assert list(found["bits"]) == list(found["completed"]) == ["0", "4", "16"]
+
+
 def test_the_cost_of_privacy_is_of_runs_with_the_same_seed() -> None:
     plain, hidden = [run(2.0, (7.0, 9.0)), run(3.0, (8.0, 8.0))], [run(2.5, (1.0, 3.0)), run(3.5, (2.0, 2.0))]
     (said,) = cost_of_privacy({"lora": plain, "lora, epsilon 1": hidden})
