@@ -316,8 +316,8 @@ def build(study: AdaptationStudy) -> Page:
     rows |= {name: summarise(values) for name, values in finished.items()}
     said, names = cost_of_privacy(finished), list(rows)
     all_times = list(rows[BEFORE]["bits"])
-    exposures = {f"{times}×": [worded(rows[n]["bits"][times], 2) for n in names] for times in all_times}
-    secrets = {f"{times}×": [worded(rows[n]["completed"][times], 2) for n in names] for times in all_times}
+    exposures = {f"{times}x": [worded(rows[n]["bits"][times], 2) for n in names] for times in all_times}
+    secrets = {f"{times}x": [worded(rows[n]["completed"][times], 2) for n in names] for times in all_times}
     others = {
         "learning rate": ["-", *(f"{rates[name]:g}" for name in finished)],
         "held-out nats": [worded(rows[n]["heldout_nats"]) for n in names],

@@ -164,7 +164,7 @@ def by_way(measured: Measured) -> str:
         [name, number(row["heldout_nats"], 3), *(number(row["bits"][one]) for one in times)]
         for name, row in measured["ways"].items()
     ]
-    return markdown(["tuned", "held-out nats", *(f"{one}×" for one in times)], rows)
+    return markdown(["tuned", "held-out nats", *(f"{one}x" for one in times)], rows)
 
 
 def by_combination(measured: Measured) -> str:
