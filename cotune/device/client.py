@@ -40,6 +40,7 @@ from cotune.wire.frames import (
 from cotune.wire.transport import Connection
 
 MAX_ASSET_BYTES = 256 * 1024 * 1024
+_MAX_DOUBLINGS = 60
 
 F = TypeVar("F", bound=Frame)
 Connector = Callable[[], Awaitable[Connection]]
@@ -239,7 +240,8 @@ class CloudClient:
                 deadline_s = time.monotonic() + self.config.timeout_s
 
     def _backoff_s(self, failures: int) -> float:
-        longest = min(self.config.max_backoff_s, self.config.first_backoff_s * 2.0 ** (failures - 1))
+        # Beyond some dozen doublings any wait is the longest, and beyond a thousand a float overflows.
+        longest = min(self.config.max_backoff_s, self.config.first_backoff_s * 2.0 ** min(failures - 1, _MAX_DOUBLINGS))
         # Devices that lost the same cloud come back spread over time. The draw decides no token.
         return longest * random.uniform(0.5, 1.0)
 

@@ -8,6 +8,7 @@ What uvicorn leaves open, and what is done here about it:
     a closed connection with bytes that nobody reads       cut after `LINGER_S`
     pings whose pongs nobody reads                         cut when the buffer holds `MAX_BUFFER_BYTES`
     a message in endlessly many pieces                     cut after `MAX_FRAGMENTS`
+    the end of a server while a peer hangs up              goes on with the others
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, cast
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame
+from websockets.protocol import State
 
 from cotune.wire.frame import MAX_FRAME_BYTES
 
@@ -158,6 +160,16 @@ def impatient_websocket(patience: Patience) -> type[WebSocketsSansIOProtocol]:
             super().on_task_complete(task)
             # The application is done; a peer that reads nothing must not hold on to the connection.
             self._linger.set(LINGER_S)
+
+        def shutdown(self) -> None:
+            # uvicorn says goodbye also to a peer that has just said it and has bytes left to read. websockets refuses
+            # that, and the server's own end would end in the middle.
+            is_ending = self.handshake_complete and not self.close_sent and self.conn.state is not State.OPEN
+            if not is_ending:
+                super().shutdown()
+                return
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": CloseCode.SERVICE_RESTART.value})
+            self.transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:
             for deadline in (self._handshake, self._stalled, self._linger):

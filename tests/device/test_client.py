@@ -222,6 +222,11 @@ async def test_a_cloud_that_is_gone_is_tried_again_more_and_more_slowly() -> Non
         assert longest_s / 2 <= wait_s
 
 
+def test_a_device_may_try_for_ever() -> None:
+    client = CloudClient(lambda: pytest.fail(), ClientConfig(first_backoff_s=0.01, max_backoff_s=2.0))
+    assert all(1.0 <= client._backoff_s(failures) <= 2.0 for failures in (9, 1025, 10**9))
+
+
 @pytest.mark.parametrize("num_frames", [9, 10, 11, 12])
 @pytest.mark.parametrize("answer", ANSWERS)
 async def test_tokens_between_two_cuts_are_progress_and_no_failure(answer: str, num_frames: int) -> None:

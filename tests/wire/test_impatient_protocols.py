@@ -233,6 +233,16 @@ async def test_pings_whose_pongs_nobody_reads_are_cut(monkeypatch: pytest.Monkey
     assert 0 < most < 2_000_000
 
 
+async def test_a_server_ends_while_a_peer_that_hung_up_has_not_read_all() -> None:
+    with contextlib.ExitStack() as after_the_server:
+        async with running(Endless()) as port:
+            one = after_the_server.enter_context(small_pipe(port))
+            one.send(UPGRADE + b"\r\n")
+            await asyncio.sleep(0.2)  # until its buffer is full
+            one.send(frame(8, struct.pack("!H", 1000)))
+            await asyncio.sleep(0.2)
+
+
 async def test_a_message_of_endlessly_many_empty_pieces_is_cut() -> None:
     async with running(hello) as port:
         reader, writer = await dial(port, UPGRADE + b"\r\n")
