@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from adaptation_study import best_rate, edge_notes, worded
@@ -35,28 +34,15 @@ EXPECTED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A row of the tables.
-
-    Attributes:
-        start: where A begins.
-        more_rounds: of sums, before the first one that learns.
-    """
-
-    start: Start
-    more_rounds: int = 0
-
-
-CASES: dict[str, Case] = {
-    REFERENCE: Case(start=Start(method="random")),
-    "orthonormal": Case(start=Start()),
-    "eva": Case(start=Start(method="eva"), more_rounds=1),
-    "lora_ga": Case(start=Start(method="lora_ga"), more_rounds=1),
-    "update_svd": Case(start=Start(method="update_svd")),
-    PISSA: Case(start=Start(method=PISSA)),
-    "rslora": Case(start=Start(method="random", scale="rslora")),
-    "eva, rslora": Case(start=Start(method="eva", scale="rslora"), more_rounds=1),
+STARTS: dict[str, Start] = {
+    REFERENCE: Start(method="random"),
+    "orthonormal": Start(),
+    "eva": Start(method="eva"),
+    "lora_ga": Start(method="lora_ga"),
+    "update_svd": Start(method="update_svd"),
+    PISSA: Start(method=PISSA),
+    "rslora": Start(method="random", scale="rslora"),
+    "eva, rslora": Start(method="eva", scale="rslora"),
 }
 ALGORITHMS = ("fedit", "ffa_lora", "rolora")
 
@@ -71,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
             "--data-root my-data --datasets trec sciq --split domains",
         ),
     )
-    made.add_argument("--starts", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
+    made.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="(default: all)")
     made.add_argument(
         "--algorithms", nargs="+", choices=ALGORITHMS, default=["fedit", "ffa_lora"], help="(default: %(default)s)"
     )
@@ -107,11 +93,7 @@ class Table:
 
     def _search(self, algorithm: str, start: str) -> dict[float, float | None]:
         """Nats per token on the server's texts by factor, seed 0; None where it diverged."""
-        found: dict[float, float | None] = {}
-        for factor in self.study.args.rate_factors:
-            value = self._cell(algorithm, start, factor, 0, "search")
-            found[factor] = None if value["diverged"] or value["remark"] else value["curve"][-1]["server"]
-        return found
+        return self.study.search_rates(lambda factor: self._cell(algorithm, start, factor, 0, "search"))
 
     def _final(self, algorithm: str, start: str, factor: float) -> list[Value]:
         """One for each seed.
@@ -127,15 +109,8 @@ class Table:
         return found
 
     def _cell(self, algorithm: str, start: str, factor: float, seed: int, what: str) -> Value:
-        split, case = self.study.args.split, CASES[start]
-        scene = Scene(
-            algorithm=algorithm,
-            factor=factor,
-            split=split,
-            seed=seed,
-            start=case.start,
-            more_rounds=case.more_rounds,
-        )
+        split = self.study.args.split
+        scene = Scene(algorithm=algorithm, factor=factor, split=split, seed=seed, start=STARTS[start])
         key = {"what": what, "algorithm": algorithm, "start": start, "factor": factor, "split": split, "seed": seed}
         return self.study.cell(key, lambda: self.study.federate(scene, on_test=what == "final"))
 

@@ -41,6 +41,7 @@ from cotune.federation.run_secret import RunSecret, direction_seed
 from cotune.federation.settings import AdapterSettings, DataSettings, FederationSettings
 from cotune.federation.signing import DeviceKey, Registry
 from cotune.federation.simulation import mean_loss, start_of
+from cotune.federation.start_first import StartFirst
 from cotune.federation.transport import Arrival, Transport
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
@@ -268,8 +269,7 @@ class Scene:
         split: of the texts.
         seed: of texts, batches, directions and start.
         fault: none, `STRAGGLERS` or `LOST`.
-        start: where A begins.
-        more_rounds: that the start takes for itself.
+        start: where A begins; the rounds that it takes for itself are taken beside the others.
     """
 
     algorithm: str
@@ -278,7 +278,6 @@ class Scene:
     seed: int = 0
     fault: str | None = None
     start: Start = Start()
-    more_rounds: int = 0
 
 
 @dataclass(kw_only=True)
@@ -465,14 +464,15 @@ class FederatedStudy:
         """
         secret = secret_of(scene.seed)
         with self.stage(scene.split, scene.seed, scene.start) as stage:
-            num_rounds = self.args.rounds + scene.more_rounds
-            settings = self.settings(seed=scene.seed, num_rounds=num_rounds, start=scene.start)
+            settings = self.settings(seed=scene.seed, start=scene.start)
             algorithm = with_start(self.algorithm(scene.algorithm, scene.factor, secret), settings)
+            first = algorithm.method.num_rounds if isinstance(algorithm, StartFirst) else 0
+            rules = replace(settings.rounds, num_rounds=settings.rounds.num_rounds + first)
             coordinator = self.coordinator(
                 stage,
                 algorithm,
                 secret,
-                settings.rounds,
+                rules,
                 rule_of(settings, num_devices=settings.data.num_devices),
                 seed=scene.seed,
                 fault=scene.fault,
@@ -512,13 +512,24 @@ class FederatedStudy:
         Raises:
             InputError: the algorithm cannot be run on these devices.
         """
+        key = {"what": "search", "algorithm": name}
+        return self.search_rates(
+            lambda factor: self.cell(
+                {**key, "factor": factor},
+                lambda: self.federate(Scene(algorithm=name, factor=factor), on_test=False),
+            )
+        )
+
+    def search_rates(self, run: Callable[[float], Value]) -> dict[float, float | None]:
+        """As `search`, of what `run` gives for a factor.
+
+        Raises:
+            InputError: no run was finished.
+        """
         found: dict[float, float | None] = {}
         refused = ""
         for factor in self.args.rate_factors:
-            value = self.cell(
-                {"what": "search", "algorithm": name, "factor": factor},
-                lambda factor=factor: self.federate(Scene(algorithm=name, factor=factor), on_test=False),
-            )
+            value = run(factor)
             is_lost = value["diverged"] or value["remark"]
             found[factor] = None if is_lost else value["curve"][-1]["server"]
             refused = value.get("refused") or value.get("remark") or refused
