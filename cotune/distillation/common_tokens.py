@@ -23,6 +23,7 @@ from cotune.distillation.divergences import Divergence, ForwardKl, check_tempera
 from cotune.distillation.token_bytes import TokenBytes
 from cotune.distillation.top_log_probs import check_top_k, lumped_logits
 from cotune.errors import InputError
+from cotune.models.largest import largest_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +99,7 @@ class TopCommon:
         check_top_k(top_k)
         top_k = min(top_k, len(common), logits.shape[1] - 1, student_vocab - 1)
         ids = common.first_ids.to(logits.device)
-        places = logits[:, ids].topk(top_k, dim=1).indices.sort(dim=1).values
+        places = largest_ids(logits[:, ids], top_k)
         return cls(places, _log_shares(logits, ids[places]))
 
     def divergence(

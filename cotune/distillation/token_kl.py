@@ -18,6 +18,7 @@ from torch import Tensor
 from cotune.distillation.divergences import Divergence, ForwardKl, check_temperature
 from cotune.distillation.top_log_probs import check_top_k, lumped_logits
 from cotune.errors import InputError
+from cotune.models.largest import largest_ids
 
 
 def token_divergence(
@@ -57,6 +58,6 @@ def token_divergence(
     divergence = divergence or ForwardKl()
     p, q = (side if side.dtype == torch.float64 else side.float() for side in (teacher, student))
     p, q = p / temperature, q / temperature
-    ids = p.topk(min(top_k, p.shape[1]), dim=1, sorted=False).indices.sort(dim=1).values
+    ids = largest_ids(p, min(top_k, p.shape[1]))
     lumped = (lumped_logits(side, ids).log_softmax(dim=1) for side in (p, q))
     return temperature**2 * divergence(*lumped)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cotune.errors import InputError
+from cotune.models.largest import largest_ids
 
 SMALLEST_REST = 1e-6
 """The unlisted tokens together have at least this probability. Log normalisers in float32, of 8 to 16 nats, are exact
@@ -56,7 +57,7 @@ class TopLogProbs:
         num_positions, vocab_size = logits.shape
         if top_k >= vocab_size:
             return cls(torch.arange(vocab_size, device=logits.device).expand(num_positions, vocab_size), log_probs)
-        ids = log_probs.topk(top_k, dim=1, sorted=False).indices.sort(dim=1).values
+        ids = largest_ids(log_probs, top_k)
         return cls(ids, log_probs.gather(1, ids))
 
     @classmethod

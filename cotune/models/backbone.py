@@ -25,6 +25,7 @@ from cotune.generation.output_basis import OutputBasis
 from cotune.generation.protocols import RowWork, StepFeatures
 from cotune.models.anatomy import BackboneSpec, attention_shape, decoder_layers, describe, output_embedding
 from cotune.models.kv_pool import BLOCK_SIZE, KVPool
+from cotune.models.largest import largest_ids
 from cotune.models.lean_decoder import LeanDecoder
 from cotune.models.low_bit import keep_differentiable, low_bit_placement
 from cotune.models.packed_linear import PackedLinears
@@ -614,7 +615,7 @@ def _to_sequence_features(
     logits = logits.float()
     target_ids = torch.from_numpy(targets).to(logits.device)
     k = min(top_k, logits.shape[-1])
-    top_ids = logits.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    top_ids = largest_ids(logits, k)
     tap_codes, tap_scales = quantise_taps(taps.cpu().numpy())
     return SequenceFeatures(
         target_ids=targets,
