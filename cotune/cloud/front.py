@@ -168,5 +168,7 @@ def _as_api_error(error: CotuneError) -> ApiError:
 
 
 async def _deny(websocket: WebSocket, response: Response) -> None:
+    # uvicorn says the length itself; until 0.49 it says it beside ours, and a head with two lengths is no answer.
+    del response.headers["content-length"]
     with suppress(WebSocketDisconnect):
         await websocket.send_denial_response(response)
