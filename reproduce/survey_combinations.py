@@ -128,6 +128,11 @@ class Pair:
         return self.together - max(self.alone)
 
     @property
+    def kind(self) -> str:
+        """What is combined, whatever is tuned."""
+        return f"{self.both.how} with {'fewer numbers' if self.both.bits == 32 else f'{self.both.bits} bit'}"
+
+    @property
     def name(self) -> str:
         """What is combined, and from where."""
         changed = [
@@ -183,7 +188,7 @@ def pairs_of(whole: Mapping[Combination, float]) -> list[Pair]:
 
 
 def paragraph(pairs: Sequence[Pair], percent: float) -> str:
-    """Which pairs add up, in words.
+    """Which pairs add up, in words, by kind; the table has each.
 
     Args:
         pairs: from `pairs_of`.
@@ -191,20 +196,19 @@ def paragraph(pairs: Sequence[Pair], percent: float) -> str:
     """
     if not pairs:
         return "No pair of choices that save memory alone was measured together."
-    adding = sorted((p for p in pairs if 100 * p.share >= percent), key=lambda pair: -pair.share)
-    rest = sorted((p for p in pairs if 100 * p.share < percent), key=lambda pair: -pair.share)
-    useless = [p for p in rest if p.gain <= 0]
-
-    def told(some: Sequence[Pair]) -> str:
-        return "; ".join(f"{pair.name} {100 * pair.share:.0f} %" for pair in some) or "none"
-
-    said = (
-        f"Of {len(pairs)} pairs that save memory alone, {len(adding)} save together at least {percent:g} % of what "
-        f"they save alone: {told(adding)}. The others save less together: {told(rest)}."
+    kinds: dict[str, list[int]] = {}
+    for pair in sorted(pairs, key=lambda pair: -pair.share):
+        kinds.setdefault(pair.kind, []).append(round(100 * pair.share))
+    num_adding = sum(100 * pair.share >= percent for pair in pairs)
+    num_useless = sum(pair.gain <= 0 for pair in pairs)
+    told = (
+        f"{kind} {shares[0]} %" if shares[0] == shares[-1] else f"{kind} {shares[-1]} to {shares[0]} %"
+        for kind, shares in kinds.items()
     )
-    if useless:
-        said += f" Nothing is gained over the better one alone by: {'; '.join(pair.name for pair in useless)}."
-    return said
+    return (
+        f"Of {len(pairs)} pairs that save memory alone, {num_adding} save together at least {percent:g} % of what "
+        f"they save alone: {'; '.join(told)}. {num_useless or 'None'} of them gain nothing over the better one alone."
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -380,7 +384,7 @@ def summarise(memory: Value, runs: Sequence[Value]) -> dict[str, Any]:
 
 
 def plot_trade(rows: Mapping[Combination, Mapping[str, Any]]) -> Html:
-    """Memory against quality: colours are how, letters what, the size of the mark the bits."""
+    """Memory against quality: colours are how, the height tells what, the size of the mark the bits."""
     described = "Points of megabytes, weights and peak above them, against held-out nats per token. " + " ".join(
         f"{one}: {row['nats'].mean:.3f} at {row['whole_mb']:.0f} MB." for one, row in rows.items()
     )
@@ -397,20 +401,23 @@ def plot_trade(rows: Mapping[Combination, Mapping[str, Any]]) -> Html:
                 color=series_colour(index),
                 label=how,
             )
-            for one, row in chosen.items():
+            # Bits and checkpoints move a mark sideways: what is tuned is said once, where the marks lie farthest apart.
+            named = {one: row for one, row in chosen.items() if how == hows[0] and one.bits == 32}
+            for one, row in named.items():
                 axes.annotate(
-                    f"{one.what} {one.bits}",
+                    one.what,
                     (row["whole_mb"], row["nats"].mean),
-                    xytext=(4, 3),
+                    xytext=(5, 6),
                     textcoords="offset points",
-                    fontsize=6,
+                    fontsize=8,
                     color=INK,
                 )
         axes.set_xlabel("MB at the peak, weights included")
         axes.set_ylabel("held-out nats per token")
         axes.figure.legend(loc="outside lower left", ncols=2)
 
-    caption = "Means over seeds; larger marks are weights of more bits. Left and low is best."
+    caption = f"Means over seeds; larger marks are weights of more bits, words say what {hows[0]} tunes. "
+        "Left and low is best."
     return figure(render_svg("trade", described, 4.2, draw), caption)
 
 
@@ -467,8 +474,11 @@ def build(study: AdaptationStudy) -> Page:
         content = Html(bullets([said]) + grid("Memory saved", "pair", [pair.name for pair in pairs], of_pairs))
         sections.append(Section(name="pairs", short="Pairs", heading="What adds up", content=content))
     if refused:
-        reasons = {"reason": list(refused.values())}
-        content = grid("What the product said", "what, how, bits", [str(one) for one in refused], reasons)
+        by_reason: dict[str, list[str]] = {}
+        for one, reason in refused.items():
+            by_reason.setdefault(reason, []).append(str(one))
+        named = ["; ".join(those) for those in by_reason.values()]
+        content = grid("What the product said", "what, how, bits", named, {"reason": list(by_reason)})
         sections.append(Section(name="refused", short="Refused", heading="Not run", content=content))
     return Page(
         title="What is tuned x how x bits: what adds up",
