@@ -416,8 +416,10 @@ def plot_trade(rows: Mapping[Combination, Mapping[str, Any]]) -> Html:
         axes.set_ylabel("held-out nats per token")
         axes.figure.legend(loc="outside lower left", ncols=2)
 
-    caption = f"Means over seeds; larger marks are weights of more bits, words say what {hows[0]} tunes. "
+    caption = (
+        f"Means over seeds; larger marks are weights of more bits, words say what {hows[0]} tunes. "
         "Left and low is best."
+    )
     return figure(render_svg("trade", described, 4.2, draw), caption)
 
 
