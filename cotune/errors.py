@@ -8,6 +8,7 @@
     ├── CacheFullError                    no room for more keys and values
     ├── AuditError                        a model memorised more than the caller allows
     ├── RedactionError                    a text could not be redacted; nothing of it may be sent
+    ├── BudgetError                       a budget has no room for what comes next; nothing of that was sent
     └── WireError                         the other side, or the way to it
         ├── FrameError                    bytes that are no valid frame
         ├── ConnectionLostError           the connection broke; the session can be resumed
@@ -99,6 +100,10 @@ class RedactionError(CotuneError):
     def __init__(self, message: str, *, detector: str | None = None) -> None:
         self.detector = detector
         super().__init__(message)
+
+
+class BudgetError(CotuneError):
+    """A budget has no room for what comes next. Nothing of that was sent; what was paid for before is kept."""
 
 
 class CacheFullError(CotuneError):

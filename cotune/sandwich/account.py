@@ -1,0 +1,155 @@
+"""What a run took, counted the same way whatever it did: the cloud, the edge, bytes, time, memory.
+
+Operations of the edge model are 2 N for each token forwards and 6 N forwards and backwards, N its parameters without
+the input embedding.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cotune.sandwich.cost import Cost
+
+_FORWARD_FLOPS = 2
+_BOTH_WAYS_FLOPS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """All of it, at one moment.
+
+    Attributes:
+        cloud: what was paid in this process.
+        cached: answers that cost nothing, since they were paid for before.
+        retries: requests that were sent again.
+        bytes_out, bytes_in: of requests and answers, without HTTP's headers.
+        edge_forward_tokens, edge_backward_tokens: read or written by the edge model; learnt from.
+        edge_flops: operations for them.
+        seconds: on the clock, since the account was opened.
+        stage_seconds: of each stage, in the order of the requests.
+        peak_memory_bytes: the most that this process ever had resident.
+    """
+
+    cloud: Cost
+    cached: int
+    retries: int
+    bytes_out: int
+    bytes_in: int
+    edge_forward_tokens: int
+    edge_backward_tokens: int
+    edge_flops: int
+    seconds: float
+    stage_seconds: Mapping[str, tuple[float, ...]] = field(repr=False)
+    peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat, with the median and the 95th percentile of each stage instead of its list."""
+        fields = {name: value for name, value in asdict(self).items() if name not in ("cloud", "stage_seconds")}
+        stages = {name: percentiles(values) for name, values in self.stage_seconds.items()}
+        return {**asdict(self.cloud), **fields, "seconds": round(self.seconds, 3), "stages": stages}
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        cloud = self.cloud
+        lines = [
+            f"cloud       {cloud.calls:,} calls ({self.cached:,} answers were there, {self.retries:,} asked again), "
+            f"{cloud.tokens_in:,} tokens in, {cloud.tokens_out:,} out, ${cloud.usd:.4f}",
+            f"wire        {self.bytes_out:,} bytes out, {self.bytes_in:,} in",
+            f"edge        {self.edge_forward_tokens:,} tokens forwards, {self.edge_backward_tokens:,} learnt from, "
+            f"{self.edge_flops:.3g} operations",
+            f"took        {self.seconds:.1f} s, {self.peak_memory_bytes / 2**20:,.0f} MiB at most",
+        ]
+        for name, values in self.stage_seconds.items():
+            found = percentiles(values)
+            lines.append(f"{name:<11} {1e3 * found['p50']:.0f} ms (median), {1e3 * found['p95']:.0f} ms (95 %)")
+        return "\n".join(lines)
+
+
+class Account:
+    """Counts; many threads may write.
+
+    Example:
+        >>> account = Account(num_edge_parameters=10)
+        >>> account.edge(forward_tokens=5)
+        >>> account.taken().edge_flops
+        100
+    """
+
+    def __init__(self, *, num_edge_parameters: int = 0) -> None:
+        self.num_edge_parameters = num_edge_parameters
+        self._lock = threading.Lock()
+        self._cloud = Cost()
+        self._counts: dict[str, int] = defaultdict(int)
+        self._stages: dict[str, list[float]] = defaultdict(list)
+        self._started = time.monotonic()
+
+    def paid(self, cost: Cost) -> None:
+        """A request that was sent, whatever came of it."""
+        with self._lock:
+            self._cloud += cost
+
+    def count(self, **amounts: int) -> None:
+        """Add to `cached`, `retries`, `bytes_out` or `bytes_in`."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._counts[name] += amount
+
+    def edge(self, *, forward_tokens: int = 0, backward_tokens: int = 0) -> None:
+        """Tokens through the edge model; `backward_tokens` went forwards as well and are not to be named twice."""
+        with self._lock:
+            self._counts["forward"] += forward_tokens
+            self._counts["backward"] += backward_tokens
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what runs inside as one pass of a stage."""
+        began = time.monotonic()
+        yield
+        with self._lock:
+            self._stages[name].append(time.monotonic() - began)
+
+    def taken(self) -> Taken:
+        """The state now."""
+        with self._lock:
+            counts = self._counts
+            per_token = _FORWARD_FLOPS * counts["forward"] + _BOTH_WAYS_FLOPS * counts["backward"]
+            return Taken(
+                cloud=self._cloud,
+                cached=counts["cached"],
+                retries=counts["retries"],
+                bytes_out=counts["bytes_out"],
+                bytes_in=counts["bytes_in"],
+                edge_forward_tokens=counts["forward"],
+                edge_backward_tokens=counts["backward"],
+                edge_flops=self.num_edge_parameters * per_token,
+                seconds=time.monotonic() - self._started,
+                stage_seconds={name: tuple(values) for name, values in self._stages.items()},
+                peak_memory_bytes=peak_memory_bytes(),
+            )
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile, as `p50` and `p95`.
+
+    Example:
+        >>> percentiles([1.0, 2.0, 3.0])["p50"]
+        2.0
+    """
+    p50, p95 = np.percentile(np.asarray(values, np.float64), [50, 95])
+    return {"p50": float(p50), "p95": float(p95)}
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process ever had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,88 @@
+"""Every text that was ever sent in a run, once each: what a provider that keeps everything could read.
+
+Leaks are measured on this union, training included (`cotune.sandwich.leak`). It holds nothing that has not left.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Self, TextIO
+
+from cotune.errors import DataError, InputError
+
+MAX_LOG_BYTES = 4 << 30
+
+
+class SentLog:
+    """The union of what was sent; a file makes it last over runs.
+
+    Args:
+        path: JSON lines of digest and payload, readable by its owner alone; None: in memory.
+
+    Raises:
+        InputError, DataError: the file cannot be written, or is no such log.
+
+    Example:
+        >>> log = SentLog(None)
+        >>> log.add("d1", b"hello"), log.add("d1", b"hello"), log.payloads
+        (None, None, ['hello'])
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._lock = threading.Lock()
+        self._payloads: dict[str, str] = {}
+        self._file: TextIO | None = None
+        if path is not None:
+            self._read(path)
+            try:
+                path.touch(mode=0o600)
+                self._file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"the log {path} cannot be written: {error.strerror}") from None
+
+    @property
+    def payloads(self) -> list[str]:
+        """What was sent, in order, each once."""
+        with self._lock:
+            return list(self._payloads.values())
+
+    def add(self, digest: str, payload: bytes) -> None:
+        """Write down what is about to leave."""
+        with self._lock:
+            if digest in self._payloads:
+                return
+            self._payloads[digest] = payload.decode("utf-8", "replace")
+            if self._file is not None:
+                self._file.write(json.dumps({"digest": digest, "payload": self._payloads[digest]}) + "\n")
+                self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, path: Path) -> None:
+        if not path.exists():
+            return
+        if path.stat().st_size > MAX_LOG_BYTES:
+            raise DataError(f"has more than {MAX_LOG_BYTES} bytes, expected a log of what was sent", path=path)
+        lines = path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                fields = json.loads(line)
+                self._payloads[fields["digest"]] = str(fields["payload"])
+            except (ValueError, KeyError, TypeError):
+                if number == len(lines) and not line.endswith(b"\n"):  # a process that was killed while writing
+                    with path.open("r+b") as file:
+                        file.truncate(sum(map(len, lines[:-1])))
+                    return
+                raise DataError("is no line of a log of what was sent", path=path, line=number) from None

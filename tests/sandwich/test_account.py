@@ -1,0 +1,33 @@
+"""The account: operations by hand, percentiles, words."""
+
+from __future__ import annotations
+
+from cotune.sandwich.account import Account, peak_memory_bytes, percentiles
+from cotune.sandwich.cost import Cost
+
+
+def test_operations_are_two_and_six_for_each_parameter_and_token() -> None:
+    account = Account(num_edge_parameters=1000)
+    account.edge(forward_tokens=7, backward_tokens=3)
+    assert account.taken().edge_flops == 1000 * (2 * 7 + 6 * 3)
+
+
+def test_all_of_it_is_in_json_and_in_words() -> None:
+    account = Account()
+    account.paid(Cost(calls=2, tokens_in=30, usd=0.25))
+    account.count(cached=1, bytes_out=1234)
+    with account.stage("merge"):
+        pass
+    shown = account.taken().to_json()
+    assert shown["calls"] == 2 and shown["usd"] == 0.25 and shown["bytes_out"] == 1234 and shown["cached"] == 1
+    assert shown["stages"]["merge"].keys() == {"p50", "p95"} and shown["peak_memory_bytes"] > 1 << 20
+    assert "2 calls" in account.taken().to_text() and "merge" in account.taken().to_text()
+
+
+def test_percentiles_by_hand() -> None:
+    assert percentiles([*range(101)]) == {"p50": 50.0, "p95": 95.0}
+
+
+def test_memory_never_falls() -> None:
+    before = peak_memory_bytes()
+    assert peak_memory_bytes() >= before > 0
