@@ -1,0 +1,61 @@
+"""Leaks, counted by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from redactors import redactor_here
+from scripted_clouds import MemoryCloud
+
+from cotune.errors import InputError
+from cotune.sandwich.leak import invert, measure_leaks, over_redaction
+
+
+def test_leaks_by_hand() -> None:
+    units = [["Ann Lee", "4711"], ["Bob"], ["12 Long Green Old Road"]]
+    sent = ["Dear ANN\u00a0 LEE", "nothing", "at Long Green Old Road, no 12"]
+    found = measure_leaks(units, sent)
+    assert found.leaked == (("Ann Lee",), (), ())
+    assert found.to_json() == {
+        "units": 4,
+        "requests": 3,
+        "leak_rate": 1 / 4,
+        "leak_fuzzy": 2 / 4,
+        "any_leak": 1 / 3,
+    }
+    assert "Ann" not in repr(found)
+
+
+@pytest.mark.parametrize("written", ["a\u200bnn@x.org", "ANN@X.ORG", "\uff41nn@x.org", "a nn@x.org"])
+def test_disguises_do_not_hide_a_leak_also_inside_json(written: str) -> None:
+    payload = json.dumps({"messages": [{"content": f'she said "{written}"'}]})
+    assert measure_leaks([["ann@x.org"]], [payload]).num_leaked == 1
+
+
+def test_words_far_apart_are_no_fuzzy_leak() -> None:
+    assert measure_leaks([["Long Green Road"]], ["long " + "word " * 9 + "green road"]).num_fuzzy == 0
+
+
+def test_an_empty_unit_is_refused() -> None:
+    with pytest.raises(InputError, match="unit is empty"):
+        measure_leaks([[" "]], ["x"])
+
+
+def test_redaction_leaves_no_leak_and_says_what_it_cost() -> None:
+    with redactor_here() as redactor:
+        sent = redactor.request().redact("Ann Lee owns the car at 192.0.2.7").text
+    assert measure_leaks([["Ann Lee", "192.0.2.7"]], [sent]).num_leaked == 0
+    assert over_redaction("Ann Lee owns the car at 192.0.2.7", ["Ann Lee"], sent) == pytest.approx(4 / 8)
+
+
+def test_an_attacker_is_right_where_its_first_guess_is() -> None:
+    with redactor_here() as redactor:
+        request = redactor.request()
+        sent = request.redact("Ann Lee wrote to ann@example.org").text
+        person, mail = (entry.placeholder for entry in request.placeholders.entries)
+
+    attacker = MemoryCloud(lambda text: f"{person} = ann  lee\n{mail.lower()} = bob@example.org\nnonsense")
+    found = invert(attacker, [(sent, request)], model="m")
+    assert (found.num_values, found.num_right, found.top1) == (2, 1, 0.5)
+    assert "Ann" not in attacker.requests[0].payload.decode().split("Somebody")[1]
