@@ -1,0 +1,336 @@
+"""The primal-dual loop: gradient steps on F, pulled towards prompts that are best for themselves.
+
+    none       x, y <- descent on F alone: the joint problem
+    penalty    x, y <- descent on F + gamma h
+    cut        x, y <- descent on F + sum_l lambda_l plane_l(x, y); a plane is added where h > tolerance
+
+The value form of the constraint, h = f(x, y) - f(x, y^) with y^ about the best response, needs first slopes alone
+(Danskin): a = grad_x f(x, y) - grad_x f(x, y^), b = grad_y f(x, y). The projection form of ADBO, h = ||y - phi(x)||^2 with
+one lower step phi = y - eta grad_y f taken as the response, needs a mixed second derivative: a = 2 eta (d/dx grad_y f)^T
+(y - phi), b = 2 (y - phi).
+
+Planes alone do not deliver h <= tolerance, so that at the end y is restored: x stays, y follows f. Where x is seen to
+have no part in f, the problem is solved in two halves, the prompt first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, cast
+
+import numpy as np
+
+from cotune.errors import BudgetError, InputError
+from cotune.sandwich.bilevel.planes import PlaneConfig, PlaneSet
+from cotune.sandwich.bilevel.problem import BilevelProblem, ProjectedProblem, Vector
+
+Constraint = Literal["none", "penalty", "cut"]
+_ONE_SIDED = 1.64
+_DAMPING = 0.2
+_BETAS = (0.9, 0.999)
+_NO_COUPLING = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveConfig:
+    """How to solve."""
+
+    constraint: Constraint = "cut"
+    """none, penalty or cut."""
+    form: Literal["value", "projection"] = "value"
+    """Of the constraint, for cut."""
+    tolerance: float = 0.02
+    """epsilon: how much worse than the best the prompt may be, in units of f (of ||y||^2 for the projection form)."""
+    penalty: float = 1.0
+    """gamma."""
+    num_steps: int = 200
+    """At most."""
+    x_rate: float = 0.05
+    """Length of a step of x; with x_rule adam, of each number."""
+    y_rate: float = 0.1
+    """Length of a step of y."""
+    x_rule: Literal["plain", "adam"] = "plain"
+    """adam for adapters."""
+    max_norm: float = 10.0
+    """That gradients are clipped to."""
+    refresh_every: int = 5
+    """Steps from one look at the constraint to the next."""
+    planes: PlaneConfig = field(default_factory=PlaneConfig)
+    """Of cut."""
+    num_restore_steps: int = 40
+    """At most, after the last step; not for none."""
+    patience: int | None = None
+    """Refreshes in a row without a better result after which it ends; None: never."""
+
+    def __post_init__(self) -> None:
+        if self.constraint not in ("none", "penalty", "cut"):
+            raise InputError(f"constraint is {self.constraint!r}, expected none, penalty or cut")
+        if self.form not in ("value", "projection"):
+            raise InputError(f"form is {self.form!r}, expected value or projection")
+        if self.x_rule not in ("plain", "adam"):
+            raise InputError(f"x_rule is {self.x_rule!r}, expected plain or adam")
+        for name in ("penalty", "x_rate", "y_rate", "max_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if not 0 <= self.tolerance < math.inf:
+            raise InputError(f"tolerance is {self.tolerance}, expected 0 or more")
+        for name in ("num_steps", "num_restore_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if self.refresh_every < 1 or (self.patience is not None and self.patience < 1):
+            raise InputError("refresh_every and patience are counted in steps and refreshes, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refresh:
+    """A look at the constraint.
+
+    Attributes:
+        step: at which; counts on through the restoration.
+        upper: F there, as measured for choosing.
+        gap, standard_error, num_examples: h, how sure that mean is, and of how many examples.
+        coupling: ||grad_x f(x, y) - grad_x f(x, y^)||; 0 where x has no part in how prompts compare.
+        num_planes, total_dual: of cut.
+        is_feasible: gap + 1.64 standard errors within the tolerance.
+    """
+
+    step: int
+    upper: float
+    gap: float
+    standard_error: float
+    num_examples: int
+    coupling: float
+    num_planes: int
+    total_dual: float
+    is_feasible: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What was found.
+
+    Attributes:
+        x, y: the best by F among those within the tolerance; without any, or with constraint none, the last.
+        response: y^ at this x.
+        history: of all looks.
+        reason: why it ended: steps, patience or budget.
+        is_feasible: whether (x, y) is within the tolerance, as measured.
+        is_sequential: x was found to have no part in f, and the prompt was chosen first.
+    """
+
+    x: Vector
+    y: Vector
+    response: Vector
+    history: tuple[Refresh, ...]
+    reason: Literal["steps", "patience", "budget"]
+    is_feasible: bool
+    is_sequential: bool
+
+
+class _XRule(Protocol):
+    def step(self, x: Vector, gradient: Vector, rate: float) -> Vector: ...
+
+
+class _Plain:
+    def step(self, x: Vector, gradient: Vector, rate: float) -> Vector:
+        return x - rate * gradient
+
+
+class _Adam:
+    """Kingma and Ba, arXiv 1412.6980."""
+
+    def __init__(self) -> None:
+        self._count, self._mean, self._square = 0, 0.0 * np.zeros(1), 0.0 * np.zeros(1)
+
+    def step(self, x: Vector, gradient: Vector, rate: float) -> Vector:
+        self._count += 1
+        first, second = _BETAS
+        self._mean = first * self._mean + (1 - first) * gradient
+        self._square = second * self._square + (1 - second) * gradient**2
+        mean, square = self._mean / (1 - first**self._count), self._square / (1 - second**self._count)
+        return np.asarray(x - rate * mean / (np.sqrt(square) + 1e-8))
+
+
+def solve(
+    problem: BilevelProblem,
+    x: Vector,
+    y: Vector,
+    config: SolveConfig,
+    *,
+    on_refresh: Callable[[Refresh], None] = lambda _: None,
+) -> Solution:
+    """Solve; a budget that ends is an end like any other, and nothing paid for is lost.
+
+    Args:
+        problem: F and f; for the projection form with its mixed derivative.
+        x, y: where to begin; float64 (d_x,), (d_y,).
+        config: how.
+        on_refresh: told of each look at the constraint.
+
+    Raises:
+        InputError: the problem's numbers are not finite.
+        BudgetError: the budget ended before there was anything.
+    """
+    run = _Run(problem, np.array(x, np.float64), np.array(y, np.float64), config, on_refresh)
+    reason: Literal["steps", "patience", "budget"] = "steps"
+    try:
+        for step in range(config.num_steps):
+            if step % config.refresh_every == 0:
+                run.refresh(step)
+                if config.patience is not None and run.num_stale > config.patience:
+                    reason = "patience"
+                    break
+            run.step(step)
+        run.finish(config.num_steps)
+    except BudgetError:
+        if not run.history:
+            raise
+        reason = "budget"
+    return run.solution(reason)
+
+
+class _Run:
+    """The state of one solve."""
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        x: Vector,
+        y: Vector,
+        config: SolveConfig,
+        on_refresh: Callable[[Refresh], None],
+    ) -> None:
+        self.problem, self.x, self.y, self.config, self.on_refresh = problem, x, y, config, on_refresh
+        self.response = y.copy()
+        self.planes = PlaneSet(config.planes)
+        self.rule: _XRule = _Adam() if config.x_rule == "adam" else _Plain()
+        self.history: list[Refresh] = []
+        self.best: tuple[float, Vector, Vector, Vector] | None = None
+        self.num_stale = 0
+        self.is_sequential = False
+
+    def step(self, step: int) -> None:
+        config, upper = self.config, self.problem.upper(self.x, self.y, step)
+        _check(upper.value, upper.grad_x, upper.grad_y)
+        grad_x, grad_y, damping = upper.grad_x, upper.grad_y, 1.0
+        if self.is_sequential:
+            grad_y = np.zeros_like(grad_y)
+        elif config.constraint == "cut":
+            pull_x, pull_y = self.planes.pull(self.x, self.y)
+            grad_x, grad_y = grad_x + pull_x, grad_y + pull_y
+            damping = 1 + _DAMPING * self.planes.total_dual
+        elif config.constraint == "penalty":
+            # At every step: against an old response, h has no lower bound in x.
+            self.response = self.problem.respond(self.x, self.response, step)
+            damping = 1 + _DAMPING * config.penalty
+            here, there = self.lower_pair(step)
+            grad_x = grad_x + config.penalty * (here[0] - there)
+            grad_y = grad_y + config.penalty * here[1]
+        self.x = self.rule.step(self.x, _clip(grad_x, config.max_norm), config.x_rate / damping)
+        self.y = self.y - config.y_rate / damping * _clip(grad_y, config.max_norm)
+        if config.constraint == "cut":
+            self.planes.ascend(self.x, self.y)
+
+    def lower_pair(self, step: int) -> tuple[tuple[Vector, Vector], Vector]:
+        """Slopes of f at (x, y), and along x at (x, y^), on one batch."""
+        here = self.problem.lower(self.x, self.y, step)
+        there = self.problem.lower(self.x, self.response, step)
+        _check(here.value, here.grad_x, here.grad_y)
+        return (here.grad_x, here.grad_y), there.grad_x
+
+    def refresh(self, step: int) -> None:
+        """Look at the constraint, cut if it is violated, and remember the point if it is good."""
+        config = self.config
+        self.planes.drop_idle()
+        self.response = self.problem.respond(self.x, self.response, step)
+        gaps = self.problem.gaps(self.x, self.y, self.response, step)
+        (here_x, here_y), there_x = self.lower_pair(step)
+        a = here_x - there_x
+        gap, error = float(gaps.mean()), _standard_error(gaps)
+        margin = _ONE_SIDED * error
+        if config.constraint == "cut" and not self.is_sequential:
+            if config.form == "projection":
+                self.cut_projection(step)
+            elif gap > config.tolerance + margin:
+                self.planes.cut(self.x, self.y, height=gap - config.tolerance - margin, a=a, b=here_y)
+        coupling = float(np.linalg.norm(a))
+        scale = float(np.linalg.norm(here_x)) + float(np.linalg.norm(here_y)) + 1.0
+        seen = Refresh(
+            step=step,
+            upper=self.problem.score(self.x, self.y),
+            gap=gap,
+            standard_error=error,
+            num_examples=len(gaps),
+            coupling=coupling,
+            num_planes=len(self.planes.planes),
+            total_dual=self.planes.total_dual,
+            is_feasible=gap + margin <= config.tolerance,
+        )
+        self.history.append(seen)
+        self.on_refresh(seen)
+        self.remember(seen)
+        if config.constraint != "none" and gap > config.tolerance + margin and coupling <= _NO_COUPLING * scale:
+            self.is_sequential = True
+            self.y = self.response.copy()
+
+    def cut_projection(self, step: int) -> None:
+        """ADBO's plane, of ||y - phi||^2 with one lower step from here."""
+        problem = cast(ProjectedProblem, self.problem)
+        eta = problem.response_rate
+        distance = eta * problem.lower(self.x, self.y, step).grad_y  # y - phi
+        h = float(distance @ distance)
+        if h > self.config.tolerance:
+            a = 2 * eta * problem.mixed(self.x, self.y, distance, step)
+            self.planes.cut(self.x, self.y, height=h - self.config.tolerance, a=a, b=2 * distance)
+
+    def remember(self, seen: Refresh) -> None:
+        counts = seen.is_feasible or self.config.constraint == "none"
+        if counts and (self.best is None or seen.upper < self.best[0]):
+            self.best = seen.upper, self.x.copy(), self.y.copy(), self.response.copy()
+            self.num_stale = 0
+        elif self.best is not None:
+            self.num_stale += 1
+
+    def finish(self, step: int) -> None:
+        """Restore: x stays, y follows f until it is within the tolerance."""
+        self.refresh(step)
+        if self.config.constraint == "none":
+            return
+        for extra in range(1, self.config.num_restore_steps + 1):
+            if self.history[-1].is_feasible:
+                return
+            lower = self.problem.lower(self.x, self.y, step + extra)
+            self.y = self.y - self.config.y_rate * _clip(lower.grad_y, self.config.max_norm)
+            if extra % self.config.refresh_every == 0 or extra == self.config.num_restore_steps:
+                self.refresh(step + extra)
+
+    def solution(self, reason: Literal["steps", "patience", "budget"]) -> Solution:
+        x, y, response = self.x, self.y, self.response
+        if self.best is not None and self.config.constraint != "none":
+            _, x, y, response = self.best
+        is_feasible = self.best is not None if self.config.constraint != "none" else self.history[-1].is_feasible
+        return Solution(
+            x=x,
+            y=y,
+            response=response,
+            history=tuple(self.history),
+            reason=reason,
+            is_feasible=is_feasible,
+            is_sequential=self.is_sequential,
+        )
+
+
+def _clip(gradient: Vector, max_norm: float) -> Vector:
+    norm = float(np.linalg.norm(gradient))
+    return gradient * (max_norm / norm) if norm > max_norm else gradient
+
+
+def _standard_error(values: Vector) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _check(value: float, *gradients: Vector) -> None:
+    if not (math.isfinite(value) and all(np.isfinite(gradient).all() for gradient in gradients)):
+        raise InputError("a loss or a gradient is nan or inf; lower x_rate or y_rate, or look at the data")
