@@ -143,7 +143,7 @@ class CloudGate:
         self.purse = purse or Purse()
         if price is None and self.purse.budget.usd is not None:
             raise InputError("the budget is in dollars and the model has no price; give a price table with its name")
-        self.price = price or Price()
+        self._price, self.price = price, price or Price()
         self.account = account or Account()
         self.sent = sent or SentLog(None)
         self._cloud, self._cache = cloud, cache
@@ -152,6 +152,24 @@ class CloudGate:
         self._jitter = random.Random(0)
         self._lock = threading.Lock()
         self._pending: dict[str, Future[Asked]] = {}
+
+    def within(self, *, purse: Purse, cache: AnswerCache, sent: SentLog) -> CloudGate:
+        """The same cloud, ledger and patience with a budget, a cache and a log of its own, and a fresh account.
+
+        Raises:
+            InputError: the budget is in dollars and there is no price.
+        """
+        return CloudGate(
+            self._cloud,
+            price=self._price,
+            purse=purse,
+            cache=cache,
+            ledger=self._ledger,
+            sent=sent,
+            account=Account(num_edge_parameters=self.account.num_edge_parameters),
+            retry=self._retry,
+            sleep=self._sleep,
+        )
 
     def most(self, request: ChatRequest) -> Cost:
         """What one attempt can cost at most."""

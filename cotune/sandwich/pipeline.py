@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 from cotune.errors import InputError, RedactionError
 from cotune.sandwich.chat import ChatAnswer, ChatRequest
-from cotune.sandwich.cloud_gate import CloudGate
+from cotune.sandwich.cloud_gate import Asked, CloudGate
 from cotune.sandwich.cost import Cost
 from cotune.sandwich.placeholders import LITERAL
 from cotune.sandwich.redact import RedactedJson, RedactedRequest, Redactor
@@ -180,6 +180,19 @@ class Pipeline:
         self._checked_prompts: set[str] = set()
         self.rewriter, self.drafter, self.merger, self.tools = rewriter, drafter, merger or JoinAnswers(), tools
 
+    def through(self, gate: CloudGate) -> Pipeline:
+        """The same through another door, such as one with a budget."""
+        return Pipeline(
+            self.redactor,
+            gate,
+            self.config,
+            prompt=self.prompt,
+            rewriter=self.rewriter,
+            drafter=self.drafter,
+            merger=self.merger,
+            tools=self.tools,
+        )
+
     def prepare(self, text: str, generator: random.Random | None = None) -> Prepared:
         """Redact and rewrite; nothing is sent.
 
@@ -241,10 +254,22 @@ class Pipeline:
         Raises:
             BudgetError, WireError: see `CloudGate.ask`; answers of the other questions are in the cache.
         """
-        requests = [self.request_of(prepared, question, prompt) for question in prepared.questions]
-        with ThreadPoolExecutor(self.config.num_parallel) as threads, self.gate.account.stage("cloud"):
-            asked = list(threads.map(self.gate.ask, requests))
+        with self.gate.account.stage("cloud"):
+            asked = self.ask_all([self.request_of(prepared, question, prompt) for question in prepared.questions])
         return tuple(each.answer for each in asked), sum((each.cost for each in asked), Cost())
+
+    def ask_all(self, requests: Sequence[ChatRequest]) -> list[Asked]:
+        """Answers side by side, in order. After an error nothing more is begun; what was paid for is in the cache.
+
+        Raises:
+            BudgetError, WireError: see `CloudGate.ask`.
+        """
+        threads = ThreadPoolExecutor(self.config.num_parallel)
+        try:
+            coming = [threads.submit(self.gate.ask, request) for request in requests]
+            return [each.result() for each in coming]
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def merge(self, prepared: Prepared, job: MergeJob) -> str:
         """z, restored."""

@@ -1,0 +1,218 @@
+"""The edge behind the cloud as a language model with an adapter: it reads q and the cloud's answers and writes z.
+
+Its loss is 1 - exp(-mean nats of the target's tokens): one minus the geometric mean of their probabilities, which lies
+in [0, 1], as a certificate needs, and has a gradient. Gradients come by back-propagation; or, in the memory of
+inference, from differences along random directions (MeZO), where there is too little memory for the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from cotune.data.batches import EncodedExample, encode_example, pad_batch
+from cotune.data.templates import Example
+from cotune.errors import InputError
+from cotune.models.backbone import Backbone
+from cotune.sandwich.account import Account
+from cotune.sandwich.bilevel.problem import Vector
+from cotune.sandwich.bilevel.slopes import check_differences, estimate_slope
+from cotune.sandwich.pipeline import MergeJob
+from cotune.sandwich.text_problem import Cell
+from cotune.tuning.answer_loss import answer_nats
+from cotune.tuning.attached import Attachable
+from cotune.tuning.text_objectives import greedy_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MERGE_TEMPLATE = "User: {request}\nAdvice: {answers}\nAssistant:"
+_FIELD = re.compile(r"\{(request|answers|draft)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeConfig:
+    """How the edge reads, writes and learns."""
+
+    template: str = MERGE_TEMPLATE
+    """With {request}, {answers} and, where there is one, {draft}."""
+    max_new_tokens: int = 64
+    """Of an answer."""
+    num_batch_sequences: int = 8
+    """Read at once."""
+    gradients: Literal["backprop", "zeroth_order"] = "backprop"
+    """Where slopes come from."""
+    smoothing_radius: float = 1e-2
+    """mu, of zeroth_order."""
+    num_directions: int = 4
+    """q, of zeroth_order."""
+    seed: int = 0
+    """Of the directions."""
+
+    def __post_init__(self) -> None:
+        if "{answers}" not in self.template:
+            raise InputError("the edge's template has no {answers}, expected where the cloud's answers stand")
+        if self.gradients not in ("backprop", "zeroth_order"):
+            raise InputError(f"gradients is {self.gradients!r}, expected backprop or zeroth_order")
+        for name in ("max_new_tokens", "num_batch_sequences"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_differences(self.smoothing_radius, self.num_directions)
+
+
+class EdgeAdapter:
+    """A backbone with an adapter, whose numbers are one vector; make it with `edge_adapter`.
+
+    Fits `EdgeLosses`.
+    """
+
+    def __init__(
+        self, backbone: Backbone, model: PreTrainedModel, fresh: Attachable, config: EdgeConfig, account: Account
+    ) -> None:
+        self._backbone, self._model, self.config = backbone, model, config
+        self.count_in(account)
+        self._shapes = {name: tensor.shape for name, tensor in fresh.params.items()}
+        self._start = np.concatenate([tensor.detach().double().cpu().numpy().ravel() for tensor in fresh.params.values()])
+        self._like = next(iter(fresh.params.values()))
+        self._room = backbone.spec.max_context - fresh.num_virtual_tokens
+        self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
+
+    def count_in(self, account: Account) -> None:
+        """From now on, count tokens there; parameters without the input embedding, which multiplies nothing."""
+        embedding = self._model.get_input_embeddings().weight
+        account.num_edge_parameters = sum(each.numel() for each in self._model.parameters()) - embedding.numel()
+        self.account = account
+
+    def start(self) -> Vector:
+        """The untrained adapter."""
+        return self._start.copy()
+
+    def params(self, x: Vector) -> dict[str, Tensor]:
+        """The adapter's tensors with these numbers."""
+        tensors, place = {}, 0
+        for name, shape in self._shapes.items():
+            size = shape.numel()
+            values = torch.from_numpy(x[place : place + size].copy()).reshape(shape)
+            tensors[name] = values.to(dtype=self._like.dtype, device=self._model.device)
+            place += size
+        return tensors
+
+    def losses(self, x: Vector, cells: Sequence[Cell]) -> Vector:
+        """Without learning from them."""
+        encoded = [self._encode(cell) for cell in cells]
+        self.account.edge(forward_tokens=sum(len(each.input_ids) for each in encoded))
+        with torch.no_grad():
+            return self._losses(self.params(x), encoded).double().cpu().numpy()
+
+    def gradient(self, x: Vector, cells: Sequence[Cell], weights: Vector, step: int) -> tuple[Vector, Vector]:
+        """The losses, and the slope of their weighted sum; see `EdgeConfig.gradients`."""
+        if self.config.gradients == "zeroth_order":
+            losses = self.losses(x, cells)
+            slope = estimate_slope(
+                lambda z: float(weights @ self.losses(z, cells)),
+                x,
+                smoothing_radius=self.config.smoothing_radius,
+                num_directions=self.config.num_directions,
+                generator=np.random.default_rng((self.config.seed, step)),
+            )
+            return losses, slope
+        encoded = [self._encode(cell) for cell in cells]
+        self.account.edge(backward_tokens=sum(len(each.input_ids) for each in encoded))
+        params = {name: tensor.requires_grad_() for name, tensor in self.params(x).items()}
+        found, size = [], self.config.num_batch_sequences
+        for start in range(0, len(encoded), size):
+            losses_here = self._losses(params, encoded[start : start + size])
+            torch.dot(torch.from_numpy(weights[start : start + size]).to(losses_here), losses_here).backward()
+            found.append(losses_here.detach())
+        slope = np.concatenate(
+            [
+                np.zeros(tensor.numel()) if tensor.grad is None else tensor.grad.double().cpu().numpy().ravel()
+                for tensor in params.values()
+            ]
+        )
+        return torch.cat(found).double().cpu().numpy(), slope
+
+    def write(self, x: Vector, jobs: Sequence[MergeJob]) -> list[str]:
+        """z of each job, greedily, not yet restored."""
+        params, texts, size = self.params(x), list[str](), self.config.num_batch_sequences
+        prompts = [self._prompt_ids(job) for job in jobs]
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            written = greedy_texts(
+                self._model,
+                params,
+                batch,
+                max_new_tokens=self.config.max_new_tokens,
+                stop_token_ids=self._backbone.spec.eos_token_ids,
+            )
+            self.account.edge(forward_tokens=sum(map(len, batch)) + sum(map(len, written)))
+            texts += [self._tokenizer.decode(each, skip_special_tokens=True).strip() for each in written]
+        return texts
+
+    def _losses(self, params: dict[str, Tensor], encoded: Sequence[EncodedExample]) -> Tensor:
+        size, found = self.config.num_batch_sequences, []
+        for start in range(0, len(encoded), size):
+            batch = encoded[start : start + size]
+            padded = pad_batch(batch, self._backbone.spec.pad_token_id)
+            nats = answer_nats(self._model, self._model.get_output_embeddings(), params, padded)
+            lengths = [len(each.input_ids) - each.first_target for each in batch]
+            found.append(torch.stack([part.mean() for part in nats.split(lengths)]))
+        return 1 - torch.exp(-torch.cat(found))
+
+    def _encode(self, cell: Cell) -> EncodedExample:
+        example = Example(self._prompt(cell.job), f" {cell.example.target}")
+        eos = self._backbone.spec.eos_token_ids
+        return encode_example(self._tokenizer, example, eos_token_id=eos[0], max_length=self._room)
+
+    def _prompt(self, job: MergeJob) -> str:
+        fields = {"request": job.request, "answers": "\n".join(job.answers), "draft": job.draft or ""}
+        return _FIELD.sub(lambda match: fields[match[1]], self.config.template)
+
+    def _prompt_ids(self, job: MergeJob) -> NDArray[np.int64]:
+        ids = np.array(self._tokenizer.encode(self._prompt(job)).ids, np.int64)
+        room = self._room - self.config.max_new_tokens
+        if room < 1:
+            raise InputError(f"max_new_tokens is {self.config.max_new_tokens}, which leaves no room for a prompt")
+        return ids[-room:]
+
+
+@contextmanager
+def edge_adapter(
+    backbone: Backbone, fresh: Attachable, config: EdgeConfig, *, account: Account | None = None
+) -> Iterator[EdgeAdapter]:
+    """Inside, the backbone has the adapter attached; afterwards it is as before.
+
+    Args:
+        backbone: serves nobody else meanwhile.
+        fresh: an adapter of its own, such as LoRA; its numbers are x to begin with.
+        config: how it reads, writes and learns.
+        account: counts its tokens; None: a new one.
+
+    Example:
+        >>> fresh = LoraAdapter.fresh(backbone.model, LoraShape())  # doctest: +SKIP
+        >>> with edge_adapter(backbone, fresh, EdgeConfig()) as edge:  # doctest: +SKIP
+        ...     edge.write(edge.start(), [MergeJob("Hi", ("Be kind.",))])
+    """
+    with fresh.attach(backbone.model) as model:
+        yield EdgeAdapter(backbone, model, fresh, config, account or Account())
+
+
+@dataclass(frozen=True)
+class EdgeMerger:
+    """The last stage of a pipeline with these numbers."""
+
+    edge: EdgeAdapter
+    x: Vector
+
+    def merge(self, job: MergeJob) -> str:
+        """z, not yet restored."""
+        return self.edge.write(self.x, [job])[0]

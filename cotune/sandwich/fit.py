@@ -1,0 +1,422 @@
+"""Tune the prompt and the edge's adapter together, within a budget; first say what it would cost.
+
+    projection = project(pipeline, train, validation, pool, folder=folder)      nothing is sent
+    result = fit(pipeline, train, validation, token_f1, variable=pool, budget=Budget(usd=1), folder=folder)
+
+What happens, in order: every request is redacted once, before anything is sent, with placeholders drawn from a secret of
+the run; a share of the training examples is set aside for the certificate; `bilevel.solve` moves x and y; the shipped prompt
+is judged on the validation examples and certified on those set aside; leaks are counted in all that was sent.
+
+The folder has all of it: the secret, the journal of the budget, the answers, the log of what was sent. A run that ended
+in any way, also by `kill -9`, goes on in it: it walks the same way again, and finds every answer that came. What was on
+its way at that moment may have been paid for; it counts in full.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cotune.durable import replacing, write_new
+from cotune.errors import BudgetError, InputError
+from cotune.sandwich.account import Account, Taken
+from cotune.sandwich.bilevel.certificate import Certificate, certify
+from cotune.sandwich.bilevel.problem import Vector
+from cotune.sandwich.bilevel.solve import Refresh, SolveConfig, solve
+from cotune.sandwich.budget import Budget, Purse
+from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache, CloudGate
+from cotune.sandwich.cost import Cost
+from cotune.sandwich.examples import PrivateExample
+from cotune.sandwich.leak import LeakMetrics, measure_leaks
+from cotune.sandwich.pipeline import Pipeline
+from cotune.sandwich.prompts.variable import PromptVariable
+from cotune.sandwich.sent_log import SentLog
+from cotune.sandwich.text_problem import (
+    AnswerTable,
+    Cell,
+    EdgeLosses,
+    FitExample,
+    Metric,
+    MetricLosses,
+    TextProblem,
+    TextProblemConfig,
+)
+
+SECRET_FILE, RUN_FILE, RESULT_FILE = "redaction.secret", "fit.json", "result.json"
+JOURNAL_FILE, SENT_FILE, ANSWERS, PROGRESS_FILE = "journal.jsonl", "sent.jsonl", "answers", "progress.jsonl"
+_BYTES_PER_TOKEN = 4
+_LIKELY_SHARE = 0.5
+
+
+class TunedEdge(EdgeLosses, Protocol):
+    """An edge that also writes, and whose work is counted."""
+
+    def count_in(self, account: Account) -> None:
+        """From now on, count tokens and parameters there."""
+        ...
+
+    def write(self, x: Vector, jobs: Sequence[Any]) -> list[str]:
+        """z of each job, not yet restored."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How to fit."""
+
+    solve: SolveConfig = field(default_factory=SolveConfig)
+    """Constraint, tolerance, rates, steps."""
+    losses: TextProblemConfig = field(default_factory=TextProblemConfig)
+    """What the losses weigh, and batches."""
+    certificate_share: float = 0.25
+    """Of the training examples, which the search does not see; 0 for no certificate."""
+    delta: float = 0.05
+    """How often a certificate may be false."""
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    """Of the answers on disk."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.certificate_share < 1:
+            raise InputError(f"certificate_share is {self.certificate_share}, expected 0 or more and below 1")
+        if not 0 < self.delta < 1:
+            raise InputError(f"delta is {self.delta}, expected a share strictly between 0 and 1, such as 0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """What a fit would cost that looks at every example under every prompt.
+
+    Attributes:
+        num_cells: examples times prompts.
+        num_paid: requests of them whose answers are there already.
+        at_most: of the others; no cell costs more, whatever the tokenizer, failed attempts aside.
+        likely: at 4 bytes for a token and half of the longest answer.
+        lacking: what of the budget that is too much for, in words; empty where it fits.
+    """
+
+    num_cells: int
+    num_paid: int
+    at_most: Cost
+    likely: Cost
+    lacking: str
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        lines = [f"{self.num_cells:,} requests under a prompt each; the answers to {self.num_paid:,} are there already"]
+        for name, cost in (("likely", self.likely), ("at most", self.at_most)):
+            lines.append(
+                f"{name:<8} {cost.calls:,} calls, {cost.tokens_in:,} tokens in, {cost.tokens_out:,} out, ${cost.usd:.4f}"
+            )
+        if self.lacking:
+            lines.append(f"the budget holds less than all of it ({self.lacking}): it will end early and keep what it has")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What came of it.
+
+    Attributes:
+        prompt: to ship.
+        x: numbers of the edge; empty where it has none.
+        score: metric on the validation examples with that prompt and edge; None where the budget ended before.
+        start_score: with the first prompt and the untrained edge.
+        certificate: None where none was asked for or the budget ended before.
+        leaks: of the private values that examples name, in all that was sent.
+        reason: why the search ended: steps, patience or budget.
+        is_sequential: the edge had no part in how prompts compare.
+        history: looks at the constraint.
+        spent: over all runs in the folder.
+        taken: by this run.
+    """
+
+    prompt: str
+    x: Vector = field(repr=False)
+    score: float | None
+    start_score: float | None
+    certificate: Certificate | None
+    leaks: LeakMetrics
+    reason: str
+    is_sequential: bool
+    history: tuple[Refresh, ...] = field(repr=False)
+    spent: Cost
+    taken: Taken = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but x."""
+        return {
+            "prompt": self.prompt,
+            "score": self.score,
+            "start_score": self.start_score,
+            "certificate": None if self.certificate is None else self.certificate.to_json(),
+            "leaks": self.leaks.to_json(),
+            "reason": self.reason,
+            "is_sequential": self.is_sequential,
+            "history": [asdict(each) for each in self.history],
+            "spent": asdict(self.spent),
+            "taken": self.taken.to_json(),
+        }
+
+    def to_text(self) -> str:
+        """A page for people."""
+
+        def shown(score: float | None) -> str:
+            return "not measured, the budget ended" if score is None else f"{score:.3f}"
+
+        looks = self.history[-1]
+        leaks = self.leaks.to_json()
+        return "\n".join(
+            [
+                f"prompt      {self.prompt!r}",
+                f"score       {shown(self.score)} on validation (before: {shown(self.start_score)})",
+                f"gap         {looks.gap:.4f} +- {looks.standard_error:.4f} on {looks.num_examples} training examples",
+                "certificate "
+                + (self.certificate.to_text() if self.certificate else "none: not asked for, or the budget ended"),
+                f"coupling    {looks.coupling:.2g}"
+                + ("; the edge has no part in it, so the prompt was chosen first" if self.is_sequential else ""),
+                f"leaks       {leaks['leak_rate']:.2%} of {leaks['units']} marked values in all that was sent",
+                f"ended       by {self.reason}, after {looks.step} steps",
+                f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens, ${self.spent.usd:.4f} in all runs",
+                self.taken.to_text(),
+            ]
+        )
+
+
+def project(
+    pipeline: Pipeline,
+    train: Sequence[PrivateExample],
+    validation: Sequence[PrivateExample],
+    variable: PromptVariable,
+    *,
+    budget: Budget | None = None,
+    folder: Path | None = None,
+) -> Projection:
+    """Say what a fit would cost; redacts everything and sends nothing.
+
+    Args:
+        folder: of a run that began; its answers cost nothing. None: of no run.
+
+    Raises:
+        RedactionError: an example or a prompt cannot be sent.
+    """
+    secret = folder / SECRET_FILE if folder is not None else None
+    key = secret.read_bytes() if secret is not None and secret.is_file() else b"\0"
+    cache = AnswerCache(folder / ANSWERS) if folder is not None and (folder / ANSWERS).is_dir() else None
+    spent = Cost()
+    if folder is not None and (folder / JOURNAL_FILE).is_file():
+        with Purse(journal=folder / JOURNAL_FILE) as purse:
+            spent = purse.spent
+    examples = prepare_examples(pipeline, [*train, *validation], key)
+    table, most, likely, num_cells, num_paid = AnswerTable(pipeline), Cost(), Cost(), 0, 0
+    for prompt in variable.candidates(variable.start()):
+        for example in examples:
+            for request in table.requests(prompt, example):
+                num_cells += 1
+                if cache is not None and cache.get(request.digest) is not None:
+                    num_paid += 1
+                    continue
+                most += pipeline.gate.most(request)
+                tokens_in = len(request.payload) // _BYTES_PER_TOKEN
+                tokens_out = int(request.max_tokens * _LIKELY_SHARE)
+                usd = pipeline.gate.price.of(tokens_in, tokens_out)
+                likely += Cost(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, usd=usd)
+    lacking = (budget or Budget()).missing(spent + most)
+    return Projection(num_cells=num_cells, num_paid=num_paid, at_most=most, likely=likely, lacking=lacking)
+
+
+def fit(
+    pipeline: Pipeline,
+    train: Sequence[PrivateExample],
+    validation: Sequence[PrivateExample],
+    metric: Metric,
+    *,
+    variable: PromptVariable,
+    budget: Budget,
+    folder: Path,
+    edge: TunedEdge | None = None,
+    config: FitConfig | None = None,
+    resume: bool = False,
+    on_refresh: Callable[[Refresh], None] = lambda _: None,
+) -> FitResult:
+    """Fit the prompt, and the edge where there is one.
+
+    Args:
+        pipeline: how requests travel; its gate's cloud, price and ledger are used, with the folder's budget and cache.
+        train, validation: what f and F are measured on.
+        metric: of final texts.
+        variable: the prompt, such as a `PromptPool`.
+        budget: never exceeded, over all runs in this folder.
+        folder: of this run; a new one, unless `resume`.
+        edge: None: the pipeline's merger is used, and there is nothing to tune but the prompt.
+        config: how.
+        resume: go on in a folder of the same examples, prompts and settings; only the budget may differ.
+        on_refresh: told of each look at the constraint.
+
+    Raises:
+        RedactionError: an example or a prompt cannot be sent; nothing was sent.
+        BudgetError: the budget ended before there was anything to choose from.
+        InputError: too few examples, or the folder is of another run.
+        WireError: the cloud failed; run again with `resume`.
+    """
+    config = config or FitConfig()
+    num_held = round(config.certificate_share * len(train))
+    if len(train) - num_held < 1 or not validation:
+        raise InputError(
+            f"there are {len(train)} training and {len(validation)} validation examples, of the first {num_held} for the "
+            "certificate; expected at least one of each beside them"
+        )
+    key = _open_folder(folder, _fingerprint(pipeline, train, validation, variable, config), resume=resume)
+    with ExitStack() as stack:
+        purse = stack.enter_context(Purse(budget, journal=folder / JOURNAL_FILE))
+        sent = stack.enter_context(SentLog(folder / SENT_FILE))
+        cache = AnswerCache(folder / ANSWERS, max_bytes=config.cache_bytes, evicts=False)
+        gate = pipeline.gate.within(purse=purse, cache=cache, sent=sent)
+        pipeline = pipeline.through(gate)
+        if edge is not None:
+            edge.count_in(gate.account)
+        examples = prepare_examples(pipeline, [*train, *validation], key)
+        searched, held, judged = (
+            examples[: len(train) - num_held],
+            examples[len(train) - num_held : len(train)],
+            examples[len(train) :],
+        )
+        losses: EdgeLosses = MetricLosses(pipeline, metric) if edge is None else edge
+        problem = TextProblem(pipeline, variable, losses, searched, judged, metric, config.losses)
+        progress = stack.enter_context((folder / PROGRESS_FILE).open("w", encoding="utf-8"))
+
+        def told(seen: Refresh) -> None:
+            line = {**asdict(seen), "calls": purse.spent.calls, "tokens": purse.spent.tokens, "usd": purse.spent.usd}
+            progress.write(json.dumps(line) + "\n")
+            progress.flush()
+            on_refresh(seen)
+
+        found = solve(problem, losses.start(), variable.start(), config.solve, on_refresh=told)
+        prompt = variable.best(found.y)
+        judge = _Judge(pipeline, edge, metric, problem.table)
+        result = FitResult(
+            prompt=prompt,
+            x=found.x,
+            score=judge.score(prompt, found.x, judged),
+            start_score=judge.score(variable.best(variable.start()), losses.start(), judged),
+            certificate=_certify(problem, variable, found.x, found.y, held, config),
+            leaks=measure_leaks([example.private for example in (*train, *validation)], sent.payloads),
+            reason=found.reason,
+            is_sequential=found.is_sequential,
+            history=found.history,
+            spent=purse.spent,
+            taken=gate.account.taken(),
+        )
+        with replacing(folder / RESULT_FILE) as unfinished:
+            unfinished.write_text(json.dumps(result.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        return result
+
+
+def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> list[FitExample]:
+    """Redact and rewrite every request, in order, once and for all; nothing is sent.
+
+    Args:
+        key: secret; the same one gives the same placeholders again, whoever lacks it can tell nothing from them.
+
+    Raises:
+        RedactionError: one cannot be sent.
+    """
+    prepared = []
+    for index, example in enumerate(examples):
+        seed = hashlib.blake2b(f"{index}".encode(), key=key).digest()
+        one = pipeline.prepare(example.request, random.Random(seed))
+        prepared.append(FitExample(example, one, one.request.redact(example.target).text))
+    return prepared
+
+
+class _Judge:
+    """Scores final texts."""
+
+    def __init__(self, pipeline: Pipeline, edge: TunedEdge | None, metric: Metric, table: AnswerTable) -> None:
+        self._pipeline, self._edge, self._metric, self._table = pipeline, edge, metric, table
+
+    def score(self, prompt: str, x: Vector, examples: Sequence[FitExample]) -> float | None:
+        """The mean metric; None where the budget does not reach."""
+        try:
+            self._table.fill([prompt], examples)
+        except BudgetError:
+            return None
+        cells = [
+            Cell(example, tuple(answer.text for answer in self._table.answers(prompt, example))) for example in examples
+        ]
+        if self._edge is None:
+            texts = [self._pipeline.merge(cell.example.prepared, cell.job) for cell in cells]
+        else:
+            written = self._edge.write(x, [cell.job for cell in cells])
+            texts = [
+                cell.example.prepared.request.restore(text) for cell, text in zip(cells, written, strict=True)
+            ]
+        pairs = zip(texts, cells, strict=True)
+        return float(np.mean([self._metric(text, [cell.example.source.target]) for text, cell in pairs]))
+
+
+def _certify(
+    problem: TextProblem,
+    variable: PromptVariable,
+    x: Vector,
+    y: Vector,
+    held: Sequence[FitExample],
+    config: FitConfig,
+) -> Certificate | None:
+    if len(held) < 2:
+        return None
+    prompts = variable.candidates(y)
+    try:
+        losses = problem.losses(x, prompts, held)
+    except BudgetError:
+        return None
+    chosen = prompts.index(variable.best(y))
+    return certify(losses.clip(0, 1), chosen, tolerance=config.solve.tolerance, delta=config.delta)
+
+
+def _fingerprint(
+    pipeline: Pipeline,
+    train: Sequence[PrivateExample],
+    validation: Sequence[PrivateExample],
+    variable: PromptVariable,
+    config: FitConfig,
+) -> str:
+    """Tells one run from another."""
+    texts = [(each.request, each.target) for each in (*train, *validation)]
+    prompts = variable.candidates(variable.start())
+    about = (pipeline.config, replace(config, cache_bytes=1), len(train), texts, type(variable).__name__, prompts)
+    return hashlib.sha256(repr(about).encode()).hexdigest()
+
+
+def _open_folder(folder: Path, fingerprint: str, *, resume: bool) -> bytes:
+    """The secret of the run in this folder; a new one where there is no run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / RUN_FILE).exists():
+            if not (folder / SECRET_FILE).exists():
+                write_new(folder / SECRET_FILE, secrets.token_bytes(32))
+            write_new(folder / RUN_FILE, json.dumps({"fingerprint": fingerprint}).encode())
+        elif not resume:
+            raise InputError(f"{folder} holds a run already; go on with resume, or choose another folder")
+        if json.loads((folder / RUN_FILE).read_bytes()) != {"fingerprint": fingerprint}:
+            raise InputError(
+                f"{folder} holds a run with other examples, prompts or settings; resume with the same ones (the budget may "
+                "differ), or choose another folder"
+            )
+        return (folder / SECRET_FILE).read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the run folder {folder} cannot be used: {error}; choose another") from error

@@ -1,0 +1,129 @@
+"""The edge's losses and slopes: by hand, by differences, by learning; and that the backbone is as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from redactors import redactor_here
+from scripted_clouds import MemoryCloud
+from tiny_models import tiny_backbone
+from tokenizers import Tokenizer
+
+from cotune.data import Example, encode_example
+from cotune.errors import InputError
+from cotune.models.adapters import LoraAdapter, LoraShape
+from cotune.models.backbone import Backbone
+from cotune.sandwich.cloud_gate import CloudGate
+from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeMerger, edge_adapter
+from cotune.sandwich.examples import PrivateExample
+from cotune.sandwich.fit import prepare_examples
+from cotune.sandwich.pipeline import MergeJob, Pipeline, PipelineConfig
+from cotune.sandwich.text_problem import Cell
+
+TEMPLATE = "{request}|{answers}:"
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny_backbone("llama")
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[Cell]:
+    with redactor_here() as redactor:
+        pipeline = Pipeline(redactor, CloudGate(MemoryCloud()), PipelineConfig(model="m"))
+        texts = [PrivateExample("Hi Ann Lee", "no"), PrivateExample("What now?", "so it is")]
+        examples = prepare_examples(pipeline, texts, b"k")
+    return [Cell(examples[0], ("yes {draft}",)), Cell(examples[1], ("no", "maybe"))]
+
+
+@pytest.fixture(scope="module")
+def edge(backbone: Backbone) -> Iterator[EdgeAdapter]:
+    fresh = LoraAdapter.fresh(backbone.model, LoraShape(rank=1, alpha=1.0, targets=("q_proj",)), seed=1)
+    with edge_adapter(backbone, fresh, EdgeConfig(template=TEMPLATE, num_batch_sequences=1)) as made:
+        yield made
+
+
+def somewhere(edge: EdgeAdapter) -> np.ndarray:
+    return edge.start() + 0.1 * np.random.default_rng(0).normal(size=edge.start().size)
+
+
+def test_the_loss_is_one_less_the_mean_probability_of_the_targets_tokens(
+    backbone: Backbone, edge: EdgeAdapter, cells: list[Cell]
+) -> None:
+    losses = edge.losses(edge.start(), cells)
+    tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
+    # Braces in an answer stay as they are; the target has the request's placeholders.
+    example = encode_example(tokenizer, Example("What now?|no\nmaybe:", " so it is"), eos_token_id=1, max_length=128)
+    ids = torch.from_numpy(example.input_ids)[None]
+    logits = backbone.model(input_ids=ids).logits[0].log_softmax(-1).detach()
+    nats = [-float(logits[place - 1, ids[0, place]]) for place in range(example.first_target, ids.shape[1])]
+    assert losses[1] == pytest.approx(1 - np.exp(-np.mean(nats)), abs=1e-5)
+    assert ((losses > 0) & (losses < 1)).all()
+
+
+def test_slopes_are_those_of_the_losses(edge: EdgeAdapter, cells: list[Cell]) -> None:
+    x, weights = somewhere(edge), np.array([0.3, 0.7])
+    losses, slope = edge.gradient(x, cells, weights, step=0)
+    assert losses == pytest.approx(edge.losses(x, cells), abs=1e-5)
+    direction = slope / np.linalg.norm(slope)
+    rise = weights @ (edge.losses(x + 2e-2 * direction, cells) - edge.losses(x - 2e-2 * direction, cells))
+    assert np.linalg.norm(slope) == pytest.approx(rise / 4e-2, rel=0.05)
+
+
+def test_differences_point_the_same_way(backbone: Backbone, edge: EdgeAdapter, cells: list[Cell]) -> None:
+    x, weights = somewhere(edge), np.array([0.5, 0.5])
+    _, exact = edge.gradient(x, cells, weights, step=0)
+    forward = EdgeConfig(template=TEMPLATE, gradients="zeroth_order", num_directions=40)
+    twin = EdgeAdapter(backbone, edge._model, FreshLike(edge), forward, edge.account)
+    before = edge.account.taken().edge_backward_tokens
+    _, estimated = twin.gradient(x, cells, weights, step=3)
+    assert float(exact @ estimated) > 0 and edge.account.taken().edge_backward_tokens == before
+    assert np.array_equal(estimated, twin.gradient(x, cells, weights, step=3)[1])
+
+
+class FreshLike:
+    """Stands in for an adapter that is attached already."""
+
+    num_virtual_tokens = 0
+
+    def __init__(self, edge: EdgeAdapter) -> None:
+        self.params = edge.params(edge.start())
+
+
+def test_following_the_slope_lowers_the_loss_and_counts_operations(edge: EdgeAdapter, cells: list[Cell]) -> None:
+    x, weights = somewhere(edge), np.array([1.0, 0.0])
+    before = edge.losses(x, cells)[0]
+    for step in range(5):
+        x = x - 2.0 * edge.gradient(x, cells, weights, step)[1]
+    assert edge.losses(x, cells)[0] < before
+    taken = edge.account.taken()
+    assert taken.edge_flops == edge.account.num_edge_parameters * (
+        2 * taken.edge_forward_tokens + 6 * taken.edge_backward_tokens
+    )
+
+
+def test_it_writes_as_a_merger(edge: EdgeAdapter) -> None:
+    job = MergeJob("Hi", ("yes",))
+    text = EdgeMerger(edge, edge.start()).merge(job)
+    assert text == edge.write(edge.start(), [job, MergeJob("Ho", ("no",))])[0] and isinstance(text, str)
+
+
+def test_the_backbone_is_as_before(backbone: Backbone) -> None:
+    fresh_backbone = tiny_backbone("llama")
+    names = {name for name, _ in fresh_backbone.model.named_parameters()}
+    fresh = LoraAdapter.fresh(fresh_backbone.model, LoraShape(rank=1))
+    with edge_adapter(fresh_backbone, fresh, EdgeConfig()):
+        assert names != {name for name, _ in fresh_backbone.model.named_parameters()}
+    assert names == {name for name, _ in fresh_backbone.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"template": "{request}"}, {"gradients": "magic"}, {"max_new_tokens": 0}, {"smoothing_radius": 0.0}]
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"answers|gradients|max_new_tokens|smoothing_radius"):
+        EdgeConfig(**changes)  # type: ignore[arg-type]

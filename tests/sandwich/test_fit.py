@@ -1,0 +1,205 @@
+"""Fits: the pool toy's bilevel optimum, projections, budgets, resuming, and what is written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crossing_edge import CONFIG, PROMPTS, TRAIN, VALIDATION, CrossingEdge, crossing_cloud, fit_crossing
+from redactors import redactor_here
+from scripted_clouds import MemoryCloud
+
+from cotune.errors import BudgetError, InputError, RedactionError, RefusedError
+from cotune.evaluation import exact_match
+from cotune.sandwich.budget import Budget, Purse
+from cotune.sandwich.cloud_gate import CloudGate
+from cotune.sandwich.cost import Price
+from cotune.sandwich.examples import PrivateExample
+from cotune.sandwich.fit import FitConfig, fit, project
+from cotune.sandwich.pipeline import Pipeline, PipelineConfig
+from cotune.sandwich.prompts.pool import PromptPool
+from cotune.sandwich.scripted_cloud import scripted_server
+
+NUM_CELLS = 2 * (len(TRAIN) + len(VALIDATION))
+
+
+def with_constraint(constraint: str, **changes: Any) -> FitConfig:
+    return replace(CONFIG, solve=replace(CONFIG.solve, constraint=constraint, **changes))
+
+
+@pytest.mark.parametrize("constraint", ["cut", "penalty"])
+def test_the_bilevel_optimum_of_the_toy_is_reached(tmp_path: Path, constraint: str) -> None:
+    found = fit_crossing(crossing_cloud(), tmp_path, config=with_constraint(constraint, penalty=2.0))
+    # At the optimum B is as good as A for itself: x = 1, and 5 times the tolerance further at most.
+    assert found.prompt == PROMPTS[1] and 0.8 < found.x[0] < 1.15
+    assert found.certificate is not None and found.certificate.gap <= 0.03
+    assert found.certificate.num_examples == 2 and not found.certificate.holds and not found.is_sequential
+
+
+def test_the_joint_problem_ends_where_no_prompt_stays(tmp_path: Path) -> None:
+    found = fit_crossing(crossing_cloud(), tmp_path, config=with_constraint("none"))
+    assert found.x[0] == pytest.approx(2, abs=0.05)
+    assert found.certificate is not None and found.certificate.gap == pytest.approx(0.2, abs=0.02)
+
+
+def test_alternating_goes_on_to_the_worse_prompt() -> None:
+    """On paper: from B to x = 2, there A is better for itself, and under A to x = 3, where F is 0.5 and not 0.2."""
+    edge, x, letter = CrossingEdge(), 0.0, "B"
+    for _ in range(3):
+        x = 2.0 if letter == "B" else 3.0  # argmin F(., letter)
+        letter = min("AB", key=lambda each: 0.4 if each == "A" else 0.2 + 0.2 * x)
+    assert (x, letter) == (3.0, "A") and edge.start().size == 1
+
+
+def test_each_cell_is_paid_once_and_nothing_marked_leaves(tmp_path: Path) -> None:
+    cloud = crossing_cloud()
+    found = fit_crossing(cloud, tmp_path)
+    assert len({request.digest for request in cloud.requests}) == len(cloud.requests) == found.spent.calls == NUM_CELLS
+    assert found.leaks.to_json() == {"units": 8, "requests": 12, "leak_rate": 0, "leak_fuzzy": 0, "any_leak": 0}
+    assert "Ann" not in (tmp_path / "sent.jsonl").read_text()
+    shown = json.loads((tmp_path / "result.json").read_text())
+    assert shown["prompt"] == PROMPTS[1] and shown["certificate"]["num_examples"] == 2
+    lines = (tmp_path / "progress.jsonl").read_text().splitlines()
+    assert len(lines) == len(found.history) and json.loads(lines[0])["calls"] > 0
+    text = found.to_text()
+    assert "n = 2" in text and "24 calls" in text and "0.00% of 8" in text
+    assert (tmp_path / "redaction.secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_going_on_costs_nothing_and_gives_the_same(tmp_path: Path) -> None:
+    first = fit_crossing(crossing_cloud(), tmp_path)
+    cloud = crossing_cloud()
+    again = fit_crossing(cloud, tmp_path, resume=True)
+    assert cloud.requests == [] and again.spent == first.spent
+    assert (again.prompt, again.x[0], again.history) == (first.prompt, first.x[0], first.history)
+
+
+def test_a_failure_on_the_way_is_gone_on_from(tmp_path: Path) -> None:
+    whole = fit_crossing(crossing_cloud(), tmp_path / "whole")
+    cloud = crossing_cloud([RefusedError(401, "who are you?")])
+    with pytest.raises(RefusedError):
+        fit_crossing(cloud, tmp_path / "broken")
+    found = fit_crossing(cloud, tmp_path / "broken", resume=True)
+    assert found.x[0] == whole.x[0]
+    assert len(cloud.requests) - found.spent.calls == 0
+
+
+@pytest.mark.parametrize("calls", [3, 17, 20])
+def test_a_budget_is_never_exceeded_and_what_was_found_is_kept(tmp_path: Path, calls: int) -> None:
+    cloud = crossing_cloud()
+    if calls == 3:  # not even one look
+        with pytest.raises(BudgetError):
+            fit_crossing(cloud, tmp_path, Budget(calls=calls))
+    else:
+        found = fit_crossing(cloud, tmp_path, Budget(calls=calls))
+        assert found.certificate is None and found.reason in ("budget", "steps")
+    assert len(cloud.requests) <= calls
+    more = fit_crossing(cloud, tmp_path, Budget(calls=NUM_CELLS), resume=True)
+    assert more.certificate is not None and len(cloud.requests) == NUM_CELLS
+
+
+def test_a_projection_sends_nothing_and_is_not_exceeded(tmp_path: Path) -> None:
+    cloud = crossing_cloud()
+    with redactor_here() as redactor:
+        gate = CloudGate(cloud, price=Price(usd_per_million_in=1, usd_per_million_out=10))
+        pipeline = Pipeline(redactor, gate, PipelineConfig(model="m", max_tokens=5))
+        pool = PromptPool(PROMPTS)
+        before = project(pipeline, TRAIN, VALIDATION, pool, budget=Budget(usd=1e-6), folder=tmp_path)
+        assert cloud.requests == [] and before.num_cells == before.at_most.calls == NUM_CELLS
+        assert "usd would be" in before.lacking and "end early" in before.to_text()
+        found = fit_crossing(cloud, tmp_path)
+        after = project(pipeline, TRAIN, VALIDATION, pool, folder=tmp_path)
+    assert found.spent.tokens <= before.at_most.tokens and before.likely.tokens < before.at_most.tokens
+    assert after.num_paid == NUM_CELLS and after.at_most.calls == 0 and after.lacking == ""
+
+
+def test_without_an_edge_the_prompt_is_chosen_first(tmp_path: Path) -> None:
+    cloud = MemoryCloud()
+    cloud.under = {"Good.": "Paris", "Bad.": "no idea"}
+    train = [PrivateExample(f"{n}: the capital?", "Paris") for n in range(8)]
+    with redactor_here() as redactor:
+        pipeline = Pipeline(redactor, CloudGate(cloud), PipelineConfig(model="m", max_tokens=5))
+        found = fit(
+            pipeline,
+            train,
+            train[:2],
+            exact_match,
+            variable=PromptPool(["Bad.", "Good."]),
+            budget=Budget(),
+            folder=tmp_path,
+        )
+    assert found.prompt == "Good." and found.score == 1.0 and found.start_score == 0.0 and found.is_sequential
+
+
+def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
+    fit_crossing(crossing_cloud(), tmp_path)
+    with pytest.raises(InputError, match="holds a run already"):
+        fit_crossing(crossing_cloud(), tmp_path)
+    with pytest.raises(InputError, match="other examples, prompts or settings"):
+        fit_crossing(crossing_cloud(), tmp_path, resume=True, variable=PromptPool(["x"]))
+
+
+def test_too_few_examples_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least one of each"):
+        fit_crossing(crossing_cloud(), tmp_path, config=replace(CONFIG, certificate_share=0.99))
+
+
+def test_a_prompt_with_something_private_sends_nothing(tmp_path: Path) -> None:
+    cloud = crossing_cloud()
+    with pytest.raises(RedactionError):
+        fit_crossing(cloud, tmp_path, variable=PromptPool(["Write to ann@example.org."]))
+    assert cloud.requests == []
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from crossing_edge import *
+from cotune.sandwich.openai_cloud import OpenAiCloud
+fit_crossing(OpenAiCloud(sys.argv[1]), Path(sys.argv[2]), Budget(calls=40), resume=True)
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_a_run_that_is_killed_never_pays_twice(tmp_path: Path) -> None:
+    """A process is killed with a request on its way; the next one finds what came, and counts what was on its way."""
+    reached, release, given = threading.Event(), threading.Event(), list[str]()
+
+    def answer(body: Mapping[str, Any]) -> str:
+        if len(given) >= 9 and not release.is_set():
+            reached.set()
+            release.wait(60)  # never answered: the process dies meanwhile
+        given.append(json.dumps(body, sort_keys=True))
+        return "AB"[PROMPTS.index(body["messages"][0]["content"])]
+
+    folder, tests = tmp_path / "run", Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
+    with scripted_server(answer) as server:
+        arguments = [sys.executable, "-c", CHILD, server.base_url, str(folder)]
+        process = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE)
+        try:
+            assert reached.wait(120)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            _, said = process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGKILL, said
+        release.set()
+        kept = len(list((folder / "answers").iterdir()))
+        done = subprocess.run(arguments, env=environment, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    num_sent = len(server.bodies)
+    asked_again = num_sent - NUM_CELLS
+    assert kept >= 5 and 1 <= asked_again <= 4  # at most what was on its way: four at once
+    with Purse(journal=folder / "journal.jsonl") as purse:
+        # What was reserved and had not left yet counts too: nobody can know.
+        assert num_sent <= purse.spent.calls <= num_sent + 4
