@@ -24,7 +24,7 @@ from cotune.cli.federate_command import federate
 from cotune.cli.ledger_command import ledger
 from cotune.cli.output import stderr
 from cotune.cli.plan_command import plan
-from cotune.cli.sandwich_command import sandwich
+from cotune.cli.sandwich_fit import sandwich  # with `ask` and `fit`
 from cotune.cli.tune_command import tune
 from cotune.errors import CotuneError
 

@@ -1,4 +1,7 @@
-"""`cotune sandwich`: the closed-API way; `redact` shows what would be sent, `restore` puts the values back."""
+"""`cotune sandwich`: the closed-API way; `redact` shows what would be sent, `restore` puts the values back.
+
+`cotune.cli.sandwich_ask` and `cotune.cli.sandwich_fit` add their commands to it.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from cotune.sandwich.redact import Redacted, RedactedRequest
 
 _BYTES_PER_CHAR = 4
+_MAX_REQUEST_CHARS = 1_000_000
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 _MAX_MAP_BYTES = 1 << 28
 
@@ -82,8 +86,8 @@ def redact(
 
     if plain and as_json:
         raise InputError("--plain and --json are both given, expected one")
-    settings = _settings(detectors, dictionary, language, gliner_model)
-    text = _read_text(file, max_chars)
+    settings = read_settings(detectors, dictionary, language, gliner_model)
+    text = read_text(file, max_chars)
     generator = None if seed is None else random.Random(seed)
     with Redactor(settings, style=cast("Style", style), timeout_s=timeout, max_chars=max_chars) as redactor:
         request = redactor.request(generator)
@@ -129,14 +133,19 @@ def restore(
     from cotune.sandwich.redact import MAX_CHARS
 
     placeholders = PlaceholderMap.from_json(_decode(_read_bytes(saved_map, _MAX_MAP_BYTES), str(saved_map)))
-    text = _read_text(file, MAX_CHARS)
+    text = read_text(file, MAX_CHARS)
     sys.stdout.buffer.write(placeholders.restore(text, is_json=is_json).encode("utf-8", "surrogatepass"))
     sys.stdout.flush()
 
 
-def _settings(
-    detectors: str | None, dictionary: Path | None, language: str | None, gliner_model: str | None
+def read_settings(
+    detectors: str | None, dictionary: Path | None, language: str | None = None, gliner_model: str | None = None
 ) -> DetectorSettings:
+    """Which detectors look, with the user's dictionary.
+
+    Raises:
+        InputError: the dictionary cannot be read, or has no entry.
+    """
     from cotune.sandwich.detector_table import DetectorSettings
     from cotune.sandwich.detectors.dictionary import parse_dictionary
 
@@ -155,7 +164,12 @@ def _settings(
     )
 
 
-def _read_text(file: str, max_chars: int) -> str:
+def read_text(file: str, max_chars: int = _MAX_REQUEST_CHARS) -> str:
+    """A text file, or standard input for -, no longer than that.
+
+    Raises:
+        InputError: it cannot be read, is longer, or is no UTF-8.
+    """
     limit = max_chars * _BYTES_PER_CHAR
     if file == "-":
         data = sys.stdin.buffer.read(limit + 1)

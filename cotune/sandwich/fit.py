@@ -333,10 +333,11 @@ def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key
     Raises:
         RedactionError: one cannot be sent.
     """
-    prepared = []
+    # Numbers that were given out before would be left out, and the same run would send other texts.
+    prepared, redactor = [], pipeline.redactor.anew()
     for index, example in enumerate(examples):
         seed = hashlib.blake2b(f"{index}".encode(), key=key).digest()
-        one = pipeline.prepare(example.request, random.Random(seed))
+        one = pipeline.prepare(example.request, random.Random(seed), redactor=redactor)
         prepared.append(FitExample(example, one, one.request.redact(example.target).text))
     return prepared
 

@@ -193,17 +193,20 @@ class Pipeline:
             tools=self.tools,
         )
 
-    def prepare(self, text: str, generator: random.Random | None = None) -> Prepared:
+    def prepare(
+        self, text: str, generator: random.Random | None = None, *, redactor: Redactor | None = None
+    ) -> Prepared:
         """Redact and rewrite; nothing is sent.
 
         Args:
             text: q.
             generator: of the placeholders; one with the same state gives the same requests.
+            redactor: another than the pipeline's own, which knows what numbers were given out.
 
         Raises:
             RedactionError, InputError: as `RedactedRequest.redact`; there is nothing to send.
         """
-        request = self.redactor.request(generator)
+        request = (redactor or self.redactor).request(generator)
         with self.gate.account.stage("redact"):
             redacted = request.redact(text).text
             written = [text]

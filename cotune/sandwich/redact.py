@@ -161,6 +161,13 @@ class Redactor:
         placeholders = PlaceholderMap(generator or random.SystemRandom(), taken=self._taken, style=self._style)
         return RedactedRequest(self._finder, placeholders, max_chars=self._max_chars)
 
+    def anew(self) -> Redactor:
+        """The same detectors, and no number given out yet: for a run that has to draw the same placeholders again.
+
+        The detectors end with the one that it was made of.
+        """
+        return Redactor(style=self._style, max_chars=self._max_chars, finder=self._finder)
+
     def close(self) -> None:
         """End the detectors' process."""
         self._finder.close()

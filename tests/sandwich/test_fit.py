@@ -24,7 +24,7 @@ from cotune.sandwich.budget import Budget, Purse
 from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.cost import Price
 from cotune.sandwich.examples import PrivateExample
-from cotune.sandwich.fit import FitConfig, fit, project
+from cotune.sandwich.fit import FitConfig, fit, prepare_examples, project
 from cotune.sandwich.pipeline import Pipeline, PipelineConfig
 from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.scripted_cloud import scripted_server
@@ -81,6 +81,16 @@ def test_going_on_costs_nothing_and_gives_the_same(tmp_path: Path) -> None:
     again = fit_crossing(cloud, tmp_path, resume=True)
     assert cloud.requests == [] and again.spent == first.spent
     assert (again.prompt, again.x[0], again.history) == (first.prompt, first.x[0], first.history)
+
+
+def test_placeholders_depend_on_the_secret_and_on_nothing_before(tmp_path: Path) -> None:
+    with redactor_here() as redactor:
+        pipeline = Pipeline(redactor, CloudGate(crossing_cloud()), PipelineConfig(model="m"))
+        sent = []
+        for key in (b"a", b"a", b"b"):
+            redactor.request().redact("ann@example.org")
+            sent.append([str(each.prepared.questions) for each in prepare_examples(pipeline, TRAIN, key)])
+    assert sent[0] == sent[1] != sent[2]
 
 
 def test_a_failure_on_the_way_is_gone_on_from(tmp_path: Path) -> None:

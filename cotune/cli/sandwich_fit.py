@@ -1,0 +1,223 @@
+"""`cotune sandwich fit`: tune prompt and edge adapter within a budget; and the scripted cloud to try it on."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+
+from cotune.cli.output import print_json, progress, stderr, stdout
+from cotune.cli.sandwich_ask import (
+    CloudTimeout,
+    CloudUrl,
+    Detectors,
+    DetectorTimeout,
+    Dictionary,
+    KeyEnv,
+    LedgerFile,
+    Prices,
+)
+from cotune.cli.sandwich_command import read_settings, sandwich
+from cotune.cli.sandwich_edge import (
+    ADAPTER_FOLDER,
+    Fitted,
+    metric_named,
+    open_cloud,
+    open_edge,
+    price_of,
+    read_prompts,
+)
+from cotune.errors import InputError
+
+_REFRESH_EVERY = 5
+
+
+@sandwich.command()
+def fit(
+    train: Annotated[str, typer.Argument(help="Requests and answers, any template of docs/data.md; `private`: a list.")],
+    validation: Annotated[str, typer.Option(help="Others, which the adapter and the choice are judged on.")],
+    prompts: Annotated[Path, typer.Option(help="The pool: one prompt a line, or a .json list of texts.")],
+    cloud: CloudUrl,
+    model: Annotated[str, typer.Option(help="The cloud's name for its model.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: books, answers, result.")],
+    metric: Annotated[str, typer.Option(help="token_f1, exact_match or rouge_l.")] = "token_f1",
+    edge: Annotated[
+        str | None, typer.Option(help="Edge model, a folder, hub name or `starter`; left out, only the prompt is tuned.")
+    ] = None,
+    gradients: Annotated[str, typer.Option(help="Of the adapter: backprop, or zeroth_order for little memory.")] = "backprop",
+    smoothing_radius: Annotated[float, typer.Option(help="zeroth_order: distance to either side.")] = 1e-2,
+    rank: Annotated[int, typer.Option(help="Of the edge's LoRA adapter.")] = 4,
+    constraint: Annotated[str, typer.Option(help="none (F alone), penalty or cut.")] = "cut",
+    tolerance: Annotated[
+        float, typer.Option(help="How much worse than the best the prompt may be, in units of its loss (0 to 1).")
+    ] = 0.02,
+    penalty: Annotated[float, typer.Option(help="With penalty: its weight.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="At most.")] = 60,
+    x_rate: Annotated[float, typer.Option(help="Of the adapter (Adam).")] = 1e-2,
+    y_rate: Annotated[float, typer.Option(help="Of the prompt.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Examples in one step.")] = 8,
+    cloud_weight: Annotated[float, typer.Option(help="Of the cloud's own answer in the prompt's loss.")] = 0.0,
+    token_weight: Annotated[float, typer.Option(help="Of the length of the cloud's answers in the prompt's loss.")] = 0.0,
+    certificate_share: Annotated[float, typer.Option(help="Of TRAIN, kept for the certificate.")] = 0.25,
+    limit: Annotated[int | None, typer.Option(help="Examples of each file at most.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of the cloud's answers.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Of the edge's answers.")] = 64,
+    num_parallel: Annotated[int, typer.Option(help="Requests to the cloud at once.")] = 4,
+    budget_calls: Annotated[int | None, typer.Option(help="The most requests, failed ones included.")] = None,
+    budget_tokens: Annotated[int | None, typer.Option(help="The most tokens, in and out.")] = None,
+    budget_usd: Annotated[float | None, typer.Option(help="The most dollars; needs --prices.")] = None,
+    budget_seconds: Annotated[float | None, typer.Option(help="The most time.")] = None,
+    prices: Prices = None,
+    key_env: KeyEnv = None,
+    cloud_timeout: CloudTimeout = 120.0,
+    detectors: Detectors = None,
+    dictionary: Dictionary = None,
+    detector_timeout: DetectorTimeout = 5.0,
+    ledger: LedgerFile = None,
+    seed: Annotated[int, typer.Option(help="Of batches, directions and the fresh adapter.")] = 0,
+    pay: Annotated[bool, typer.Option("--pay", help="Do it; without this, only what it would cost is shown.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in OUT; no answer is paid for twice.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Choose a prompt for a closed cloud and tune the edge's adapter to its answers, together, within a budget.
+
+    Without --pay nothing is sent: everything is redacted, and the cost is projected.
+
+    Examples:
+
+        cotune sandwich fit train.jsonl --validation val.jsonl --prompts prompts.txt --cloud http://127.0.0.1:7070/v1
+        --model starter --out run
+
+        cotune sandwich fit train.jsonl --validation val.jsonl --prompts prompts.txt --cloud https://api.example.org/v1
+        --model m --prices prices.json --out run --edge starter --budget-usd 2 --pay
+
+        cotune sandwich fit ... --out run --budget-usd 3 --pay --resume
+    """
+    from cotune.ledger import EgressLedger
+    from cotune.sandwich.bilevel.solve import Constraint, Refresh, SolveConfig
+    from cotune.sandwich.budget import Budget
+    from cotune.sandwich.cloud_gate import CloudGate, RetryRules
+    from cotune.sandwich.examples import read_private_examples
+    from cotune.sandwich.fit import RUN_FILE, FitConfig, project
+    from cotune.sandwich.fit import fit as fit_sandwich
+    from cotune.sandwich.pipeline import Pipeline, PipelineConfig
+    from cotune.sandwich.prompts.pool import PromptPool
+    from cotune.sandwich.redact import Redactor
+    from cotune.sandwich.text_problem import TextProblemConfig
+
+    budget = Budget(calls=budget_calls, tokens=budget_tokens, usd=budget_usd, seconds=budget_seconds)
+    if pay and budget == Budget():
+        raise InputError("--pay is given without a budget, expected one such as --budget-usd 1 or --budget-calls 200")
+    if pay and not resume and (out / RUN_FILE).exists():
+        raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder")
+    score = metric_named(metric)
+    pool = PromptPool(read_prompts(prompts))
+    examples = [read_private_examples(path, limit=limit, seed=seed if limit else None) for path in (train, validation)]
+    config = FitConfig(
+        solve=SolveConfig(
+            constraint=cast("Constraint", constraint),
+            tolerance=tolerance,
+            penalty=penalty,
+            num_steps=steps,
+            x_rate=x_rate,
+            y_rate=y_rate,
+            x_rule="adam",
+            refresh_every=_REFRESH_EVERY,
+        ),
+        losses=TextProblemConfig(
+            num_batch_examples=batch_size, cloud_weight=cloud_weight, token_weight=token_weight, seed=seed
+        ),
+        certificate_share=certificate_share,
+    )
+    with ExitStack() as stack:
+        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))
+        gate = CloudGate(
+            stack.enter_context(open_cloud(cloud, key_env)),
+            price=price_of(model, prices),
+            ledger=None if ledger is None else stack.enter_context(EgressLedger(ledger)),
+            retry=RetryRules(timeout_s=cloud_timeout),
+        )
+        sizes = PipelineConfig(model=model, max_tokens=max_tokens, num_parallel=num_parallel)
+        pipeline = Pipeline(redactor, gate, sizes)
+        projection = project(pipeline, *examples, pool, budget=budget, folder=out)
+        if not pay:
+            if as_json:
+                print_json(projection.to_json())
+            else:
+                stdout.print(projection.to_text(), markup=False, soft_wrap=True)
+                stderr.print("nothing was sent; add --pay and a budget to do it", markup=False)
+            return
+        if not as_json:
+            stderr.print(projection.to_text(), markup=False)
+        edge_config = None
+        tuned = save = None
+        if edge is not None:
+            from cotune.sandwich.edge_adapter import EdgeConfig
+
+            edge_config = EdgeConfig(
+                max_new_tokens=max_new_tokens,
+                gradients=cast("Literal['backprop', 'zeroth_order']", gradients),
+                smoothing_radius=smoothing_radius,
+                seed=seed,
+            )
+            tuned, save = stack.enter_context(open_edge(edge, edge_config, rank=rank, seed=seed))
+        advance = stack.enter_context(progress("fitting", enabled=not as_json))
+
+        def told(seen: Refresh) -> None:
+            advance(min(seen.step, steps), steps, f"loss {seen.upper:.3f}, gap {seen.gap:.3f}")
+
+        result = fit_sandwich(
+            pipeline,
+            *examples,
+            score,
+            variable=pool,
+            budget=budget,
+            folder=out,
+            edge=tuned,
+            config=config,
+            resume=resume,
+            on_refresh=told,
+        )
+        if save is not None:
+            save(result.x, out / ADAPTER_FOLDER)
+        Fitted(
+            folder=out,
+            model=model,
+            max_tokens=max_tokens,
+            prompt=result.prompt,
+            edge=edge,
+            template=edge_config.template if edge_config else None,
+            max_new_tokens=max_new_tokens if edge_config else None,
+        ).save()
+    if as_json:
+        print_json(result.to_json())
+    else:
+        stdout.print(result.to_text(), markup=False, soft_wrap=True)
+
+
+@sandwich.command()
+def script(
+    file: Annotated[Path, typer.Argument(help='JSON list of rules: {"if": PATTERN, "say": TEXT}.')],
+    port: Annotated[int, typer.Option(help="On loopback; 0 for any free one.")] = 7080,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when it listens.")] = False,
+) -> None:
+    """Serve a scripted cloud on loopback, to try `ask` and `fit` without paying anybody; its model is `scripted`.
+
+    Example:
+
+        cotune sandwich script rules.json --port 7080
+    """
+    from cotune.sandwich.scripted_cloud import MODEL, read_script, scripted_server
+
+    with scripted_server(read_script(file), port=port) as server:
+        if as_json:
+            print_json({"url": server.base_url, "model": MODEL})
+        else:
+            stdout.print(f"listening on {server.base_url}, model {MODEL}; end with Ctrl-C", markup=False)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            stderr.print(f"answered {len(server.bodies):,} requests", markup=False)

@@ -1,0 +1,152 @@
+"""`cotune sandwich ask`, `fit` and `script` against a scripted cloud on loopback: what is sent, shown, kept and refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from processes import python, read_json
+
+from cotune.errors import DataError
+from cotune.cli.sandwich_edge import Fitted, read_prompts
+from cotune.ledger import EgressLedger
+from cotune.sandwich.scripted_cloud import Reply, ScriptedServer, scripted_server
+
+TEXT = "Write to ann@example.org that I am late."
+SLOW = ("--detector-timeout", 60)
+
+
+def say(body: Mapping[str, Any]) -> str:
+    """Knows capitals where the prompt asks for them."""
+    system = body["messages"][0]["content"] if len(body["messages"]) > 1 else ""
+    return "Paris" if "capital" in system else f"About {body['messages'][-1]['content']}"
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with scripted_server(say) as made:
+        yield made
+
+
+@pytest.fixture
+def mail(tmp_path: Path) -> Path:
+    (tmp_path / "mail.txt").write_text(TEXT)
+    (tmp_path / "prices.json").write_text('{"scripted": {"usd_per_million_in": 1000, "usd_per_million_out": 1000}}')
+    return tmp_path / "mail.txt"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"{n}: France, asks ann{n}@example.org", "target": "Paris", "private": [f"ann{n}@example.org"]} for n in range(10)]
+    for name, part in (("train", rows[:8]), ("val", rows[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (tmp_path / "prompts.txt").write_text("Be brief.\nSay the capital.\n")
+    return tmp_path
+
+
+def fit_words(data: Path, server: ScriptedServer, *more: object) -> list[object]:
+    words = ["sandwich", "fit", data / "train.jsonl", "--validation", data / "val.jsonl", "--prompts", data / "prompts.txt"]
+    settings = ["--cloud", server.base_url, "--model", "scripted", "--out", data / "run", "--metric", "exact_match"]
+    return [*words, *settings, *SLOW, *more]
+
+
+def test_ask_sends_nothing_private_and_restores(run: Callable[..., Any], mail: Path, server: ScriptedServer) -> None:
+    ledger = mail.with_name("ledger.jsonl")
+    done = run("sandwich", "ask", mail, "--cloud", server.base_url, "--model", "scripted", "--ledger", ledger, *SLOW)
+    assert (done.status, done.out) == (0, f"About {TEXT}\n") and "1 calls" in done.err
+    assert b"ann@" not in server.bodies[0] and b"<EMAIL_" in server.bodies[0]
+    assert [(entry.way, entry.kind) for entry in EgressLedger.read(ledger)] == [("sandwich", "chat")]
+
+
+def test_a_dry_run_shows_and_sends_nothing(run: Callable[..., Any], mail: Path, server: ScriptedServer) -> None:
+    words = ["sandwich", "ask", mail, "--cloud", server.base_url, "--model", "scripted", "--prices"]
+    done = run(*words, mail.with_name("prices.json"), "--dry-run", "--json", *SLOW)
+    shown = json.loads(done.out)
+    assert server.bodies == [] and "<EMAIL_" in shown["would_send"][0]["messages"][0]["content"]
+    assert shown["at_most"]["usd"] > 0.2 and "ann@" not in done.out
+    assert "nothing was sent" in run(*words, mail.with_name("prices.json"), "--dry-run", *SLOW).err
+    too_much = run(*words, mail.with_name("prices.json"), "--max-usd", 0.1, *SLOW)
+    too_much.check_refusal("usd would be", status=1)
+    assert server.bodies == []
+
+
+def test_the_key_comes_from_the_environment_and_is_never_shown(
+    run: Callable[..., Any], mail: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-hidden")
+    refuses = scripted_server(lambda body: Reply(text="not sk-hidden", status=401))
+    with refuses as server:
+        words = ["sandwich", "ask", mail, "--cloud", server.base_url, "--model", "m", *SLOW]
+        done = run(*words, "--key-env", "MY_KEY")
+        done.check_refusal("status 401", status=1)
+        run(*words, "--key-env", "OTHER_KEY").check_refusal("OTHER_KEY")
+    assert "sk-hidden" not in done.err
+
+
+def test_what_cannot_be_asked_is_refused(run: Callable[..., Any], mail: Path) -> None:
+    words = ["sandwich", "ask", mail, "--cloud"]
+    run(*words, "http://127.0.0.1:9/v1").check_refusal("--model is missing")
+    run(*words, "http://example.org/v1", "--model", "m").check_refusal("not encrypted")
+    run(*words, "http://127.0.0.1:9/v1", "--fitted", mail.parent).check_refusal("cotune sandwich fit")
+    prices = mail.with_name("prices.json")
+    run(*words, "http://127.0.0.1:9/v1", "--model", "m", "--prices", prices).check_refusal("no price of 'm'")
+
+
+def test_fit_projects_first_and_pays_only_when_told(run: Callable[..., Any], data: Path, server: ScriptedServer) -> None:
+    shown = json.loads(run(*fit_words(data, server, "--json")).out)
+    assert server.bodies == [] and shown["num_cells"] == 20 and not (data / "run").exists()
+    run(*fit_words(data, server, "--pay")).check_refusal("without a budget")
+    done = run(*fit_words(data, server, "--pay", "--budget-calls", 20, "--steps", 10))
+    assert done.status == 0 and "'Say the capital.'" in done.out and "score       1.000" in done.out, done.err
+    assert "0.00% of 10 marked values" in done.out and "n = 2" in done.out
+    num_sent = len(server.bodies)
+    assert num_sent <= 20 and not any(b"ann" in body for body in server.bodies)
+    run(*fit_words(data, server, "--pay", "--budget-calls", 20, "--steps", 10)).check_refusal("holds a run already")
+    again = run(*fit_words(data, server, "--pay", "--budget-calls", 20, "--steps", 10, "--resume", "--json"))
+    assert again.status == 0, again.err
+    assert json.loads(again.out)["prompt"] == "Say the capital." and len(server.bodies) == num_sent
+    words = ["sandwich", "ask", data / "train.jsonl", "--cloud", server.base_url, "--fitted", data / "run", *SLOW]
+    assert run(*words).out == "Paris\n"
+
+
+@pytest.mark.integration
+def test_fit_with_an_edge_saves_its_adapter_for_ask(run: Callable[..., Any], data: Path, server: ScriptedServer) -> None:
+    more = ("--edge", "starter", "--steps", 1, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 2)
+    done = run(*fit_words(data, server, *more, "--pay", "--budget-calls", 8, "--limit", 2, "--certificate-share", 0, "--json"))
+    shown = json.loads(done.out)
+    assert shown["taken"]["edge_backward_tokens"] > 0 and shown["taken"]["edge_flops"] > 0
+    assert (data / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    words = ["sandwich", "ask", data / "prompts.txt", "--cloud", server.base_url, "--fitted", data / "run", *SLOW]
+    assert run(*words).status == 0
+
+
+def test_script_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "rules.json").write_text('[{"if": "hello", "say": "Hi."}]')
+    words = ("-m", "cotune", "sandwich", "script", str(tmp_path / "rules.json"), "--port", "0", "--json")
+    with python(*words, log=tmp_path / "log") as process:
+        url = read_json(process, tmp_path / "log")["url"]
+        with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=20) as client:
+            asked = client.chat.completions.create(model="scripted", messages=[{"role": "user", "content": "hello"}])
+        assert asked.choices[0].message.content == "Hi."
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0, (tmp_path / "log").read_text()
+    assert "answered 1 requests" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(("name", "text"), [("p.json", "{}"), ("p.json", "[5]"), ("p.json", "["), ("p.txt", "\n \n")])
+def test_files_without_prompts_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="holds no prompts"):
+        read_prompts(tmp_path / name)
+
+
+def test_what_is_no_fitted_sandwich_is_refused(tmp_path: Path) -> None:
+    for text in ("[]", "{}", '{"model": 5}'):
+        (tmp_path / "sandwich.json").write_text(text)
+        with pytest.raises(DataError, match="no fitted sandwich"):
+            Fitted.load(tmp_path)
