@@ -14,7 +14,9 @@ from cotune.cli.sandwich_command import read_settings, read_text, sandwich
 from cotune.cli.sandwich_edge import KEY_VARIABLE, Fitted, open_cloud, open_fitted_edge, price_of
 from cotune.errors import InputError
 
-CloudUrl = Annotated[str, typer.Option("--cloud", help="Base URL of an OpenAI-compatible API, such as https://host/v1.")]
+CloudUrl = Annotated[
+    str, typer.Option("--cloud", help="Base URL of an OpenAI-compatible API, such as https://host/v1.")
+]
 KeyEnv = Annotated[
     str | None,
     typer.Option(help=f"Variable of the environment with the API key; {KEY_VARIABLE} if left out, if it is set."),
@@ -34,9 +36,13 @@ LedgerFile = Annotated[Path | None, typer.Option(help="Append what leaves to thi
 def ask(
     file: Annotated[str, typer.Argument(help="The request: a text file, or - for standard input.")],
     cloud: CloudUrl,
-    model: Annotated[str | None, typer.Option(help="The cloud's name for its model; a fitted sandwich knows it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The cloud's name for its model; a fitted sandwich knows it.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="System message; sent as it is.")] = None,
-    fitted: Annotated[Path | None, typer.Option(help="Folder of `cotune sandwich fit`: prompt, edge and adapter.")] = None,
+    fitted: Annotated[
+        Path | None, typer.Option(help="Folder of `cotune sandwich fit`: prompt, edge and adapter.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of the cloud's answer; 256 if left out.")] = None,
     max_usd: Annotated[float | None, typer.Option(help="Send nothing that could cost more; needs --prices.")] = None,
     prices: Prices = None,
@@ -47,8 +53,12 @@ def ask(
     detector_timeout: DetectorTimeout = 5.0,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers that were paid for.")] = None,
     ledger: LedgerFile = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent and its cost; send nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; it holds the restored answer.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be sent and its cost; send nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object; it holds the restored answer.")
+    ] = False,
 ) -> None:
     """Redact FILE, ask a cloud, merge on the edge, restore, and print the answer.
 
@@ -114,4 +124,6 @@ def _show_dry_run(pipeline: Any, text: str, as_json: bool) -> None:
         return
     for request in requests:
         stdout.print(json.dumps(request.body(), ensure_ascii=False, indent=1), markup=False, soft_wrap=True)
-    stderr.print(f"nothing was sent; it would cost at most {len(most)} calls, {tokens:,} tokens, ${usd:.4f}", markup=False)
+    stderr.print(
+        f"nothing was sent; it would cost at most {len(most)} calls, {tokens:,} tokens, ${usd:.4f}", markup=False
+    )

@@ -56,7 +56,9 @@ def price_of(model: str, prices: Path | None) -> Price | None:
         return None
     table = read_prices(prices)
     if model not in table:
-        raise InputError(f"{prices} has no price of {model!r:.80}, expected one of {', '.join(table) or 'none'}; add it")
+        raise InputError(
+            f"{prices} has no price of {model!r:.80}, expected one of {', '.join(table) or 'none'}; add it"
+        )
     return table[model]
 
 
@@ -122,7 +124,9 @@ class Fitted:
             fields = json.loads(path.read_bytes()[:_MAX_FILE_BYTES])
             made = cls(folder=folder, **fields)
         except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}; finish `cotune sandwich fit` first", path=path) from None
+            raise DataError(
+                f"cannot be read: {error.strerror}; finish `cotune sandwich fit` first", path=path
+            ) from None
         except (ValueError, TypeError, RecursionError):
             raise DataError("is no fitted sandwich", path=path) from None
         kinds = {"model": str, "max_tokens": int, "prompt": str}

@@ -37,7 +37,9 @@ _REFRESH_EVERY = 5
 
 @sandwich.command()
 def fit(
-    train: Annotated[str, typer.Argument(help="Requests and answers, any template of docs/data.md; `private`: a list.")],
+    train: Annotated[
+        str, typer.Argument(help="Requests and answers, any template of docs/data.md; `private`: a list.")
+    ],
     validation: Annotated[str, typer.Option(help="Others, which the adapter and the choice are judged on.")],
     prompts: Annotated[Path, typer.Option(help="The pool: one prompt a line, or a .json list of texts.")],
     cloud: CloudUrl,
@@ -45,9 +47,12 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder of the run: books, answers, result.")],
     metric: Annotated[str, typer.Option(help="token_f1, exact_match or rouge_l.")] = "token_f1",
     edge: Annotated[
-        str | None, typer.Option(help="Edge model, a folder, hub name or `starter`; left out, only the prompt is tuned.")
+        str | None,
+        typer.Option(help="Edge model, a folder, hub name or `starter`; left out, only the prompt is tuned."),
     ] = None,
-    gradients: Annotated[str, typer.Option(help="Of the adapter: backprop, or zeroth_order for little memory.")] = "backprop",
+    gradients: Annotated[
+        str, typer.Option(help="Of the adapter: backprop, or zeroth_order for little memory.")
+    ] = "backprop",
     smoothing_radius: Annotated[float, typer.Option(help="zeroth_order: distance to either side.")] = 1e-2,
     rank: Annotated[int, typer.Option(help="Of the edge's LoRA adapter.")] = 4,
     constraint: Annotated[str, typer.Option(help="none (F alone), penalty or cut.")] = "cut",
@@ -60,7 +65,9 @@ def fit(
     y_rate: Annotated[float, typer.Option(help="Of the prompt.")] = 0.5,
     batch_size: Annotated[int, typer.Option(help="Examples in one step.")] = 8,
     cloud_weight: Annotated[float, typer.Option(help="Of the cloud's own answer in the prompt's loss.")] = 0.0,
-    token_weight: Annotated[float, typer.Option(help="Of the length of the cloud's answers in the prompt's loss.")] = 0.0,
+    token_weight: Annotated[
+        float, typer.Option(help="Of the length of the cloud's answers in the prompt's loss.")
+    ] = 0.0,
     certificate_share: Annotated[float, typer.Option(help="Of TRAIN, kept for the certificate.")] = 0.25,
     limit: Annotated[int | None, typer.Option(help="Examples of each file at most.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Of the cloud's answers.")] = 128,

@@ -81,7 +81,9 @@ class EdgeAdapter:
         self._backbone, self._model, self.config = backbone, model, config
         self.count_in(account)
         self._shapes = {name: tensor.shape for name, tensor in fresh.params.items()}
-        self._start = np.concatenate([tensor.detach().double().cpu().numpy().ravel() for tensor in fresh.params.values()])
+        self._start = np.concatenate(
+            [tensor.detach().double().cpu().numpy().ravel() for tensor in fresh.params.values()]
+        )
         self._like = next(iter(fresh.params.values()))
         self._room = backbone.spec.max_context - fresh.num_virtual_tokens
         self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())

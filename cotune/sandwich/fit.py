@@ -33,7 +33,7 @@ from cotune.sandwich.bilevel.certificate import Certificate, certify
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.solve import Refresh, SolveConfig, solve
 from cotune.sandwich.budget import Budget, Purse
-from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache, CloudGate
+from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache
 from cotune.sandwich.cost import Cost
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.leak import LeakMetrics, measure_leaks
@@ -121,7 +121,9 @@ class Projection:
                 f"{name:<8} {cost.calls:,} calls, {cost.tokens_in:,} tokens in, {cost.tokens_out:,} out, ${cost.usd:.4f}"
             )
         if self.lacking:
-            lines.append(f"the budget holds less than all of it ({self.lacking}): it will end early and keep what it has")
+            lines.append(
+                f"the budget holds less than all of it ({self.lacking}): it will end early and keep what it has"
+            )
         return "\n".join(lines)
 
 
@@ -205,6 +207,9 @@ def project(
     folder: Path | None = None,
 ) -> Projection:
     """Say what a fit would cost; redacts everything and sends nothing.
+
+    A pool is known from the start. Other variables write their prompts on the way: for them this is the cost of the
+    first ones, and what holds is the budget.
 
     Args:
         folder: of a run that began; its answers cost nothing. None: of no run.
@@ -361,9 +366,7 @@ class _Judge:
             texts = [self._pipeline.merge(cell.example.prepared, cell.job) for cell in cells]
         else:
             written = self._edge.write(x, [cell.job for cell in cells])
-            texts = [
-                cell.example.prepared.request.restore(text) for cell, text in zip(cells, written, strict=True)
-            ]
+            texts = [cell.example.prepared.request.restore(text) for cell, text in zip(cells, written, strict=True)]
         pairs = zip(texts, cells, strict=True)
         return float(np.mean([self._metric(text, [cell.example.source.target]) for text, cell in pairs]))
 

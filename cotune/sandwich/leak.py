@@ -88,11 +88,11 @@ def measure_leaks(units: Sequence[Sequence[str]], sent: Iterable[str]) -> LeakMe
         tuple(unit for unit in of_one if any(_squeezed(unit) in text for text in squeezed)) for of_one in units
     )
     fuzzy = sum(
-        any(_stands_close(set(_WORD.findall(_folded(unit))), each) for each in words) for of_one in units for unit in of_one
+        any(_stands_close(set(_WORD.findall(_folded(unit))), each) for each in words)
+        for of_one in units
+        for unit in of_one
     )
-    return LeakMetrics(
-        num_units=sum(map(len, units)), num_requests=len(units), leaked=leaked, num_fuzzy=fuzzy
-    )
+    return LeakMetrics(num_units=sum(map(len, units)), num_requests=len(units), leaked=leaked, num_fuzzy=fuzzy)
 
 
 def over_redaction(request: str, units: Sequence[str], sent: str) -> float:

@@ -12,8 +12,8 @@ import pytest
 from openai import OpenAI
 from processes import python, read_json
 
-from cotune.errors import DataError
 from cotune.cli.sandwich_edge import Fitted, read_prompts
+from cotune.errors import DataError
 from cotune.ledger import EgressLedger
 from cotune.sandwich.scripted_cloud import Reply, ScriptedServer, scripted_server
 
@@ -42,7 +42,10 @@ def mail(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    rows = [{"prompt": f"{n}: France, asks ann{n}@example.org", "target": "Paris", "private": [f"ann{n}@example.org"]} for n in range(10)]
+    rows = [
+        {"prompt": f"{n}: France, asks ann{n}@example.org", "target": "Paris", "private": [f"ann{n}@example.org"]}
+        for n in range(10)
+    ]
     for name, part in (("train", rows[:8]), ("val", rows[8:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "prompts.txt").write_text("Be brief.\nSay the capital.\n")
@@ -50,7 +53,15 @@ def data(tmp_path: Path) -> Path:
 
 
 def fit_words(data: Path, server: ScriptedServer, *more: object) -> list[object]:
-    words = ["sandwich", "fit", data / "train.jsonl", "--validation", data / "val.jsonl", "--prompts", data / "prompts.txt"]
+    words = [
+        "sandwich",
+        "fit",
+        data / "train.jsonl",
+        "--validation",
+        data / "val.jsonl",
+        "--prompts",
+        data / "prompts.txt",
+    ]
     settings = ["--cloud", server.base_url, "--model", "scripted", "--out", data / "run", "--metric", "exact_match"]
     return [*words, *settings, *SLOW, *more]
 
@@ -97,7 +108,9 @@ def test_what_cannot_be_asked_is_refused(run: Callable[..., Any], mail: Path) ->
     run(*words, "http://127.0.0.1:9/v1", "--model", "m", "--prices", prices).check_refusal("no price of 'm'")
 
 
-def test_fit_projects_first_and_pays_only_when_told(run: Callable[..., Any], data: Path, server: ScriptedServer) -> None:
+def test_fit_projects_first_and_pays_only_when_told(
+    run: Callable[..., Any], data: Path, server: ScriptedServer
+) -> None:
     shown = json.loads(run(*fit_words(data, server, "--json")).out)
     assert server.bodies == [] and shown["num_cells"] == 20 and not (data / "run").exists()
     run(*fit_words(data, server, "--pay")).check_refusal("without a budget")
@@ -115,9 +128,13 @@ def test_fit_projects_first_and_pays_only_when_told(run: Callable[..., Any], dat
 
 
 @pytest.mark.integration
-def test_fit_with_an_edge_saves_its_adapter_for_ask(run: Callable[..., Any], data: Path, server: ScriptedServer) -> None:
+def test_fit_with_an_edge_saves_its_adapter_for_ask(
+    run: Callable[..., Any], data: Path, server: ScriptedServer
+) -> None:
     more = ("--edge", "starter", "--steps", 1, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 2)
-    done = run(*fit_words(data, server, *more, "--pay", "--budget-calls", 8, "--limit", 2, "--certificate-share", 0, "--json"))
+    done = run(
+        *fit_words(data, server, *more, "--pay", "--budget-calls", 8, "--limit", 2, "--certificate-share", 0, "--json")
+    )
     shown = json.loads(done.out)
     assert shown["taken"]["edge_backward_tokens"] > 0 and shown["taken"]["edge_flops"] > 0
     assert (data / "run" / "adapter" / "adapter_model.safetensors").is_file()

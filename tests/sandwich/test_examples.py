@@ -26,7 +26,9 @@ def test_private_values_stand_beside_any_template(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("private", ["Ann", [5], [" "]])
 def test_a_column_that_is_no_list_of_texts_is_refused_by_its_line(tmp_path: Path, private: object) -> None:
-    path = write(tmp_path / "a.jsonl", {"prompt": "a", "target": "b"}, {"prompt": "a", "target": "b", "private": private})
+    path = write(
+        tmp_path / "a.jsonl", {"prompt": "a", "target": "b"}, {"prompt": "a", "target": "b", "private": private}
+    )
     with pytest.raises(DataError, match="line 2: column 'private'"):
         read_private_examples(path)
 

@@ -20,7 +20,12 @@ _NOISE_FACTOR = 20.0
 
 
 def estimate_slope(
-    f: Callable[[Vector], float], z: Vector, *, smoothing_radius: float, num_directions: int, generator: np.random.Generator
+    f: Callable[[Vector], float],
+    z: Vector,
+    *,
+    smoothing_radius: float,
+    num_directions: int,
+    generator: np.random.Generator,
 ) -> Vector:
     """The gradient of f at z, from 2 q evaluations.
 

@@ -1,7 +1,7 @@
 """A pool of prompts: the default, since it works with any chat API and its slopes are exact.
 
-    f(x, y) = sum_j p_j l_j(x)        p = softmax(y), l_j the loss of prompt j
-    df/dy_j = p_j (l_j - p . l)       h = p . l - min_j l_j
+f(x, y) = sum_j p_j l_j(x)        p = softmax(y), l_j the loss of prompt j
+df/dy_j = p_j (l_j - p . l)       h = p . l - min_j l_j
 """
 
 from __future__ import annotations
