@@ -24,7 +24,9 @@ from cotune.cli.federate_command import federate
 from cotune.cli.ledger_command import ledger
 from cotune.cli.output import stderr
 from cotune.cli.plan_command import plan
-from cotune.cli.sandwich_fit import sandwich  # with `ask` and `fit`
+from cotune.cli.sandwich_ask import ask
+from cotune.cli.sandwich_command import sandwich
+from cotune.cli.sandwich_fit import fit, script
 from cotune.cli.tune_command import tune
 from cotune.errors import CotuneError
 
@@ -48,6 +50,8 @@ app.command()(plan)
 app.command()(evaluate)
 app.add_typer(audit)
 app.add_typer(federate)
+for command in (ask, fit, script):
+    sandwich.command()(command)
 app.add_typer(sandwich)
 app.command()(ledger)
 

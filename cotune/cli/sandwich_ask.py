@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cotune.cli.output import print_json, stderr, stdout
-from cotune.cli.sandwich_command import read_settings, read_text, sandwich
+from cotune.cli.sandwich_command import read_settings, read_text
 from cotune.cli.sandwich_edge import KEY_VARIABLE, Fitted, open_cloud, open_fitted_edge, price_of
 from cotune.errors import InputError
 
@@ -32,7 +32,6 @@ DetectorTimeout = Annotated[float, typer.Option(help="Seconds for each detector;
 LedgerFile = Annotated[Path | None, typer.Option(help="Append what leaves to this egress ledger.")]
 
 
-@sandwich.command()
 def ask(
     file: Annotated[str, typer.Argument(help="The request: a text file, or - for standard input.")],
     cloud: CloudUrl,

@@ -1,6 +1,6 @@
 """`cotune sandwich`: the closed-API way; `redact` shows what would be sent, `restore` puts the values back.
 
-`cotune.cli.sandwich_ask` and `cotune.cli.sandwich_fit` add their commands to it.
+`ask`, `fit` and `script` are in `cotune.cli.sandwich_ask` and `cotune.cli.sandwich_fit`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `cotune sandwich ask` and `fit` share: the cloud and its key, the edge, prompts, and a fitted sandwich on disk."""
+"""What `cotune sandwich ask` and `fit` share: cloud and key, edge, prompts, and a fitted sandwich on disk."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from cotune.cli.sandwich_ask import (
     LedgerFile,
     Prices,
 )
-from cotune.cli.sandwich_command import read_settings, sandwich
+from cotune.cli.sandwich_command import read_settings
 from cotune.cli.sandwich_edge import (
     ADAPTER_FOLDER,
     Fitted,
@@ -35,7 +35,6 @@ from cotune.errors import InputError
 _REFRESH_EVERY = 5
 
 
-@sandwich.command()
 def fit(
     train: Annotated[
         str, typer.Argument(help="Requests and answers, any template of docs/data.md; `private`: a list.")
@@ -122,7 +121,9 @@ def fit(
         raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder")
     score = metric_named(metric)
     pool = PromptPool(read_prompts(prompts))
-    examples = [read_private_examples(path, limit=limit, seed=seed if limit else None) for path in (train, validation)]
+    drawn_by = seed if limit else None
+    learnt = read_private_examples(train, limit=limit, seed=drawn_by)
+    judged = read_private_examples(validation, limit=limit, seed=drawn_by)
     config = FitConfig(
         solve=SolveConfig(
             constraint=cast("Constraint", constraint),
@@ -149,7 +150,7 @@ def fit(
         )
         sizes = PipelineConfig(model=model, max_tokens=max_tokens, num_parallel=num_parallel)
         pipeline = Pipeline(redactor, gate, sizes)
-        projection = project(pipeline, *examples, pool, budget=budget, folder=out)
+        projection = project(pipeline, learnt, judged, pool, budget=budget, folder=out)
         if not pay:
             if as_json:
                 print_json(projection.to_json())
@@ -178,7 +179,8 @@ def fit(
 
         result = fit_sandwich(
             pipeline,
-            *examples,
+            learnt,
+            judged,
             score,
             variable=pool,
             budget=budget,
@@ -205,7 +207,6 @@ def fit(
         stdout.print(result.to_text(), markup=False, soft_wrap=True)
 
 
-@sandwich.command()
 def script(
     file: Annotated[Path, typer.Argument(help='JSON list of rules: {"if": PATTERN, "say": TEXT}.')],
     port: Annotated[int, typer.Option(help="On loopback; 0 for any free one.")] = 7080,

@@ -133,7 +133,8 @@ class EdgeAdapter:
         found, size = [], self.config.num_batch_sequences
         for start in range(0, len(encoded), size):
             losses_here = self._losses(params, encoded[start : start + size])
-            torch.dot(torch.from_numpy(weights[start : start + size]).to(losses_here), losses_here).backward()
+            weighted = torch.dot(torch.from_numpy(weights[start : start + size]).to(losses_here), losses_here)
+            torch.autograd.backward(weighted)
             found.append(losses_here.detach())
         slope = np.concatenate(
             [
@@ -167,7 +168,7 @@ class EdgeAdapter:
             padded = pad_batch(batch, self._backbone.spec.pad_token_id)
             nats = answer_nats(self._model, self._model.get_output_embeddings(), params, padded)
             lengths = [len(each.input_ids) - each.first_target for each in batch]
-            found.append(torch.stack([part.mean() for part in nats.split(lengths)]))
+            found.append(torch.stack([part.mean() for part in torch.split(nats, lengths)]))
         return 1 - torch.exp(-torch.cat(found))
 
     def _encode(self, cell: Cell) -> EncodedExample:

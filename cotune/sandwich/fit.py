@@ -3,9 +3,9 @@
     projection = project(pipeline, train, validation, pool, folder=folder)      nothing is sent
     result = fit(pipeline, train, validation, token_f1, variable=pool, budget=Budget(usd=1), folder=folder)
 
-What happens, in order: every request is redacted once, before anything is sent, with placeholders drawn from a secret of
-the run; a share of the training examples is set aside for the certificate; `bilevel.solve` moves x and y; the shipped prompt
-is judged on the validation examples and certified on those set aside; leaks are counted in all that was sent.
+What happens, in order: every request is redacted once, before anything is sent, with placeholders drawn from a secret
+of the run; a share of the training examples is set aside for the certificate; `bilevel.solve` moves x and y; the prompt
+to ship is judged on the validation examples and certified on those set aside; leaks are counted in all that was sent.
 
 The folder has all of it: the secret, the journal of the budget, the answers, the log of what was sent. A run that ended
 in any way, also by `kill -9`, goes on in it: it walks the same way again, and finds every answer that came. What was on
@@ -118,7 +118,8 @@ class Projection:
         lines = [f"{self.num_cells:,} requests under a prompt each; the answers to {self.num_paid:,} are there already"]
         for name, cost in (("likely", self.likely), ("at most", self.at_most)):
             lines.append(
-                f"{name:<8} {cost.calls:,} calls, {cost.tokens_in:,} tokens in, {cost.tokens_out:,} out, ${cost.usd:.4f}"
+                f"{name:<8} {cost.calls:,} calls, {cost.tokens_in:,} tokens in, {cost.tokens_out:,} out, "
+                f"${cost.usd:.4f}"
             )
         if self.lacking:
             lines.append(
@@ -191,7 +192,7 @@ class FitResult:
                 + ("; the edge has no part in it, so the prompt was chosen first" if self.is_sequential else ""),
                 f"leaks       {leaks['leak_rate']:.2%} of {leaks['units']} marked values in all that was sent",
                 f"ended       by {self.reason}, after {looks.step} steps",
-                f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens, ${self.spent.usd:.4f} in all runs",
+                f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens, ${self.spent.usd:.4f} in all",
                 self.taken.to_text(),
             ]
         )
@@ -280,8 +281,8 @@ def fit(
     num_held = round(config.certificate_share * len(train))
     if len(train) - num_held < 1 or not validation:
         raise InputError(
-            f"there are {len(train)} training and {len(validation)} validation examples, of the first {num_held} for the "
-            "certificate; expected at least one of each beside them"
+            f"there are {len(train)} training and {len(validation)} validation examples, of the first {num_held} for "
+            "the certificate; expected at least one of each beside them"
         )
     key = _open_folder(folder, _fingerprint(pipeline, train, validation, variable, config), resume=resume)
     with ExitStack() as stack:
@@ -416,8 +417,8 @@ def _open_folder(folder: Path, fingerprint: str, *, resume: bool) -> bytes:
             raise InputError(f"{folder} holds a run already; go on with resume, or choose another folder")
         if json.loads((folder / RUN_FILE).read_bytes()) != {"fingerprint": fingerprint}:
             raise InputError(
-                f"{folder} holds a run with other examples, prompts or settings; resume with the same ones (the budget may "
-                "differ), or choose another folder"
+                f"{folder} holds a run with other examples, prompts or settings; resume with the same ones (the budget "
+                "may differ), or choose another folder"
             )
         return (folder / SECRET_FILE).read_bytes()
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """How much private got out: counted in all that was ever sent, without a judge.
 
-A unit is a private value that a data set marks, or that a user names. Everything that was sent counts together, training
-included, since one request is sent many times under many prompts and whoever keeps all of it reads all of it.
+A unit is a private value that a data set marks, or that a user names. Everything that was sent counts together,
+training included, since one request is sent many times under many prompts and whoever keeps all of it reads all of it.
 
     leak_rate    share of units that stand in something sent, whatever the case, the spaces and the escapes
     leak_fuzzy   share of units of which 80 % of the words stand close together in something sent

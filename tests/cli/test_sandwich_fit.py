@@ -1,4 +1,4 @@
-"""`cotune sandwich ask`, `fit` and `script` against a scripted cloud on loopback: what is sent, shown, kept and refused."""
+"""`cotune sandwich ask`, `fit` and `script` against a scripted cloud: what is sent, shown, kept and refused."""
 
 from __future__ import annotations
 

@@ -2,5 +2,6 @@
 
     min over x, y of F(x, y)    such that    y is a minimiser of f(x, .)
 
-x are the edge adapter's numbers, y the prompt's. F is the final loss on held-out requests, f what the prompt answers for.
+x are the edge adapter's numbers, y the prompt's. F is the final loss on held-out requests, f what the prompt answers
+for.
 """

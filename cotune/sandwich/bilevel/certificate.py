@@ -3,11 +3,11 @@
 With losses in [0, 1] of M prompts on the same n examples, which the search has not seen, and d_j = f_chosen - f_j, with
 probability 1 - delta over the draw of the examples, for all j at once:
 
-    Hoeffding (1963)                       E d_j <= mean d_j + 2 sqrt(ln(M / delta) / (2 n))
-    Maurer and Pontil (2009), Theorem 4    E d_j <= mean d_j + sqrt(2 V_j ln(2 M / delta) / n) + 14 ln(2 M / delta) / (3 (n - 1))
+    Hoeffding (1963)            E d_j <= mean d_j + 2 sqrt(ln(M / delta) / (2 n))
+    Maurer and Pontil (2009)    E d_j <= mean d_j + sqrt(2 V_j ln(2 M / delta) / n) + 14 ln(2 M / delta) / (3 (n - 1))
 
-V_j is the sample variance of d_j, whose range is 2. The gap h = max_j E d_j is at most the largest of either column. Small
-n give wide bounds: 0.23 for 8 prompts and 200 examples by Hoeffding. It is a statement about examples like these, and
+V_j is the sample variance of d_j, whose range is 2. The gap h = max_j E d_j is at most the largest of either row. Small n
+give wide bounds: 0.23 for 8 prompts and 200 examples by Hoeffding. It is a statement about examples like these, and
 about these M prompts; no other.
 """
 
@@ -60,8 +60,8 @@ class Certificate:
         """One sentence with its n."""
         verdict = "certified" if self.holds else "not certified"
         return (
-            f"{verdict}: the gap is {self.gap:.4f} on n = {self.num_examples} examples, at most {self.bound:.4f} in truth "
-            f"with probability {1 - self.delta:.0%} (asked for: {self.tolerance:g}; {self.num_prompts} prompts)"
+            f"{verdict}: the gap is {self.gap:.4f} on n = {self.num_examples} examples, at most {self.bound:.4f} in "
+            f"truth with probability {1 - self.delta:.0%} (asked for: {self.tolerance:g}; {self.num_prompts} prompts)"
         )
 
 

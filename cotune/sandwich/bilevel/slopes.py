@@ -41,7 +41,8 @@ def estimate_slope(
 
     Example:
         >>> f = lambda z: float(3 * z[0])
-        >>> estimate_slope(f, np.zeros(1), smoothing_radius=0.1, num_directions=500, generator=np.random.default_rng(0)).round()
+        >>> draws = np.random.default_rng(0)
+        >>> estimate_slope(f, np.zeros(1), smoothing_radius=0.1, num_directions=500, generator=draws).round()
         array([3.])
     """
     check_differences(smoothing_radius, num_directions)

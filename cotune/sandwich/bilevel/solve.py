@@ -5,9 +5,9 @@
     cut        x, y <- descent on F + sum_l lambda_l plane_l(x, y); a plane is added where h > tolerance
 
 The value form of the constraint, h = f(x, y) - f(x, y^) with y^ about the best response, needs first slopes alone
-(Danskin): a = grad_x f(x, y) - grad_x f(x, y^), b = grad_y f(x, y). The projection form of ADBO, h = ||y - phi(x)||^2 with
-one lower step phi = y - eta grad_y f taken as the response, needs a mixed second derivative: a = 2 eta (d/dx grad_y f)^T
-(y - phi), b = 2 (y - phi).
+(Danskin): a = grad_x f(x, y) - grad_x f(x, y^), b = grad_y f(x, y). The projection form of ADBO, h = ||y - phi(x)||^2
+with one lower step phi = y - eta grad_y f taken as the response, needs a mixed second derivative:
+a = 2 eta (d/dx grad_y f)^T (y - phi), b = 2 (y - phi).
 
 Planes alone do not deliver h <= tolerance, so that at the end y is restored: x stays, y follows f. Where x is seen to
 have no part in f, the problem is solved in two halves, the prompt first.

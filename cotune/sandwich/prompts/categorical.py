@@ -2,9 +2,9 @@
 
     g = 1/(S - 1) sum_s (l_s - mean l) grad log p(prompt_s)        d log softmax(theta)_j = e_j - p
 
-The loss of each of S drawn prompts is compared with the mean of all (leave-one-out, written out). The logits are those of
-a softmax at each place; the form of BDPL (arXiv 2201.08531), +1/p for the word that was drawn and -1/p for all others, is
-not used: its direction is worse where p is peaked, and its length has no bound.
+The loss of each of S drawn prompts is compared with the mean of all (leave-one-out, written out). The logits are those
+of a softmax at each place; the form of BDPL (arXiv 2201.08531), +1/p for the word that was drawn and -1/p for all
+others, is not used: its direction is worse where p is peaked, and its length has no bound.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def cma_search(
         raise InputError("CMA-ES needs the package cma; install it with: pip install 'cotune[cma]'") from None
     if len(start) < 2 or not spread > 0 or max_evaluations < 1:
         raise InputError(
-            f"start has {len(start)} numbers, spread is {spread} and max_evaluations {max_evaluations}; expected at least 2 "
-            "numbers, a positive spread and at least one evaluation"
+            f"start has {len(start)} numbers, spread is {spread} and max_evaluations {max_evaluations}; expected at "
+            "least 2 numbers, a positive spread and at least one evaluation"
         )
     # cma draws from the seed modulo 2^32, and takes 0 for the time of day.
     options = {"seed": seed + 1, "verbose": -9, **({} if population is None else {"popsize": population})}

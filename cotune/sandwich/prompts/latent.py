@@ -1,9 +1,9 @@
 """An instruction that the edge's own model writes from a few numbers (InstructZero, arXiv 2306.03082, the idea).
 
-    z, 10 to 50 numbers -> soft prefix A z of the edge model, A fixed and random -> it writes the instruction -> the cloud
+    z, 10 to 50 numbers -> soft prefix A z of the edge model, A fixed and random -> it writes the instruction -> cloud
 
-Text makes the loss a staircase in z: a smoothing radius smaller than a stair sees nothing. Slopes come from two points in
-each of q directions, so that a step costs 2 q prompts.
+Text makes the loss a staircase in z: a smoothing radius smaller than a stair sees nothing. Slopes come from two points
+in each of q directions, so that a step costs 2 q prompts.
 """
 
 from __future__ import annotations

@@ -54,7 +54,9 @@ class SoftPrefix:
 
     def embeddings(self, z: Vector) -> Tensor:
         """p, float32 (tokens, hidden)."""
-        return self._start + (self._matrix @ torch.from_numpy(z).float()).reshape(self._start.shape)
+        moved: Tensor = self._matrix @ torch.from_numpy(z).float()
+        found: Tensor = self._start + moved.reshape(self._start.shape)
+        return found
 
     @torch.no_grad()
     def losses(self, z: Vector, examples: Sequence[EncodedExample]) -> Vector:

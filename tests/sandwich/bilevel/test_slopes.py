@@ -54,7 +54,7 @@ def test_the_least_radius_follows_the_noise() -> None:
 
 @pytest.mark.parametrize(("radius", "num"), [(0.0, 1), (-1.0, 1), (float("inf"), 1), (1.0, 0)])
 def test_differences_that_make_no_sense_are_refused(radius: float, num: int) -> None:
-    with pytest.raises(InputError, match="smoothing_radius|num_directions"):
+    with pytest.raises(InputError, match=r"smoothing_radius|num_directions"):
         estimate_slope(
             lambda z: 0.0, np.zeros(1), smoothing_radius=radius, num_directions=num, generator=np.random.default_rng(0)
         )

@@ -16,7 +16,9 @@ PLACES = [["Say", "Tell"], ["it", "all", ""], ["now.", "later."]]
 
 def losses(prompts: Sequence[str]) -> np.ndarray:
     """Tell is better than Say, nothing better than `it`, and both matter together."""
-    return np.array([0.9 - 0.3 * ("Tell" in p) - 0.2 * ("it" not in p.split()) - 0.1 * (p == "Tell now.") for p in prompts])
+    return np.array(
+        [0.9 - 0.3 * ("Tell" in p) - 0.2 * ("it" not in p.split()) - 0.1 * (p == "Tell now.") for p in prompts]
+    )
 
 
 def expected_loss(y: np.ndarray) -> float:
