@@ -109,7 +109,7 @@ def ask(
         print_json({"text": done.text, "sent": [json.loads(each) for each in gate.sent.payloads], **taken.to_json()})
         return
     stdout.print(done.text, markup=False, soft_wrap=True)
-    stderr.print(taken.to_text(), markup=False)
+    stderr.print(taken.to_text(), markup=False, soft_wrap=True)
 
 
 def _show_dry_run(pipeline: Any, text: str, as_json: bool) -> None:

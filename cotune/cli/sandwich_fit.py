@@ -159,7 +159,7 @@ def fit(
                 stderr.print("nothing was sent; add --pay and a budget to do it", markup=False)
             return
         if not as_json:
-            stderr.print(projection.to_text(), markup=False)
+            stderr.print(projection.to_text(), markup=False, soft_wrap=True)
         edge_config = None
         tuned = save = None
         if edge is not None:

@@ -62,7 +62,7 @@ class Taken:
         """A few lines for people."""
         cloud = self.cloud
         lines = [
-            f"cloud       {cloud.calls:,} calls ({self.cached:,} answers were there, {self.retries:,} asked again), "
+            f"paid        {cloud.calls:,} calls ({self.cached:,} answers were there, {self.retries:,} asked again), "
             f"{cloud.tokens_in:,} tokens in, {cloud.tokens_out:,} out, ${cloud.usd:.4f}",
             f"wire        {self.bytes_out:,} bytes out, {self.bytes_in:,} in",
             f"edge        {self.edge_forward_tokens:,} tokens forwards, {self.edge_backward_tokens:,} learnt from, "

@@ -244,7 +244,8 @@ class CloudGate:
         self.account.count(bytes_out=len(payload))
         timeout_s = max(1e-3, min(self._retry.timeout_s, self.purse.seconds_left))
         try:
-            answer = self._cloud.send(request, timeout_s=timeout_s)
+            with self.account.stage("one answer"):
+                answer = self._cloud.send(request, timeout_s=timeout_s)
         except RefusedError:
             # A status instead of an answer: nothing was written, and what was read is not charged.
             self._settle(ticket, Cost(calls=1))

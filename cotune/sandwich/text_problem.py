@@ -4,7 +4,7 @@
     f(x, y) = mean over training of [loss(z) + w_c loss(c) + w_t tokens(c)] / (1 + w_c + w_t)
 
 loss(z) is the edge's, in [0, 1]; loss(c) = 1 - metric of the cloud's answers alone; tokens(c) its length as a share of
-the longest allowed. So f is in [0, 1] for each example. Each request is redacted once, and the cloud's answers are kept:
+the longest allowed. So f is in [0, 1] for each example. Each request is redacted once, and answers are kept:
 moving x asks nothing of the cloud, moving y asks what was never asked.
 """
 

@@ -6,8 +6,8 @@ probability 1 - delta over the draw of the examples, for all j at once:
     Hoeffding (1963)            E d_j <= mean d_j + 2 sqrt(ln(M / delta) / (2 n))
     Maurer and Pontil (2009)    E d_j <= mean d_j + sqrt(2 V_j ln(2 M / delta) / n) + 14 ln(2 M / delta) / (3 (n - 1))
 
-V_j is the sample variance of d_j, whose range is 2. The gap h = max_j E d_j is at most the largest of either row. Small n
-give wide bounds: 0.23 for 8 prompts and 200 examples by Hoeffding. It is a statement about examples like these, and
+V_j is the sample variance of d_j, whose range is 2. The gap h = max_j E d_j is at most the largest of either row. Small
+n give wide bounds: 0.23 for 8 prompts and 200 examples by Hoeffding. It is a statement about examples like these, and
 about these M prompts; no other.
 """
 
@@ -44,8 +44,8 @@ class Certificate:
 
     @property
     def bound(self) -> float:
-        """The smaller one; each alone holds with probability 1 - delta, both together with 1 - 2 delta."""
-        return min(self.hoeffding, self.bernstein)
+        """The smaller one, 1 at most; each alone holds with probability 1 - delta, both together with 1 - 2 delta."""
+        return min(self.hoeffding, self.bernstein, 1.0)
 
     @property
     def holds(self) -> bool:

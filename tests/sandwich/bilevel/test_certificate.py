@@ -18,6 +18,7 @@ def test_the_bounds_by_hand() -> None:
     assert found.hoeffding == pytest.approx(0.15 + 2 * math.sqrt(math.log(2 / 0.1) / 8))
     variance, log_term = 4 * 0.05**2 / 3, math.log(4 / 0.1)
     assert found.bernstein == pytest.approx(0.15 + math.sqrt(2 * variance * log_term / 4) + 14 * log_term / 9)
+    assert found.bound == 1.0  # no gap is larger, and this sample says nothing more
     assert not found.holds and "n = 4" in found.to_text() and "not certified" in found.to_text()
     assert "guarantee" not in found.to_text()
 
