@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from cotune.cli.output import print_json, stderr, stdout
 from cotune.cli.sandwich_command import read_settings, read_text
 from cotune.cli.sandwich_edge import KEY_VARIABLE, Fitted, open_cloud, open_fitted_edge, price_of
 from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    from cotune.sandwich.pipeline import Pipeline
 
 CloudUrl = Annotated[
     str, typer.Option("--cloud", help="Base URL of an OpenAI-compatible API, such as https://host/v1.")
@@ -112,7 +115,9 @@ def ask(
     stderr.print(taken.to_text(), markup=False, soft_wrap=True)
 
 
-def _show_dry_run(pipeline: Any, text: str, as_json: bool) -> None:
+def _show_dry_run(pipeline: Pipeline, text: str, as_json: bool) -> None:
+    from cotune.sandwich.cost import shown_usd
+
     prepared = pipeline.prepare(text)
     requests = [pipeline.request_of(prepared, question) for question in prepared.questions]
     most = [pipeline.gate.most(request) for request in requests]
@@ -124,5 +129,5 @@ def _show_dry_run(pipeline: Any, text: str, as_json: bool) -> None:
     for request in requests:
         stdout.print(json.dumps(request.body(), ensure_ascii=False, indent=1), markup=False, soft_wrap=True)
     stderr.print(
-        f"nothing was sent; it would cost at most {len(most)} calls, {tokens:,} tokens, ${usd:.4f}", markup=False
+        f"nothing was sent; it would cost at most {len(most)} calls, {tokens:,} tokens{shown_usd(usd)}", markup=False
     )

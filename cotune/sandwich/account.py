@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cotune.sandwich.cost import Cost
+from cotune.sandwich.cost import Cost, shown_usd
 
 _FORWARD_FLOPS = 2
 _BOTH_WAYS_FLOPS = 6
@@ -63,7 +63,7 @@ class Taken:
         cloud = self.cloud
         lines = [
             f"paid        {cloud.calls:,} calls ({self.cached:,} answers were there, {self.retries:,} asked again), "
-            f"{cloud.tokens_in:,} tokens in, {cloud.tokens_out:,} out, ${cloud.usd:.4f}",
+            f"{cloud.tokens_in:,} tokens in, {cloud.tokens_out:,} out{shown_usd(cloud.usd)}",
             f"wire        {self.bytes_out:,} bytes out, {self.bytes_in:,} in",
             f"edge        {self.edge_forward_tokens:,} tokens forwards, {self.edge_backward_tokens:,} learnt from, "
             f"{self.edge_flops:.3g} operations",

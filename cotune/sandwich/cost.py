@@ -91,6 +91,16 @@ class Price:
         return (tokens_in * self.usd_per_million_in + tokens_out * self.usd_per_million_out) / 1e6
 
 
+def shown_usd(usd: float) -> str:
+    """Dollars behind other counts; nothing where there are none, since that mostly means that no price is known.
+
+    Example:
+        >>> "3 calls" + shown_usd(0.25), "3 calls" + shown_usd(0)
+        ('3 calls, $0.2500', '3 calls')
+    """
+    return f", ${usd:.4f}" if usd else ""
+
+
 def most_tokens_in(payload: bytes) -> int:
     """No tokenizer makes more tokens of a request: each stands for a byte of it at least.
 

@@ -34,7 +34,7 @@ from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.solve import Refresh, SolveConfig, solve
 from cotune.sandwich.budget import Budget, Purse
 from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache
-from cotune.sandwich.cost import Cost
+from cotune.sandwich.cost import Cost, shown_usd
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.leak import LeakMetrics, measure_leaks
 from cotune.sandwich.pipeline import Pipeline
@@ -118,8 +118,8 @@ class Projection:
         lines = [f"{self.num_cells:,} requests under a prompt each; the answers to {self.num_paid:,} are there already"]
         for name, cost in (("likely", self.likely), ("at most", self.at_most)):
             lines.append(
-                f"{name:<8} {cost.calls:,} calls, {cost.tokens_in:,} tokens in, {cost.tokens_out:,} out, "
-                f"${cost.usd:.4f}"
+                f"{name:<8} {cost.calls:,} calls, {cost.tokens_in:,} tokens in, {cost.tokens_out:,} out"
+                + shown_usd(cost.usd)
             )
         if self.lacking:
             lines.append(
@@ -192,7 +192,7 @@ class FitResult:
                 + ("; the edge has no part in it, so the prompt was chosen first" if self.is_sequential else ""),
                 f"leaks       {leaks['leak_rate']:.2%} of {leaks['units']} marked values in all that was sent",
                 f"ended       by {self.reason}, after {looks.step} steps",
-                f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens, ${self.spent.usd:.4f} in all",
+                f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens{shown_usd(self.spent.usd)}",
                 self.taken.to_text(),
             ]
         )

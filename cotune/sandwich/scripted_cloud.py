@@ -118,8 +118,9 @@ def scripted_server(answer: Answer, *, port: int = 0) -> Iterator[ScriptedServer
             bodies.append(data)
             try:
                 body = json.loads(data)
-                assert isinstance(body["messages"], list)
-            except (ValueError, KeyError, TypeError, AssertionError):
+                if not all(isinstance(message, dict) for message in body["messages"]):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
                 return self.send_error(400)
             said = answer(body)
             return self._reply(body, Reply(text=said) if isinstance(said, str) else said)

@@ -155,6 +155,13 @@ def test_script_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     assert "answered 1 requests" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("command", ["ask", "fit", "script"])
+def test_help_shows_an_example(run: Callable[..., Any], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    usage, found, examples = run("sandwich", command, "--help").out.partition("Example")
+    assert found and f"cotune sandwich {command}" in usage and f"cotune sandwich {command} " in examples
+
+
 @pytest.mark.parametrize(("name", "text"), [("p.json", "{}"), ("p.json", "[5]"), ("p.json", "["), ("p.txt", "\n \n")])
 def test_files_without_prompts_are_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
