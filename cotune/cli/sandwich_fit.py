@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -225,7 +226,8 @@ def script(
             print_json({"url": server.base_url, "model": MODEL})
         else:
             stdout.print(f"listening on {server.base_url}, model {MODEL}; end with Ctrl-C", markup=False)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            stderr.print(f"answered {len(server.bodies):,} requests", markup=False)
+        stop = threading.Event()
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: stop.set())
+        stop.wait()
+        stderr.print(f"answered {len(server.bodies):,} requests", markup=False)

@@ -20,6 +20,8 @@ import numpy as np
 
 from cotune.sandwich.cost import Cost, shown_usd
 
+WHOLE = "whole"
+"""The stage that is a request from its text to its answer."""
 _FORWARD_FLOPS = 2
 _BOTH_WAYS_FLOPS = 6
 
@@ -72,6 +74,13 @@ class Taken:
         for name, values in self.stage_seconds.items():
             found = percentiles(values)
             lines.append(f"{name:<11} {1e3 * found['p50']:.0f} ms (median), {1e3 * found['p95']:.0f} ms (95 %)")
+        if WHOLE in self.stage_seconds:
+            # The cloud is asked anyway, so the edge's stages must be won back by shorter answers or prompts.
+            found = percentiles(self.stage_seconds[WHOLE])
+            lines.append(
+                f"break-even  faster than asking the cloud alone where that takes more than {1e3 * found['p50']:.0f} ms "
+                f"(median), {1e3 * found['p95']:.0f} ms (95 %)"
+            )
         return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from cotune.errors import InputError, RedactionError
+from cotune.sandwich.account import WHOLE
 from cotune.sandwich.chat import ChatAnswer, ChatRequest
 from cotune.sandwich.cloud_gate import Asked, CloudGate
 from cotune.sandwich.cost import Cost
@@ -287,7 +288,7 @@ class Pipeline:
             BudgetError: there was no room for it, or for all of it.
             WireError: the cloud failed.
         """
-        with self.gate.account.stage("whole"):
+        with self.gate.account.stage(WHOLE):
             prepared = self.prepare(text, generator)
             draft = None
             if self.config.mode == "parallel":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cotune.sandwich.account import Account, peak_memory_bytes, percentiles
 from cotune.sandwich.cost import Cost
 
@@ -22,6 +24,13 @@ def test_all_of_it_is_in_json_and_in_words() -> None:
     assert shown["calls"] == 2 and shown["usd"] == 0.25 and shown["bytes_out"] == 1234 and shown["cached"] == 1
     assert shown["stages"]["merge"].keys() == {"p50", "p95"} and shown["peak_memory_bytes"] > 1 << 20
     assert "2 calls" in account.taken().to_text() and "merge" in account.taken().to_text()
+
+
+def test_the_break_even_line_is_the_whole_requests_time() -> None:
+    account = Account()
+    assert "break-even" not in account.taken().to_text()
+    taken = replace(account.taken(), stage_seconds={"merge": (9.0,), "whole": (0.1, 0.2, 0.3)})
+    assert "takes more than 200 ms (median), 290 ms (95 %)" in taken.to_text()
 
 
 def test_percentiles_by_hand() -> None:
