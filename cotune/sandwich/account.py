@@ -78,7 +78,7 @@ class Taken:
             # The cloud is asked anyway, so the edge's stages must be won back by shorter answers or prompts.
             found = percentiles(self.stage_seconds[WHOLE])
             lines.append(
-                f"break-even  faster than asking the cloud alone where that takes more than {1e3 * found['p50']:.0f} ms "
+                f"break-even  faster than the cloud alone where that takes more than {1e3 * found['p50']:.0f} ms "
                 f"(median), {1e3 * found['p95']:.0f} ms (95 %)"
             )
         return "\n".join(lines)
