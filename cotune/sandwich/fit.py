@@ -123,7 +123,7 @@ class Projection:
             )
         if self.lacking:
             lines.append(
-                f"the budget holds less than all of it ({self.lacking}): it will end early and keep what it has"
+                f"the budget may not hold all of it ({self.lacking}): then it ends early and keeps what it has"
             )
         return "\n".join(lines)
 

@@ -9,7 +9,8 @@ The value form of the constraint, h = f(x, y) - f(x, y^) with y^ about the best 
 with one lower step phi = y - eta grad_y f taken as the response, needs a mixed second derivative:
 a = 2 eta (d/dx grad_y f)^T (y - phi), b = 2 (y - phi).
 
-Planes alone do not deliver h <= tolerance, so that at the end y is restored: x stays, y follows f. Where x is seen to
+Planes alone do not deliver h <= tolerance, so that at the end y is restored: x stays, y follows f, and where that takes
+too long becomes y^. Where x is seen to
 have no part in f, the problem is solved in two halves, the prompt first.
 """
 
@@ -305,6 +306,10 @@ class _Run:
             self.y = self.y - self.config.y_rate * _clip(lower.grad_y, self.config.max_norm)
             if extra % self.config.refresh_every == 0 or extra == self.config.num_restore_steps:
                 self.refresh(step + extra)
+        if self.config.num_restore_steps and not self.history[-1].is_feasible:
+            # Flat places, such as between prompts of nearly one loss, take more steps than there are: go there at once.
+            self.y = self.response.copy()
+            self.refresh(step + self.config.num_restore_steps + 1)
 
     def solution(self, reason: Literal["steps", "patience", "budget"]) -> Solution:
         x, y, response = self.x, self.y, self.response

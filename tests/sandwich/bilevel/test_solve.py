@@ -124,6 +124,13 @@ def test_planes_alone_leave_a_gap_which_the_restoration_closes() -> None:
     assert seen[-1].is_feasible and seen[-1].step > 300
 
 
+def test_a_restoration_that_takes_too_long_ends_at_the_response() -> None:
+    changed = replace(CONFIG, num_steps=20, y_rate=1e-4, num_restore_steps=6)
+    found = solve(LinearQuadratic(), np.zeros(DIM_X), np.ones(DIM_Y), changed)
+    assert [each.step for each in found.history[-3:]] == [25, 26, 27]
+    assert not found.history[-2].is_feasible and found.is_feasible and found.history[-1].gap == pytest.approx(0.0)
+
+
 def test_a_wider_tolerance_costs_upper_loss_nothing_and_a_tight_one_is_kept() -> None:
     problem, values = LinearQuadratic(), []
     for tolerance in (1e-3, 0.1, 1.0):
