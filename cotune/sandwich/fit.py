@@ -239,7 +239,8 @@ def project(
                 tokens_out = int(request.max_tokens * _LIKELY_SHARE)
                 usd = pipeline.gate.price.of(tokens_in, tokens_out)
                 likely += Cost(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, usd=usd)
-    lacking = (budget or Budget()).missing(spent + most)
+    # Where all answers are there, it does not matter what of the budget they have used up.
+    lacking = (budget or Budget()).missing(spent + most) if most.calls else ""
     return Projection(num_cells=num_cells, num_paid=num_paid, at_most=most, likely=likely, lacking=lacking)
 
 

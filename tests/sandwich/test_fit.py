@@ -127,7 +127,7 @@ def test_a_projection_sends_nothing_and_is_not_exceeded(tmp_path: Path) -> None:
         assert cloud.requests == [] and before.num_cells == before.at_most.calls == NUM_CELLS
         assert "usd would be" in before.lacking and "ends early" in before.to_text()
         found = fit_crossing(cloud, tmp_path)
-        after = project(pipeline, TRAIN, VALIDATION, pool, folder=tmp_path)
+        after = project(pipeline, TRAIN, VALIDATION, pool, budget=Budget(calls=1), folder=tmp_path)
     assert found.spent.tokens <= before.at_most.tokens and before.likely.tokens < before.at_most.tokens
     assert after.num_paid == NUM_CELLS and after.at_most.calls == 0 and after.lacking == ""
 
