@@ -7,7 +7,7 @@ logits at first - 1 to end - 2. That shift is made here and nowhere else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -81,6 +81,31 @@ class ChunkIndex:
             token_chunks=torch.from_numpy(np.repeat(np.arange(len(first)), end - first)),
             num_bytes=torch.from_numpy(_joined(sizes)),
             has_own_start=torch.from_numpy(np.concatenate([np.zeros(0, np.bool_), *own])),
+        )
+
+    def wanted(self, shape: tuple[int, int]) -> Tensor:
+        """bool (batch, seq), the positions whose logits are read."""
+        wanted = torch.zeros(shape, dtype=torch.bool, device=self.rows.device)
+        wanted[self.rows, self.positions] = True
+        wanted[self.token_rows, self.token_positions] = True
+        return wanted
+
+    def among(self, wanted: Tensor) -> ChunkIndex:
+        """The same chunks in the logits of some positions alone, (1, wanted positions, vocab), in their order.
+
+        Args:
+            wanted: bool (batch, seq), all positions of `ChunkIndex.wanted` among them.
+
+        Example:
+            >>> index.among(wanted)  # of logits[wanted][None]  # doctest: +SKIP
+        """
+        place = wanted.reshape(-1).cumsum(0).reshape(wanted.shape) - 1
+        return replace(
+            self,
+            rows=torch.zeros_like(self.rows),
+            positions=place[self.rows, self.positions],
+            token_rows=torch.zeros_like(self.token_rows),
+            token_positions=place[self.token_rows, self.token_positions],
         )
 
     def to(self, device: torch.device | str) -> ChunkIndex:

@@ -14,6 +14,7 @@ token places for L_tok. Then the teacher is no longer needed, so that a device n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +82,21 @@ class ChunkReadings:
     next_bytes: Tensor | None = None
     top_common: TopCommon | None = None
     merged: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[ChunkReadings]) -> ChunkReadings:
+        """Of a batch, from those of its texts, at least one, which were read for the same terms."""
+        common = [one.top_common for one in parts if one.top_common is not None]
+        return cls(
+            log_likelihoods=torch.cat([one.log_likelihoods for one in parts]),
+            next_bytes=_joined([one.next_bytes for one in parts]),
+            top_common=TopCommon(
+                torch.cat([one.places for one in common]), torch.cat([one.log_probs for one in common])
+            )
+            if common
+            else None,
+            merged=_joined([one.merged for one in parts]),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +223,11 @@ class MutualLoss:
                     f"{name} is set and the teacher told {came} for it, expected {num_starts} positions; "
                     "read the teacher with the same config, or set it to 0"
                 )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [one for one in parts if one is not None]
+    return torch.cat(found) if found else None
 
 
 def _starts(logits: Tensor, index: ChunkIndex) -> Tensor:

@@ -49,3 +49,19 @@ def test_no_chunks_and_another_device() -> None:
     index = ChunkIndex.of_batch([], 1)
     assert len(index) == 0 and index.has_own_start.dtype == torch.bool and index.token_ids.dtype == torch.int64
     assert index.to("meta").rows.device.type == "meta"
+
+
+def test_an_index_among_the_wanted_positions_reads_the_same_logits() -> None:
+    pairs = [align(spans_of("byte_level", text), spans_of("unigram", text)) for text in ("the cat sat", "the dog 😀 ran")]
+    index = ChunkIndex.of_batch(pairs, 1)
+    width = max(len(pair.sides[1].input_ids) for pair in pairs) + 2
+    logits = torch.randn(2, width, 5, generator=torch.Generator().manual_seed(0))
+    wanted = index.wanted((2, width))
+    wanted[1, -1] = True  # others may be wanted too
+    among = index.among(wanted)
+    few = logits[wanted][None]
+    assert 10 < few.shape[1] < 2 * width
+    for whole, part in ((("rows", "positions"), ("rows", "positions")), (("token_rows", "token_positions"),) * 2):
+        expected = logits[getattr(index, whole[0]), getattr(index, whole[1])]
+        assert torch.equal(few[getattr(among, part[0]), getattr(among, part[1])], expected)
+    assert torch.equal(among.token_chunks, index.token_chunks)

@@ -339,3 +339,17 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
         MutualLossConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_readings_of_texts_are_those_of_their_batch() -> None:
+    pairs = batch_of("byte_level", "unigram")
+    config = MutualLossConfig(token_weight=0.3, top_k=5, drops_merged=True)
+    loss = MutualLoss(config, table_of("byte_level"), table_of("unigram"))
+    logits = logits_of("byte_level", 1)
+    whole = loss.read(logits, ChunkIndex.of_batch(pairs, 0))
+    parts = [loss.read(logits[row : row + 1], ChunkIndex.of_batch([pair], 0)) for row, pair in enumerate(pairs)]
+    index, student = ChunkIndex.of_batch(pairs, 1), logits_of("unigram", 2)
+    assert torch.equal(loss(ChunkReadings.joined(parts), student, index).loss, loss(whole, student, index).loss)
+    bare = MutualLoss(only("chunk_weight"), table_of("byte_level"), table_of("unigram"))
+    joined = ChunkReadings.joined([bare.read(logits, ChunkIndex.of_batch(pairs, 0))])
+    assert joined.next_bytes is joined.top_common is joined.merged is None
