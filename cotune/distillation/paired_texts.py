@@ -70,16 +70,20 @@ class PairedText:
     """One text on both sides.
 
     Attributes:
+        text: prompt and target, as far as both sides could take them.
+        from_byte: where the target begins.
         sides: as the first and as the second model read it.
         alignment: its chunks behind the prompt, in the same order of sides.
     """
 
+    text: str
+    from_byte: int
     sides: tuple[SideOfText, SideOfText]
     alignment: Alignment
 
     def swapped(self) -> PairedText:
         """The same, seen from the other side."""
-        return PairedText(self.sides[::-1], self.alignment.swapped())
+        return PairedText(self.text, self.from_byte, self.sides[::-1], self.alignment.swapped())
 
 
 def pair_text(example: Example, first: Reader, second: Reader, *, max_tokens: int) -> PairedText:
@@ -109,7 +113,7 @@ def pair_text(example: Example, first: Reader, second: Reader, *, max_tokens: in
             f"a text of {len(text.encode())} bytes has no target token behind its prompt of {from_byte}; "
             "give it an answer, or leave it out"
         )
-    return PairedText(sides, align(*spans, from_byte=from_byte))
+    return PairedText(text, from_byte, sides, align(*spans, from_byte=from_byte))
 
 
 def pair_texts(examples: Sequence[Example], first: Reader, second: Reader, *, max_tokens: int) -> list[PairedText]:

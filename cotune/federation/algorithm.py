@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.federation.arrays import Arrays, Shapes, from_vector, shapes_of, to_vector
+from cotune.federation.arrays import AnyArrays, Arrays, Shapes, from_vector, shapes_of, to_vector
 from cotune.federation.local_model import LocalModel
 
 Setting = bool | int | float | str
@@ -42,16 +42,20 @@ class Plan:
     """What one device shall do in one round.
 
     Attributes:
-        work: a name in `WORKS`.
+        work: a name in `WORKS`, or one that devices of a special kind know, as those of `coplms`.
         arrays: what it lacks of the state, by name; it keeps them for later rounds.
         settings: of the work.
         reply: shapes of the arrays that it shall send.
+        codes: which of these are uint8; all others are float32.
+        decode: the numbers that the reply stands for; checks and rules see these.
     """
 
     work: str
-    arrays: Arrays
+    arrays: AnyArrays
     settings: Mapping[str, Setting]
     reply: Shapes
+    codes: frozenset[str] = frozenset()
+    decode: Callable[[AnyArrays], Arrays] = lambda arrays: arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,7 @@ class Job:
         seeds: of directions.
         batch_seed: of the order of texts; differs from device to device and from round to round.
         memory: arrays of any type that the device keeps for itself from round to round; the work may change it.
+        run_id: names the run, for works that keep something on disk.
     """
 
     round_number: int
@@ -124,6 +129,7 @@ class Job:
     seeds: DirectionSeeds
     batch_seed: int = 0
     memory: dict[str, NDArray[Any]] = field(default_factory=dict)
+    run_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +139,12 @@ class Done:
     Attributes:
         arrays: to be sent; shapes as in the plan.
         loss: nats per token, before or during the work; nan where the work has none.
+        metrics: what else it measured, finite numbers; sent in clear text, so nothing private.
     """
 
-    arrays: Mapping[str, NDArray[np.float32]]
+    arrays: AnyArrays
     loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 # A device's half of an algorithm.

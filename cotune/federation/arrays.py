@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -125,8 +125,13 @@ def norm(arrays: Arrays) -> float:
     return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in arrays.values()))
 
 
-def check_arrays(arrays: AnyArrays, shapes: Shapes) -> None:
+def check_arrays(arrays: AnyArrays, shapes: Shapes, *, codes: Collection[str] = ()) -> None:
     """Refuse arrays that are not float32, finite, and named and shaped as `shapes` say.
+
+    Args:
+        arrays: from anywhere.
+        shapes: of all of them.
+        codes: names of those that are uint8 instead.
 
     Raises:
         InputError: names the first array that is wrong, what came and what was expected.
@@ -140,9 +145,10 @@ def check_arrays(arrays: AnyArrays, shapes: Shapes) -> None:
         )
     for name in sorted(shapes):
         array = arrays[name]
-        if array.dtype != np.float32 or array.shape != tuple(shapes[name]):
+        dtype = np.dtype(np.uint8 if name in codes else np.float32)
+        if array.dtype != dtype or array.shape != tuple(shapes[name]):
             raise InputError(
-                f"array {name!r} is {array.dtype} {array.shape}, expected float32 {tuple(shapes[name])}; "
+                f"array {name!r} is {array.dtype} {array.shape}, expected {dtype} {tuple(shapes[name])}; "
                 "tune the same configuration on every device"
             )
         if not np.isfinite(array).all():

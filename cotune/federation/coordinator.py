@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from cotune.errors import CotuneError, InputError, WireError
 from cotune.federation.algorithm import NEW, ROUND, SINCE, Algorithm, Combine, Plan, Setting, Update, shown_in
-from cotune.federation.arrays import Arrays, check_arrays, norm, num_bytes
+from cotune.federation.arrays import AnyArrays, Arrays, check_arrays, norm, num_bytes, shapes_of
 from cotune.federation.messages import Reply, Task, decode, encode
 from cotune.federation.number_ranges import check_at_least, check_positive
 from cotune.federation.signing import Registry, verify
@@ -118,6 +118,8 @@ class RoundRecord:
     """Median over the counted devices of the time that their work took."""
     device_peak_bytes: int | None
     """The largest resident set that one of them reports."""
+    device_held_bytes: int | None = None
+    """The most that one of them held at once in weights, gradients and optimiser state, where its work counts it."""
     shown: dict[str, float] = field(default_factory=dict)
     """What the algorithm says of its state after an accepted round, such as flexlora's `discarded_energy`."""
 
@@ -224,19 +226,25 @@ class Coordinator:
         if reply.device != device:
             raise InputError(f"the reply is signed by {reply.device}, expected {device}; look at who sent it")
 
-    def check(self, reply: Reply, plan: Plan) -> None:
+    def check(self, reply: Reply, plan: Plan) -> Reply:
         """Refuse what cannot be merged.
+
+        Returns:
+            The reply with the numbers that it stands for.
 
         Raises:
             InputError: names, shapes or numbers are not as planned, or they are too long together.
         """
-        check_arrays(reply.arrays, plan.reply)
-        length = norm(reply.arrays)
+        check_arrays(reply.arrays, plan.reply, codes=plan.codes)
+        arrays = plan.decode(reply.arrays)
+        check_arrays(arrays, shapes_of(arrays))
+        length = norm(arrays)
         if self._rules.max_update_norm is not None and length > self._rules.max_update_norm:
             raise InputError(
                 f"the reply's norm is {length:.3g}, expected at most {self._rules.max_update_norm:.3g}; "
                 "lower the device's learning rate, or raise max_update_norm"
             )
+        return replace(reply, arrays=arrays)
 
     def task(self, state: Arrays, round_number: int, device: str, since: int | None) -> tuple[Plan, bytes]:
         """What a device shall do, and the message that tells it."""
@@ -407,6 +415,7 @@ class _OpenRound:
         losses = [one["loss"] for one in metrics if math.isfinite(one.get("loss", math.nan))]
         times = [one["seconds"] for one in metrics if "seconds" in one]
         peaks = [one["peak_bytes"] for one in metrics if "peak_bytes" in one]
+        held = [one["held_bytes"] for one in metrics if "held_bytes" in one]
         return RoundRecord(
             round_number=self._number,
             verdict=verdict,
@@ -422,6 +431,7 @@ class _OpenRound:
             seconds=seconds,
             device_seconds=median(times) if times else None,
             device_peak_bytes=int(max(peaks)) if peaks else None,
+            device_held_bytes=int(max(held)) if held else None,
             shown=shown,
         )
 
@@ -450,13 +460,13 @@ class _OpenRound:
         if device in self.counted:
             return
         try:
-            self._run.check(reply, self._plans[device])
+            checked = self._run.check(reply, self._plans[device])
         except InputError as error:
             self._refuse(device, str(error), len(arrival.data))
             self.offenders.append(device)
             return
         self.refused.pop(device, None)
-        self.counted[device] = reply
+        self.counted[device] = checked
         self.since[device] = self._number
         self._run.told(device, self._plans[device])
         _count(self._up, reply.arrays, len(arrival.data))
@@ -466,7 +476,7 @@ class _OpenRound:
         self._up["refused"] = self._up.get("refused", 0) + num_bytes
 
 
-def _count(totals: dict[str, int], arrays: Arrays, num_sent: int) -> None:
+def _count(totals: dict[str, int], arrays: AnyArrays, num_sent: int) -> None:
     """Add a message to the bytes by kind: `slopes`, `step`, `lora_B`, ..., and `framing` for all the rest."""
     for name, array in arrays.items():
         kind = name.partition("/")[0] if "/" in name else next((k for k in ("lora_A", "lora_B") if k in name), name)

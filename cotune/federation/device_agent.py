@@ -89,6 +89,7 @@ class DeviceAgent:
             seeds=lambda round_number, index: direction_seed(self._secret, round_number, index),
             batch_seed=self._batch_seed(task),
             memory=self._memory,
+            run_id=task.run_id,
         )
         done = self._works[task.work](job)
         measured = {
@@ -96,6 +97,7 @@ class DeviceAgent:
             **({"loss": done.loss} if math.isfinite(done.loss) else {}),
             "seconds": time.perf_counter() - started_s,
             **peak_of_process(),
+            **done.metrics,
         }
         # Six digits: more of them cost bytes and tell nothing.
         metrics = {name: float(f"{value:.6g}") for name, value in measured.items()}

@@ -31,11 +31,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.federation.algorithm import Combine
-from cotune.federation.lora_factors import Layers, LoraFactors
+from cotune.federation.lora_factors import Layers, LoraFactors, as_float32
 from cotune.federation.svd_factors import SvdMerge, balanced_factors
 
-_VANISHED = 1e-6
+VANISHED = 1e-6
 """Singular values below this share of the largest are rounding: rules work in float32."""
+Svd = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+"""U, S and V^T."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +96,33 @@ def merge_products(
         >>> merged.layers["q"].product().round(5).tolist(), round(merged.discarded_energy, 5)
         ([[3.0, 0.0], [0.0, 0.0]], 0.1)
     """
+    products = combined_products(before, changes, weights, combine)
+    layers, energies, discarded = {}, {}, {}
+    for layer, (u, s, vt) in products.items():
+        rank = before[layer].rank
+        energies[layer] = float(np.square(s).sum())
+        discarded[layer] = float(np.square(s[rank:]).sum()) / energies[layer] if energies[layer] > 0 else 0.0
+        layers[layer] = balanced_factors(u, s, vt, rank, 1.0, vanished=VANISHED)
+    return SvdMerge(layers=layers, layer_energies=energies, discarded_energies=discarded)
+
+
+def combined_products(
+    before: Layers,
+    changes: Sequence[Mapping[str, LowRank]],
+    weights: NDArray[np.float64],
+    combine: Combine,
+) -> dict[str, Svd]:
+    """What was there and the combined changes, whole: the decomposition of each layer.
+
+    Args, errors: as for `merge_products`.
+
+    Returns:
+        By layer U (out, k), S (k,) falling and V^T (k, in), the same for any order of the devices.
+    """
     bases = {layer: _bases(product_of(own), [change[layer] for change in changes]) for layer, own in before.items()}
     rows = np.stack([_coordinates(bases, change) for change in changes])
     combined = combine(rows, weights)
-    layers, energies, discarded, start = {}, {}, {}, 0
+    products, start = {}, 0
     for layer, (q_b, q_a) in bases.items():
         own = product_of(before[layer])
         shape = (q_b.shape[1], q_a.shape[1])
@@ -108,11 +133,30 @@ def merge_products(
         u, vt = q_b @ u, vt @ q_a.T
         # A decomposition is one up to signs; these make it the same for any order of devices.
         signs = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(axis=1)])
-        rank = before[layer].rank
-        energies[layer] = float(np.square(s).sum())
-        discarded[layer] = float(np.square(s[rank:]).sum()) / energies[layer] if energies[layer] > 0 else 0.0
-        layers[layer] = balanced_factors(u * signs, s, vt * signs[:, None], rank, 1.0, vanished=_VANISHED)
-    return SvdMerge(layers=layers, layer_energies=energies, discarded_energies=discarded)
+        products[layer] = (u * signs, s, vt * signs[:, None])
+    return products
+
+
+def left_out(product: Svd, rank: int, *, most: int | None = None) -> LoraFactors | None:
+    """What the best adapter of a rank leaves out of a layer, strongest direction first; None if that is rounding.
+
+    Args:
+        product: from `combined_products`.
+        rank: of the adapter.
+        most: directions at most.
+
+    Example:
+        >>> rest = left_out((np.eye(2), np.array([4.0, 1.0]), np.eye(2)), 1)
+        >>> rest.product().tolist()
+        [[0.0, 0.0], [0.0, 1.0]]
+    """
+    u, s, vt = product
+    num_found = int((s > VANISHED * s[0]).sum()) if len(s) and s[0] > 0 else 0
+    end = num_found if most is None else min(num_found, rank + most)
+    if end <= rank:
+        return None
+    half = np.sqrt(s[rank:end])
+    return LoraFactors(as_float32(half[:, None] * vt[rank:end]), as_float32(u[:, rank:end] * half), 1.0)
 
 
 def _coordinates(

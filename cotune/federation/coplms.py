@@ -1,0 +1,331 @@
+"""Co-PLMs: a cloud's model and different small models improve each other through a proxy, whose shared adapter travels.
+
+After Liu et al., arXiv 2511.11678, of whose method only the abstract could be read; the rounds are the reconstruction
+in coplms.md, section 1.3, with the losses of 3.1 and the merge of 2.4:
+
+    device:    DST and SAML, see `cotune.federation.co_tuning_device`; sends how t_G = (B, A) has changed
+    server:    W = B A + combine_c(B_c A_c - B A), which with the mean is the mean of the products, for any mix of ranks
+               B' A' = the best adapter of rank R for W; `discarded_energy` is the share of ||W||^2 that it lacks
+               where that is above `fold_above`, what is left out becomes a part of the proxy for good, on all devices
+               SAML between the cloud's model and the proxy, see `cotune.federation.cloud_saml`
+               everybody gets t_G, and what was folded
+
+A device without room for the proxy tells likelihoods of public texts instead (`channels`), which the server's SAML
+learns from, see `cotune.federation.public_chunks`.
+
+Wire, for each layer (m, n) and a device's rank r: r (m + n) bytes and 8 r of scales each way with `bits = 8`, which
+rounds the device's changes at random without bias; 4 r (m + n) with 32. After a round that folded k directions, also
+4 k (m + n) down, once. The proxy itself is downloaded once and not counted in rounds; public texts are, in the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.distillation.mutual_loss import MutualLossConfig
+from cotune.errors import InputError
+from cotune.federation.algorithm import SHOWN, Combine, Plan, Update
+from cotune.federation.arrays import AnyArrays, Arrays, add, shapes_of
+from cotune.federation.catch_up import prefixed, under
+from cotune.federation.co_tuning_device import CO_TUNE, FOLD, LIKELIHOODS, TELL, CoTuningSteps
+from cotune.federation.device_table import check_table, of_device
+from cotune.federation.flexlora import ENERGY
+from cotune.federation.local_model import LocalSteps
+from cotune.federation.lora_factors import join_layers, layer_names, split_layers
+from cotune.federation.mixed_ranks import check_adapter, filled_up, first_directions, rank_in
+from cotune.federation.number_ranges import check_at_least
+from cotune.federation.product_merge import VANISHED, Svd, combined_products, left_out, product_change
+from cotune.federation.public_chunks import PublicText, from_codes, to_arrays
+from cotune.federation.row_codes import coded_shapes, to_codes
+from cotune.federation.row_codes import from_codes as from_row_codes
+from cotune.federation.svd_factors import balanced_factors
+
+CLOUD = "cloud/"
+FOLDED = SHOWN + "folded_energy"
+PROXY_CHANNEL, LIKELIHOOD_CHANNEL = "proxy", "likelihoods"
+CHANNELS = {PROXY_CHANNEL: CO_TUNE, LIKELIHOOD_CHANNEL: TELL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloudTuned:
+    """What the server's SAML gave.
+
+    Attributes:
+        proxy, cloud: the adapters after it.
+        shown: numbers for the round's record, such as losses.
+    """
+
+    proxy: dict[str, NDArray[np.float32]]
+    cloud: dict[str, NDArray[np.float32]]
+    shown: Mapping[str, float]
+
+
+class CloudHalf(Protocol):
+    """The cloud's model with its public texts: `cotune.federation.cloud_saml`."""
+
+    @property
+    def public(self) -> Sequence[PublicText]:
+        """What devices without the proxy are given."""
+        ...
+
+    def start(self) -> dict[str, NDArray[np.float32]]:
+        """The cloud's adapter before round 1."""
+        ...
+
+    def tune(
+        self, *, proxy: Arrays, cloud: Arrays, folds: Arrays, told: Sequence[NDArray[np.float32]], round_number: int
+    ) -> CloudTuned:
+        """SAML between the cloud's model and the proxy.
+
+        Args:
+            proxy, cloud: the adapters.
+            folds: what the proxy's weights hold besides, by round.
+            told: what each device of the second channel said of all public texts.
+            round_number: decides the order of texts.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloudSettings:
+    """The cloud's model and how it learns."""
+
+    model: str = ""
+    """A folder or a Hub name, with the proxy's tokenizer; empty: no SAML on the server."""
+    public: str = ""
+    """Texts of the server, as for `cotune tune`; devices of the second channel see them."""
+    template: str | None = None
+    """How columns become prompts; found by itself if left out."""
+    limit: int = 256
+    """Public texts, at most."""
+    steps: LocalSteps = field(default_factory=LocalSteps)
+    """Of both models in each round."""
+    rank: int = 8
+    """Of the cloud's adapter."""
+    alpha: float = 16.0
+    """Its strength, over the rank."""
+    mix: float = 0.5
+    """a_0, what the cloud's model learns from the proxy, against the texts themselves."""
+    proxy_mix: float = 0.5
+    """b_0, what the proxy learns from the cloud's model."""
+    temperature: float = 2.0
+    """T."""
+    top_k: int = 64
+    """Tokens that are compared one by one; the rest is one event."""
+    told_weight: float = 0.5
+    """Of what devices of the second channel told, for both models."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, limit=self.limit, rank=self.rank, top_k=self.top_k)
+        for name in ("mix", "proxy_mix"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        check_at_least(0, told_weight=self.told_weight)
+        if bool(self.model) != bool(self.public):
+            raise InputError(
+                f"cloud has model {self.model!r} and public {self.public!r}, expected both or none; SAML on the server "
+                "needs a model and texts"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoPlms:
+    """The server half; `cotune.federation.co_tuning_device` is the device's.
+
+    The state is the proxy's adapter; `cloud/NAME`, the cloud's; `fold/ROUND/NAME`, factors that became a part of the
+    proxy in a round; and numbers of the last round under `shown/`.
+    """
+
+    steps: LocalSteps = field(default_factory=LocalSteps)
+    """Of the shared adapter in SAML."""
+    small_steps: LocalSteps | None = None
+    """Of the small model; those of `steps` if left out."""
+    dst_steps: LocalSteps | None = None
+    """Of the private adapter; those of `steps` if left out."""
+    private_rank: int = 8
+    """Of the private adapter; 0: none, and no DST."""
+    loss: MutualLossConfig = field(default_factory=MutualLossConfig)
+    """What both learn from each other; `mix` is that of the small model."""
+    gated: bool = True
+    """Learn from the other one only where it is better; else every chunk counts fully."""
+    proxy_mix: float = 0.5
+    """`mix` of the proxy."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Rank of the shared adapter by device name or pattern; all others have the adapter's."""
+    fold_above: float = 0.1
+    """Share of the energy that a merge may leave out before it is folded into the proxy; 1: never."""
+    fold_rank: int = 8
+    """Directions that one round may fold in each layer."""
+    bits: int = 8
+    """Of a number of the adapter on the wire: 8 or 32."""
+    channels: Mapping[str, object] = field(default_factory=dict)
+    """`proxy` or `likelihoods` by a pattern of names; the first that fits counts, and all others have the proxy."""
+    devices: Mapping[str, object] = field(default_factory=dict)
+    """In a simulation, each device's own model by a pattern of names; real devices name it themselves."""
+    cloud: CloudSettings = field(default_factory=CloudSettings)
+    """The cloud's model."""
+    cloud_half: CloudHalf | None = None
+    """No setting: the cloud's model at work, or None without one."""
+
+    def __post_init__(self) -> None:
+        check_table(self.ranks, "ranks", at_least=1)
+        check_at_least(0, private_rank=self.private_rank, fold_rank=self.fold_rank)
+        for name in ("proxy_mix", "fold_above"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.bits not in (8, 32):
+            raise InputError(f"bits is {self.bits}, expected 8 or 32")
+        for pattern, channel in self.channels.items():
+            if channel not in CHANNELS:
+                raise InputError(f"channels.{pattern} is {channel!r:.40}, expected one of {', '.join(CHANNELS)}")
+        for pattern, model in self.devices.items():
+            if not isinstance(model, str) or not model:
+                raise InputError(f"devices.{pattern} is {model!r:.40}, expected a model's folder or name")
+        if LIKELIHOOD_CHANNEL in self.channels.values() and not self.cloud.model:
+            raise InputError(
+                "channels has likelihoods, which only the server's SAML learns from; name the cloud's model and public "
+                "texts under cloud"
+            )
+
+    def channel_of(self, device: str) -> str:
+        """`proxy` or `likelihoods`.
+
+        Example:
+            >>> cloud = CloudSettings(model="big", public="public.jsonl")
+            >>> CoPlms(channels={"watch-*": "likelihoods"}, cloud=cloud).channel_of("watch-3")
+            'likelihoods'
+        """
+        return str(
+            next((one for pattern, one in self.channels.items() if fnmatchcase(device, pattern)), PROXY_CHANNEL)
+        )
+
+    @property
+    def device_steps(self) -> CoTuningSteps:
+        """What every device does in a round."""
+        return CoTuningSteps(
+            dst=self.dst_steps or self.steps,
+            proxy=self.steps,
+            small=self.small_steps or self.steps,
+            private_rank=self.private_rank,
+            loss=self.loss if self.gated else replace(self.loss, gate=None),
+            proxy_mix=self.proxy_mix,
+            bits=self.bits,
+        )
+
+    def start(self, adapter: Arrays) -> Arrays:
+        check_adapter(adapter, self.ranks)
+        zero = np.zeros(1, np.float32)
+        cloud = {} if self.cloud_half is None else self.cloud_half.start()
+        return dict(adapter) | prefixed(CLOUD, cloud) | {ENERGY: zero, FOLDED: zero}
+
+    def plan(self, state: Arrays, round_number: int, device: str, since: int | None) -> Plan:
+        settings = self.device_steps.as_settings()
+        if self.channel_of(device) == LIKELIHOOD_CHANNEL:
+            assert self.cloud_half is not None, "checked with the settings"
+            public = self.cloud_half.public
+            return Plan(
+                work=TELL,
+                arrays=to_arrays(public) if since is None else {},
+                settings=settings,
+                reply={LIKELIHOODS: (sum(one.num_slots for one in public),)},
+                codes=frozenset([LIKELIHOODS]),
+                decode=lambda arrays: {LIKELIHOODS: from_codes(arrays[LIKELIHOODS])},
+            )
+        own = first_directions(self.shared(state), of_device(self.ranks, device))
+        # A device that did the work of a round has what was folded in the rounds before it.
+        folds: AnyArrays = {
+            name: array
+            for name, array in state.items()
+            if name.startswith(FOLD) and (since is None or _round_of(name) >= since)
+        }
+        if self.bits == 32:
+            return Plan(work=CO_TUNE, arrays={**own, **folds}, settings=settings, reply=shapes_of(own))
+        reply = coded_shapes(shapes_of(own))
+        return Plan(
+            work=CO_TUNE,
+            arrays={**to_codes(own), **folds},
+            settings=settings,
+            reply=reply,
+            codes=frozenset(name for name in reply if name.startswith("codes/")),
+            decode=from_row_codes,
+        )
+
+    def merge(self, state: Arrays, round_number: int, updates: Sequence[Update], combine: Combine) -> Arrays:
+        adapter, folds = self.shared(state), {n: array for n, array in state.items() if n.startswith(FOLD)}
+        shown = {ENERGY: 0.0, FOLDED: 0.0}
+        if changed := [one for one in updates if LIKELIHOODS not in one.arrays]:
+            adapter, folded, shown = self._merged(adapter, changed, combine)
+            folds |= prefixed(f"{FOLD}{round_number:06d}/", folded)
+        cloud = under(CLOUD, state)
+        if self.cloud_half is not None:
+            told = [one.arrays[LIKELIHOODS] for one in updates if LIKELIHOODS in one.arrays]
+            tuned = self.cloud_half.tune(
+                proxy=adapter, cloud=cloud, folds=under(FOLD, folds), told=told, round_number=round_number
+            )
+            adapter, cloud = tuned.proxy, tuned.cloud
+            shown |= {SHOWN + name: number for name, number in tuned.shown.items()}
+        numbers = {name: np.array([number], np.float32) for name, number in shown.items()}
+        return {**adapter, **folds, **prefixed(CLOUD, cloud), **numbers}
+
+    def adapter(self, state: Arrays) -> dict[str, NDArray[np.float32]]:
+        """The shared adapter and all that was folded, as one of a larger rank on the proxy as it was downloaded."""
+        stacked = self.shared(state)
+        for number in sorted({_round_of(name) for name in state if name.startswith(FOLD)}):
+            folded = under(f"{FOLD}{number:06d}/", state)
+            for names in layer_names(sorted(folded)).values():
+                stacked[names.a] = np.concatenate([stacked[names.a], folded[names.a]])
+                stacked[names.b] = np.concatenate([stacked[names.b], folded[names.b]], axis=1)
+        ranks = [stacked[names.a].shape[0] for names in layer_names(sorted(stacked)).values()]
+        # A layer in which less was folded is filled up with zeros.
+        return filled_up(stacked, max(ranks))
+
+    def shared(self, state: Arrays) -> dict[str, NDArray[np.float32]]:
+        """The proxy's adapter, which travels."""
+        return {name: array for name, array in state.items() if not name.startswith((FOLD, CLOUD, SHOWN))}
+
+    def cloud_adapter(self, state: Arrays) -> dict[str, NDArray[np.float32]]:
+        """The cloud's adapter, which does not; empty without a cloud's model."""
+        return under(CLOUD, state)
+
+    def _merged(
+        self, adapter: Arrays, updates: Sequence[Update], combine: Combine
+    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]], dict[str, float]]:
+        """The adapter after the round, what is folded, and what is shown."""
+        before, names = split_layers(adapter, 1.0), layer_names(sorted(adapter))
+        changes = []
+        for one in updates:
+            sent = first_directions(adapter, rank_in(one.arrays))
+            had = sent if self.bits == 32 else from_row_codes(to_codes(sent))
+            old, new = split_layers(had, 1.0), split_layers(add(had, one.arrays), 1.0)
+            changes.append({layer: product_change(new[layer], old[layer]) for layer in before})
+        products = combined_products(before, changes, np.array([one.weight for one in updates], np.float64), combine)
+        ranks = {layer: own.rank for layer, own in before.items()}
+        merged = {layer: balanced_factors(*products[layer], ranks[layer], 1.0, vanished=VANISHED) for layer in before}
+        whole = sum(_energy(one) for one in products.values())
+        lost = sum(_energy(products[layer], ranks[layer]) for layer in before)
+        share = lost / whole if whole > 0 else 0.0
+        folded, kept = {}, 0.0
+        if share > self.fold_above and self.fold_rank:
+            for layer, product in products.items():
+                rest = left_out(product, ranks[layer], most=self.fold_rank)
+                if rest is not None:
+                    folded[layer] = rest
+                    end = ranks[layer] + rest.rank
+                    kept += _energy(product, ranks[layer]) - _energy(product, end)
+        shown = {ENERGY: share, FOLDED: kept / whole if whole > 0 else 0.0}
+        return join_layers(merged, names), join_layers(folded, names), shown
+
+
+def _energy(product: Svd, rank: int = 0) -> float:
+    """||.||^2 of what lies behind the first `rank` directions."""
+    return float(np.square(product[1][rank:]).sum())
+
+
+def _round_of(name: str) -> int:
+    return int(name.removeprefix(FOLD).partition("/")[0])
