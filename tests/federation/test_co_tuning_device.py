@@ -1,0 +1,308 @@
+"""A device and its round: three architectures, one model in memory at a time, what stays stays, and done again is equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from co_tuning import CANARY, KINDS, domain_texts, model_folder
+from leak_search import SentBytes
+from numpy.typing import NDArray
+from tokenizer_kinds import tokenizer_of
+
+from cotune.distillation.mutual_loss import MutualLossConfig
+from cotune.errors import InputError, MismatchError
+from cotune.federation.algorithm import Job
+from cotune.federation.arrays import Arrays, digest
+from cotune.federation.backbone_model import to_arrays
+from cotune.federation.causal_model import CausalModel
+from cotune.federation.co_tuning_device import (
+    LIKELIHOODS,
+    PRIVATE,
+    SMALL,
+    CoTuningDevice,
+    CoTuningSteps,
+    fold_all,
+    term_of,
+)
+from cotune.federation.device_agent import DeviceAgent
+from cotune.federation.flora import fresh_adapter
+from cotune.federation.local_model import LocalSteps
+from cotune.federation.messages import Reply, Task, decode, encode
+from cotune.federation.mutual_descent import SideBatch
+from cotune.federation.public_chunks import PublicText, from_codes, to_arrays as public_arrays
+from cotune.federation.row_codes import from_codes as from_row_codes
+from cotune.federation.row_codes import to_codes
+from cotune.federation.run_secret import RunSecret
+from cotune.federation.signing import DeviceKey
+from cotune.models.adapters import LoraAdapter, LoraShape
+from cotune.models.low_rank_terms import low_rank_terms
+
+STEPS = LocalSteps(num_steps=2, batch_size=3, learning_rate=5e-3)
+PLAN = CoTuningSteps(
+    dst=STEPS, proxy=STEPS, small=STEPS, private_rank=1, loss=MutualLossConfig(), proxy_mix=0.5, bits=32
+)
+SCALE = 2.0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    found = {family: model_folder(root / family, family, kind, seed=3) for family, kind in KINDS.items()}
+    return found | {"proxy": model_folder(root / "proxy", "llama", "byte_level", seed=1)}
+
+
+@pytest.fixture(scope="module")
+def shared(folders: dict[str, Path]) -> dict[str, NDArray[np.float32]]:
+    """The proxy's adapter, with a B that is not zero."""
+    with CausalModel(str(folders["proxy"])).loaded() as model:
+        fresh = to_arrays(LoraAdapter.fresh(model, LoraShape(rank=2)).params)
+    draw = np.random.default_rng(0)
+    return {n: a if "lora_A" in n else (0.02 * draw.standard_normal(a.shape)).astype(np.float32) for n, a in fresh.items()}
+
+
+def device(folders: dict[str, Path], family: str, folder: Path, *, has_proxy: bool = True) -> CoTuningDevice:
+    return CoTuningDevice(
+        domain_texts("med"),
+        small=CausalModel(str(folders[family])),
+        proxy=CausalModel(str(folders["proxy"])) if has_proxy else None,
+        folder=folder,
+        scale=SCALE,
+        max_tokens=64,
+    )
+
+
+def job(arrays: Arrays, plan: CoTuningSteps = PLAN, *, round_number: int = 1, seed: int = 7) -> Job:
+    return Job(
+        round_number=round_number,
+        arrays=arrays,
+        settings=plan.as_settings(),
+        model=None,  # type: ignore[arg-type]
+        seeds=lambda r, k: 0,
+        batch_seed=seed,
+        run_id="run",
+    )
+
+
+@pytest.mark.parametrize("family", list(KINDS))
+def test_a_round_of_each_architecture_with_one_model_in_memory_at_a_time(
+    folders: dict[str, Path], shared: Arrays, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, order = [0], []
+    real = CausalModel.loaded
+
+    @contextmanager
+    def watched(self: CausalModel) -> Iterator[object]:
+        loaded[0] += 1
+        assert loaded[0] == 1, "another model is in memory"
+        order.append(Path(self.name).name)
+        try:
+            with real(self) as model:
+                yield model
+        finally:
+            loaded[0] -= 1
+
+    monkeypatch.setattr(CausalModel, "loaded", watched)
+    own = device(folders, family, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folders["proxy"].iterdir()}
+    done = own.co_tune(job(shared))
+    assert order == ["proxy", family, "proxy"]
+    assert done.arrays.keys() == shared.keys() and all(np.isfinite(one).all() for one in done.arrays.values())
+    assert all(np.abs(one).max() > 1e-4 for one in done.arrays.values())
+    kept = own.store.last("run")
+    assert kept is not None and {name.partition("/")[0] for name in kept} == {"private", "small"}
+    # Weights and what trains, of one model: of the small one, all of it; of the proxy, an adapter.
+    sizes = {}
+    for name in (family, "proxy"):
+        with real(CausalModel(str(folders[name]))) as model:
+            sizes[name] = sum(one.nbytes for one in [*model.parameters(), *model.buffers()])
+            trained = sum(one.nbytes for one in model.parameters())
+        if name == family:
+            sizes[name] += 3 * trained
+    most = max(sizes[family], sizes["proxy"] + 5 * sum(one.nbytes for one in shared.values()))
+    assert max(sizes.values()) <= done.metrics["held_bytes"] <= most + 10_000
+    assert before == {path: path.stat().st_mtime_ns for path in folders["proxy"].iterdir()}
+
+
+def test_what_is_private_occurs_in_nothing_that_was_sent(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path
+) -> None:
+    own = device(folders, "gpt2", tmp_path)
+    agent = DeviceAgent(
+        "d", own, base_digest="b" * 64, secret=RunSecret(bytes(range(32))), key=DeviceKey.generate(), works=own.works
+    )
+    sent, arrays = [], dict(shared)
+    for number, bits in ((1, 32), (2, 8)):
+        wire = to_codes(arrays) if bits == 8 else arrays
+        task = Task(
+            run_id="run",
+            round_number=number,
+            device="d",
+            work="co_tune",
+            arrays=wire,
+            settings=replace(PLAN, bits=bits).as_settings() | {"since": -1},
+            base_digest="b" * 64,
+        )
+        sent.append(agent.handle(encode(task)))
+    found = SentBytes(sent)
+    kept = own.store.last("run")
+    assert kept is not None
+    tensors = {name: one.numpy() for name, one in kept.items() if one.ndim}
+    assert sum(name.startswith(PRIVATE) for name in tensors) == len(shared)
+    assert found.leaks({n: one for n, one in tensors.items() if n.startswith(PRIVATE)}) == []
+    assert found.leaks({n: one for n, one in tensors.items() if n.startswith(SMALL)}) == []
+    ids = tokenizer_of("byte_level").encode(f" {CANARY}.").ids
+    texts = [CANARY.encode(), *(np.array(ids, kind).tobytes() for kind in ("<i8", "<i4", "<u2"))]
+    assert not any(found.holds_part_of(one) for one in texts)
+    # The search finds what is there: the change of the shared adapter.
+    reply = decode(sent[0], Reply)
+    assert found.holds_part_of(next(iter(reply.arrays.values())).tobytes())
+    assert {"held_bytes", "dst_loss", "small_loss", "proxy_loss", "loss"} <= reply.metrics.keys()
+
+
+def test_dst_moves_the_private_adapter_alone_and_saml_the_shared_one_with_it_attached(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path
+) -> None:
+    own = device(folders, "llama", tmp_path / "a")
+    done = own.co_tune(job(shared))
+    kept = own.store.last("run")
+    assert kept is not None
+    private = {name.removeprefix(PRIVATE): one for name, one in kept.items() if name.startswith(PRIVATE)}
+    fresh = fresh_adapter(shared, 1, 7)
+    assert all(not np.allclose(private[name].numpy(), fresh[name], atol=1e-4) for name in fresh)
+    # By hand: one step of SGD on the answers alone, with w attached.
+    alone = replace(PLAN, loss=MutualLossConfig(mix=0.0), proxy_mix=0.0, proxy=LocalSteps(
+        num_steps=1, batch_size=6, learning_rate=1e-3, optimizer="sgd"
+    ))
+    found = device(folders, "llama", tmp_path / "b")
+    change = found.co_tune(job(shared, alone)).arrays
+    kept = found.store.last("run")
+    assert kept is not None
+    w = {name.removeprefix(PRIVATE): one for name, one in kept.items() if name.startswith(PRIVATE)}
+    slopes = {}
+    for has_w in (True, False):
+        with CausalModel(str(folders["proxy"])).loaded() as proxy:
+            leaves = {n: torch.from_numpy(a.copy()).requires_grad_() for n, a in shared.items()}
+            with low_rank_terms(proxy, [term_of(leaves)] + ([term_of(w)] if has_w else []), scale=SCALE):
+                batch = SideBatch.of(found.texts, 0, proxy.device)
+                batch.answer_loss(batch.logits(proxy)).backward()
+        whole = torch.sqrt(sum((one.grad.square().sum() for one in leaves.values()), torch.zeros(())))  # type: ignore[union-attr]
+        slopes[has_w] = {n: (one.grad / whole.clamp(min=1.0)).numpy() for n, one in leaves.items()}  # type: ignore[operator]
+    for name, array in change.items():
+        assert np.allclose(array, -1e-3 * slopes[True][name], atol=2e-7), name
+    assert any(not np.allclose(change[name], -1e-3 * slopes[False][name], atol=2e-7) for name in change)
+    assert done.metrics.keys() == {"held_bytes", "dst_loss", "small_loss", "proxy_loss"}
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2])
+def test_a_round_that_was_killed_in_any_phase_is_the_same_when_done_again(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path, phase: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    whole, cut = device(folders, "gpt2", tmp_path / "whole"), device(folders, "gpt2", tmp_path / "cut")
+    for one in (whole, cut):
+        one.co_tune(job(shared))
+    later = job(shared, round_number=2, seed=8)
+    expected = whole.co_tune(later)
+    with monkeypatch.context() as patch:
+        counted, real = [0], CausalModel.loaded
+
+        @contextmanager
+        def dying(self: CausalModel) -> Iterator[object]:
+            with real(self) as model:
+                yield model
+                counted[0] += 1
+                if counted[0] > phase:
+                    raise Killed
+
+        patch.setattr(CausalModel, "loaded", dying)
+        with pytest.raises(Killed):
+            cut.co_tune(later)
+    again = device(folders, "gpt2", tmp_path / "cut")
+    for _ in range(2):  # also where the reply was lost
+        assert digest(again.co_tune(later).arrays) == digest(expected.arrays)
+    one, other = whole.store.last("run"), again.store.last("run")
+    assert one is not None and other is not None and one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_folds_become_a_part_of_the_proxy_in_the_order_of_rounds(folders: dict[str, Path], shared: Arrays) -> None:
+    folds = {f"000002/{name}": array for name, array in shared.items()}
+    folds |= {f"000001/{name}": 2 * array for name, array in shared.items()}
+    model = CausalModel(str(folders["proxy"]))
+    with model.loaded() as one:
+        before = {name: parameter.clone() for name, parameter in one.named_parameters()}
+        fold_all(one, folds, scale=0.5)
+        changed = {name for name, parameter in one.named_parameters() if not torch.equal(parameter, before[name])}
+        layer = next(iter(term_of({n: torch.from_numpy(a) for n, a in shared.items()})))
+        term = term_of({n: torch.from_numpy(a) for n, a in shared.items()})[layer]
+        weight = dict(one.named_parameters())[f"{layer}.weight"]
+        assert torch.allclose(weight, before[f"{layer}.weight"] + 0.5 * 5 * term.b @ term.a, atol=1e-6)
+    assert len(changed) == len(shared) / 2
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        replace(PLAN, private_rank=0),
+        replace(PLAN, loss=MutualLossConfig(mix=0.0), proxy_mix=0.0),
+        replace(PLAN, loss=MutualLossConfig(gate=None, byte_weight=0.0)),
+        replace(PLAN, loss=MutualLossConfig(token_weight=0.5, top_k=4, drops_merged=True)),
+    ],
+    ids=["no dst", "no saml", "no gate", "tokens"],
+)
+def test_parts_can_be_left_out(folders: dict[str, Path], shared: Arrays, tmp_path: Path, plan: CoTuningSteps) -> None:
+    assert CoTuningSteps.of_settings(plan.as_settings()) == plan
+    own = device(folders, "gpt2", tmp_path)
+    done = own.co_tune(job(shared, plan))
+    kept = own.store.last("run")
+    assert kept is not None and any(name.startswith(PRIVATE) for name in kept) == (plan.private_rank > 0)
+    assert ("dst_loss" in done.metrics) == (plan.private_rank > 0)
+    assert any((tmp_path / "readings").glob("*")) == (plan.loss.mix > 0) if (tmp_path / "readings").exists() else True
+
+
+def test_8_bits_send_the_same_change_in_a_quarter_of_the_bytes(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path
+) -> None:
+    wire = to_codes(shared)
+    exact = device(folders, "gpt2", tmp_path / "a").co_tune(job(from_row_codes(wire))).arrays
+    coded = device(folders, "gpt2", tmp_path / "b").co_tune(job(wire, replace(PLAN, bits=8))).arrays
+    found = from_row_codes(coded)
+    for name, array in exact.items():
+        axis = 1 if array.shape[0] <= array.shape[1] else 0
+        assert (np.abs(found[name] - array).max(axis=axis) <= np.abs(array).max(axis=axis) / 126).all()
+
+
+def test_a_device_without_the_proxy_tells_likelihoods_of_public_texts_alone(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path
+) -> None:
+    from co_tuning import reader_of
+
+    from cotune.distillation.paired_texts import pair_texts
+
+    server = reader_of("byte_level")
+    public = [PublicText.of(one) for one in pair_texts(domain_texts("public"), server, server, max_tokens=64)]
+    own = device(folders, "mamba2", tmp_path, has_proxy=False)
+    done = own.tell_likelihoods(job(public_arrays(public)))
+    (codes,) = done.arrays.values()
+    assert done.arrays.keys() == {LIKELIHOODS} and codes.dtype == np.uint8
+    assert len(codes) == sum(one.num_slots for one in public)
+    values = from_codes(codes)
+    assert (values <= 0).sum() > 10 and values.min() < -1
+    own.save_small("run", tmp_path / "out")
+    with CausalModel(str(tmp_path / "out")).loaded() as model, CausalModel(str(folders["mamba2"])).loaded() as start:
+        parameters = dict(start.named_parameters())
+        assert any(not torch.equal(p, parameters[name]) for name, p in model.named_parameters())
+    with pytest.raises(InputError, match="which this device does not have"):
+        own.co_tune(job(shared))
+    with pytest.raises(InputError, match="has no round of run other"):
+        own.save_small("other", tmp_path / "nothing")
+    with pytest.raises(MismatchError, match="of another small model"):
+        device(folders, "gpt2", tmp_path).tell_likelihoods(job(public_arrays(public), round_number=2))

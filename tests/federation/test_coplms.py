@@ -1,0 +1,203 @@
+"""The server's half: means of products in any mix of ranks, what is folded, what travels, and what each device does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cotune.errors import InputError
+from cotune.federation.algorithm import Plan, Update, shown_in
+from cotune.federation.arrays import Arrays, num_bytes
+from cotune.federation.coplms import CloudSettings, CloudTuned, CoPlms
+from cotune.federation.lora_factors import LoraFactors, split_layers
+from cotune.federation.public_chunks import PublicText, to_codes as to_likelihood_codes
+from cotune.federation.robust.mean import Mean
+from cotune.federation.row_codes import to_codes
+
+LAYERS = {"m.q": (9, 11), "m.v": (7, 11)}
+A, B = "{}.lora_A.default.weight", "{}.lora_B.default.weight"
+
+
+def adapter(rank: int, seed: int) -> dict[str, NDArray[np.float32]]:
+    rng = np.random.default_rng(seed)
+    found = {}
+    for layer, (num_out, num_in) in LAYERS.items():
+        found[A.format(layer)] = rng.standard_normal((rank, num_in)).astype(np.float32)
+        found[B.format(layer)] = rng.standard_normal((num_out, rank)).astype(np.float32)
+    return found
+
+
+def dense(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
+    return {layer: own.product() for layer, own in split_layers(arrays, 1.0).items()}
+
+
+def update(device: str, plan: Plan, trained: Arrays, weight: float = 1.0) -> Update:
+    """What a coordinator makes of the reply of a device that has `trained` at the end."""
+    had = {name: array for name, array in plan.arrays.items() if not name.startswith("fold/")}
+    return Update(device=device, arrays={name: trained[name] - had[name] for name in had}, weight=weight)
+
+
+def test_the_merge_is_the_mean_of_the_products_for_mixed_ranks() -> None:
+    """Of rank 9 at most, so that an adapter of rank 9 loses nothing; mean(B) mean(A) is something else."""
+    algorithm = CoPlms(bits=32, ranks={"phone": 2}, fold_above=1.0)
+    state = algorithm.start(adapter(7, 0) | {})
+    plans = {name: algorithm.plan(state, 1, name, None) for name in ("desk", "phone")}
+    assert plans["phone"].reply[A.format("m.q")] == (2, 11) and plans["desk"].reply[A.format("m.q")] == (7, 11)
+    trained = {"desk": adapter(7, 1), "phone": adapter(2, 2)}
+    merged = algorithm.merge(
+        state, 1, [update("desk", plans["desk"], trained["desk"], 3.0), update("phone", plans["phone"], trained["phone"])],
+        Mean(),
+    )
+    start, desk, phone = dense(adapter(7, 0)), dense(trained["desk"]), dense(trained["phone"])
+    sent = dense({n: a for n, a in plans["phone"].arrays.items()})
+    for layer, found in dense(algorithm.adapter(merged)).items():
+        # The phone says nothing of the directions that it did not get.
+        wanted = 0.75 * desk[layer] + 0.25 * (start[layer] + phone[layer] - sent[layer])
+        if layer == "m.v":  # rank 7 is all of it
+            assert np.allclose(found, wanted, atol=1e-4)
+        u, s, vt = np.linalg.svd(wanted)
+        assert np.allclose(found, (u[:, :7] * s[:7]) @ vt[:7], atol=1e-4)
+    naive = {n: 0.75 * trained["desk"][n] for n in trained["desk"]}
+    assert not np.allclose(dense(naive)["m.v"], dense(algorithm.adapter(merged))["m.v"], atol=0.1)
+
+
+def test_what_a_merge_leaves_out_is_folded_and_nothing_is_lost() -> None:
+    algorithm = CoPlms(bits=32, fold_above=0.0, fold_rank=9)
+    state = algorithm.start(adapter(2, 0))
+    plan = algorithm.plan(state, 1, "a", None)
+    trained = [adapter(2, seed) for seed in (1, 2, 3)]
+    merged = algorithm.merge(state, 1, [update(str(i), plan, one) for i, one in enumerate(trained)], Mean())
+    mean = {layer: np.mean([dense(one)[layer] for one in trained], axis=0) for layer in LAYERS}
+    for layer, found in dense(algorithm.adapter(merged)).items():
+        assert np.allclose(found, mean[layer], atol=1e-4)
+    numbers = shown_in(merged)
+    assert 0 < numbers["discarded_energy"] < 1
+    assert numbers["folded_energy"] == pytest.approx(numbers["discarded_energy"], rel=1e-4)
+    assert algorithm.shared(merged).keys() == adapter(2, 0).keys()
+    # Who did round 1 lacks what was folded in it; who did round 2 has it.
+    names = [name for name in merged if name.startswith("fold/000001/")]
+    assert len(names) == 4
+    assert set(names) <= algorithm.plan(merged, 2, "a", 1).arrays.keys()
+    assert set(names) <= algorithm.plan(merged, 2, "new", None).arrays.keys()
+    assert not set(names) & algorithm.plan(merged, 3, "a", 2).arrays.keys()
+    # A second fold comes beside the first one.
+    again = algorithm.merge(merged, 2, [update("a", algorithm.plan(merged, 2, "a", 1), adapter(2, 9))], Mean())
+    expected = {layer: dense(adapter(2, 9))[layer] + mean[layer] - dense(algorithm.shared(merged))[layer] for layer in LAYERS}
+    for layer, found in dense(algorithm.adapter(again)).items():
+        assert np.allclose(found, expected[layer], atol=1e-4)
+
+
+@pytest.mark.parametrize(("above", "rank"), [(1.0, 8), (0.0, 0)])
+def test_nothing_is_folded_where_it_is_not_asked_for(above: float, rank: int) -> None:
+    algorithm = CoPlms(bits=32, fold_above=above, fold_rank=rank)
+    state = algorithm.start(adapter(1, 0))
+    plan = algorithm.plan(state, 1, "a", None)
+    merged = algorithm.merge(state, 1, [update(d, plan, adapter(1, i)) for i, d in enumerate("abc")], Mean())
+    assert shown_in(merged)["discarded_energy"] > 0 and shown_in(merged)["folded_energy"] == 0
+    assert not any(name.startswith("fold/") for name in merged)
+
+
+def test_8_bits_lose_nothing_of_what_the_server_has() -> None:
+    algorithm = CoPlms(fold_above=1.0)
+    state = algorithm.start(adapter(3, 0))
+    plan = algorithm.plan(state, 1, "a", None)
+    assert plan.codes == {name for name in plan.reply if name.startswith("codes/")}
+    nothing = {name: np.zeros_like(array) for name, array in adapter(3, 0).items()}
+    decoded = plan.decode(to_codes(nothing))
+    merged = algorithm.merge(state, 1, [Update(device="a", arrays=decoded)], Mean())
+    for layer, found in dense(algorithm.adapter(merged)).items():
+        assert np.allclose(found, dense(adapter(3, 0))[layer], atol=1e-4)
+
+
+def test_a_half_billion_proxys_adapter_is_at_most_1_5_megabytes_each_way() -> None:
+    """Rank 8 on q, k, v and o of 24 layers of width 896, keys and values of width 128: 1.08 million numbers."""
+    shapes = {"q": (896, 896), "k": (128, 896), "v": (128, 896), "o": (896, 896)}
+    big = {}
+    for index in range(24):
+        for name, (num_out, num_in) in shapes.items():
+            big[A.format(f"m.{index}.{name}")] = np.zeros((8, num_in), np.float32)
+            big[B.format(f"m.{index}.{name}")] = np.zeros((num_out, 8), np.float32)
+    plan = CoPlms().plan(big, 2, "d", 1)
+    assert sum(array.size for array in big.values()) == 1_081_344
+    assert num_bytes(plan.arrays) < 1.1e6
+    reply = sum(int(np.prod(shape)) * (1 if name in plan.codes else 4) for name, shape in plan.reply.items())
+    assert reply == num_bytes(plan.arrays)
+
+
+class Half:
+    """A cloud that adds one to everything and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[list[NDArray[np.float32]]] = []
+        self.folds: list[set[str]] = []
+
+    @property
+    def public(self) -> Sequence[PublicText]:
+        return [PublicText("a b c", 1, np.array([2, 2]), True)]
+
+    def start(self) -> dict[str, NDArray[np.float32]]:
+        return {"x": np.zeros(2, np.float32)}
+
+    def tune(
+        self, *, proxy: Arrays, cloud: Arrays, folds: Arrays, told: Sequence[NDArray[np.float32]], round_number: int
+    ) -> CloudTuned:
+        self.told.append(list(told))
+        self.folds.append(set(folds))
+        return CloudTuned(
+            proxy={n: a + 1 for n, a in proxy.items()}, cloud={n: a + 1 for n, a in cloud.items()}, shown={"loss": 3.0}
+        )
+
+
+def test_likelihoods_go_to_the_clouds_half_and_adapters_into_the_merge() -> None:
+    half = Half()
+    cloud = CloudSettings(model="big", public="p.jsonl")
+    algorithm = CoPlms(bits=32, channels={"watch": "likelihoods"}, cloud=cloud, cloud_half=half, fold_above=1.0)
+    state = algorithm.start(adapter(2, 0))
+    watch, desk = algorithm.plan(state, 1, "watch", None), algorithm.plan(state, 1, "desk", None)
+    assert watch.work == "tell_likelihoods" and desk.work == "co_tune" and watch.reply == {"likelihoods": (3,)}
+    assert set(watch.arrays) == {"public/texts", "public/sizes", "public/heads"}
+    assert algorithm.plan(state, 2, "watch", 1).arrays == {}
+    codes = to_likelihood_codes(np.array([-1.0, -2.0, -0.5], np.float32))
+    told = Update(device="watch", arrays=watch.decode({"likelihoods": codes}))
+    merged = algorithm.merge(state, 1, [update("desk", desk, adapter(2, 1)), told], Mean())
+    (values,) = half.told[0]
+    assert np.allclose(values, [-1.0, -2.0, -0.5], atol=0.03)
+    assert np.array_equal(merged["cloud/x"], [1, 1]) and shown_in(merged)["loss"] == 3.0
+    alone = algorithm.merge(merged, 2, [told], Mean())
+    for name, array in algorithm.shared(merged).items():
+        assert np.array_equal(alone[name], array + 1)
+    assert algorithm.cloud_adapter(alone)["x"].tolist() == [2, 2]
+    assert set(algorithm.adapter(alone)) == set(adapter(2, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": 4}, "bits is 4"),
+        ({"proxy_mix": 2.0}, "proxy_mix is 2.0"),
+        ({"fold_above": -1.0}, "fold_above is -1.0"),
+        ({"private_rank": -1}, "private_rank is -1"),
+        ({"channels": {"a": "radio"}}, "channels.a is 'radio'"),
+        ({"channels": {"a": "likelihoods"}}, "name the cloud's model"),
+        ({"devices": {"a": 3}}, "devices.a is 3"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        CoPlms(**options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected both or none"):
+        CloudSettings(model="big")
+
+
+def test_the_first_directions_of_a_device_are_the_strongest() -> None:
+    algorithm = CoPlms(bits=32, ranks={"phone": 1}, fold_above=1.0)
+    state = algorithm.start(adapter(3, 0))
+    plan = algorithm.plan(state, 1, "desk", None)
+    merged = algorithm.merge(state, 1, [update("desk", plan, adapter(3, 5))], Mean())
+    sent = split_layers(dict(algorithm.plan(merged, 2, "phone", 1).arrays), 1.0)
+    for layer, own in sent.items():
+        u, s, vt = np.linalg.svd(dense(adapter(3, 5))[layer])
+        assert isinstance(own, LoraFactors) and np.allclose(own.product(), s[0] * np.outer(u[:, 0], vt[0]), atol=1e-4)
