@@ -40,7 +40,10 @@ def model_folder(path: Path, family: str, kind: str, *, seed: int = 0) -> Path:
 def domain_texts(domain: str, num: int = 6) -> list[Example]:
     """Questions with one answer for each domain."""
     answers = {"law": " the other dog did not.", "med": f" {CANARY}.", "public": " the cat sat on the mats."}
-    return [Example(f"the {word} cat?", answers[domain]) for word in ("theory far ran others away hello world".split())[:num]]
+    return [
+        Example(f"the {word} cat?", answers[domain])
+        for word in (["theory", "far", "ran", "others", "away", "hello", "world"])[:num]
+    ]
 
 
 def write_texts(path: Path, texts: list[Example]) -> Path:

@@ -108,6 +108,11 @@ def run(
         f"rounds accepted, {summary['bytes_per_device_and_round']:,.0f} bytes for a device in a round"
         + ("" if after is None else f", {after:,.0f} after the first")
     )
+    if "proxy_download_bytes" in summary:
+        stderr.print(
+            f"once: the proxy, {summary['proxy_download_bytes']:,} bytes, for {summary['num_devices_with_proxy']} devices; "
+            f"with it {summary['bytes_down_with_proxy']:,} bytes down in all"
+        )
     if summary["heldout_nats_per_token"] is not None:
         stderr.print(
             f"held-out loss {summary['start_nats_per_token']:.3f} (start) -> "
@@ -208,11 +213,11 @@ def _simulate(
     key: SealingKey | None,
 ) -> dict[str, Any]:
     from cotune.evaluation.federation_report import bytes_per_reply, write_federation_report
+    from cotune.federation.co_tuning_simulation import simulation_of
     from cotune.federation.progress_checkpoint import load_progress, save_progress
     from cotune.federation.run_parts import run_id
     from cotune.federation.run_privacy import account_as_table
     from cotune.federation.run_secret import RunSecret
-    from cotune.federation.simulation import simulate
     from cotune.ledger import EgressLedger
 
     make_run_folder(folder)
@@ -237,7 +242,10 @@ def _simulate(
         _write_rounds(folder, at.records)
 
     ledger = EgressLedger(folder / LEDGER_FILE)
-    with ledger, simulate(settings, backbone, secret=secret, ledger=ledger, save=save) as simulation:
+    with (
+        ledger,
+        simulation_of(settings, backbone, secret=secret, folder=folder, ledger=ledger, save=save) as simulation,
+    ):
         coordinator = simulation.coordinator
         if resume:
             start = load_progress(folder / CHECKPOINTS, run_id=name, base_digest=backbone.spec.backbone_digest, key=key)
@@ -254,6 +262,7 @@ def _simulate(
                     stderr.print(escape(_line(last)), soft_wrap=True)
                 advance(at.round_number, settings.rounds.num_rounds)
         adapter = simulation.adapter_of(coordinator.adapter(at))
+        kept = simulation.keep(at)
     adapter.save(out, backbone.model)
     rows: list[Any] = [asdict(one) for one in at.records]
     accepted = [one for one in at.records if one.verdict == "accepted"]
@@ -273,6 +282,7 @@ def _simulate(
         "bytes_per_device_after_the_first_round": bytes_per_reply(rows[1:]) if len(rows) > 1 else None,
         "privacy": account_as_table(settings.privacy, at.released_rounds) or None,
         "audit": _audit(simulation, settings),
+        **kept,
         "report": str(folder / "report.html"),
     }
     write_json(folder / "metrics.json", summary)

@@ -99,7 +99,9 @@ def pair_text(example: Example, first: Reader, second: Reader, *, max_tokens: in
         InputError: `max_tokens` is less than 2, or one side has no target token.
     """
     if max_tokens < 2:
-        raise InputError(f"max_tokens is {max_tokens}, expected at least 2: a token of the prompt and one of the target")
+        raise InputError(
+            f"max_tokens is {max_tokens}, expected at least 2: a token of the prompt and one of the target"
+        )
     for reader in (first, second):
         example = _without_excess(reader, fit_example(reader.tokenizer, example, max_length=max_tokens), max_tokens)
     text, from_byte = example.prompt + example.target, len(example.prompt.encode())
@@ -153,9 +155,7 @@ def _without_excess(reader: Reader, example: Example, max_tokens: int) -> Exampl
 def _side(spans: ByteSpans, from_byte: int) -> SideOfText:
     is_target = np.zeros(len(spans.input_ids), np.bool_)
     starts = np.concatenate([[spans.start], spans.ends[:-1]]) if len(spans.ends) else spans.ends
-    for first, end in zip(
-        spans.first_tokens[starts >= from_byte], spans.end_tokens[starts >= from_byte], strict=True
-    ):
+    for first, end in zip(spans.first_tokens[starts >= from_byte], spans.end_tokens[starts >= from_byte], strict=True):
         is_target[first:end] = True
     if spans.end_token is not None:
         is_target[spans.end_token] = True

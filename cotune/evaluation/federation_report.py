@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from cotune.evaluation.markup import (
     Column,
@@ -57,6 +57,7 @@ class RoundRow(TypedDict):
     seconds: float
     device_seconds: float | None
     device_peak_bytes: int | None
+    device_held_bytes: NotRequired[int | None]
     shown: dict[str, float]
 
 
@@ -78,7 +79,7 @@ def write_federation_report(
         start_loss: held-out loss before round 1, nats per token.
         settings: of the run, to be shown.
         summary: for whoever wants the numbers; `privacy`, an account with its `summary` and `assumptions`, and `audit`,
-            with a `summary`, are shown.
+            with a `summary`, and `proxy_download_bytes` are shown.
 
     Raises:
         InputError: the folder cannot be written to, or matplotlib is not installed.
@@ -100,7 +101,7 @@ def write_federation_report(
         title,
         _lead(rounds, start_loss),
         sections,
-        cards=_cards(rounds, start_loss),
+        cards=_cards(rounds, start_loss, int(summary.get("proxy_download_bytes", 0))),
         as_json=json.dumps({"summary": summary, "rounds": list(rounds)}, indent=1, ensure_ascii=False, allow_nan=False),
     )
     write_page(folder / REPORT_NAME, page)
@@ -129,7 +130,7 @@ def bytes_per_reply(rounds: Sequence[RoundRow]) -> float:
     return sum(sum(one["bytes_up"].values()) + sum(one["bytes_down"].values()) for one in rounds) / max(1, num)
 
 
-def _cards(rounds: Sequence[RoundRow], start_loss: float | None) -> Html:
+def _cards(rounds: Sequence[RoundRow], start_loss: float | None, once: int) -> Html:
     cards = []
     last = _last_loss(rounds)
     if last is not None:
@@ -143,6 +144,12 @@ def _cards(rounds: Sequence[RoundRow], start_loss: float | None) -> Html:
     peaks = [one["device_peak_bytes"] for one in rounds if one["device_peak_bytes"] is not None]
     if peaks:
         cards.append(card(escape(size(max(peaks))), "Largest memory of a device", "resident set, model included"))
+    held = [one.get("device_held_bytes") for one in rounds]
+    if any(held):
+        note = "weights, gradients and optimiser of one model at a time"
+        cards.append(card(escape(size(max(one or 0 for one in held))), "Most that a device held", note))
+    if once:
+        cards.append(card(escape(size(once)), "Downloaded once", "the proxy, for each device that has it"))
     return card_row(cards)
 
 

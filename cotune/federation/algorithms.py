@@ -8,6 +8,7 @@ from typing import Any
 
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm, DirectionSeeds
+from cotune.federation.coplms import CoPlms
 from cotune.federation.fedit import FedIT
 from cotune.federation.fedkseed import FedKSeed
 from cotune.federation.fedkseed_pro import FedKSeedPro
@@ -38,6 +39,7 @@ ALGORITHMS: Mapping[str, Callable[..., Algorithm]] = {
     "flora": Flora,
     "fedselft": FedSelFT,
     "fedpeptao": FedPepTAO,
+    "coplms": CoPlms,
 }
 """Name to class. Options are the class's fields; a field that is a dataclass itself is a table."""
 KINDS: Mapping[str, str] = {
@@ -47,10 +49,13 @@ KINDS: Mapping[str, str] = {
     "flora": "lora",
     "fedselft": "lora",
     "fedpeptao": "prefix",
+    "coplms": "lora",
 }
 """The kind of adapter that an algorithm needs; all others take any, as far as their patterns of names fit."""
 # The field that no configuration gives: directions come from the run's secret.
 SEEDS = "seeds"
+# Likewise: models at work, which `cotune.federation.co_tuning_parts` puts in.
+CLOUD_HALF = "cloud_half"
 
 
 def algorithm_named(
@@ -83,6 +88,8 @@ def algorithm_named(
     kind: Any = ALGORITHMS[name]
     own, table = {one.name for one in fields(kind)}, dict(options or {})
     given: dict[str, Any] = {SEEDS: seeds} if SEEDS in own else {}
+    if CLOUD_HALF in own:
+        given[CLOUD_HALF] = None
     if "steps" in own and "steps" not in table and steps is not None:
         given["steps"] = steps
     if "num_layers" in own and "num_layers" not in table and num_layers is not None:

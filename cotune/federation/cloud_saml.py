@@ -25,7 +25,7 @@ from cotune.data.templates import Example
 from cotune.distillation.chunk_gate import ChunkGate
 from cotune.distillation.chunk_index import ChunkIndex
 from cotune.distillation.chunk_likelihood import chunk_divergence, chunk_log_likelihoods
-from cotune.distillation.paired_texts import PairedText, pair_texts
+from cotune.distillation.paired_texts import pair_texts
 from cotune.distillation.token_kl import token_divergence
 from cotune.errors import MismatchError
 from cotune.federation.arrays import Arrays
@@ -84,8 +84,8 @@ class CloudSaml:
         sizes = [len(one.reader.table) for one in (cloud, proxy)]
         if cloud.tokenizer_digest != proxy.tokenizer_digest or sizes[0] != sizes[1]:
             raise MismatchError(
-                f"the cloud's model {cloud.name} has tokenizer {cloud.tokenizer_digest[:12]} with {sizes[0]} tokens and "
-                f"the proxy {proxy.name} {proxy.tokenizer_digest[:12]} with {sizes[1]}, expected the same; make the "
+                f"the cloud's model {cloud.name} has tokenizer {cloud.tokenizer_digest[:12]} with {sizes[0]} tokens and the "
+                f"proxy {proxy.name} {proxy.tokenizer_digest[:12]} with {sizes[1]}, expected the same; make the "
                 "proxy from the cloud's model with cotune compress --distill"
             )
         self._texts = pair_texts(examples, proxy.reader, proxy.reader, max_tokens=max_tokens)

@@ -47,7 +47,7 @@ from cotune.federation.device_store import DeviceStore
 from cotune.federation.flora import fresh_adapter
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import layer_names
-from cotune.federation.mutual_descent import SideBatch, batches_of, descend_on, held_bytes, read_chunks
+from cotune.federation.mutual_descent import batches_of, descend_on, held_bytes, read_chunks
 from cotune.federation.public_chunks import from_arrays
 from cotune.federation.reading_cache import ReadingCache
 from cotune.federation.row_codes import from_codes, to_codes
@@ -124,7 +124,9 @@ class CoTuningSteps:
                 bits=int(settings["bits"]),
             )
         except KeyError as error:
-            raise InputError(f"the plan says nothing of {error}, expected it in its settings; use one version") from None
+            raise InputError(
+                f"the plan says nothing of {error}, expected it in its settings; use one version"
+            ) from None
 
 
 class CoTuningDevice:
@@ -274,9 +276,7 @@ class CoTuningDevice:
                 index = ChunkIndex.of_batch([aligned], 1).to(model.device)
                 codes.append(text.codes(aligned, _likelihoods(model, spans, index)))
         self.store.save(job.run_id, job.round_number, {SMALL + name: one for name, one in small.items()})
-        return Done(
-            arrays={LIKELIHOODS: np.concatenate(codes)}, loss=loss, metrics={"held_bytes": float(self._held)}
-        )
+        return Done(arrays={LIKELIHOODS: np.concatenate(codes)}, loss=loss, metrics={"held_bytes": float(self._held)})
 
     def save_small(self, run_id: str, folder: Path) -> None:
         """Write the small model as it is now, as a whole folder that transformers loads.
@@ -328,9 +328,7 @@ class CoTuningDevice:
         state = GradientState.start(leaves, weight_decay=0.0)
         terms = [term_of(state.params)] + ([self._frozen_term(frozen, proxy)] if frozen else [])
         with low_rank_terms(proxy, terms, scale=self._scale):
-            told = descend_on(
-                proxy, state, self.texts, PROXY_SIDE, batches, steps, loss=loss, readings=readings
-            )
+            told = descend_on(proxy, state, self.texts, PROXY_SIDE, batches, steps, loss=loss, readings=readings)
         self._hold(proxy, state)
         return to_arrays(state.params), told
 

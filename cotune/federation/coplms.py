@@ -201,9 +201,7 @@ class CoPlms:
             >>> CoPlms(channels={"watch-*": "likelihoods"}, cloud=cloud).channel_of("watch-3")
             'likelihoods'
         """
-        return str(
-            next((one for pattern, one in self.channels.items() if fnmatchcase(device, pattern)), PROXY_CHANNEL)
-        )
+        return str(next((one for pattern, one in self.channels.items() if fnmatchcase(device, pattern)), PROXY_CHANNEL))
 
     @property
     def device_steps(self) -> CoTuningSteps:

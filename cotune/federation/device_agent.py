@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cotune.errors import InputError, MismatchError
 from cotune.federation.algorithm import NEW, ROUND, SINCE, Job, Setting, Work
 from cotune.federation.introduction import introduce
-from cotune.federation.local_model import LocalModel
+from cotune.federation.local_model import HasTexts, LocalModel
 from cotune.federation.messages import Reply, Task, decode, encode
 from cotune.federation.run_secret import RunSecret, direction_seed
 from cotune.federation.signing import DeviceKey, sign
@@ -33,7 +33,7 @@ class DeviceAgent:
 
     Args:
         name: as registered.
-        model: its backbone with its texts.
+        model: its backbone with its texts, a `LocalModel`; works of a special kind may need only the number of texts.
         base_digest: of that backbone; tasks for another one are refused.
         secret: of the run; directions come from it.
         key: signs replies.
@@ -45,7 +45,7 @@ class DeviceAgent:
     def __init__(
         self,
         name: str,
-        model: LocalModel,
+        model: HasTexts,
         *,
         base_digest: str,
         secret: RunSecret,
@@ -85,7 +85,8 @@ class DeviceAgent:
             round_number=int(task.settings.get(ROUND, task.round_number)),
             arrays=self._held,
             settings=self._settings,
-            model=self._model,
+            # Whoever gives other works than `WORKS` knows what they ask of it.
+            model=cast(LocalModel, self._model),
             seeds=lambda round_number, index: direction_seed(self._secret, round_number, index),
             batch_seed=self._batch_seed(task),
             memory=self._memory,

@@ -85,13 +85,17 @@ class Walk(Protocol):
         ...
 
 
-class LocalModel(Protocol):
-    """A device's model with its own texts. `params` is always a whole adapter."""
+class HasTexts(Protocol):
+    """What a device says of itself in every reply."""
 
     @property
     def num_examples(self) -> int:
         """Texts to learn from."""
         ...
+
+
+class LocalModel(HasTexts, Protocol):
+    """A device's model with its own texts. `params` is always a whole adapter."""
 
     @property
     def adapter_shapes(self) -> Shapes:

@@ -158,7 +158,7 @@ def held_bytes(model: PreTrainedModel, state: GradientState | None = None) -> in
     Activations are not counted.
     """
     own = {id(one): one for one in [*model.parameters(), *model.buffers()]}
-    kept = sum(one.nbytes for one in own.values())
+    kept: int = sum(one.nbytes for one in own.values())
     if state is None:
         return kept
     kept += sum(one.nbytes for one in state.params.values() if id(one) not in own)

@@ -170,7 +170,11 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[PublicText]:
         for text, (start, num, has_end) in zip(texts, heads.tolist(), strict=True):
             own = sizes[first : first + num]
             first += num
-            if not isinstance(text, str) or not 0 <= start <= start + own.sum() <= len(text.encode()) or (own < 1).any():
+            if (
+                not isinstance(text, str)
+                or not 0 <= start <= start + own.sum() <= len(text.encode())
+                or (own < 1).any()
+            ):
                 raise ValueError("a text is shorter than its marks")
             found.append(PublicText(text, start, own, bool(has_end)))
     except (KeyError, ValueError, IndexError, TypeError) as error:

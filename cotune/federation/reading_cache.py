@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cotune.distillation.common_tokens import TopCommon
 from cotune.distillation.mutual_loss import ChunkReadings, MutualLossConfig
-from cotune.distillation.token_bytes import NUM_EVENTS
 from cotune.distillation.paired_texts import PairedText
+from cotune.distillation.token_bytes import NUM_EVENTS
 from cotune.errors import InputError
 from cotune.tuning.file_cache import DEFAULT_MAX_BYTES, FileCache
 

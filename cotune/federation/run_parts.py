@@ -9,6 +9,7 @@ from dataclasses import replace
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm, Combine
 from cotune.federation.algorithms import ALGORITHMS, algorithm_named, check_kind
+from cotune.federation.coplms import CoPlms
 from cotune.federation.eva_start import EvaStart
 from cotune.federation.gradient_start import GradientStart
 from cotune.federation.robust.rule import RobustRule
@@ -19,6 +20,7 @@ from cotune.federation.settings import FederationSettings
 from cotune.federation.start_first import StartFirst
 from cotune.federation.update_svd import UpdateSvd
 
+PLAIN_STARTS = ("orthonormal", "random")
 TRIMMED = 0.2
 """Share of the replies that the usual rule leaves out at either end."""
 
@@ -60,6 +62,11 @@ def with_start(algorithm: Algorithm, settings: FederationSettings) -> Algorithm:
         InputError: a value of the start is impossible.
     """
     own = settings.adapter
+    if isinstance(algorithm, CoPlms) and own.start not in PLAIN_STARTS:
+        raise InputError(
+            f"adapter.start is {own.start!r}, expected one of {', '.join(PLAIN_STARTS)} for {settings.algorithm}, "
+            "whose devices measure nothing before the first round"
+        )
     wrappers: dict[str, Callable[[], Algorithm]] = {
         "eva": lambda: StartFirst(
             inner=algorithm,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,7 @@ class Simulation:
         canaries: of the audit; None without one.
         judge: loss of an adapter on the judge's texts, nats per token; None without such texts.
         adapter_of: makes an adapter that can be saved and attached.
+        keep: writes what a run gives beside its adapter, and says numbers for its summary.
     """
 
     settings: FederationSettings
@@ -75,6 +77,7 @@ class Simulation:
     judge: Callable[[Arrays], float] | None
     adapter_of: Callable[[Arrays], Tunable]
     canaries: CanaryDevices | None = None
+    keep: Callable[[Progress], Mapping[str, Any]] = lambda progress: {}
 
 
 def read_shards(settings: FederationSettings) -> Shards:

@@ -52,7 +52,9 @@ def test_no_chunks_and_another_device() -> None:
 
 
 def test_an_index_among_the_wanted_positions_reads_the_same_logits() -> None:
-    pairs = [align(spans_of("byte_level", text), spans_of("unigram", text)) for text in ("the cat sat", "the dog 😀 ran")]
+    pairs = [
+        align(spans_of("byte_level", text), spans_of("unigram", text)) for text in ("the cat sat", "the dog 😀 ran")
+    ]
     index = ChunkIndex.of_batch(pairs, 1)
     width = max(len(pair.sides[1].input_ids) for pair in pairs) + 2
     logits = torch.randn(2, width, 5, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""A device and its round: three architectures, one model in memory at a time, what stays stays, and done again is equal."""
+"""A device and its round: three architectures, one model in memory at a time, what is private, and done again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from cotune.federation.flora import fresh_adapter
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.messages import Reply, Task, decode, encode
 from cotune.federation.mutual_descent import SideBatch
-from cotune.federation.public_chunks import PublicText, from_codes, to_arrays as public_arrays
+from cotune.federation.public_chunks import PublicText, from_codes
+from cotune.federation.public_chunks import to_arrays as public_arrays
 from cotune.federation.row_codes import from_codes as from_row_codes
 from cotune.federation.row_codes import to_codes
 from cotune.federation.run_secret import RunSecret
@@ -63,7 +64,9 @@ def shared(folders: dict[str, Path]) -> dict[str, NDArray[np.float32]]:
     with CausalModel(str(folders["proxy"])).loaded() as model:
         fresh = to_arrays(LoraAdapter.fresh(model, LoraShape(rank=2)).params)
     draw = np.random.default_rng(0)
-    return {n: a if "lora_A" in n else (0.02 * draw.standard_normal(a.shape)).astype(np.float32) for n, a in fresh.items()}
+    return {
+        n: a if "lora_A" in n else (0.02 * draw.standard_normal(a.shape)).astype(np.float32) for n, a in fresh.items()
+    }
 
 
 def device(folders: dict[str, Path], family: str, folder: Path, *, has_proxy: bool = True) -> CoTuningDevice:
@@ -176,9 +179,12 @@ def test_dst_moves_the_private_adapter_alone_and_saml_the_shared_one_with_it_att
     fresh = fresh_adapter(shared, 1, 7)
     assert all(not np.allclose(private[name].numpy(), fresh[name], atol=1e-4) for name in fresh)
     # By hand: one step of SGD on the answers alone, with w attached.
-    alone = replace(PLAN, loss=MutualLossConfig(mix=0.0), proxy_mix=0.0, proxy=LocalSteps(
-        num_steps=1, batch_size=6, learning_rate=1e-3, optimizer="sgd"
-    ))
+    alone = replace(
+        PLAN,
+        loss=MutualLossConfig(mix=0.0),
+        proxy_mix=0.0,
+        proxy=LocalSteps(num_steps=1, batch_size=6, learning_rate=1e-3, optimizer="sgd"),
+    )
     found = device(folders, "llama", tmp_path / "b")
     change = found.co_tune(job(shared, alone)).arrays
     kept = found.store.last("run")

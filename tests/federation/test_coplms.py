@@ -13,7 +13,8 @@ from cotune.federation.algorithm import Plan, Update, shown_in
 from cotune.federation.arrays import Arrays, num_bytes
 from cotune.federation.coplms import CloudSettings, CloudTuned, CoPlms
 from cotune.federation.lora_factors import LoraFactors, split_layers
-from cotune.federation.public_chunks import PublicText, to_codes as to_likelihood_codes
+from cotune.federation.public_chunks import PublicText
+from cotune.federation.public_chunks import to_codes as to_likelihood_codes
 from cotune.federation.robust.mean import Mean
 from cotune.federation.row_codes import to_codes
 
@@ -48,11 +49,13 @@ def test_the_merge_is_the_mean_of_the_products_for_mixed_ranks() -> None:
     assert plans["phone"].reply[A.format("m.q")] == (2, 11) and plans["desk"].reply[A.format("m.q")] == (7, 11)
     trained = {"desk": adapter(7, 1), "phone": adapter(2, 2)}
     merged = algorithm.merge(
-        state, 1, [update("desk", plans["desk"], trained["desk"], 3.0), update("phone", plans["phone"], trained["phone"])],
+        state,
+        1,
+        [update("desk", plans["desk"], trained["desk"], 3.0), update("phone", plans["phone"], trained["phone"])],
         Mean(),
     )
     start, desk, phone = dense(adapter(7, 0)), dense(trained["desk"]), dense(trained["phone"])
-    sent = dense({n: a for n, a in plans["phone"].arrays.items()})
+    sent = dense(dict(plans["phone"].arrays))
     for layer, found in dense(algorithm.adapter(merged)).items():
         # The phone says nothing of the directions that it did not get.
         wanted = 0.75 * desk[layer] + 0.25 * (start[layer] + phone[layer] - sent[layer])
@@ -85,7 +88,9 @@ def test_what_a_merge_leaves_out_is_folded_and_nothing_is_lost() -> None:
     assert not set(names) & algorithm.plan(merged, 3, "a", 2).arrays.keys()
     # A second fold comes beside the first one.
     again = algorithm.merge(merged, 2, [update("a", algorithm.plan(merged, 2, "a", 1), adapter(2, 9))], Mean())
-    expected = {layer: dense(adapter(2, 9))[layer] + mean[layer] - dense(algorithm.shared(merged))[layer] for layer in LAYERS}
+    expected = {
+        layer: dense(adapter(2, 9))[layer] + mean[layer] - dense(algorithm.shared(merged))[layer] for layer in LAYERS
+    }
     for layer, found in dense(algorithm.adapter(again)).items():
         assert np.allclose(found, expected[layer], atol=1e-4)
 

@@ -94,7 +94,7 @@ def test_every_text_has_its_turn_and_the_seed_decides() -> None:
     texts = texts_of()
     batches = batches_of(texts, STEPS, seed=3)
     assert len(batches) == 6 and all(len(one) == 3 for one in batches)
-    assert sorted(sum(batches[:2], [])) == sorted(sum(batches[2:4], [])) == list(range(6))
+    assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(6))
     assert batches == batches_of(texts, STEPS, seed=3) != batches_of(texts, STEPS, seed=4)
 
 

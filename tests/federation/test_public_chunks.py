@@ -53,7 +53,9 @@ def test_what_a_device_tells_comes_out_at_the_same_bytes(kind: str) -> None:
         aligned = public.aligned(spans)
         numbers = -aligned.chunk_ends[aligned.is_usable].astype(np.float32) / 10
         told = told_of(own, from_codes(public.codes(aligned, numbers)))
-        assert np.array_equal(told.alignment.chunk_ends[told.alignment.is_usable], aligned.chunk_ends[aligned.is_usable])
+        assert np.array_equal(
+            told.alignment.chunk_ends[told.alignment.is_usable], aligned.chunk_ends[aligned.is_usable]
+        )
         assert np.array_equal(
             told.alignment.chunk_starts[told.alignment.is_usable], aligned.chunk_starts[aligned.is_usable]
         )
