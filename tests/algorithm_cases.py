@@ -33,6 +33,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "flora": {"steps": DESCENT},
     "fedselft": {"steps": DESCENT},
     "fedpeptao": {"steps": DESCENT, "num_layers": 3, "budget_bytes": 4 * 18, "beta": 0.5},
+    "coplms": {"steps": DESCENT, "bits": 32, "fold_above": 1.0},
     # Six slopes are as many numbers as B has, so that all devices send as many bytes.
     "mixed": {
         "steps": DESCENT,

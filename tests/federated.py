@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from toy_federation import ToyModel, toy_adapter
 
-from cotune.federation.algorithm import Algorithm, Combine
+from cotune.federation.algorithm import Algorithm, Combine, Job
 from cotune.federation.arrays import Arrays
 from cotune.federation.coordinator import Coordinator, Progress, RoundRules
+from cotune.federation.descend import descend
 from cotune.federation.device_agent import DeviceAgent
 from cotune.federation.fedit import FedIT
 from cotune.federation.in_process import InProcess, SimulatedDevice
@@ -19,11 +20,19 @@ from cotune.federation.local_model import LocalModel, LocalSteps
 from cotune.federation.robust.mean import Mean
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.signing import DeviceKey, Registry
+from cotune.federation.works import WORKS
 
 BASE = "b" * 64
 RUN = "0123456789abcdef0123"
 SECRET = RunSecret(bytes(range(32)))
+# A toy has no model of its own beside the shared one: it learns that one alone.
+TOY_WORKS = {**WORKS, "co_tune": lambda job: descend(_with_steps(job))}
 STEPS = LocalSteps(num_steps=4, batch_size=4, learning_rate=0.1, optimizer="sgd")
+
+
+def _with_steps(job: Job) -> Job:
+    own = {name.removeprefix("proxy."): one for name, one in job.settings.items() if name.startswith("proxy.")}
+    return replace(job, settings=own | {"trained": "*"})
 
 
 @dataclass
@@ -54,7 +63,7 @@ class ToyFederation:
 
     def _agent(self, name: str) -> DeviceAgent:
         model = self.models[self.names.index(name)]
-        return DeviceAgent(name, model, base_digest=BASE, secret=SECRET, key=self.keys[name])
+        return DeviceAgent(name, model, base_digest=BASE, secret=SECRET, key=self.keys[name], works=TOY_WORKS)
 
     def restart(self, name: str) -> None:
         """The device forgets what came in earlier rounds."""

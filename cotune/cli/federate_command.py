@@ -110,8 +110,8 @@ def run(
     )
     if "proxy_download_bytes" in summary:
         stderr.print(
-            f"once: the proxy, {summary['proxy_download_bytes']:,} bytes, for {summary['num_devices_with_proxy']} devices; "
-            f"with it {summary['bytes_down_with_proxy']:,} bytes down in all"
+            f"once: the proxy, {summary['proxy_download_bytes']:,} bytes, for each of "
+            f"{summary['num_devices_with_proxy']} devices; with that {summary['bytes_down_with_proxy']:,} bytes down"
         )
     if summary["heldout_nats_per_token"] is not None:
         stderr.print(

@@ -84,9 +84,9 @@ class CloudSaml:
         sizes = [len(one.reader.table) for one in (cloud, proxy)]
         if cloud.tokenizer_digest != proxy.tokenizer_digest or sizes[0] != sizes[1]:
             raise MismatchError(
-                f"the cloud's model {cloud.name} has tokenizer {cloud.tokenizer_digest[:12]} with {sizes[0]} tokens and the "
-                f"proxy {proxy.name} {proxy.tokenizer_digest[:12]} with {sizes[1]}, expected the same; make the "
-                "proxy from the cloud's model with cotune compress --distill"
+                f"the cloud's model {cloud.name} has tokenizer {cloud.tokenizer_digest[:12]} with {sizes[0]} tokens "
+                f"and the proxy {proxy.name} {proxy.tokenizer_digest[:12]} with {sizes[1]}, expected the same; make "
+                "the proxy from the cloud's model with cotune compress --distill"
             )
         self._texts = pair_texts(examples, proxy.reader, proxy.reader, max_tokens=max_tokens)
         self._shape = LoraShape(rank=settings.rank, alpha=settings.alpha)

@@ -182,6 +182,17 @@ class CoTuningDevice:
         """Its texts, as the proxy and as the small model read them."""
         return pair_texts(self._examples, self._own_proxy.reader, self._small.reader, max_tokens=self._max_tokens)
 
+    def check(self) -> None:
+        """Read all texts with both tokenizers, without loading a model.
+
+        Raises:
+            InputError: a text has no answer, or a model or tokenizer cannot be used.
+        """
+        if self._proxy is None:
+            pair_texts(self._examples, self._small.reader, self._small.reader, max_tokens=self._max_tokens)
+        else:
+            assert self.texts
+
     @property
     def _own_proxy(self) -> CausalModel:
         if self._proxy is None:

@@ -12,6 +12,12 @@ path = "my-texts.jsonl"
 
 [adapter]                           # the same as the server's
 
+For `coplms`, also:
+
+[co_tuning]
+small_model = "my-small-model"      # the device's own, of any architecture and tokenizer
+folder = "kitchen-state"            # what it learns for itself, which stays
+
 `python -m cotune.federation.resident_device device.toml` serves until SIGTERM.
 """
 
@@ -25,8 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cotune.data import read_examples
-from cotune.errors import CotuneError
+from cotune.errors import CotuneError, InputError
 from cotune.federation.backbone_model import ResidentBackbone
+from cotune.federation.causal_model import CausalModel
+from cotune.federation.co_tuning_device import CoTuningDevice
+from cotune.federation.co_tuning_parts import scale_of
 from cotune.federation.device_agent import DeviceAgent
 from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.resident_trainer import ResidentTrainer
@@ -36,6 +45,7 @@ from cotune.federation.signing import DeviceKey
 from cotune.federation.tables import read_toml
 from cotune.ledger import EgressLedger
 from cotune.models.backbone import Backbone
+from cotune.tuning.file_cache import DEFAULT_MAX_BYTES
 from cotune.tuning.personal import encode_examples
 
 logger = logging.getLogger(__name__)
@@ -56,6 +66,20 @@ class OwnTexts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CoTuningSettings:
+    """The device's side of `coplms`."""
+
+    small_model: str
+    """A Hugging Face folder or a Hub name: any causal language model with a fast tokenizer."""
+    folder: str
+    """Where the small model and the private adapter are kept after each round, and readings of texts. Nobody else's."""
+    proxy_digest: str = ""
+    """On a device without room for the proxy, whose `model` is empty: the digest that the server's `server.json` says."""
+    max_cache_bytes: int = DEFAULT_MAX_BYTES
+    """Of readings."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
     """One device."""
 
@@ -70,7 +94,9 @@ class DeviceSettings:
     data: OwnTexts
     """Its texts."""
     model: str = "starter"
-    """A Hugging Face folder, a Hub name, or starter."""
+    """A Hugging Face folder, a Hub name, or starter; with `coplms` the proxy."""
+    co_tuning: CoTuningSettings | None = None
+    """Only with `coplms`."""
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     """What is tuned; the same on all devices."""
     ledger: str | None = None
@@ -122,6 +148,10 @@ def resident_agent(settings: DeviceSettings) -> Iterator[LedgeredAgent]:
     Raises:
         InputError: the model, the texts, the key or the secret cannot be used.
     """
+    if settings.co_tuning is not None:
+        with _co_tuning_agent(settings, settings.co_tuning) as found:
+            yield found
+        return
     key, secret = DeviceKey.load(settings.key), RunSecret.load(settings.secret)
     data = settings.data
     texts = read_examples(data.path, data.template, data.limit, settings.seed)
@@ -139,6 +169,43 @@ def resident_agent(settings: DeviceSettings) -> Iterator[LedgeredAgent]:
             key=key,
             seed=settings.seed,
             ledger=ledger,
+        )
+        yield LedgeredAgent(agent, ledger)
+
+
+@contextmanager
+def _co_tuning_agent(settings: DeviceSettings, own: CoTuningSettings) -> Iterator[LedgeredAgent]:
+    """A device with a model of its own; its models are loaded while they work, and not now."""
+    if bool(settings.model) == bool(own.proxy_digest):
+        raise InputError(
+            f"model is {settings.model!r} and co_tuning.proxy_digest {own.proxy_digest!r:.20}, expected one of them: "
+            "the proxy, or on a device without room for it the proxy's digest"
+        )
+    key, secret, data = DeviceKey.load(settings.key), RunSecret.load(settings.secret), settings.data
+    texts = read_examples(data.path, data.template, data.limit, settings.seed)
+    proxy = CausalModel(settings.model, settings.dtype, settings.torch_device) if settings.model else None
+    device = CoTuningDevice(
+        texts,
+        small=CausalModel(own.small_model, settings.dtype, settings.torch_device),
+        proxy=proxy,
+        folder=Path(own.folder),
+        scale=scale_of(settings.adapter),
+        max_tokens=data.max_length,
+        max_cache_bytes=own.max_cache_bytes,
+    )
+    # What cannot be used is said now and not in the first round.
+    device.check()
+    with ExitStack() as stack:
+        ledger = None if settings.ledger is None else stack.enter_context(EgressLedger(Path(settings.ledger)))
+        agent = DeviceAgent(
+            settings.name,
+            device,
+            base_digest=own.proxy_digest if proxy is None else proxy.digest,
+            secret=secret,
+            key=key,
+            seed=settings.seed,
+            ledger=ledger,
+            works=device.works,
         )
         yield LedgeredAgent(agent, ledger)
 

@@ -35,6 +35,7 @@ BYTES = {
     "flora": (4 * (NUM_A + NUM_B), 4 * (NUM_A + NUM_B)),
     "fedselft": (4 * (NUM_A + NUM_B), 4 * (NUM_A + NUM_B)),
     "fedpeptao": (4 * 18, 4 * 18),  # all three layers, which the budget allows
+    "coplms": (4 * (NUM_A + NUM_B), 4 * (NUM_A + NUM_B)),  # in float32
 }
 
 
@@ -142,7 +143,11 @@ def test_every_device_begins_from_the_servers_adapter_also_after_rounds_that_it_
 def test_works_of_all_plans_are_known() -> None:
     for name in ALGORITHMS:
         algorithm = made(name)
-        assert algorithm.plan(algorithm.start(start_of(name)), 1, "d0", None).work in WORKS
+        assert algorithm.plan(algorithm.start(start_of(name)), 1, "d0", None).work in {
+            *WORKS,
+            # Of devices with a model of their own, see `cotune.federation.co_tuning_device`.
+            "co_tune",
+        }
 
 
 def test_options_come_from_a_configuration() -> None:

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 
 from cotune.durable import write_new
 from cotune.errors import CotuneError, InputError, MismatchError
+from cotune.federation.algorithm import Algorithm
 from cotune.federation.arrays import Arrays, check_arrays, shapes_of
 from cotune.federation.coordinator import Coordinator, Judge, Progress
+from cotune.federation.coplms import CoPlms
 from cotune.federation.packing import MAX_BLOCK_BYTES, pack, unpack
 from cotune.federation.progress_checkpoint import load_progress, save_progress
 from cotune.federation.run_parts import algorithm_of, combine_of, run_id
@@ -173,7 +175,7 @@ class ServerFolder:
 
         with self._judge() as judge:
             coordinator = Coordinator(
-                algorithm_of(self.settings, self.secret),
+                self._algorithm(),
                 combine_of(self.settings, num_devices=len(self.registry.devices)),
                 transport,
                 self.settings.rounds,
@@ -190,6 +192,17 @@ class ServerFolder:
             save(begun)
             yield coordinator, begun
 
+    def _algorithm(self) -> Algorithm:
+        """The server half; one with models of the server's own gets them."""
+        algorithm = algorithm_of(self.settings, self.secret)
+        if not isinstance(algorithm, CoPlms):
+            return algorithm
+        # Only now: it loads PyTorch.
+        from cotune.federation.causal_model import CausalModel
+        from cotune.federation.co_tuning_parts import with_cloud
+
+        return with_cloud(algorithm, self.settings, CausalModel(self.settings.model))
+
     @contextmanager
     def _judge(self) -> Iterator[Judge | None]:
         if self.settings.data.num_judge == 0:
@@ -197,6 +210,7 @@ class ServerFolder:
             return
         # Only now: these load PyTorch and a backbone.
         from cotune.federation.backbone_model import ResidentBackbone
+        from cotune.federation.co_tuning_parts import judge_of_terms, scale_of
         from cotune.federation.fresh_adapter import fresh_adapter
         from cotune.federation.simulation import mean_loss, read_shards
         from cotune.tuning.personal import encode_examples
@@ -211,6 +225,10 @@ class ServerFolder:
                 f"{self.base_digest[:16]}; give the model that the run was prepared with"
             )
         encoded = encode_examples(backbone.tokenizer_json, texts, backbone.description, settings.data.max_length)
+        if isinstance(algorithm_of(settings, self.secret), CoPlms):
+            # Its adapters grow with what is folded.
+            yield judge_of_terms(backbone, encoded, scale=scale_of(settings.adapter))
+            return
         with ResidentBackbone(backbone, fresh_adapter(settings.adapter, backbone, seed=settings.seed)) as resident:
             yield mean_loss(resident.with_texts(encoded))
 

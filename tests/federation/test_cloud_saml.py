@@ -1,0 +1,143 @@
+"""The server's SAML: both models learn from texts, from each other, and from what devices told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from co_tuning import domain_texts, model_folder
+from numpy.typing import NDArray
+
+from cotune.distillation.chunk_gate import ChunkGate
+from cotune.errors import InputError, MismatchError
+from cotune.federation.backbone_model import to_arrays
+from cotune.federation.causal_model import CausalModel
+from cotune.federation.cloud_saml import CloudSaml
+from cotune.federation.co_tuning_device import fold_all, term_of
+from cotune.federation.coplms import CloudSettings
+from cotune.federation.local_model import LocalSteps
+from cotune.federation.mutual_descent import SideBatch
+from cotune.federation.public_chunks import NO_BOUNDARY_VALUE
+from cotune.models.adapters import LoraAdapter, LoraShape
+from cotune.models.low_rank_terms import low_rank_terms
+
+SETTINGS = CloudSettings(
+    model="big", public="p", rank=2, steps=LocalSteps(num_steps=5, batch_size=3, learning_rate=2e-2), told_weight=0.0
+)
+Adapter = dict[str, NDArray[np.float32]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[CausalModel, CausalModel]:
+    root = tmp_path_factory.mktemp("models")
+    # The same architecture here, as only the tokenizer has to be the same.
+    cloud = CausalModel(str(model_folder(root / "cloud", "gpt2", "byte_level", seed=5)))
+    return cloud, CausalModel(str(model_folder(root / "proxy", "llama", "byte_level", seed=1)))
+
+
+@pytest.fixture(scope="module")
+def proxy_adapter(models: tuple[CausalModel, CausalModel]) -> Adapter:
+    with models[1].loaded() as model:
+        return to_arrays(LoraAdapter.fresh(model, LoraShape(rank=2)).params)
+
+
+def half(models: tuple[CausalModel, CausalModel], settings: CloudSettings = SETTINGS, **options: object) -> CloudSaml:
+    return CloudSaml(
+        settings,
+        cloud=models[0],
+        proxy=models[1],
+        examples=domain_texts("public"),
+        proxy_scale=2.0,
+        max_tokens=64,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def distances(own: CloudSaml, models: tuple[CausalModel, CausalModel], proxy: Adapter, cloud: Adapter) -> list[float]:
+    """CE of the cloud's model, CE of the proxy, and KL between their answers' tokens."""
+    found = []
+    for model, adapter, scale in ((models[0], cloud, own._shape.scale), (models[1], proxy, 2.0)):
+        term = term_of({name: torch.from_numpy(array) for name, array in adapter.items()})
+        with model.loaded() as loaded, torch.no_grad(), low_rank_terms(loaded, [term], scale=scale):
+            batch = SideBatch.of(own._texts, 0, loaded.device)
+            found.append(batch.logits(loaded))
+    log_probs = [one[batch.target_places].log_softmax(-1) for one in found]
+    kl = (log_probs[0].exp() * (log_probs[0] - log_probs[1])).sum(-1).mean()
+    return [*(float(batch.answer_loss(one)) for one in found), float(kl)]
+
+
+def test_both_learn_the_texts_and_with_each_other_come_nearer(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    alone, mutual = (half(models, replace(SETTINGS, mix=mix, proxy_mix=mix)) for mix in (0.0, 1.0))
+    cloud = alone.start()
+    before = distances(alone, models, proxy_adapter, cloud)
+    tuned = alone.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1)
+    after = distances(alone, models, tuned.proxy, tuned.cloud)
+    assert after[0] < before[0] - 0.1 and after[1] < before[1] - 0.1
+    assert tuned.shown.keys() == {"cloud_loss", "proxy_loss"}
+    again = alone.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1)
+    assert all(np.array_equal(again.cloud[name], tuned.cloud[name]) for name in tuned.cloud)
+    other = alone.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=2)
+    assert any(not np.array_equal(other.cloud[name], tuned.cloud[name]) for name in tuned.cloud)
+    tuned = mutual.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1)
+    assert distances(mutual, models, tuned.proxy, tuned.cloud)[2] < 0.7 * before[2]
+
+
+def test_without_mixing_each_learns_alone_and_with_it_from_the_other(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    alone, mutual = (half(models, replace(SETTINGS, mix=mix, proxy_mix=mix)) for mix in (0.0, 1.0))
+    cloud = alone.start()
+    moved = {name: array + np.float32(0.05) for name, array in proxy_adapter.items()}
+    one, other = (alone.tune(proxy=p, cloud=cloud, folds={}, told=[], round_number=1) for p in (proxy_adapter, moved))
+    assert all(np.array_equal(one.cloud[name], other.cloud[name]) for name in cloud)
+    one, other = (mutual.tune(proxy=p, cloud=cloud, folds={}, told=[], round_number=1) for p in (proxy_adapter, moved))
+    assert not all(np.array_equal(one.cloud[name], other.cloud[name]) for name in cloud)
+
+
+def test_what_devices_told_counts_where_they_are_better(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    """Nothing else says what the answers are here. Who is sure of them is believed; who is not, not with a gate."""
+    found = []
+    for gate, told in ((None, 0), (None, 1), (ChunkGate(), 2), (ChunkGate(tau_g=0.01), 3)):
+        own = half(models, replace(SETTINGS, told_weight=5.0, mix=1.0, proxy_mix=1.0), gate=gate)
+        cloud, num = own.start(), sum(one.num_slots for one in own.public)
+        values = (
+            [[np.full(num, value, np.float32)] for value in (NO_BOUNDARY_VALUE, -0.01, -40.0)][told - 1] if told else []
+        )
+        tuned = own.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=values, round_number=1)
+        found.append(distances(own, models, tuned.proxy, tuned.cloud))
+    nothing, marks, believed, gated = found
+    assert marks == nothing
+    assert believed[0] < nothing[0] - 0.1 and believed[1] < nothing[1] - 0.1
+    assert gated == pytest.approx(nothing, abs=0.02)
+
+
+def test_what_was_folded_is_a_part_of_the_proxy(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    own = half(models, replace(SETTINGS, steps=LocalSteps(num_steps=1, batch_size=7, learning_rate=1e-2)))
+    cloud = own.start()
+    draw = np.random.default_rng(0)
+    folded = {n: (0.1 * draw.standard_normal(a.shape)).astype(np.float32) for n, a in proxy_adapter.items()}
+    folds = {f"000001/{name}": array for name, array in folded.items()}
+    losses = [
+        own.tune(proxy=proxy_adapter, cloud=cloud, folds=one, told=[], round_number=1).shown["cloud_loss"]
+        for one in ({}, folds)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-4
+    with models[1].loaded() as proxy:
+        fold_all(proxy, folds, scale=2.0)
+
+
+def test_another_tokenizer_is_refused(models: tuple[CausalModel, CausalModel], tmp_path: Path) -> None:
+    other = CausalModel(str(model_folder(tmp_path / "other", "llama", "unigram")))
+    with pytest.raises(MismatchError, match="expected the same; make the proxy from the cloud's model"):
+        half((other, models[1]))
+    with pytest.raises(InputError, match="told_weight is -1"):
+        replace(SETTINGS, told_weight=-1.0)
