@@ -74,7 +74,7 @@ class CoTuningSettings:
     folder: str
     """Where the small model and the private adapter are kept after each round, and readings of texts. Nobody else's."""
     proxy_digest: str = ""
-    """On a device without room for the proxy, whose `model` is empty: the digest that the server's `server.json` says."""
+    """On a device without room for the proxy, whose `model` is empty: `base_digest` of the server's `server.json`."""
     max_cache_bytes: int = DEFAULT_MAX_BYTES
     """Of readings."""
 

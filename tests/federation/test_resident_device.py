@@ -10,9 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from co_tuning import model_folder
 
 from cotune.errors import InputError
 from cotune.federation.algorithm import Plan
+from cotune.federation.arrays import check_arrays
+from cotune.federation.causal_model import CausalModel
+from cotune.federation.co_tuning_parts import with_cloud
+from cotune.federation.coplms import CloudSettings, CoPlms
 from cotune.federation.fedit import FedIT
 from cotune.federation.introduction import ask
 from cotune.federation.local_model import LocalSteps
@@ -22,7 +27,7 @@ from cotune.federation.resident_device import DeviceSettings, main, resident_age
 from cotune.federation.resident_trainer import ResidentTrainer
 from cotune.federation.resident_wire import RequestKind
 from cotune.federation.run_secret import RunSecret
-from cotune.federation.settings import AdapterSettings
+from cotune.federation.settings import AdapterSettings, DataSettings, FederationSettings
 from cotune.federation.signing import DeviceKey, Registry, verify
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
@@ -117,3 +122,75 @@ def test_the_program_wants_one_argument(capsys: pytest.CaptureFixture[str]) -> N
     assert main([]) == 2 and "one argument" in capsys.readouterr().err
     with pytest.raises(InputError, match="cannot be read"):
         DeviceSettings.read("/nowhere/device.toml")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A proxy, and a recurrent model with another tokenizer."""
+    root = tmp_path_factory.mktemp("pair")
+    return (
+        model_folder(root / "proxy", "llama", "byte_level", seed=1),
+        model_folder(root / "small", "mamba2", "unigram", seed=2),
+    )
+
+
+def co_tuning(folder: Path, pair: tuple[Path, Path], *, proxy: str = "", digest: str = "") -> Path:
+    """Settings of a device with a small model of its own."""
+    path = write(folder, f'model = "{proxy}"')
+    extra = f'[co_tuning]\nsmall_model = "{pair[1]}"\nfolder = "{folder / "state"}"\nproxy_digest = "{digest}"\n'
+    path.write_text(path.read_text().replace("[data]", extra + "[data]"))
+    return path
+
+
+@pytest.mark.parametrize("channel", ["proxy", "likelihoods"])
+def test_a_device_with_a_model_of_its_own_co_tunes_over_its_socket(
+    folder: Path, pair: tuple[Path, Path], channel: str
+) -> None:
+    proxy = CausalModel(str(pair[0]))
+    has_proxy = channel == "proxy"
+    settings = DeviceSettings.read(
+        co_tuning(folder, pair, proxy=str(pair[0]) if has_proxy else "", digest="" if has_proxy else proxy.digest)
+    )
+    with proxy.loaded() as model:
+        fresh = LoraAdapter.fresh(model, LoraShape(rank=2, targets=("q_proj",)))
+        start = {name: tensor.detach().numpy().copy() for name, tensor in fresh.params.items()}
+    steps = LocalSteps(num_steps=1, batch_size=2)
+    cloud = CloudSettings(model=str(pair[0]), public=str(folder / "texts.jsonl"), limit=3)
+    algorithm = with_cloud(
+        CoPlms(steps=steps, channels={"kitchen": channel}, cloud=cloud),
+        FederationSettings(model=str(pair[0]), data=DataSettings(max_length=64)),
+        proxy,
+    )
+    state = algorithm.start(start)
+    plan = algorithm.plan(state, 1, "kitchen", None)
+    task = Task(
+        run_id="r",
+        round_number=1,
+        device="kitchen",
+        work=plan.work,
+        arrays=plan.arrays,
+        settings={**plan.settings, "since": -1},
+        base_digest=proxy.digest,
+    )
+    with resident_agent(settings) as agent, ResidentTrainer(agent, settings.folder) as trainer:
+        thread = threading.Thread(target=trainer.serve)
+        thread.start()
+        answer = ResidentClient(settings.folder).handle(encode(task), 120)
+        trainer.stop()
+        thread.join(30)
+    reply = decode(answer.data, Reply)
+    check_arrays(reply.arrays, plan.reply, codes=plan.codes)
+    found = plan.decode(reply.arrays)
+    assert all(np.isfinite(one).all() for one in found.values()) and reply.num_examples == 6
+    assert (folder / "state" / "rounds" / "r" / "round-000001.safetensors").is_file()
+    assert (folder / "ledger.jsonl").read_text().count(plan.work) == 1
+
+
+def test_a_device_has_the_proxy_or_its_digest(
+    folder: Path, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for proxy, digest in (("", ""), (str(pair[0]), "ab")):
+        assert main([str(co_tuning(folder, pair, proxy=proxy, digest=digest))]) == 2
+        assert "expected one of them: the proxy" in capsys.readouterr().err
+        for name in ("kitchen.key", "run.secret"):
+            (folder / name).unlink()
