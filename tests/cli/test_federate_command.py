@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from co_tuning import domain_texts, model_folder, write_texts
 from tiny_models import tiny_backbone, tokenizer_json
 
 from cotune.cli.federate_command import with_needs
@@ -244,3 +245,54 @@ def test_devices_without_memory_for_lora_get_seed_mode_by_what_the_planner_says(
     assert outcome.status == 0, outcome.err
     up = rounds_of(tmp_path / "out")[0]["bytes_up"]
     assert up["slopes"] == 2 * 4 * 6 and up["lora_B"] > 0
+
+
+def test_devices_with_models_of_their_own_are_co_tuned(tmp_path: Path, run: Any) -> None:
+    proxy, cloud = (model_folder(tmp_path / name, "llama", "byte_level", seed=1) for name in ("proxy", "cloud"))
+    small = model_folder(tmp_path / "small", "gpt2", "byte_level")
+    for name in ("a", "b"):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        write_texts(tmp_path / "texts" / f"{name}.jsonl", domain_texts("law", 4))
+    public = write_texts(tmp_path / "public.jsonl", domain_texts("public", 3))
+    path, out = tmp_path / "c.toml", tmp_path / "out"
+    path.write_text(
+        f"""
+algorithm = "coplms"
+model = "{proxy}"
+[data]
+path = "{tmp_path / "texts"}"
+split = "domains"
+num_judge = 2
+max_length = 64
+[adapter]
+rank = 2
+[steps]
+num_steps = 1
+batch_size = 2
+[rounds]
+num_rounds = 1
+tolerance = 9.0
+[options.coplms]
+devices = {{ "*" = "{small}" }}
+channels = {{ b = "likelihoods" }}
+[options.coplms.cloud]
+model = "{cloud}"
+public = "{public}"
+""",
+        encoding="utf-8",
+    )
+    outcome = run("federate", path, "--out", out, "--json")
+    assert outcome.status == 0, outcome.err
+    told = json.loads(outcome.out)
+    assert told["num_devices"] == 2 and told["num_devices_with_proxy"] == 1 and told["proxy_download_bytes"] > 10_000
+    assert (out / "adapter_config.json").is_file()
+    folder = tmp_path / "out.run"
+    assert (folder / "cloud-adapter" / "adapter_config.json").is_file()
+    for device in ("a", "b"):
+        assert (folder / "devices" / device / "model" / "tokenizer.json").is_file()
+    # What it left is where it goes on, and what people see says what was downloaded.
+    again = run("federate", path, "--out", out, "--num-rounds", 2, "--resume")
+    assert again.status == 0 and "once: the proxy" in " ".join(again.err.split())
+    assert [one["verdict"] for one in rounds_of(out)] == ["accepted"] * 2
+    kinds = {json.loads(line)["kind"] for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()}
+    assert kinds == {"co_tune", "tell_likelihoods"}

@@ -89,6 +89,16 @@ def test_what_an_algorithm_shows_is_a_column(tmp_path: Path) -> None:
     assert "Discarded energy" not in page(tmp_path, ROUNDS)
 
 
+def test_what_was_held_and_downloaded_once_stands_on_top(tmp_path: Path) -> None:
+    told = page(tmp_path, [row(1, device_held_bytes=5_000_000), row(2, device_held_bytes=None)])
+    assert "Most that a device held" in told and "5.00 MB" in told and "Downloaded once" not in told
+    write_federation_report(
+        tmp_path, ROUNDS, title="t", start_loss=None, settings={}, summary={"proxy_download_bytes": 70_000_000}
+    )
+    told = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Downloaded once" in told and "70.0 MB" in told and "Most that a device held" not in told
+
+
 def test_rounds_are_whole_on_the_axis(tmp_path: Path) -> None:
     svg = page(tmp_path, [row(1), row(2), row(3)]).split("<svg")[1]
     ticks = re.findall(r">([0-9.]+)</text>", svg)

@@ -163,3 +163,13 @@ def test_missing_and_unknown_names_are_both_told() -> None:
     arrays["scales"] = arrays.pop("scale")
     with pytest.raises(InputError, match="no 'scale' and an unknown 'scales'"):
         check_arrays(arrays, shapes_of(adapter()))
+
+
+def test_codes_are_bytes_and_everything_else_is_float32() -> None:
+    arrays = {**adapter(), "codes": np.zeros(3, np.uint8)}
+    shapes = shapes_of(arrays)
+    check_arrays(arrays, shapes, codes=["codes"])
+    with pytest.raises(InputError, match=r"'codes' is uint8 \(3,\), expected float32"):
+        check_arrays(arrays, shapes)
+    with pytest.raises(InputError, match=r"'scale' is float32 \(\), expected uint8"):
+        check_arrays(arrays, shapes, codes=["codes", "scale"])

@@ -12,8 +12,8 @@ from federated import BASE, SECRET, STEPS, ToyFederation, same_arrays
 from toy_federation import A, B, ToyModel, toy_adapter
 
 from cotune.errors import InputError, NonFiniteLossError
-from cotune.federation.algorithm import Algorithm
-from cotune.federation.arrays import num_bytes
+from cotune.federation.algorithm import Algorithm, Done, Plan
+from cotune.federation.arrays import AnyArrays, Arrays, num_bytes
 from cotune.federation.coordinator import FederationError, RoundRules
 from cotune.federation.device_agent import DeviceAgent
 from cotune.federation.fedit import FedIT
@@ -294,3 +294,45 @@ def test_other_backbones_and_unknown_work_are_refused_by_the_device() -> None:
 def test_rules_that_make_no_sense_are_refused(change: dict[str, float], words: str) -> None:
     with pytest.raises(InputError, match=words):
         RoundRules(**change)
+
+
+def test_what_a_coded_reply_stands_for_is_what_is_checked_and_merged() -> None:
+    class Coded(FedIT):
+        """Devices send halves as bytes."""
+
+        def plan(self, state: Arrays, round_number: int, device: str, since: int | None) -> Plan:
+            own = super().plan(state, round_number, device, since)
+            return replace(
+                own, work="halves", reply={"h": (4,)}, codes=frozenset(["h"]), decode=lambda a: decoded(a, state)
+            )
+
+    def decoded(arrays: AnyArrays, state: Arrays) -> Arrays:
+        return {name: np.full_like(state[name], arrays["h"][0] / 2) for name in (A, B)}
+
+    for limit, verdict in ((None, "accepted"), (5.0, "void")):
+        federation = ToyFederation(
+            algorithm=Coded(steps=STEPS), rules=RoundRules(num_rounds=1, max_update_norm=limit), judges=False
+        )
+        for name in federation.names:
+            works = {
+                "halves": lambda job: Done(arrays={"h": np.full(4, 3, np.uint8)}, loss=1.0, metrics={"held_bytes": 7.0})
+            }
+            federation.replace_agent(
+                DeviceAgent(
+                    name,
+                    federation.models[0],
+                    base_digest=BASE,
+                    secret=SECRET,
+                    key=federation.keys[name],
+                    works=works,
+                )
+            )
+        end = federation.run()
+        (record,) = end.records
+        assert record.verdict == verdict
+        if limit is None:
+            assert np.allclose(end.state[B], 1.5) and record.bytes_up["h"] == 4 * 4
+            assert record.device_held_bytes == 7
+        else:
+            # 15 numbers of 1.5.
+            assert "the reply's norm is 5.81" in record.refused["d0"]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cotune.errors import InputError
 from cotune.federation.algorithm import Combine
 from cotune.federation.lora_factors import LoraFactors
-from cotune.federation.product_merge import LowRank, merge_products, product_change
+from cotune.federation.product_merge import LowRank, combined_products, left_out, merge_products, product_change
 from cotune.federation.robust.clip_to_median_norm import ClipToMedianNorm
 from cotune.federation.robust.mean import Mean
 from cotune.federation.robust.median import Median
@@ -84,3 +84,22 @@ def test_a_rule_that_refuses_is_heard() -> None:
         merge_products(
             before, [{"q": product_change(factors(1, 1), before["q"])}], np.ones(1), MultiKrum(num_byzantine=1)
         )
+
+
+@pytest.mark.parametrize("most", [None, 2])
+def test_what_the_best_adapter_leaves_out_is_the_rest_of_the_sum(most: int | None) -> None:
+    before = {"q": factors(2, 0)}
+    changes = [{"q": product_change(factors(2, seed), before["q"])} for seed in (1, 2, 3)]
+    product = combined_products(before, changes, np.ones(3), Mean())["q"]
+    merged = merge_products(before, changes, np.ones(3), Mean())
+    whole = np.mean([factors(2, seed).product() for seed in (1, 2, 3)], axis=0)
+    rest = left_out(product, 2, most=most)
+    assert rest is not None and rest.rank == (4 if most is None else 2)
+    u, s, vt = np.linalg.svd(whole)
+    end = 2 + rest.rank
+    assert np.allclose(rest.product(), (u[:, 2:end] * s[2:end]) @ vt[2:end], atol=1e-4)
+    lost = np.square(whole - merged.layers["q"].product()).sum() / np.square(whole).sum()
+    assert merged.discarded_energies["q"] == pytest.approx(lost, rel=1e-4)
+    # What is rounding is nothing.
+    alone = combined_products(before, changes[:1], np.ones(1), Mean())["q"]
+    assert left_out(alone, 2) is None
