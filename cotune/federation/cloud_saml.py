@@ -33,7 +33,8 @@ from cotune.federation.backbone_model import MAX_GRAD_NORM, to_arrays
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.co_tuning_device import fold_all, term_of
 from cotune.federation.coplms import CloudSettings, CloudTuned
-from cotune.federation.mutual_descent import SideBatch, batches_of
+from cotune.federation.local_model import LocalSteps
+from cotune.federation.mutual_descent import SideBatch, batches_of, take
 from cotune.federation.public_chunks import PublicText, Told, told_of
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.low_rank_terms import low_rank_terms
@@ -114,8 +115,8 @@ class CloudSaml:
         with self._cloud.loaded() as large, self._proxy.loaded() as small:
             fold_all(small, folds, scale=self._proxy_scale)
             sides = [
-                _Learner(large, _state_of(cloud, large), self._shape.scale, own.mix),
-                _Learner(small, _state_of(proxy, small), self._proxy_scale, own.proxy_mix),
+                _Learner(large, _state_of(cloud, large, own.steps), self._shape.scale, own.mix),
+                _Learner(small, _state_of(proxy, small, own.steps), self._proxy_scale, own.proxy_mix),
             ]
             totals = np.zeros(2)
             for numbers in batches:
@@ -148,7 +149,6 @@ class CloudSaml:
                 value = value + self._settings.told_weight * self._told_loss(batch, logits[own], numbers, by_text)
             losses.append(value)
         for side, value in zip(sides, losses, strict=True):
-            side.state.learning_rate = self._settings.steps.learning_rate
             side.state.descend(value, max_grad_norm=MAX_GRAD_NORM)
         return np.array([float(value.detach()) for value in losses])
 
@@ -184,6 +184,8 @@ class _Learner:
             return batch.logits(self.model)
 
 
-def _state_of(adapter: Arrays, model: PreTrainedModel) -> GradientState:
+def _state_of(adapter: Arrays, model: PreTrainedModel, steps: LocalSteps) -> GradientState:
     leaves = {name: torch.from_numpy(np.array(array)).to(model.device) for name, array in adapter.items()}
-    return GradientState.start(leaves, weight_decay=0.0)
+    state = GradientState.start(leaves, weight_decay=0.0)
+    take(state, steps)
+    return state

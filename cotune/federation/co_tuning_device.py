@@ -18,6 +18,7 @@ What is sent is the change of t_G alone. w, h and the texts stay; `cotune.federa
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -258,6 +259,8 @@ class CoTuningDevice:
             )
         kept = {PRIVATE + name: torch.from_numpy(array) for name, array in private.items()}
         self.store.save(job.run_id, job.round_number, kept | {SMALL + name: one for name, one in small.items()})
+        # Everybody has moved: no reading is of any use any more.
+        shutil.rmtree(self._readings_folder, ignore_errors=True)
         change = difference(after, shared)
         return Done(
             arrays=to_codes(change, seed=job.batch_seed) if steps.bits == 8 else change,

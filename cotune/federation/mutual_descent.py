@@ -136,9 +136,7 @@ def descend_on(
     Raises:
         NonFiniteLossError: a loss is nan or inf.
     """
-    if steps.optimizer == "sgd":
-        state.optimizer = torch.optim.SGD(list(state.params.values()))
-    state.learning_rate = steps.learning_rate
+    take(state, steps)
     total = 0.0
     for numbers in batches:
         batch = SideBatch.of([texts[number] for number in numbers], side, model.device)
@@ -150,6 +148,13 @@ def descend_on(
             value = loss.mixed(value, loss(told, logits[None], batch.index).loss)
         total += state.descend(value, max_grad_norm=MAX_GRAD_NORM)["loss"]
     return total / len(batches)
+
+
+def take(state: GradientState, steps: LocalSteps) -> None:
+    """Give a fresh state the optimiser and the learning rate of these steps."""
+    if steps.optimizer == "sgd":
+        state.optimizer = torch.optim.SGD(list(state.params.values()))
+    state.learning_rate = steps.learning_rate
 
 
 def held_bytes(model: PreTrainedModel, state: GradientState | None = None) -> int:

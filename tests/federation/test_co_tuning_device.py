@@ -38,6 +38,7 @@ from cotune.federation.messages import Reply, Task, decode, encode
 from cotune.federation.mutual_descent import SideBatch
 from cotune.federation.public_chunks import PublicText, from_codes
 from cotune.federation.public_chunks import to_arrays as public_arrays
+from cotune.federation.reading_cache import ReadingCache
 from cotune.federation.row_codes import from_codes as from_row_codes
 from cotune.federation.row_codes import to_codes
 from cotune.federation.run_secret import RunSecret
@@ -266,14 +267,19 @@ def test_folds_become_a_part_of_the_proxy_in_the_order_of_rounds(folders: dict[s
     ],
     ids=["no dst", "no saml", "no gate", "tokens"],
 )
-def test_parts_can_be_left_out(folders: dict[str, Path], shared: Arrays, tmp_path: Path, plan: CoTuningSteps) -> None:
+def test_parts_can_be_left_out(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path, plan: CoTuningSteps, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert CoTuningSteps.of_settings(plan.as_settings()) == plan
-    own = device(folders, "gpt2", tmp_path)
+    own, filled = device(folders, "gpt2", tmp_path), []
+    real = ReadingCache.fill
+    monkeypatch.setattr(ReadingCache, "fill", lambda *arguments: filled.append(real(*arguments)))
     done = own.co_tune(job(shared, plan))
     kept = own.store.last("run")
     assert kept is not None and any(name.startswith(PRIVATE) for name in kept) == (plan.private_rank > 0)
     assert ("dst_loss" in done.metrics) == (plan.private_rank > 0)
-    assert any(tmp_path.glob("readings/*.readings")) == (plan.loss.mix > 0)
+    # Six texts in both directions; nothing of it is left.
+    assert filled == ([6, 6] if plan.loss.mix > 0 else []) and not (tmp_path / "readings").exists()
 
 
 def test_8_bits_send_the_same_change_in_a_quarter_of_the_bytes(

@@ -16,8 +16,10 @@ from cotune.errors import InputError
 from cotune.federation import co_tuning_simulation
 from cotune.federation.arrays import digest
 from cotune.federation.causal_model import CausalModel
+from cotune.federation.co_tuning_device import PRIVATE
 from cotune.federation.co_tuning_simulation import simulation_of
 from cotune.federation.coordinator import Progress, RoundRules
+from cotune.federation.device_store import DeviceStore
 from cotune.federation.in_process import InProcess
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.run_parts import run_id
@@ -72,8 +74,6 @@ def proxy(settings: FederationSettings) -> Backbone:
 
 
 def small_states(folder: Path, settings: FederationSettings) -> dict[str, str]:
-    from cotune.federation.device_store import DeviceStore
-
     found = {}
     for device in ("desk", "kitchen", "phone", "watch"):
         kept = DeviceStore(folder / "devices" / device / "rounds").last(run_id(settings, SECRET))
@@ -118,7 +118,13 @@ def test_four_different_devices_and_a_cloud_learn_together_and_a_killed_run_goes
     assert kept["num_devices_with_proxy"] == 3 and kept["proxy_download_bytes"] > 50_000
     down = sum(sum(one.bytes_down.values()) for one in end.records)
     assert kept["bytes_down_with_proxy"] == 3 * kept["proxy_download_bytes"] + down
-    assert not SentBytes(sent).holds_part_of(CANARY.encode())
+    found = SentBytes(sent)
+    assert len(found) > 10_000 and not found.holds_part_of(CANARY.encode())
+    for device in ("desk", "kitchen", "phone"):
+        own = DeviceStore(tmp_path / "whole" / "devices" / device / "rounds").last(run_id(settings, SECRET))
+        assert own is not None
+        private = {name: one.numpy() for name, one in own.items() if name.startswith(PRIVATE)}
+        assert len(private) == len(simulation.adapter) and found.leaks(private) == []
     # What is saved can be loaded: adapters of rank 2 and two folds, and small models.
     adapter.save(tmp_path / "out", proxy.model)
     params = PeftAdapter.load(tmp_path / "out", proxy.model).params

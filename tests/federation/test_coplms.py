@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cotune.distillation.chunk_gate import ChunkGate
+from cotune.distillation.mutual_loss import MutualLossConfig
 from cotune.errors import InputError
 from cotune.federation.algorithm import Plan, Update, shown_in
 from cotune.federation.arrays import Arrays, num_bytes
+from cotune.federation.co_tuning_device import CoTuningSteps
 from cotune.federation.coplms import CloudSettings, CloudTuned, CoPlms
+from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import LoraFactors, split_layers
 from cotune.federation.public_chunks import PublicText
 from cotune.federation.public_chunks import to_codes as to_likelihood_codes
@@ -206,3 +211,19 @@ def test_the_first_directions_of_a_device_are_the_strongest() -> None:
     for layer, own in sent.items():
         u, s, vt = np.linalg.svd(dense(adapter(3, 5))[layer])
         assert isinstance(own, LoraFactors) and np.allclose(own.product(), s[0] * np.outer(u[:, 0], vt[0]), atol=1e-4)
+
+
+def test_every_setting_reaches_the_devices() -> None:
+    shared, small, private = (LocalSteps(num_steps=number) for number in (1, 2, 3))
+    loss = MutualLossConfig(mix=0.25, tau=3.0, gate=ChunkGate(margin=0.1))
+    algorithm = CoPlms(
+        steps=shared, small_steps=small, dst_steps=private, private_rank=5, loss=loss, proxy_mix=0.75, bits=32
+    )
+    told = CoTuningSteps.of_settings(algorithm.plan(algorithm.start(adapter(2, 0)), 1, "d", None).settings)
+    assert (told.proxy, told.small, told.dst) == (shared, small, private)
+    assert (told.private_rank, told.loss, told.proxy_mix, told.bits) == (5, loss, 0.75, 32)
+    assert replace(algorithm, gated=False).device_steps.loss == replace(loss, gate=None)
+    plain = CoPlms(steps=shared).device_steps
+    assert plain.small == plain.dst == shared
+    with pytest.raises(InputError, match="says nothing of 'dst"):
+        CoTuningSteps.of_settings({name: one for name, one in plain.as_settings().items() if "dst" not in name})

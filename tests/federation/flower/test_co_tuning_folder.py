@@ -39,7 +39,7 @@ max_length = 64
 [adapter]
 rank = 1
 [steps]
-num_steps = 1
+num_steps = 2
 batch_size = 3
 [rounds]
 num_rounds = 1
