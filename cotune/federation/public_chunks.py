@@ -134,7 +134,7 @@ def from_codes(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         >>> from_codes(np.array([0, 42, 254, 255], np.uint8)).round(2).tolist()
         [0.0, -1.0, 1.0, 2.0]
     """
-    found = -np.expm1(STEP * codes.astype(np.float64))
+    found = 1.0 - np.exp(STEP * codes.astype(np.float64))
     found[codes == NO_NUMBER], found[codes == NO_BOUNDARY] = NO_NUMBER_VALUE, NO_BOUNDARY_VALUE
     return found.astype(np.float32)
 
