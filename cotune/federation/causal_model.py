@@ -32,7 +32,7 @@ class CausalModel:
 
     Example:
         >>> CausalModel("starter").reader.end_id
-        1
+        2
     """
 
     name: str
