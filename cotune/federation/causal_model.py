@@ -18,7 +18,7 @@ from cotune.errors import InputError
 from cotune.models.weights import digest_folder, find_model_folder, load_model, quiet, read_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,28 @@ class CausalModel:
         Raises:
             InputError: its config names no end token, or its tokenizer has more tokens than it.
         """
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
-        own = config.get_text_config()
+        own = self._config
         ends = own.eos_token_id
         end_id = ends[0] if isinstance(ends, list | tuple) and ends else ends
         if not isinstance(end_id, int):
             raise InputError(f"{self.name} has eos_token_id {ends!r}, expected the token that ends a text; set it")
         return Reader.of_model(self.tokenizer_json, end_id=end_id, vocab_size=int(own.vocab_size))
+
+    def fitting(self, max_tokens: int) -> int:
+        """At most as many tokens as its context takes; a recurrent model takes any number."""
+        most = getattr(self._config, "max_position_embeddings", None)
+        return max_tokens if most is None else min(max_tokens, int(most))
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"the config of {self.name} cannot be read: {str(error).splitlines()[0]}") from None
+        own: PretrainedConfig = config.get_text_config()
+        return own
 
     @contextmanager
     def loaded(self) -> Iterator[PreTrainedModel]:

@@ -89,7 +89,8 @@ class CloudSaml:
                 f"and the proxy {proxy.name} {proxy.tokenizer_digest[:12]} with {sizes[1]}, expected the same; make "
                 "the proxy from the cloud's model with cotune compress --distill"
             )
-        self._texts = pair_texts(examples, proxy.reader, proxy.reader, max_tokens=max_tokens)
+        most = proxy.fitting(cloud.fitting(max_tokens))
+        self._texts = pair_texts(examples, proxy.reader, proxy.reader, max_tokens=most)
         self._shape = LoraShape(rank=settings.rank, alpha=settings.alpha)
 
     @cached_property

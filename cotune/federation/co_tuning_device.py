@@ -139,7 +139,7 @@ class CoTuningDevice:
         proxy: the model that all share; None on a device that has no room for it and tells likelihoods.
         folder: what it learns for itself, and readings; nobody else's.
         scale: s of the shared adapter.
-        max_tokens: of one text, on either side.
+        max_tokens: of one text, on either side; a model with a smaller context has the last word.
         max_cache_bytes: of readings on disk.
 
     Raises:
@@ -181,7 +181,14 @@ class CoTuningDevice:
     @cached_property
     def texts(self) -> list[PairedText]:
         """Its texts, as the proxy and as the small model read them."""
-        return pair_texts(self._examples, self._own_proxy.reader, self._small.reader, max_tokens=self._max_tokens)
+        most = self._own_proxy.fitting(self._small.fitting(self._max_tokens))
+        return pair_texts(self._examples, self._own_proxy.reader, self._small.reader, max_tokens=most)
+
+    @cached_property
+    def _own_texts(self) -> list[PairedText]:
+        """Its texts, as the small model reads them."""
+        reader = self._small.reader
+        return pair_texts(self._examples, reader, reader, max_tokens=self._small.fitting(self._max_tokens))
 
     def check(self) -> None:
         """Read all texts with both tokenizers, without loading a model.
@@ -190,7 +197,7 @@ class CoTuningDevice:
             InputError: a text has no answer, or a model or tokenizer cannot be used.
         """
         if self._proxy is None:
-            pair_texts(self._examples, self._small.reader, self._small.reader, max_tokens=self._max_tokens)
+            assert self._own_texts
         else:
             assert self.texts
 
@@ -274,7 +281,7 @@ class CoTuningDevice:
         public, reader = from_arrays(job.arrays), self._small.reader
         known = self.store.before(job.run_id, job.round_number) or {}
         small = {name.removeprefix(SMALL): one for name, one in known.items() if name.startswith(SMALL)}
-        texts = pair_texts(self._examples, reader, reader, max_tokens=self._max_tokens)
+        texts, most = self._own_texts, self._small.fitting(self._max_tokens)
         self._held, codes = 0, []
         with self._loaded_small(small) as model:
             state = GradientState.inside(model, dict(model.named_parameters()), weight_decay=0.0)
@@ -285,7 +292,9 @@ class CoTuningDevice:
             model.requires_grad_(False)
             del state
             for text in public:
-                spans = ByteSpans.of_text(reader.tokenizer, text.text, reader.table, end_id=reader.end_id)
+                spans = ByteSpans.of_text(
+                    reader.tokenizer, text.text, reader.table, end_id=reader.end_id, max_tokens=most
+                )
                 aligned = text.aligned(spans)
                 index = ChunkIndex.of_batch([aligned], 1).to(model.device)
                 codes.append(text.codes(aligned, _likelihoods(model, spans, index)))
