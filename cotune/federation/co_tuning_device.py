@@ -234,23 +234,10 @@ class CoTuningDevice:
                 from_proxy = self._cache(who, ways.to_small)
                 with self._with_terms(proxy, [shared, private]):
                     self._fill(from_proxy, proxy, PROXY_SIDE, ways.to_small, batches)
-        from_small = None
-        with self._loaded_small(small) as model:
-            state = GradientState.inside(model, dict(model.named_parameters()), weight_decay=0.0)
-            losses["small_loss"] = descend_on(
-                model,
-                state,
-                self.texts,
-                SMALL_SIDE,
-                batches,
-                steps.small,
-                loss=ways.to_small,
-                readings=None if from_proxy is None else self._from(from_proxy),
-            )
-            self._hold(model, state)
-            small = {name: one.detach().to("cpu", copy=True) for name, one in state.params.items()}
-            model.requires_grad_(False)
-            del state
+        from_small, readings = None, None if from_proxy is None else self._from(from_proxy)
+        with self._trained_small(
+            small, self.texts, SMALL_SIDE, batches, steps.small, loss=ways.to_small, readings=readings
+        ) as (model, small, losses["small_loss"]):
             if ways.to_proxy is not None:
                 from_small = self._cache(f"small {self._small.digest} {digest(_as_numpy(small))}", ways.to_proxy)
                 self._fill(from_small, model, SMALL_SIDE, ways.to_proxy, proxy_batches)
@@ -281,16 +268,10 @@ class CoTuningDevice:
         public, reader = from_arrays(job.arrays), self._small.reader
         known = self.store.before(job.run_id, job.round_number) or {}
         small = {name.removeprefix(SMALL): one for name, one in known.items() if name.startswith(SMALL)}
-        texts, most = self._own_texts, self._small.fitting(self._max_tokens)
+        most = self._small.fitting(self._max_tokens)
+        batches = batches_of(self._own_texts, steps.small, seed=job.batch_seed)
         self._held, codes = 0, []
-        with self._loaded_small(small) as model:
-            state = GradientState.inside(model, dict(model.named_parameters()), weight_decay=0.0)
-            batches = batches_of(texts, steps.small, seed=job.batch_seed)
-            loss = descend_on(model, state, texts, 0, batches, steps.small)
-            self._hold(model, state)
-            small = {name: one.detach().to("cpu", copy=True) for name, one in state.params.items()}
-            model.requires_grad_(False)
-            del state
+        with self._trained_small(small, self._own_texts, 0, batches, steps.small) as (model, small, loss):
             for text in public:
                 spans = ByteSpans.of_text(
                     reader.tokenizer, text.text, reader.table, end_id=reader.end_id, max_tokens=most
@@ -416,6 +397,40 @@ class CoTuningDevice:
         terms = [self._frozen_term(one, proxy) for one in adapters if one]
         with low_rank_terms(proxy, terms, scale=self._scale):
             yield
+
+    @contextmanager
+    def _trained_small(
+        self,
+        own: Mapping[str, Tensor],
+        texts: Sequence[PairedText],
+        side: int,
+        batches: Sequence[Sequence[int]],
+        steps: LocalSteps,
+        *,
+        loss: MutualLoss | None = None,
+        readings: Callable[[int], ChunkReadings] | None = None,
+    ) -> Iterator[tuple[PreTrainedModel, dict[str, Tensor], float]]:
+        """The small model after these steps, frozen and without optimiser state; its parameters, and the mean loss."""
+        with self._loaded_small(own) as model:
+            told = self._descend_small(model, texts, side, batches, steps, loss, readings)
+            yield model, {n: one.detach().to("cpu", copy=True) for n, one in model.named_parameters()}, told
+
+    def _descend_small(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[PairedText],
+        side: int,
+        batches: Sequence[Sequence[int]],
+        steps: LocalSteps,
+        loss: MutualLoss | None,
+        readings: Callable[[int], ChunkReadings] | None,
+    ) -> float:
+        """All of its parameters learn."""
+        state = GradientState.inside(model, dict(model.named_parameters()), weight_decay=0.0)
+        told = descend_on(model, state, texts, side, batches, steps, loss=loss, readings=readings)
+        self._hold(model, state)
+        model.requires_grad_(False)
+        return told
 
     def _frozen_term(self, adapter: Arrays, model: PreTrainedModel) -> Term:
         return term_of({n: torch.from_numpy(np.array(array)).to(model.device) for n, array in adapter.items()})
