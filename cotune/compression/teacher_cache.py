@@ -15,7 +15,7 @@ from cotune.data.batches import EncodedExample
 from cotune.distillation.teacher import Teacher, TeacherDescription
 from cotune.distillation.top_log_probs import TopLogProbs, check_top_k
 from cotune.errors import InputError
-from cotune.tuning.file_cache import DEFAULT_MAX_BYTES, FileCache
+from cotune.file_cache import DEFAULT_MAX_BYTES, FileCache
 
 FORMAT = "cotune teacher 1"
 SUFFIX = ".teacher"
@@ -24,7 +24,7 @@ HEADER_BYTES = 512  # the most of a file beside these
 
 
 class CachedTeacher:
-    """A teacher that remembers, with files as of `cotune.tuning.file_cache`: whole or not there, checked, bounded.
+    """A teacher that remembers, with files as of `cotune.file_cache`: whole or not there, checked, bounded.
 
     A file's name is the SHA-256 of teacher, text, first target and k. The teacher is asked for one text at a time, so
     that an answer does not depend on which texts of a batch were there already; what comes back are the same float32

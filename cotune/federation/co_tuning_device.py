@@ -52,9 +52,9 @@ from cotune.federation.mutual_descent import batches_of, descend_on, held_bytes,
 from cotune.federation.public_chunks import from_arrays
 from cotune.federation.reading_cache import ReadingCache
 from cotune.federation.row_codes import from_codes, to_codes
+from cotune.file_cache import DEFAULT_MAX_BYTES
 from cotune.models.low_rank_terms import LowRankTerm, Term, fold_low_rank, low_rank_terms
 from cotune.tuning.answer_loss import only_rows
-from cotune.tuning.file_cache import DEFAULT_MAX_BYTES
 from cotune.tuning.gradient import GradientState
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What one model said of texts, on disk, so that it need not be in memory while the other one learns from it.
 
-A file for each text, bounded in bytes as `cotune.tuning.file_cache` says. Its name is the SHA-256 of who read, for
+A file for each text, bounded in bytes as `cotune.file_cache` says. Its name is the SHA-256 of who read, for
 which loss, and both sides' tokens and chunks of the text, so that nothing old is ever taken for something new.
 
 Next-byte log-probabilities are kept in float16, 514 bytes for each chunk with a start of its own; likelihoods in
@@ -23,7 +23,7 @@ from cotune.distillation.mutual_loss import ChunkReadings, MutualLossConfig
 from cotune.distillation.paired_texts import PairedText
 from cotune.distillation.token_bytes import NUM_EVENTS
 from cotune.errors import InputError
-from cotune.tuning.file_cache import DEFAULT_MAX_BYTES, FileCache
+from cotune.file_cache import DEFAULT_MAX_BYTES, FileCache
 
 FORMAT = "cotune chunk readings 1"
 SUFFIX = ".readings"

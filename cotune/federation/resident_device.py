@@ -43,9 +43,9 @@ from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import AdapterSettings
 from cotune.federation.signing import DeviceKey
 from cotune.federation.tables import read_toml
+from cotune.file_cache import DEFAULT_MAX_BYTES
 from cotune.ledger import EgressLedger
 from cotune.models.backbone import Backbone
-from cotune.tuning.file_cache import DEFAULT_MAX_BYTES
 from cotune.tuning.personal import encode_examples
 
 logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from cotune.errors import (
     WireError,
     WireTimeoutError,
 )
+from cotune.file_cache import FileCache
 from cotune.ledger import EgressLedger
 from cotune.sandwich.account import Account
 from cotune.sandwich.budget import Purse
@@ -70,8 +71,6 @@ class AnswerCache:
     """
 
     def __init__(self, folder: Path, *, max_bytes: int = DEFAULT_CACHE_BYTES, evicts: bool = True) -> None:
-        from cotune.tuning.file_cache import FileCache  # brings PyTorch with its room
-
         self._files = FileCache(folder, suffix=".answer", what="answer", max_bytes=max_bytes)
         self._evicts = evicts
         self._lock = threading.Lock()

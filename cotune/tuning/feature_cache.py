@@ -19,9 +19,9 @@ from safetensors.numpy import load, save
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
+from cotune.file_cache import DEFAULT_MAX_BYTES, FileCache
 from cotune.generation.side_state import first_position
 from cotune.tuning.feature_set import FeatureSet
-from cotune.tuning.file_cache import DEFAULT_MAX_BYTES, FileCache
 from cotune.wire.features import FeatureSource, SequenceFeatures
 
 FORMAT = "cotune features 1"

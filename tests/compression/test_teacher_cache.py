@@ -13,8 +13,8 @@ from cotune.data.batches import EncodedExample
 from cotune.distillation.teacher import LocalTeacher
 from cotune.distillation.top_log_probs import TopLogProbs
 from cotune.errors import InputError
+from cotune.file_cache import sealed
 from cotune.models.backbone import Backbone
-from cotune.tuning.file_cache import sealed
 
 
 class CountingTeacher(LocalTeacher):

@@ -13,10 +13,10 @@ from toy import ToyBackbone
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
+from cotune.file_cache import CHECKSUM_BYTES, sealed
 from cotune.tuning.feature_cache import SUFFIX, CollectProgress, FeatureCache, collect_features
 from cotune.tuning.feature_cache import _decode as decode
 from cotune.tuning.feature_cache import _encode as encode
-from cotune.tuning.file_cache import CHECKSUM_BYTES, sealed
 
 
 def open_cache(folder: Path, **changes: Any) -> FeatureCache:

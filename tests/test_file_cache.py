@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cotune.errors import InputError
-from cotune.tuning.file_cache import CHECKSUM_BYTES, FileCache, sealed, unsealed
+from cotune.file_cache import CHECKSUM_BYTES, FileCache, sealed, unsealed
 
 
 def test_bytes_come_back_and_others_are_left_alone(tmp_path: Path) -> None:
