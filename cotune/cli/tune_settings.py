@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cotune.errors import InputError
+
 if TYPE_CHECKING:
     from cotune.tuning.privacy_account import PrivacyAccount
 
@@ -62,6 +64,26 @@ class TuneSettings:
     split: str | None
     dtype: str
     seed: int
+
+
+def text_room(settings: TuneSettings, context: int, num_virtual_tokens: int = 0) -> int:
+    """The most tokens of a text: what was asked for, or what the model reads beside a prompt of virtual tokens.
+
+    Raises:
+        InputError: a prompt that leaves no room for a text, or a length beyond what the model reads.
+    """
+    room = context - num_virtual_tokens
+    if room < 2:
+        raise InputError(
+            f"--virtual-tokens is {num_virtual_tokens}, expected at most {context - 2}: the model reads {context} "
+            "tokens, and a text has at least 2"
+        )
+    if settings.max_length is not None and settings.max_length > room:
+        beside = f" beside {num_virtual_tokens} virtual ones" if num_virtual_tokens else ""
+        raise InputError(
+            f"--max-length is {settings.max_length}, expected at most {room}, the tokens that the model reads{beside}"
+        )
+    return room if settings.max_length is None else settings.max_length
 
 
 def spent(account: PrivacyAccount) -> Summary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cotune.cli.tune_settings import Summary, Tell, TuneSettings, spent
+from cotune.cli.tune_settings import Summary, Tell, TuneSettings, spent, text_room
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
         ),
         gate=GateConfig.for_family(settings.family, seed=settings.seed),
         heldout_share=settings.heldout_share,
-        max_length=settings.max_length,
+        max_length=text_room(settings, backbone.spec.max_context),
         prompt_format=common_prompt_format(examples),
         seed=settings.seed,
     )
@@ -115,7 +115,7 @@ def _tune_privately(
         len(encoded),
         epsilon=settings.dp_epsilon,
         delta=settings.dp_delta,
-        clip=settings.dp_clip or 1.0,
+        clip=1.0 if settings.dp_clip is None else settings.dp_clip,
         loop=config.side.loop,
         weight_decay=config.side.weight_decay,
     )

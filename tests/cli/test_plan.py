@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from cotune.cli.plan_command import COMMANDS
-from cotune.cli.tune_command import METHODS as TUNE_METHODS
+from cotune.cli.tune_checks import METHODS as TUNE_METHODS
 from cotune.evaluation.method_cost import CHECKPOINTED, METHODS
 from cotune.evaluation.plan import PREFERENCE
 from cotune.tuning.adaptations import ADAPTATIONS

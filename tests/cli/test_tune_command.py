@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cotune
-from cotune.cli.tune_command import ATTACHED_METHODS, METHODS, RESULT_FILES, SPARSE_CRITERIA, ZO_RULES
+from cotune.cli.tune_checks import ATTACHED_METHODS, METHODS, RESULT_FILES, SPARSE_CRITERIA, ZO_RULES
 from cotune.plugin import Plugin
 from cotune.tuning.adaptations import ADAPTATIONS
 from cotune.tuning.estimators import RULES
@@ -93,7 +93,10 @@ def test_what_was_tuned_is_judged(
     [
         (("--method", "blocks", "--memory-budget", "1MB"), "memory"),
         (("--method", "lora", "--init", "eva", "--rank", 4096), "rank"),
-        (("--method", "lora", "--max-length", 1), "max_length"),
+        (("--method", "lora", "--max-length", 513), "--max-length is 513, expected at most 512"),
+        (("--method", "prefix", "--virtual-tokens", 9, "--max-length", 504), "at most 503, the tokens that the model"),
+        (("--method", "soft_prompt", "--virtual-tokens", 600), "--virtual-tokens is 600, expected at most 510"),
+        (("--method", "side", "--max-length", 100_000), "--max-length is 100000, expected at most 512"),
     ],
 )
 def test_a_refusal_after_loading_leaves_nothing(
@@ -218,12 +221,12 @@ def test_zeroth_order_can_be_private(tmp_path: Path, texts: Path, run: Any) -> N
         (("--objective", "rouge_l"), "--objective is 'rouge_l' and --estimator 'backprop', expected zeroth_order"),
         (("--objective", "accuracy"), "--objective is 'accuracy' and --estimator 'backprop', expected zeroth_order"),
         (("--labels", "a,b"), "--labels is given and --objective is 'nats', expected accuracy"),
-        (("--method", "side", "--labels", "a,b"), "--method is 'side', which has none of"),
+        (("--method", "side", "--labels", "a,b"), "--method is 'side', which has no --labels; leave it out"),
         (("--sparse-by", "gradient"), "--sparse-by is given without --sparse-share"),
         (("--sparse-by", "luck"), "--sparse-by is 'luck', expected one of gradient, magnitude"),
         (("--sparse-share", "3"), "--sparse-share is 3.0, expected above 0 and at most 1"),
         (("--zo-rule", "sgd"), "--zo-rule is 'sgd', expected one of plain, momentum, adam"),
-        (("--method", "side", "--zo-rule", "adam"), "--method is 'side', which has none of"),
+        (("--method", "side", "--zo-rule", "adam"), "--method is 'side', which has no --zo-rule; leave it out"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
