@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cotune.cli.tune_settings import Summary, Tell, TuneSettings, spent, text_room
+from cotune.cli.tune_settings import Summary, Tell, Trained, TuneSettings, spent, text_room
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 INITS_WITHOUT_DATA = ("default", "gaussian", "orthonormal", "orthogonal", "pissa", "olora", "loftq")
 
 
-def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Summary:
+def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Trained:
     """Train, save, and tell how it went."""
     from cotune.tuning.adaptations import ADAPTATIONS
     from cotune.tuning.personal import encode_examples, split_examples
@@ -48,13 +48,14 @@ def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneS
         result.adapter.merge(backbone.model).save_model(settings.merged, backbone.model, backbone.tokenizer_json)
     heldout = {record.epoch: record.heldout_loss for record in result.curve}
     before, after = heldout.get(0), heldout.get(result.best_epoch)
-    return {
+    summary: Summary = {
         "num_parameters": result.num_trained,
         **_judged(settings.objective, before, after),
         "best_epoch": result.best_epoch,
         **({} if settings.merged is None else {"merged": str(settings.merged)}),
         **({} if result.account is None else spent(result.account)),
     }
+    return Trained(summary=summary, curve=result.curve, best_epoch=result.best_epoch, texts=train)
 
 
 def _judged(objective: str, before: float | None, after: float | None) -> Summary:
@@ -152,9 +153,7 @@ def tune_config(settings: TuneSettings) -> TuneConfig:
         loop=LoopConfig(
             epochs=how.epochs if settings.epochs is None else settings.epochs,
             learning_rate=next(
-                rate
-                for rate in (settings.learning_rate, how.learning_rate, method.learning_rate)
-                if rate is not None
+                rate for rate in (settings.learning_rate, how.learning_rate, method.learning_rate) if rate is not None
             ),
         ),
         num_batch_sequences=settings.batch_size,

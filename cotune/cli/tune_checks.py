@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from cotune.cli.tune_settings import TuneSettings
@@ -29,7 +30,7 @@ RESULT_FILES = {
 }
 
 # What the command has where nothing is said; of the attached methods alone, and of side alone.
-_ATTACHED_ONLY = {
+_ATTACHED_ONLY: dict[str, object] = {
     "merged": None,
     "gradient_checkpointing": False,
     "base_bits": None,
@@ -50,7 +51,7 @@ _ATTACHED_ONLY = {
     "labels": None,
     "forward_mode": False,
 }
-_SIDE_ONLY = {"family": "parallel", "side": "ladder", "side_width": 64, "side_init": "random"}
+_SIDE_ONLY: dict[str, object] = {"family": "parallel", "side": "ladder", "side_width": 64, "side_init": "random"}
 _POSITIVE = ("learning_rate", "alpha", "zo_eps", "dp_epsilon", "dp_clip")
 _COUNTS = ("epochs", "limit", "batch_size", "directions", "rank", "width", "virtual_tokens", "side_width")
 # What every generator of random numbers takes.
@@ -76,6 +77,11 @@ def check_settings(settings: TuneSettings) -> None:
 def option(name: str) -> str:
     """How a field of the settings is written on the command line."""
     return {"memory_budget_bytes": "--memory-budget"}.get(name, "--" + name.replace("_", "-"))
+
+
+def foreign_options(method: str) -> Mapping[str, object]:
+    """Fields of the settings that a method has nothing to do with, and what they are where nothing is said."""
+    return _ATTACHED_ONLY if method == "side" else _SIDE_ONLY
 
 
 def _check_ranges(settings: TuneSettings) -> None:
@@ -121,7 +127,7 @@ def _check_method(settings: TuneSettings) -> None:
         raise InputError(
             f"--side-init is 'backbone' and --side {settings.side!r}, expected --side attention, or random"
         )
-    foreign = _ATTACHED_ONLY if settings.method == "side" else _SIDE_ONLY
+    foreign = foreign_options(settings.method)
     given = [option(name) for name, default in foreign.items() if getattr(settings, name) != default]
     if given:
         raise InputError(f"--method is {settings.method!r}, which has no {' and no '.join(given)}; leave it out")

@@ -13,7 +13,7 @@ from cotune.cli.label_option import split_words
 from cotune.cli.memory_size import parse_bytes
 from cotune.cli.output import print_json, progress, stderr
 from cotune.cli.run_folder import plain, run_folder
-from cotune.cli.tune_checks import ESTIMATOR_NAMES, METHODS, OBJECTIVES, check_settings
+from cotune.cli.tune_checks import ESTIMATOR_NAMES, METHODS, OBJECTIVES, RESULT_FILES, check_settings, foreign_options
 from cotune.cli.tune_settings import Summary, TuneSettings
 from cotune.errors import InputError
 
@@ -213,20 +213,29 @@ def tune(
 
     # Only now: it loads PyTorch, which takes seconds.
     from cotune.cli.tune_adaptation import tune_adaptation, tune_config
+    from cotune.cli.tune_record import record_run
     from cotune.cli.tune_side import tune_side_network
+    from cotune.evaluation.measured_memory import PeakMeter
     from cotune.models.backbone import Backbone
+
+    if method not in RESULT_FILES:
+        # Before memory is measured: what a library takes is not what tuning takes.
+        import peft  # noqa: F401
 
     resolved = None if method == "side" else plain(tune_config(settings))
     backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device, base_bits=base_bits)
+    written = _written(settings)
+    shown = {**{name: written[name] for name in written if name not in foreign_options(method)}, "resolved": resolved}
     work = tune_side_network if method == "side" else tune_adaptation
     with (
-        run_folder(settings.run, "cotune tune", {**_written(settings), "resolved": resolved}),
+        run_folder(settings.run, "cotune tune", {**written, "resolved": resolved}),
         progress(f"tuning with {method}", enabled=not as_json) as advance,
     ):
-        summary = work(
+        meter = PeakMeter(torch_device)
+        trained = work(
             backbone, examples, settings, lambda stage, done, total, note: advance(done, total, f"{stage} {note}")
         )
-    summary = {"method": method, "out": str(out), "run": str(settings.run), **summary}
+        summary = record_run(backbone, settings, trained, meter.read(), shown)
     if as_json:
         print_json(summary)
     else:
@@ -242,7 +251,7 @@ def _written(settings: TuneSettings) -> dict[str, object]:
 def _print_summary(summary: Summary, num_texts: int) -> None:
     stderr.print(
         f"[bold]{summary['method']}[/] {escape(summary['out'])}: {summary['num_parameters']:,} trained parameters, "
-        f"{num_texts} texts"
+        f"{num_texts} {'text' if num_texts == 1 else 'texts'}"
     )
     if summary.get("heldout_nats_per_token") is not None:
         stderr.print(
@@ -254,7 +263,20 @@ def _print_summary(summary: Summary, num_texts: int) -> None:
             stderr.print(
                 f"held-out {score} {summary[f'base_{score}']:.3f} (start) -> {summary[f'heldout_{score}']:.3f}"
             )
+    stderr.print(_told_cost(summary))
     if "privacy" in summary:
         stderr.print(escape(str(summary["privacy"])))
         for assumption in summary["privacy_assumptions"]:
             stderr.print(f"  {escape(assumption)}")
+    stderr.print(f"report: {Path(summary['run']) / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def _told_cost(summary: Summary) -> str:
+    from cotune.evaluation.markup import number, size
+
+    told = f"{number(summary['seconds'])} s, {number(summary['tokens_per_s'])} tokens per second"
+    if summary["peak_bytes"] is None:
+        return told
+    told += f", {size(summary['peak_bytes'])} of memory above the model"
+    predicted = summary["predicted_peak_bytes"]
+    return told if predicted is None else f"{told} ({size(predicted)} predicted)"

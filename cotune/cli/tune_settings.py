@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cotune.data.batches import EncodedExample
+    from cotune.tuning.loop import EpochRecord
     from cotune.tuning.privacy_account import PrivacyAccount
 
 Tell = Callable[[str, int, int, str], None]
@@ -64,6 +68,23 @@ class TuneSettings:
     split: str | None
     dtype: str
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How a run went.
+
+    Attributes:
+        summary: its own part of what is printed.
+        curve: losses by epoch.
+        best_epoch: whose parameters were saved.
+        texts: that were trained on.
+    """
+
+    summary: Summary
+    curve: list[EpochRecord]
+    best_epoch: int
+    texts: Sequence[EncodedExample]
 
 
 def text_room(settings: TuneSettings, context: int, num_virtual_tokens: int = 0) -> int:

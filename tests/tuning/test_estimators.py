@@ -15,15 +15,18 @@ from cotune.data.templates import Example
 from cotune.errors import InputError
 from cotune.evaluation.label_accuracy import label_accuracy
 from cotune.models.backbone import Backbone
-from cotune.tuning.adaptations import AdaptationOptions, adaptation_named
+from cotune.tuning.adaptations import ADAPTATIONS, AdaptationOptions, adaptation_named
 from cotune.tuning.choice_objectives import LabelAccuracy, choice_scores
 from cotune.tuning.estimators import ESTIMATORS, Estimator, PrivateDescent, estimator_named
 from cotune.tuning.loop import LoopConfig
 from cotune.tuning.lora import target_nats
 from cotune.tuning.personal import encode_examples
+from cotune.tuning.private import PrivateConfig, tune_private
+from cotune.tuning.private_zeroth_order import tune_private_zeroth_order
 from cotune.tuning.sparse_mask import choose_mask
 from cotune.tuning.text_objectives import TextScore
 from cotune.tuning.tune import TuneConfig, tune
+from cotune.tuning.zeroth_order import ZerothOrderConfig
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,49 @@ def test_every_estimator_lowers_the_loss(
     losses = tune_with(estimator, backbone, examples[:4], learning_rate)
     best = min(loss for loss in losses if loss is not None)
     assert losses[0] is not None and best < losses[0]
+
+
+SIZES: dict[str, AdaptationOptions] = {
+    "vera": AdaptationOptions(rank=8),
+    "blocks": AdaptationOptions(memory_budget_bytes=200_000),
+    **dict.fromkeys(("soft_prompt", "p_tuning", "prefix"), AdaptationOptions(num_virtual_tokens=3)),
+}
+
+
+class Noised:
+    """DP-SGD or DP-ZO with a given noise, which needs no search for it."""
+
+    learning_rate, epochs = None, 1
+
+    def __init__(self, zeroth_order: bool) -> None:
+        self._zeroth_order = zeroth_order
+
+    def __call__(self, backbone, fresh, examples, config, **others):  # type: ignore[no-untyped-def]
+        private = PrivateConfig(noise_multiplier=1.0, num_batch_texts=2, loop=config.loop, secret_seed=1)
+        if self._zeroth_order:
+            return tune_private_zeroth_order(backbone, fresh, examples, ZerothOrderConfig(), private, **others)
+        return tune_private(backbone, fresh, examples, private, **others)
+
+
+@pytest.mark.parametrize("how", ["zeroth_order", "private", "private zeroth_order"])
+@pytest.mark.parametrize("name", list(ADAPTATIONS))
+def test_every_method_goes_with_what_looks_at_it_in_another_way(
+    backbone: Backbone, examples: list[EncodedExample], name: str, how: str
+) -> None:
+    """All of the listed parameters change, none of the model's do; `test_adaptations.py` has back-propagation."""
+    if how == "private":
+        pytest.importorskip("opacus", reason="needs cotune[private]")
+    short = [EncodedExample(each.input_ids[:10], 6) for each in examples[:2]]
+    before = {key: tensor.clone() for key, tensor in backbone.model.state_dict().items()}
+    what = adaptation_named(name, SIZES.get(name, AdaptationOptions()))
+    fresh = what.fresh(backbone, short, seed=0)
+    estimator: Estimator = estimator_named(how) if how == "zeroth_order" else Noised(how != "private")
+    config = TuneConfig(what=what, loop=LoopConfig(epochs=1, learning_rate=0.01), num_batch_sequences=2)
+    tuned = tune(backbone, short, config, estimator=estimator).adapter.params
+    assert tuned.keys() == fresh.params.keys()
+    assert not any(torch.equal(tuned[key], fresh.params[key]) for key in tuned)
+    now = backbone.model.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
 
 
 def test_a_private_run_says_what_it_spent(backbone: Backbone, examples: list[EncodedExample], tmp_path: Path) -> None:
