@@ -206,21 +206,23 @@ def test_bad_planting_is_one_sentence(run: Run, texts: Path, tmp_path: Path) -> 
     assert not new.exists()
 
 
-def test_an_adapter_of_another_model_or_half_of_one_is_one_sentence(run: Run, texts: Path, tmp_path: Path) -> None:
-    small, adapter = tmp_path / "small", tmp_path / "adapter"
-    for folder, width in ((small, 8), (tmp_path / "tuned", 12)):
-        backbone = tiny_models.tiny_backbone("llama", hidden_size=8 * width)
-        backbone.model.save_pretrained(folder)
-        (folder / "tokenizer.json").write_bytes(backbone.tokenizer_json)
-    LoraAdapter.fresh(backbone.model, LoraShape(rank=2)).save(adapter, backbone.model)
+def test_an_adapter_of_another_model_or_half_of_one_is_one_sentence(
+    run: Run, texts: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    llama = {**tiny_models.ARCHITECTURES["llama"], "intermediate_size": 48}
+    monkeypatch.setitem(tiny_models.ARCHITECTURES, "llama", llama)
+    wider = tiny_models.tiny_backbone("llama").model
+    wider.config.name_or_path = "somewhere/else"
+    LoraAdapter.fresh(wider, LoraShape(rank=2)).save(adapter, wider)
     for command in ("audit", "evaluate"):
-        refused = run(command, small, texts, "--adapter", adapter)
+        refused = run(command, model, texts, "--adapter", adapter)
         refused.check_refusal("does not fit this LlamaForCausalLM; attach it to the model that it was tuned on")
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    run("audit", tmp_path / "tuned", texts, "--adapter", adapter).check_refusal("holds no adapter with safetensors")
+    run("audit", model, texts, "--adapter", adapter).check_refusal("holds no adapter with safetensors")
     weights.unlink()
-    run("evaluate", tmp_path / "tuned", texts, "--adapter", adapter).check_refusal("holds no adapter with safetensors")
+    run("evaluate", model, texts, "--adapter", adapter).check_refusal("holds no adapter with safetensors")
 
 
 def test_a_file_where_the_run_should_go_is_told_before_the_audit(run: Run, texts: Path, tmp_path: Path) -> None:
