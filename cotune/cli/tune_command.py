@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from cotune.cli.freed_memory import give_back_freed_memory
 from cotune.cli.label_option import split_words
 from cotune.cli.memory_size import parse_bytes
 from cotune.cli.output import print_json, progress, stderr
@@ -218,6 +219,7 @@ def tune(
     from cotune.evaluation.measured_memory import PeakMeter
     from cotune.models.backbone import Backbone
 
+    give_back_freed_memory()
     if method not in RESULT_FILES:
         # Before memory is measured: what a library takes is not what tuning takes.
         import peft  # noqa: F401
