@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from cotune.models.backbone import Backbone
 
 SUMMARY_FILE = "summary.json"
+_SIDE_REMARKS = (
+    "These are the losses and seconds of the side network's own training, from features: making these and learning the "
+    "gate are not in the seconds.",
+    "Half of the held-out texts chose the epoch here; what cotune tune prints is the loss on the other half.",
+)
 
 
 def record_run(
@@ -69,6 +74,7 @@ def record_run(
         best_epoch=trained.best_epoch,
         settings=shown,
         privacy=None if privacy is None else (privacy, summary["privacy_assumptions"]),
+        remarks=_SIDE_REMARKS if settings.method == "side" else (),
     )
     write_json(settings.run / SUMMARY_FILE, summary)
     return summary

@@ -60,6 +60,7 @@ def write_tuning_report(
     best_epoch: int,
     settings: Mapping[str, Any],
     privacy: tuple[str, Sequence[str]] | None = None,
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Write `folder/report.html`.
 
@@ -73,11 +74,12 @@ def write_tuning_report(
         best_epoch: whose parameters are the result.
         settings: of the run, to be shown.
         privacy: what was spent, and what that rests on.
+        remarks: on the losses.
 
     Raises:
         InputError: the folder cannot be written to, or matplotlib is not installed.
     """
-    sections = [_loss_section(epochs, loss), _cost_section(cost, num_parameters)]
+    sections = [_loss_section(epochs, loss, remarks), _cost_section(cost, num_parameters)]
     if privacy is not None:
         spent, assumptions = privacy
         content = join([paragraph(f"Spent: {spent}. It rests on this:"), bullets(assumptions)])
@@ -130,11 +132,13 @@ def _cards(epochs: Sequence[EpochRow], cost: RunCost, num_parameters: int, best_
         note = "" if cost.predicted is None else f"{size(cost.predicted.peak_bytes)} predicted"
         cards.append(card(escape(size(cost.peak_bytes)), "Memory above the model", note))
     if cost.tokens_per_s is not None:
-        cards.append(card(escape(number(cost.tokens_per_s)), "Tokens per second", f"{number(cost.seconds)} s in all"))
+        cards.append(
+            card(escape(number(cost.tokens_per_s)), "Tokens per second", f"{number(cost.seconds)} s of training")
+        )
     return card_row(cards)
 
 
-def _loss_section(epochs: Sequence[EpochRow], loss: str) -> Section:
+def _loss_section(epochs: Sequence[EpochRow], loss: str, remarks: Sequence[str]) -> Section:
     trained = [(float(row["num_steps"]), row["train_loss"]) for row in epochs if row["train_loss"] is not None]
     heldout = [(float(row["num_steps"]), row["heldout_loss"]) for row in epochs if row["heldout_loss"] is not None]
     curves: list[TrainingCurve] = []
@@ -161,7 +165,8 @@ def _loss_section(epochs: Sequence[EpochRow], loss: str) -> Section:
             Column("Seconds", [text(row["elapsed_s"]) for row in epochs]),
         ],
     )
-    return Section(name="loss", short="Loss", heading="How well it learns", content=join([plot, rows]))
+    notes = bullets(remarks, css_class="remarks") if remarks else Html("")
+    return Section(name="loss", short="Loss", heading="How well it learns", content=join([plot, rows, notes]))
 
 
 def _cost_section(cost: RunCost, num_parameters: int) -> Section:

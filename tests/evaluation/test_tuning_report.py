@@ -73,3 +73,6 @@ def test_a_run_that_only_harms_says_so(tmp_path: Path) -> None:
         in html
     )
     assert "Loss (1 - accuracy)" in html
+    assert "remark" not in html.partition("How well it learns")[2].partition("What it took")[0]
+    told = page(tmp_path, [epoch(0, None, 2.0), epoch(1, 3.0, 2.2)], cost, remarks=["Half of the texts chose it."])
+    assert "Half of the texts chose it." in told
