@@ -89,6 +89,8 @@ def model(
 
     is_plugin = (Path(model) / "plugin.json").is_file()
     _check_choices(model, is_plugin, cloud, mode, lora, adapter, base)
+    if out is not None and any(each.exists() and not each.is_dir() for each in (out, *out.parents)):
+        raise InputError(f"--out is {out}, where a file is in the way; give another folder")
     config = AuditConfig(num_prefix_tokens=prefix_tokens, num_next_tokens=next_tokens, num_candidates=candidates)
     limits = Limits(max_exposure=max_exposure, max_extraction=max_extraction)
     found = Path(data) / MANIFEST_NAME

@@ -108,6 +108,7 @@ def plan(
         raise InputError(f"--threads is {threads}, expected at least 1")
     load = Workload(batch=batch, length=length, targets=targets, dtype=dtype)
     shape = find_shape(model)
+    _check_sizes(shape, rank=rank, width=width, virtual_tokens=virtual_tokens)
     settings = MethodSettings(
         rank=rank,
         width=width,
@@ -164,6 +165,19 @@ def find_shape(model: str) -> ModelShape:
     if model and path.is_file():
         return ModelShape.load(path)
     return ModelShape.load(_fetch_config(model, ", ".join(KNOWN_SHAPES)))
+
+
+def _check_sizes(shape: ModelShape, *, rank: int, width: int, virtual_tokens: int) -> None:
+    """Refuse to plan what `cotune tune` would refuse to run."""
+    widest = max(shape.inner, shape.hidden, shape.heads * shape.head_dim)
+    for name, value in (("--rank", rank), ("--width", width)):
+        if value > widest:
+            raise InputError(f"{name} is {value}, expected at most {widest}, the width of the model's widest layer")
+    if virtual_tokens > shape.context - 2:
+        raise InputError(
+            f"--virtual-tokens is {virtual_tokens}, expected at most {shape.context - 2}: the model reads "
+            f"{shape.context} tokens, and a text has at least 2"
+        )
 
 
 def _is_model(model: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cotune.cli.tune_settings import Summary, Tell, TuneSettings, spent
+from cotune.cli.tune_settings import Summary, Tell, Trained, TuneSettings, spent, text_room
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 INITS_WITHOUT_DATA = ("default", "gaussian", "orthonormal", "orthogonal", "pissa", "olora", "loftq")
 
 
-def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Summary:
+def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Trained:
     """Train, save, and tell how it went."""
     from cotune.tuning.adaptations import ADAPTATIONS
     from cotune.tuning.personal import encode_examples, split_examples
@@ -28,14 +28,11 @@ def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneS
 
     method, options = settings.method, adaptation_options(settings)
     config = tune_config(settings)
-    # A prompt takes its part of the context.
-    longest = settings.max_length or backbone.spec.max_context - ADAPTATIONS[method].num_virtual_tokens(options)
+    longest = text_room(settings, backbone.spec.max_context, ADAPTATIONS[method].num_virtual_tokens(options))
     encoded = encode_examples(
         backbone.tokenizer_json, examples, backbone.description, longest, labels=settings.labels or ()
     )
-    # Held-out texts choose the epoch, which a private run's promise does not cover.
-    share = 0.0 if settings.dp_epsilon is not None else settings.heldout_share
-    train, first, second = split_examples(encoded, share, settings.seed)
+    train, first, second = split_examples(encoded, settings.heldout_share, settings.seed)
     result = tune(
         backbone,
         train,
@@ -51,13 +48,14 @@ def tune_adaptation(backbone: Backbone, examples: list[Example], settings: TuneS
         result.adapter.merge(backbone.model).save_model(settings.merged, backbone.model, backbone.tokenizer_json)
     heldout = {record.epoch: record.heldout_loss for record in result.curve}
     before, after = heldout.get(0), heldout.get(result.best_epoch)
-    return {
+    summary: Summary = {
         "num_parameters": result.num_trained,
         **_judged(settings.objective, before, after),
         "best_epoch": result.best_epoch,
         **({} if settings.merged is None else {"merged": str(settings.merged)}),
         **({} if result.account is None else spent(result.account)),
     }
+    return Trained(summary=summary, curve=result.curve, best_epoch=result.best_epoch, texts=train)
 
 
 def _judged(objective: str, before: float | None, after: float | None) -> Summary:
@@ -106,7 +104,7 @@ def estimator(settings: TuneSettings) -> Estimator:
             f"--dp-epsilon is given, but --method {settings.method} --init {settings.init or 'default'} looks at the "
             "private texts before the private run; take another one"
         )
-    clip = settings.dp_clip or 1.0
+    clip = 1.0 if settings.dp_clip is None else settings.dp_clip
     budget: dict[str, Any] = {"epsilon": settings.dp_epsilon, "delta": settings.dp_delta, "clip": clip}
     given = {"zo_eps": settings.zo_eps, "num_directions": settings.directions, "rule": settings.zo_rule}
     if settings.estimator == "backprop":
@@ -154,7 +152,9 @@ def tune_config(settings: TuneSettings) -> TuneConfig:
         what=what,
         loop=LoopConfig(
             epochs=how.epochs if settings.epochs is None else settings.epochs,
-            learning_rate=settings.learning_rate or how.learning_rate or method.learning_rate,
+            learning_rate=next(
+                rate for rate in (settings.learning_rate, how.learning_rate, method.learning_rate) if rate is not None
+            ),
         ),
         num_batch_sequences=settings.batch_size,
         gradient_checkpointing=settings.gradient_checkpointing,

@@ -9,32 +9,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from cotune.cli.freed_memory import give_back_freed_memory
 from cotune.cli.label_option import split_words
 from cotune.cli.memory_size import parse_bytes
 from cotune.cli.output import print_json, progress, stderr
 from cotune.cli.run_folder import plain, run_folder
+from cotune.cli.tune_checks import ESTIMATOR_NAMES, METHODS, OBJECTIVES, RESULT_FILES, check_settings, foreign_options
 from cotune.cli.tune_settings import Summary, TuneSettings
 from cotune.errors import InputError
-
-# Written out, because the table of the methods needs PyTorch, which takes seconds; a test compares them.
-ATTACHED_METHODS = (
-    *("full", "lora", "dora", "rslora", "ia3", "vera", "adapter"),
-    *("soft_prompt", "p_tuning", "prefix", "bias", "blocks"),
-)
-METHODS = (*ATTACHED_METHODS, "side")
-ESTIMATOR_NAMES = ("backprop", "zeroth_order", "forward_gradient")
-OBJECTIVES = ("nats", "rouge_l", "token_f1", "exact_match", "accuracy")
-ZO_RULES = ("plain", "momentum", "adam")
-SPARSE_CRITERIA = ("gradient", "magnitude")
-SIDES = ("ladder", "attention")
-SIDE_INITS = ("random", "backbone")
-# The file that tells that a folder holds a result; peft's methods all have the same.
-_PEFT_FILE = "adapter_config.json"
-RESULT_FILES = {
-    "side": "plugin.json",
-    "adapter": "bottleneck.safetensors",
-    **dict.fromkeys(("full", "bias", "blocks"), "selected.safetensors"),
-}
 
 _LORA_INITS = "default, gaussian, orthonormal, orthogonal, pissa, olora, eva, corda, lora_ga, mica or loftq"
 
@@ -129,7 +111,10 @@ def tune(
     side_init: Annotated[
         str, typer.Option(help="side: random, or backbone (with attention: starts from pieces of the model).")
     ] = "random",
-    heldout_share: Annotated[float, typer.Option(help="Part of the texts that judges instead of training.")] = 0.2,
+    heldout_share: Annotated[
+        float | None,
+        typer.Option(help="Part of the texts that judges instead of training; 0.2 if left out, 0 with --dp-epsilon."),
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of one text; the model's context if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     torch_device: Annotated[str, typer.Option("--device", help="A PyTorch device, such as cpu or cuda.")] = "cpu",
@@ -170,6 +155,10 @@ def tune(
 
         cotune tune ./my-llama my-texts.jsonl --method side --out my-plugin --dtype bfloat16 --device cuda
     """
+    if not out.name:
+        raise InputError(f"--out is {str(out)!r}, expected the name of a folder")
+    if heldout_share is None:
+        heldout_share = 0.2 if dp_epsilon is None else 0.0
     settings = TuneSettings(
         model=model,
         data=data,
@@ -214,7 +203,7 @@ def tune(
         dtype=dtype,
         seed=seed,
     )
-    _check(settings)
+    check_settings(settings)
 
     from cotune.data.label_words import label_words
     from cotune.data.records import read_examples
@@ -225,99 +214,34 @@ def tune(
 
     # Only now: it loads PyTorch, which takes seconds.
     from cotune.cli.tune_adaptation import tune_adaptation, tune_config
+    from cotune.cli.tune_record import record_run
     from cotune.cli.tune_side import tune_side_network
+    from cotune.evaluation.measured_memory import PeakMeter
     from cotune.models.backbone import Backbone
+
+    give_back_freed_memory()
+    if method not in RESULT_FILES:
+        # Before memory is measured: what a library takes is not what tuning takes.
+        import peft  # noqa: F401
 
     resolved = None if method == "side" else plain(tune_config(settings))
     backbone = Backbone.from_pretrained(model, dtype=dtype, device=torch_device, base_bits=base_bits)
+    written = _written(settings)
+    shown = {**{name: written[name] for name in written if name not in foreign_options(method)}, "resolved": resolved}
     work = tune_side_network if method == "side" else tune_adaptation
     with (
-        run_folder(settings.run, "cotune tune", {**_written(settings), "resolved": resolved}),
+        run_folder(settings.run, "cotune tune", {**written, "resolved": resolved}),
         progress(f"tuning with {method}", enabled=not as_json) as advance,
     ):
-        summary = work(
+        meter = PeakMeter(torch_device)
+        trained = work(
             backbone, examples, settings, lambda stage, done, total, note: advance(done, total, f"{stage} {note}")
         )
-    summary = {"method": method, "out": str(out), "run": str(settings.run), **summary}
+        summary = record_run(backbone, settings, trained, meter.read(), shown)
     if as_json:
         print_json(summary)
     else:
         _print_summary(summary, len(examples))
-
-
-def _check(settings: TuneSettings) -> None:
-    """Refuse what can be refused before anything is loaded."""
-    if settings.method not in METHODS:
-        raise InputError(f"--method is {settings.method!r}, expected one of {', '.join(METHODS)}")
-    if settings.side not in SIDES:
-        raise InputError(f"--side is {settings.side!r}, expected one of {', '.join(SIDES)}")
-    if settings.side_init not in SIDE_INITS:
-        raise InputError(f"--side-init is {settings.side_init!r}, expected one of {', '.join(SIDE_INITS)}")
-    if settings.side_init == "backbone" and settings.side != "attention":
-        raise InputError(
-            f"--side-init is 'backbone' and --side {settings.side!r}, expected --side attention, or random"
-        )
-    if settings.method == "side" and settings != replace(
-        settings,
-        merged=None,
-        gradient_checkpointing=False,
-        base_bits=None,
-        rank=None,
-        alpha=None,
-        init=None,
-        width=None,
-        virtual_tokens=None,
-        memory_budget_bytes=None,
-        estimator="backprop",
-        zo_eps=None,
-        directions=None,
-        zo_rule=None,
-        sparse_share=None,
-        sparse_by=None,
-        objective="nats",
-        labels=None,
-        forward_mode=False,
-    ):
-        raise InputError(
-            "--method is 'side', which has none of --merged, --gradient-checkpointing, --base-bits, --rank, --alpha, "
-            "--init, --width, --virtual-tokens, --memory-budget, and --estimator with its options; leave them out"
-        )
-    if settings.estimator not in ESTIMATOR_NAMES:
-        raise InputError(f"--estimator is {settings.estimator!r}, expected one of {', '.join(ESTIMATOR_NAMES)}")
-    if settings.objective not in OBJECTIVES:
-        raise InputError(f"--objective is {settings.objective!r}, expected one of {', '.join(OBJECTIVES)}")
-    if settings.objective != "nats" and settings.estimator != "zeroth_order":
-        raise InputError(
-            f"--objective is {settings.objective!r} and --estimator {settings.estimator!r}, expected zeroth_order, "
-            "which needs no gradient of it"
-        )
-    if settings.labels is not None and settings.objective != "accuracy":
-        raise InputError(
-            f"--labels is given and --objective is {settings.objective!r}, expected accuracy; or leave --labels out"
-        )
-    for option, value, known in (
-        ("--zo-rule", settings.zo_rule, ZO_RULES),
-        ("--sparse-by", settings.sparse_by, SPARSE_CRITERIA),
-    ):
-        if value is not None and value not in known:
-            raise InputError(f"{option} is {value!r}, expected one of {', '.join(known)}")
-    if settings.sparse_share is not None and not 0 < settings.sparse_share <= 1:
-        raise InputError(f"--sparse-share is {settings.sparse_share}, expected above 0 and at most 1, such as 0.01")
-    if settings.sparse_by is not None and settings.sparse_share is None:
-        raise InputError("--sparse-by is given without --sparse-share; give that too, or leave it out")
-    if settings.dp_epsilon is None and (settings.dp_delta is not None or settings.dp_clip is not None):
-        raise InputError("--dp-delta or --dp-clip is given without --dp-epsilon; give that too, or leave them out")
-    if settings.base_bits is not None and settings.merged is not None:
-        raise InputError("--base-bits and --merged are given, but low-bit weights take nothing in; drop one of them")
-    result_file = RESULT_FILES.get(settings.method, _PEFT_FILE)
-    for folder, option, earlier in ((settings.out, "--out", result_file), (settings.merged, "--merged", None)):
-        if folder is not None and folder.exists() and not (folder.is_dir() and _is_free(folder, earlier)):
-            raise InputError(f"{option} is {folder}, which holds something else; give a new folder")
-
-
-def _is_free(folder: Path, earlier: str | None) -> bool:
-    """Whether a folder is empty, or holds an earlier result of the same kind, which may be written over."""
-    return not any(folder.iterdir()) or (earlier is not None and (folder / earlier).is_file())
 
 
 def _written(settings: TuneSettings) -> dict[str, object]:
@@ -329,7 +253,7 @@ def _written(settings: TuneSettings) -> dict[str, object]:
 def _print_summary(summary: Summary, num_texts: int) -> None:
     stderr.print(
         f"[bold]{summary['method']}[/] {escape(summary['out'])}: {summary['num_parameters']:,} trained parameters, "
-        f"{num_texts} texts"
+        f"{num_texts} {'text' if num_texts == 1 else 'texts'}"
     )
     if summary.get("heldout_nats_per_token") is not None:
         stderr.print(
@@ -341,7 +265,20 @@ def _print_summary(summary: Summary, num_texts: int) -> None:
             stderr.print(
                 f"held-out {score} {summary[f'base_{score}']:.3f} (start) -> {summary[f'heldout_{score}']:.3f}"
             )
+    stderr.print(_told_cost(summary))
     if "privacy" in summary:
         stderr.print(escape(str(summary["privacy"])))
         for assumption in summary["privacy_assumptions"]:
             stderr.print(f"  {escape(assumption)}")
+    stderr.print(f"report: {Path(summary['run']) / 'report.html'}", markup=False, soft_wrap=True)
+
+
+def _told_cost(summary: Summary) -> str:
+    from cotune.evaluation.markup import number, size
+
+    told = f"{number(summary['seconds'])} s, {number(summary['tokens_per_s'])} tokens per second"
+    if summary["peak_bytes"] is None:
+        return told
+    told += f", {size(summary['peak_bytes'])} of memory above the model"
+    predicted = summary["predicted_peak_bytes"]
+    return told if predicted is None else f"{told} ({size(predicted)} predicted)"

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cotune.errors import InputError
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cotune.data.batches import EncodedExample
+    from cotune.tuning.loop import EpochRecord
     from cotune.tuning.privacy_account import PrivacyAccount
 
 Tell = Callable[[str, int, int, str], None]
@@ -62,6 +68,43 @@ class TuneSettings:
     split: str | None
     dtype: str
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How a run went.
+
+    Attributes:
+        summary: its own part of what is printed.
+        curve: losses by epoch.
+        best_epoch: whose parameters were saved.
+        texts: that were trained on.
+    """
+
+    summary: Summary
+    curve: list[EpochRecord]
+    best_epoch: int
+    texts: Sequence[EncodedExample]
+
+
+def text_room(settings: TuneSettings, context: int, num_virtual_tokens: int = 0) -> int:
+    """The most tokens of a text: what was asked for, or what the model reads beside a prompt of virtual tokens.
+
+    Raises:
+        InputError: a prompt that leaves no room for a text, or a length beyond what the model reads.
+    """
+    room = context - num_virtual_tokens
+    if room < 2:
+        raise InputError(
+            f"--virtual-tokens is {num_virtual_tokens}, expected at most {context - 2}: the model reads {context} "
+            "tokens, and a text has at least 2"
+        )
+    if settings.max_length is not None and settings.max_length > room:
+        beside = f" beside {num_virtual_tokens} virtual ones" if num_virtual_tokens else ""
+        raise InputError(
+            f"--max-length is {settings.max_length}, expected at most {room}, the tokens that the model reads{beside}"
+        )
+    return room if settings.max_length is None else settings.max_length
 
 
 def spent(account: PrivacyAccount) -> Summary:

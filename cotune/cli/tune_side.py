@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cotune.cli.tune_settings import Summary, Tell, TuneSettings, spent
+from cotune.cli.tune_settings import Tell, Trained, TuneSettings, spent, text_room
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cotune.tuning.personal import PersonalConfig, PublicParts
 
 
-def tune_side_network(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Summary:
+def tune_side_network(backbone: Backbone, examples: list[Example], settings: TuneSettings, tell: Tell) -> Trained:
     """Train, save, and tell how it went.
 
     Raises:
@@ -50,7 +50,7 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
         ),
         gate=GateConfig.for_family(settings.family, seed=settings.seed),
         heldout_share=settings.heldout_share,
-        max_length=settings.max_length,
+        max_length=text_room(settings, backbone.spec.max_context),
         prompt_format=common_prompt_format(examples),
         seed=settings.seed,
     )
@@ -62,10 +62,10 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
     public = PublicParts(tokenizer_json=backbone.tokenizer_json, output_basis=backbone.output_basis)
     if settings.dp_epsilon is not None:
         return _tune_privately(backbone, public, examples, config, cache, settings, tell)
+    encoded = encode_examples(public.tokenizer_json, examples, backbone.description, config.max_length)
+    for_side, _, _ = split_examples(encoded, config.heldout_share, config.seed)
     network = None
     if config.side.init == "backbone":
-        encoded = encode_examples(public.tokenizer_json, examples, backbone.description, config.max_length)
-        for_side, _, _ = split_examples(encoded, config.heldout_share, config.seed)
         network = ladder_from_backbone(backbone, for_side, config.side)
     result = tune_plugin(
         backbone,
@@ -80,11 +80,12 @@ def tune_side_network(backbone: Backbone, examples: list[Example], settings: Tun
         progress=tell,
     )
     result.plugin.save(settings.out)
-    return {
+    summary = {
         "num_parameters": result.plugin.num_parameters,
         "base_nats_per_token": result.summary.get("base_nats_per_token"),
         "heldout_nats_per_token": result.summary.get("side_nats_per_token"),
     }
+    return Trained(summary=summary, curve=result.side_curve, best_epoch=result.best_epoch, texts=for_side)
 
 
 def _tune_privately(
@@ -95,7 +96,7 @@ def _tune_privately(
     cache: FeatureCache,
     settings: TuneSettings,
     tell: Tell,
-) -> Summary:
+) -> Trained:
     """Every text counts and none judges: what held-out texts or a gate decide is not covered by the promise."""
     from cotune.tuning.feature_cache import collect_features
     from cotune.tuning.personal import encode_examples, ungated_plugin
@@ -115,7 +116,7 @@ def _tune_privately(
         len(encoded),
         epsilon=settings.dp_epsilon,
         delta=settings.dp_delta,
-        clip=settings.dp_clip or 1.0,
+        clip=1.0 if settings.dp_clip is None else settings.dp_clip,
         loop=config.side.loop,
         weight_decay=config.side.weight_decay,
     )
@@ -143,4 +144,5 @@ def _tune_privately(
         },
     )
     plugin.save(settings.out)
-    return {"num_parameters": plugin.num_parameters, "heldout_nats_per_token": None, **spent(account)}
+    summary = {"num_parameters": plugin.num_parameters, "heldout_nats_per_token": None, **spent(account)}
+    return Trained(summary=summary, curve=side.curve, best_epoch=side.best_epoch, texts=encoded)

@@ -144,6 +144,8 @@ def open_sources(path: Path | str, split: str | None) -> Iterator[tuple[str, Ite
     if str(path).startswith(HUB_PREFIX):
         yield str(path), read_hub_dataset(str(path).removeprefix(HUB_PREFIX), split)
         return
+    if not str(path):
+        raise DataError(f"the path of the data is empty, expected a file, a folder, or '{HUB_PREFIX}owner/name'")
     local = Path(path).expanduser()
     if local.is_file():
         if split is not None:

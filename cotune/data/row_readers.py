@@ -69,6 +69,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
+def _fault(error: json.JSONDecodeError) -> str:
+    """What is wrong; some of Python's words end where a place would follow."""
+    return error.msg.removesuffix(" at")
+
+
 def read_jsonl(path: Path) -> Iterator[NumberedRow]:
     """One JSON object a line; blank lines are skipped."""
     for number, line in read_lines(path):
@@ -78,7 +83,7 @@ def read_jsonl(path: Path) -> Iterator[NumberedRow]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             message = (
-                f"the line is not JSON ({error.msg} at character {error.pos + 1}), expected one JSON object a line"
+                f"the line is not JSON ({_fault(error)} at character {error.pos + 1}), expected one JSON object a line"
             )
             raise DataError(message, path=path, line=number) from error
         except (ValueError, RecursionError) as error:
@@ -130,7 +135,7 @@ def read_json(path: Path) -> Iterator[NumberedRow]:
                 raise DataError(message, path=path, line=line)
             yield line, row
     except json.JSONDecodeError as error:
-        message = f"the file is not JSON ({error.msg} at character {error.colno} of the line)"
+        message = f"the file is not JSON ({_fault(error)} at character {error.colno} of the line)"
         raise DataError(message, path=path, line=error.lineno) from error
     except DataError:
         raise

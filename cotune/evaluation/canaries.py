@@ -35,6 +35,7 @@ from cotune.evaluation.schema import Count, check_type
 MANIFEST_NAME = "canaries.json"
 FORMAT = "cotune canaries 1"
 MAX_TIMES = 10_000
+MAX_PLANTED = 1_000_000
 # What a stream of random numbers from the seed is for.
 _SECRETS, _PLACES, _CANDIDATES = 0, 1, 2
 _WORDS = (
@@ -226,7 +227,7 @@ def plant(
         The texts with canaries, and which canaries these are.
 
     Raises:
-        InputError: no texts, no times, or an impossible one.
+        InputError: no texts, no times, an impossible one, or too many canaries.
 
     Example:
         >>> texts, manifest = plant([Example("Hello", " there")], (2,), space=SecretSpace(length=3), seed=0)
@@ -239,6 +240,12 @@ def plant(
         raise InputError(f"times is {list(times)}, expected numbers from 1 to {MAX_TIMES:,}, such as 1 4 16")
     if num_each < 1:
         raise InputError(f"num_each is {num_each}, expected at least 1")
+    num_planted = num_each * (1 + sum(set(times)))
+    if num_planted > MAX_PLANTED:
+        raise InputError(
+            f"num_each is {num_each:,} and times {list(times)}, {num_planted:,} canaries in all, expected at most "
+            f"{MAX_PLANTED:,}; give fewer of either"
+        )
     if seed < 0:
         raise InputError(f"seed is {seed}, expected 0 or more")
     generator = np.random.default_rng((seed, _SECRETS))

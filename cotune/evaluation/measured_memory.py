@@ -35,16 +35,51 @@ def resident_peak_bytes(work: Callable[[], object]) -> int:
     Raises:
         InputError: the system has no such count.
     """
-    _trim()
-    try:
-        _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
-    except OSError as error:
-        raise InputError(
-            f"the peak of the resident set cannot be reset here ({error.strerror}); measure on Linux, or on CUDA"
-        ) from error
-    before = _resident("VmRSS")
+    before = _forget_peak()
     work()
     return max(0, _resident("VmHWM") - before)
+
+
+class PeakMeter:
+    """What a process holds at most from now on, beyond what it holds now, while it goes about its own work.
+
+    On CUDA by PyTorch's counter. Elsewhere by the resident set, which also has what libraries read when first used and
+    what the allocator keeps for later: an upper bound, and for small models a rough one. `resident_peak_bytes` in a
+    child is exact.
+
+    Args:
+        device: where the work's tensors are.
+
+    Example:
+        >>> meter = PeakMeter()
+        >>> read = meter.read()
+        >>> read is None or read >= 0
+        True
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device, self._before = device, 0
+        self._counts = True
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+            return
+        try:
+            self._before = _forget_peak()
+        except InputError:
+            self._counts = False
+
+    def read(self) -> int | None:
+        """Bytes; None where the system does not count them."""
+        if not self._counts:
+            return None
+        if self._device.startswith("cuda"):
+            import torch
+
+            return int(torch.cuda.max_memory_allocated(self._device) - self._before)
+        return max(0, _resident("VmHWM") - self._before)
 
 
 def cuda_peak_bytes(work: Callable[[], object], device: str = "cuda") -> int:
@@ -103,6 +138,18 @@ def run_measured(
         said = " / ".join(done.stderr.strip().splitlines()[-3:])
         raise CotuneError(f"{what} gave no measurement ({error}): {said or 'it said nothing'}") from error
     return found
+
+
+def _forget_peak() -> int:
+    """Bytes that are resident now, from which the peak counts from now on."""
+    _trim()
+    try:
+        _CLEAR.write_text(_FORGET_PEAK, encoding="ascii")
+    except OSError as error:
+        raise InputError(
+            f"the peak of the resident set cannot be reset here ({error.strerror}); measure on Linux, or on CUDA"
+        ) from error
+    return _resident("VmRSS")
 
 
 def _trim() -> None:

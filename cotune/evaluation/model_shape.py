@@ -181,7 +181,9 @@ class ModelShape:
         """
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); give the config.json of a model") from error
+        except ValueError as error:
             raise InputError(f"{path} cannot be read as JSON ({error}); give the config.json of a model") from error
         if not isinstance(config, dict):
             raise InputError(f"{path} holds a {type(config).__name__}, expected the JSON object of a config.json")

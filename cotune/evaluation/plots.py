@@ -151,9 +151,9 @@ def plot_gate(points: Sequence[GatePoint]) -> Html:
     return render_svg("gate", described, 2.9, draw)
 
 
-def plot_training(name: str, unit: str, curves: Sequence[TrainingCurve]) -> Html:
-    """Loss while training; losses on held-out texts dashed."""
-    described = f"Line plot of the loss in nats per token against {unit}. " + " ".join(
+def plot_training(name: str, unit: str, curves: Sequence[TrainingCurve], *, loss: str = "nats per token") -> Html:
+    """Loss while training, in the unit `loss`; losses on held-out texts dashed."""
+    described = f"Line plot of the loss in {loss} against {unit}. " + " ".join(
         f"{curve['name']}: from {number(curve['points'][0][1])} to {number(curve['points'][-1][1])}."
         for curve in curves
     )
@@ -175,7 +175,7 @@ def plot_training(name: str, unit: str, curves: Sequence[TrainingCurve]) -> Html
         if all(float(step).is_integer() for curve in curves for step, _ in curve["points"]):
             axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(plain(unit.capitalize()))
-        axes.set_ylabel("Loss (nats per token)")
+        axes.set_ylabel(plain(f"Loss ({loss})"))
         _legend(axes)
 
     return render_svg(name, described, 3.0, draw)

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     import peft
     from transformers import PreTrainedModel
 
-__all__ = ["WEIGHTS_FILE", "LoraAdapter", "LoraShape", "linear_targets", "lora_config", "rank_for_budget"]
+__all__ = [
+    "WEIGHTS_FILE",
+    "LoraAdapter",
+    "LoraShape",
+    "check_inner_width",
+    "linear_targets",
+    "lora_config",
+    "rank_for_budget",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +233,22 @@ def linear_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         elif isinstance(module, Conv1D):
             sizes[name] = module.nx, module.nf
     return sizes
+
+
+def check_inner_width(model: PreTrainedModel, name: str, width: int) -> None:
+    """Refuse an adapter that is wider inside than the model is anywhere, before room for it is taken.
+
+    Args:
+        model: to adapt.
+        name: of the setting, for the error.
+        width: of a bottleneck, or a rank.
+
+    Raises:
+        InputError: it is wider.
+    """
+    widest = max((max(sizes) for sizes in linear_sizes(model).values()), default=width)
+    if width > widest:
+        raise InputError(f"{name} is {width}, expected at most {widest}, the width of the model's widest layer")
 
 
 def checked_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> tuple[str, ...]:

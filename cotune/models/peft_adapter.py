@@ -248,6 +248,8 @@ def wrapped_in_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int) 
         with seeded(seed), warnings.catch_warnings():
             # peft asks transformers 5 by an old name.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            # A model's folder may have another name by now; whether the tensors fit is found out by themselves.
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path. was renamed.*", category=UserWarning)
             try:
                 wrapped = peft.get_peft_model(model, config)
             except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cotune.data.batches import EncodedExample
+from cotune.models.adapters import check_inner_width
 from cotune.models.backbone import Backbone
 from cotune.models.bottleneck import BottleneckAdapter, check_width
 from cotune.tuning.attached import AttachedTuner, check_attached, tune_attached
@@ -57,6 +58,7 @@ class Bottlenecks:
         Raises:
             InputError: an impossible width, or an architecture without the two halves.
         """
+        check_inner_width(backbone.model, "width", self.width)
         return BottleneckAdapter.fresh(backbone.model, self.width, seed=seed)
 
 

@@ -162,6 +162,9 @@ def run_loop(
         loop.resume()
     try:
         loop.run()
+    except BaseException:
+        loop.leave()
+        raise
     finally:
         loop.metrics.close()
     return LoopResult(state=loop.state, curve=loop.course.curve, best_epoch=loop.course.best_epoch)
@@ -302,6 +305,11 @@ class _Loop(Generic[StateT, BatchT]):
         # At the end the state itself is the best.
         self.best.forget_others(None if self.course.finished else self.course.best_epoch)
         self.saved_at = time.monotonic()
+
+    def leave(self) -> None:
+        """Broken off: the best epoch's parameters are of use to a checkpoint that knows of them, and to nobody else."""
+        if self.checkpoint is None or not self.checkpoint.path.is_file():
+            self.best.forget_others(None)
 
     def resume(self) -> None:
         found = None if self.checkpoint is None else self.checkpoint.load()

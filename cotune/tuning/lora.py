@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
-from cotune.models.adapters import LoraAdapter, LoraShape
+from cotune.models.adapters import LoraAdapter, LoraShape, check_inner_width
 from cotune.models.backbone import Backbone
 from cotune.tuning.attached import AttachedTuner, Tunable, check_attached, tune_attached
 from cotune.tuning.loop import EpochRecord, LoopConfig, LoopProgress
@@ -61,6 +61,7 @@ class Lora:
         Raises:
             InputError: an unknown start, or one that does not go with the shape, the model or the texts.
         """
+        check_inner_width(backbone.model, "rank", self.shape.rank)
         return initial_lora(backbone, self.shape, self.init, examples, seed=seed)
 
 

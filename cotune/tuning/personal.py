@@ -112,6 +112,7 @@ class PersonalResult:
         plugin: ready to be saved.
         network: its side network, in PyTorch.
         side_curve: loss by epoch of stage 1.
+        best_epoch: of these, whose side network it is.
         gate_curve: quality against M on held-out texts; empty without a gate.
         summary: held-out numbers, also in the plugin's `training`.
     """
@@ -119,6 +120,7 @@ class PersonalResult:
     plugin: Plugin
     network: SideNetwork
     side_curve: list[EpochRecord]
+    best_epoch: int
     gate_curve: list[QualityPoint]
     summary: dict[str, float]
 
@@ -304,4 +306,11 @@ def tune_plugin(
             )
             gate = dataclasses.replace(gate, threshold=threshold)
         plugin = dataclasses.replace(plugin, gate=gate_parameters(gate))
-    return PersonalResult(plugin=plugin, network=side.network, side_curve=side.curve, gate_curve=curve, summary=summary)
+    return PersonalResult(
+        plugin=plugin,
+        network=side.network,
+        side_curve=side.curve,
+        best_epoch=side.best_epoch,
+        gate_curve=curve,
+        summary=summary,
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
-from cotune.models.adapters import has_transposed_weights, linear_targets
+from cotune.models.adapters import check_inner_width, has_transposed_weights, linear_targets
 from cotune.models.backbone import Backbone
 from cotune.models.peft_adapter import PeftAdapter
 
@@ -29,9 +29,14 @@ class Vera:
             raise InputError(f"rank is {self.rank}, expected at least 1")
 
     def fresh(self, backbone: Backbone, examples: Sequence[EncodedExample], *, seed: int) -> PeftAdapter:
-        """Matrices by the seed; they are saved with the scales."""
+        """Matrices by the seed; they are saved with the scales.
+
+        Raises:
+            InputError: a rank beyond the model's widest layer.
+        """
         import peft
 
+        check_inner_width(backbone.model, "rank", self.rank)
         config = peft.VeraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             r=self.rank,

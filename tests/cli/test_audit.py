@@ -199,8 +199,36 @@ def test_bad_planting_is_one_sentence(run: Run, texts: Path, tmp_path: Path) -> 
     run("audit", "plant", texts, "--out", new, "--times", "1,x").check_refusal("--times is '1,x'")
     run("audit", "plant", texts, "--out", new, "--times", "0").check_refusal("expected numbers from 1")
     run("audit", "plant", texts, "--out", new, "--kind", "runes").check_refusal("kind is 'runes'")
+    run("audit", "plant", texts, "--out", new, "--each", 10**9).check_refusal("canaries in all, expected at most")
+    run("audit", "plant", texts, "--out", new, "--seed", -1).check_refusal("seed is -1, expected 0 or more")
+    run("audit", "plant", texts, "--out", texts / "new").check_refusal("cannot be written")
     run("audit", "plant", tmp_path / "none.jsonl", "--out", new).check_refusal("no such file")
     assert not new.exists()
+
+
+def test_an_adapter_of_another_model_or_half_of_one_is_one_sentence(
+    run: Run, texts: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tmp_path / "adapter"
+    llama = {**tiny_models.ARCHITECTURES["llama"], "intermediate_size": 48}
+    monkeypatch.setitem(tiny_models.ARCHITECTURES, "llama", llama)
+    wider = tiny_models.tiny_backbone("llama").model
+    wider.config.name_or_path = "somewhere/else"
+    LoraAdapter.fresh(wider, LoraShape(rank=2)).save(adapter, wider)
+    for command in ("audit", "evaluate"):
+        refused = run(command, model, texts, "--adapter", adapter)
+        refused.check_refusal("does not fit this LlamaForCausalLM; attach it to the model that it was tuned on")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    run("audit", model, texts, "--adapter", adapter).check_refusal("holds no adapter with safetensors")
+    weights.unlink()
+    run("evaluate", model, texts, "--adapter", adapter).check_refusal("holds no adapter with safetensors")
+
+
+def test_a_file_where_the_run_should_go_is_told_before_the_audit(run: Run, texts: Path, tmp_path: Path) -> None:
+    run("audit", "no-model", texts, "--out", texts).check_refusal("where a file is in the way; give another folder")
+    run("audit", "no-model", texts, "--out", texts / "run").check_refusal("where a file is in the way")
+    assert list(tmp_path.iterdir()) == [texts]
 
 
 def test_a_plugin_needs_its_cloud(run: Run, texts: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_scores_are_the_likelihoods_and_the_greedy_tokens(backbone: Backbone) ->
 
 def test_greedy_continuation_is_what_extraction_asks(backbone: Backbone) -> None:
     encoded = encode_examples(backbone.tokenizer_json, TEXTS[:3], backbone.description)
-    config = LoraConfig(loop=LoopConfig(epochs=90, learning_rate=0.01), shape=SHAPE)
+    config = LoraConfig(loop=LoopConfig(epochs=45, learning_rate=0.02), shape=SHAPE)
     adapter = tune_lora(backbone, encoded, config).adapter
     score = backbone_scores(backbone, adapter, None, "lora", silent)
     audited = audit(score, TEXTS[:3], CONFIG).models[0].extraction

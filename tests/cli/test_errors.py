@@ -119,7 +119,7 @@ def test_bad_data_is_refused_with_its_file_and_line(run: Any, here: Path, comman
             "device tune good.jsonl --cloud {nobody} --out fresh --split test",
             "good.jsonl: split is 'test', but this is",
         ),
-        ("tune starter good.jsonl --out fresh --share 0", "share is 0.0, expected a number above 0"),
+        ("tune starter good.jsonl --out fresh --share 0", "--share is 0.0, expected above 0 and at most 1"),
         (
             "tune starter good.jsonl --out fresh --template xsum",
             "line 1: data set 'xsum' has columns document + summary",
@@ -147,7 +147,7 @@ def test_bad_data_is_refused_with_its_file_and_line(run: Any, here: Path, comman
         ),
         (
             "tune starter good.jsonl --out fresh --method side --rank 4",
-            "--method is 'side', which has none of",
+            "--method is 'side', which has no --rank",
         ),
         ("tune starter good.jsonl --out fresh --base-bits 4 --merged new", "low-bit weights take nothing in"),
         ("tune starter good.jsonl --out fresh --merged thesis", "--merged is thesis, which holds something else"),
@@ -191,7 +191,7 @@ def test_arguments_that_cannot_be_used(run: Any, here: Path, command: str, words
         ("tune starter good.jsonl --out fresh --method blocks", "needs a memory budget"),
         ("tune starter good.jsonl --out fresh --method prefix --merged new", "is no part of the model's weights"),
         ("tune starter good.jsonl --out fresh --epochs 0", "epochs is 0, expected at least 1"),
-        ("tune starter good.jsonl --out fresh --batch-size 0", "num_batch_sequences is 0"),
+        ("tune starter good.jsonl --out fresh --batch-size 0", "--batch-size is 0"),
         ("tune starter good.jsonl --out fresh --base-bits 3", "base bits are 3, expected 4 or 8"),
         ("evaluate starter good.jsonl --adapter a --lora b", "both --lora and --adapter are given"),
         ("device tune good.jsonl --cloud {nobody} --out fresh --family both", "family is 'both', expected one of"),

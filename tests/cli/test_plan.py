@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from cotune.cli.plan_command import COMMANDS
-from cotune.cli.tune_command import METHODS as TUNE_METHODS
+from cotune.cli.tune_checks import METHODS as TUNE_METHODS
 from cotune.evaluation.method_cost import CHECKPOINTED, METHODS
 from cotune.evaluation.plan import PREFERENCE
 from cotune.tuning.adaptations import ADAPTATIONS
@@ -160,15 +160,23 @@ def test_without_a_network_one_sentence_says_so(run: Any, monkeypatch: pytest.Mo
         ("starter --memory 1GB --device warp", "device is 'warp', which cannot be used here"),
         ("starter --memory 1GB --base-bits 5", "base_bits is 5, expected one of 4, 8"),
         ("starter --memory 1GB --rank 0", "rank is 0, expected at least 1"),
+        ("starter --memory 1GB --rank 100000", "--rank is 100000, expected at most 512"),
+        ("starter --memory 1GB --width 513", "--width is 513, expected at most 512"),
+        ("starter --memory 1GB --virtual-tokens 511", "--virtual-tokens is 511, expected at most 510"),
         ("starter --memory 1GB --blocks 0", "num_blocks is 0, expected at least 1"),
         ("{folder}/vision --memory 1GB", "model_type is 'vit', expected a language model of type llama"),
-        ("{folder}/empty --memory 1GB", "config.json cannot be read as JSON"),
+        ("{folder}/empty --memory 1GB", "empty/config.json cannot be read (No such file or directory); give"),
+        ("{folder}/half --memory 1GB", "half/config.json cannot be read as JSON"),
+        ("{folder}/latin --memory 1GB", "latin/config.json cannot be read as JSON"),
     ],
 )
 def test_bad_input_is_one_sentence(run: Any, tmp_path: Path, arguments: str, words: str) -> None:
     (tmp_path / "vision").mkdir()
     (tmp_path / "vision" / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
     (tmp_path / "empty").mkdir()
+    for name, written in (("half", b'{"model_type":'), ("latin", b'{"model_type": "caf\xe9"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(written)
     run("plan", *arguments.format(folder=tmp_path).split()).check_refusal(words)
 
 

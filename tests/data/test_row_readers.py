@@ -45,6 +45,7 @@ def test_jsonl_skips_blank_lines_and_a_byte_order_mark_but_counts_lines(tmp_path
     ("line", "message"),
     [
         (b'{"text": }', r"line 2: the line is not JSON \(Expecting value at character 10\)"),
+        (b'{"text": "cut', r"the line is not JSON \(Invalid control character at character 14\)"),
         (b"[1, 2]", "line 2: the line is a list of a number, expected a JSON object"),
         (b'"hello"', "line 2: the line is text, expected a JSON object"),
         (b'{"text": "\xff"}', "line 2: byte 10 of the line is not UTF-8"),

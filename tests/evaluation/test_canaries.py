@@ -171,6 +171,9 @@ def test_bad_input(tmp_path: Path) -> None:
             plant(TEXTS, times, space=SPACE, seed=0)
     with pytest.raises(InputError, match="num_each is 0"):
         plant(TEXTS, (1,), space=SPACE, seed=0, num_each=0)
+    # Before any of them is made.
+    with pytest.raises(InputError, match="5,000,000,000 canaries in all, expected at most 1,000,000"):
+        plant(TEXTS, (4,), space=SPACE, seed=0, num_each=10**9)
     with pytest.raises(InputError, match="seed is -1"):
         plant(TEXTS, (1,), space=SPACE, seed=-1)
     with pytest.raises(InputError, match="plant canaries in the texts without canaries"):

@@ -4,7 +4,7 @@ import dataclasses
 from html.parser import HTMLParser
 
 from evaluation.report_example import generation
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.evaluation.coloured_text import coloured_text, decision_bar, decisions, legend
@@ -63,6 +63,7 @@ def test_nothing_generated() -> None:
     assert read(nothing).tokens == []
 
 
+@settings(max_examples=40)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=8))
 def test_whatever_the_tokens_they_are_shown_as_text(tokens: list[str]) -> None:
     num_tokens = len(tokens)

@@ -15,15 +15,18 @@ from cotune.data.templates import Example
 from cotune.errors import InputError
 from cotune.evaluation.label_accuracy import label_accuracy
 from cotune.models.backbone import Backbone
-from cotune.tuning.adaptations import AdaptationOptions, adaptation_named
+from cotune.tuning.adaptations import ADAPTATIONS, AdaptationOptions, adaptation_named
 from cotune.tuning.choice_objectives import LabelAccuracy, choice_scores
-from cotune.tuning.estimators import ESTIMATORS, Estimator, PrivateDescent, estimator_named
+from cotune.tuning.estimators import ESTIMATORS, Estimator, ForwardGradient, PrivateDescent, estimator_named
 from cotune.tuning.loop import LoopConfig
 from cotune.tuning.lora import target_nats
 from cotune.tuning.personal import encode_examples
+from cotune.tuning.private import PrivateConfig, tune_private
+from cotune.tuning.private_zeroth_order import tune_private_zeroth_order
 from cotune.tuning.sparse_mask import choose_mask
 from cotune.tuning.text_objectives import TextScore
 from cotune.tuning.tune import TuneConfig, tune
+from cotune.tuning.zeroth_order import ZerothOrderConfig
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def backbone() -> Backbone:
 @pytest.fixture(scope="module")
 def examples(backbone: Backbone) -> list[EncodedExample]:
     texts = [Example(one.request, " " + one.answer) for one in generate_exchanges(24, seed=1)]
-    return encode_examples(backbone.tokenizer_json, texts, backbone.description, 48)
+    return encode_examples(backbone.tokenizer_json, texts, backbone.description, 24)
 
 
 def test_names() -> None:
@@ -52,10 +55,14 @@ def test_names() -> None:
 
 
 def tune_with(
-    estimator: Estimator, backbone: Backbone, examples: list[EncodedExample], learning_rate: float
+    estimator: Estimator,
+    backbone: Backbone,
+    examples: list[EncodedExample],
+    learning_rate: float,
+    what: str = "lora",
 ) -> list[float | None]:
     config = TuneConfig(
-        what=adaptation_named("lora", AdaptationOptions(rank=4)),
+        what=adaptation_named(what, AdaptationOptions()),
         loop=LoopConfig(epochs=4, learning_rate=learning_rate),
     )
     result = tune(backbone, examples, config, estimator=estimator, heldout=examples)
@@ -67,22 +74,67 @@ def tune_with(
     ("estimator", "learning_rate"),
     [
         (estimator_named("backprop"), 1e-2),
-        (estimator_named("zeroth_order", num_directions=8), 3e-3),
+        (estimator_named("zeroth_order", num_directions=4), 3e-3),
         (estimator_named("zeroth_order", num_directions=4, rule="momentum"), 3e-3),
         (estimator_named("zeroth_order", num_directions=4, rule="adam"), 3e-3),
         (estimator_named("zeroth_order", num_directions=4, sparse_share=0.1), 1e-2),
         # So many that four batches open the gate.
         (estimator_named("forward_gradient", num_directions=16), 0.3),
-        (estimator_named("forward_gradient", num_directions=16, forward_mode=True, sparse_share=0.2), 0.3),
+        (estimator_named("forward_gradient", num_directions=16, forward_mode=True, sparse_share=0.5), 0.3),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_every_estimator_lowers_the_loss(
     backbone: Backbone, examples: list[EncodedExample], estimator: Estimator, learning_rate: float
 ) -> None:
-    losses = tune_with(estimator, backbone, examples[:4], learning_rate)
+    # A prompt's many directions cost the least.
+    what = "soft_prompt" if isinstance(estimator, ForwardGradient) else "lora"
+    losses = tune_with(estimator, backbone, examples[:4], learning_rate, what)
     best = min(loss for loss in losses if loss is not None)
     assert losses[0] is not None and best < losses[0]
+
+
+SIZES: dict[str, AdaptationOptions] = {
+    "vera": AdaptationOptions(rank=8),
+    "blocks": AdaptationOptions(memory_budget_bytes=200_000),
+    **dict.fromkeys(("soft_prompt", "p_tuning", "prefix"), AdaptationOptions(num_virtual_tokens=3)),
+}
+
+
+class Noised:
+    """DP-SGD or DP-ZO with a given noise, which needs no search for it."""
+
+    learning_rate, epochs = None, 1
+
+    def __init__(self, zeroth_order: bool) -> None:
+        self._zeroth_order = zeroth_order
+
+    def __call__(self, backbone, fresh, examples, config, **others):  # type: ignore[no-untyped-def]
+        private = PrivateConfig(noise_multiplier=1.0, num_batch_texts=2, loop=config.loop, secret_seed=1)
+        if self._zeroth_order:
+            return tune_private_zeroth_order(backbone, fresh, examples, ZerothOrderConfig(), private, **others)
+        return tune_private(backbone, fresh, examples, private, **others)
+
+
+@pytest.mark.parametrize("how", ["zeroth_order", "private", "private zeroth_order"])
+@pytest.mark.parametrize("name", list(ADAPTATIONS))
+def test_every_method_goes_with_what_looks_at_it_in_another_way(
+    backbone: Backbone, examples: list[EncodedExample], name: str, how: str
+) -> None:
+    """All of the listed parameters change, none of the model's do; `test_adaptations.py` has back-propagation."""
+    if how == "private":
+        pytest.importorskip("opacus", reason="needs cotune[private]")
+    short = [EncodedExample(each.input_ids[:10], 6) for each in examples[:2]]
+    before = {key: tensor.clone() for key, tensor in backbone.model.state_dict().items()}
+    what = adaptation_named(name, SIZES.get(name, AdaptationOptions()))
+    fresh = what.fresh(backbone, short, seed=0)
+    estimator: Estimator = estimator_named(how) if how == "zeroth_order" else Noised(how != "private")
+    config = TuneConfig(what=what, loop=LoopConfig(epochs=1, learning_rate=0.01), num_batch_sequences=2)
+    tuned = tune(backbone, short, config, estimator=estimator).adapter.params
+    assert tuned.keys() == fresh.params.keys()
+    assert not any(torch.equal(tuned[key], fresh.params[key]) for key in tuned)
+    now = backbone.model.state_dict()
+    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
 
 
 def test_a_private_run_says_what_it_spent(backbone: Backbone, examples: list[EncodedExample], tmp_path: Path) -> None:
@@ -90,8 +142,9 @@ def test_a_private_run_says_what_it_spent(backbone: Backbone, examples: list[Enc
     config = TuneConfig(
         what=adaptation_named("lora", AdaptationOptions(rank=2)), loop=LoopConfig(epochs=1, learning_rate=1e-3)
     )
-    result = tune(backbone, examples, config, estimator=PrivateDescent(epsilon=1.0), run_dir=tmp_path)
-    assert result.account is not None and 0 < result.account.epsilon <= 1.0
+    # So much that the slow accountant is not asked.
+    result = tune(backbone, examples, config, estimator=PrivateDescent(epsilon=60.0), run_dir=tmp_path)
+    assert result.account is not None and 50 < result.account.epsilon <= 60.0
 
 
 def test_a_score_is_raised_without_a_gradient(backbone: Backbone) -> None:

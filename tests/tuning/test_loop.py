@@ -210,6 +210,21 @@ def test_a_non_finite_loss_names_the_step() -> None:
         )
 
 
+def test_a_run_that_breaks_off_before_its_first_checkpoint_leaves_no_parameters(tmp_path: Path) -> None:
+    bad, start = Numbers([[1.0], [float("nan")]]), {"w": torch.tensor([1.0])}
+    for interval_s, left in ((1e9, {"metrics.jsonl"}), (0.0, {"metrics.jsonl", CHECKPOINT_FILE, "best-0.safetensors"})):
+        with pytest.raises(NonFiniteLossError, match="step 1 is nan"):
+            run_loop(
+                MeanTuner(),
+                MeanTuner().init(start),
+                bad,
+                LoopConfig(epochs=1, checkpoint_interval_s=interval_s),
+                heldout=Numbers([[0.0]]),
+                run_dir=tmp_path,
+            )
+        assert {path.name for path in tmp_path.iterdir()} == left
+
+
 def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
     run(run_dir=tmp_path)
     (tmp_path / CHECKPOINT_FILE).write_bytes(b"x" * 50)

@@ -153,11 +153,11 @@ def test_settings_that_promise_nothing_are_refused(changes: dict[str, float]) ->
 
 def test_it_learns_and_says_what_it_spent(backbone: Backbone, examples: list[EncodedExample], fresh: Tunable) -> None:
     pytest.importorskip("opacus", reason="needs cotune[private]")
-    private = replace(QUIET, noise_multiplier=0.3, clip=5.0, loop=LoopConfig(epochs=40, learning_rate=3e-3))
+    private = replace(QUIET, noise_multiplier=0.3, clip=5.0, loop=LoopConfig(epochs=16, learning_rate=6e-3))
     result = tune_private_zeroth_order(backbone, fresh, examples, STEPS, private, heldout=examples)
     first, best = result.curve[0].heldout_loss, result.curve[result.best_epoch].heldout_loss
     assert first is not None and best is not None and best < first
-    assert result.account.num_steps == 40 and result.account.sample_rate == 1.0
+    assert result.account.num_steps == 16 and result.account.sample_rate == 1.0
     assert result.account == private.account(6)
     assert math.isfinite(result.account.epsilon)
 
