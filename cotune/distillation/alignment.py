@@ -1,6 +1,6 @@
 """Where two tokenizers agree in a text: shared boundaries, and the chunks between them.
 
-coplms.md, section 3.1: with the byte spans of both tokenizers, two pointers over their ends find the boundaries
+With the byte spans of both tokenizers, two pointers over their ends find the boundaries
 b_0 < b_1 < ... that both have; chunk k is the bytes (b_(k-1), b_k]. At a shared boundary both models have read the same
 bytes of the text, so that what they expect next can be compared. No table of the two vocabularies is needed. Time:
 tokens of both, plus bytes.

@@ -14,7 +14,7 @@ from cotune.errors import InputError
 class ChunkGate:
     """The weight of each chunk.
 
-    coplms.md, section 3.1, instead of a choice for each text as in FedMKT:
+    Instead of a choice for each text as in FedMKT (arXiv 2406.02224):
 
         g_k = sigmoid((nll_S(k) - nll_T(k) - margin) / tau_g),    nll_m(k) = -l_m(k) / bytes of chunk k
 

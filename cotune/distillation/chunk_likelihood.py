@@ -1,6 +1,6 @@
 """How likely a model finds the text of a chunk, whichever tokens it has for it; the loss L_chunk.
 
-coplms.md, section 3.1, after ALM (Minixhofer et al., arXiv 2503.20083):
+After ALM (Minixhofer et al., arXiv 2503.20083):
 
     l_m(k) = sum of the log-probabilities of model m's tokens of chunk k, at temperature 1
     p = exp(l_T(k) / tau),  q = exp(l_S(k) / tau),

@@ -1,7 +1,7 @@
 """Tokens that two vocabularies have in common, and the loss L_tok on the likeliest of them.
 
-coplms.md, section 3.1, "teacher top-k restricted to byte-identical tokens and one rest bucket". At a shared boundary,
-with v_1 .. v_k the teacher's likeliest common tokens,
+The teacher's top k among tokens of the same bytes, and one bucket for the rest. At a shared boundary, with v_1 .. v_k
+the teacher's likeliest common tokens,
 
     p~ = (p_v1 .. p_vk, 1 - sum p_vi),  q~ = (q_v1 .. q_vk, 1 - sum q_vi),    L_tok = KL(p~^(1/T) || q~^(1/T))
 

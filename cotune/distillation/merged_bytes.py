@@ -1,6 +1,6 @@
 """Bytes that a model does not expect after a token only because a longer token would have come instead.
 
-coplms.md, section 7, risk (c), the bias of tokenization. With "the" and "there" in a vocabulary, a model that has read
+This is the bias of tokenization. With "the" and "there" in a vocabulary, a model that has read
 "the" knows that no "r" follows, as a tokenizer that takes the longest token would have gone on. Another vocabulary's
 model at the same boundary does not know that. For a token t,
 

@@ -1,12 +1,12 @@
 """What one model learns from another over aligned chunks, whatever their tokenizers.
 
-coplms.md, section 3.1:
+The loss of our reconstruction of Co-PLMs (arXiv 2511.11678, whose method could not be read):
 
     L = (1 - a) CE + a sum_k g_k (l_b T^2 L_byte(k) + l_t T^2 L_tok(k) + l_c L_chunk(k)) / sum_k 1
 
 over the usable chunks k of a batch. L_byte and L_tok are taken where chunk k begins and are zero for chunks that have
 no start of their own; g_k is the gate. T^2 keeps the size of the gradients, as in arXiv 1503.02531, section 2, and in
-the loss for one tokenizer; the specification leaves it open here.
+the loss for one tokenizer.
 
 The teacher's half is read once and can be kept: 257 numbers at each chunk for L_byte, one for L_chunk, k + 1 and k
 token places for L_tok. Then the teacher is no longer needed, so that a device never holds two models while it trains.

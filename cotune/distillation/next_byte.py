@@ -1,6 +1,6 @@
 """What a model expects as the next byte, out of what it expects as the next token; the loss L_byte.
 
-coplms.md, section 3.1. At a shared boundary
+At a shared boundary
 
     P_m(c) = sum over tokens v that begin with byte c of softmax(z_m)_v,    L_byte = KL(P_T^(1/T) || P_S^(1/T))
 
@@ -9,8 +9,8 @@ that P_m is exact, and two models with any two vocabularies can be compared. Tok
 (padding, begin, unknown) are left out, and so are events that one of the vocabularies cannot bring about at all; the
 rest is normalised.
 
-The temperature T flattens the bytes, where the specification flattens the tokens, softmax(z_m / T), before they are
-summed. At T = 1 that is the same. At another T, flattened tokens give a byte the more the more tokens begin with it, so
+The temperature T flattens the bytes, and not the tokens, softmax(z_m / T), before they are summed. At T = 1 that is the
+same. At another T, flattened tokens give a byte the more the more tokens begin with it, so
 that two models which agree on every byte would still differ because their vocabularies do.
 
 How far P_m is from what the model expects as the next byte of the *text*: having read a token, a model with BPE knows

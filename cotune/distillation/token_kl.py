@@ -1,7 +1,7 @@
 """The plain divergence where both models have one tokenizer, as the cloud's model and its proxy: L_KD.
 
-coplms.md, section 3.1, "ordinary KL, top-k and tail bucket, T = 2, scaled T^2". With p = softmax(z_T / T),
-q = softmax(z_S / T) and v_1 .. v_k the teacher's likeliest tokens,
+Ordinary KL over the top k and one bucket for the tail, scaled by T^2. With p = softmax(z_T / T), q = softmax(z_S / T)
+and v_1 .. v_k the teacher's likeliest tokens,
 
     L = T^2 KL((p_v1 .. p_vk, 1 - sum p_vi) || (q_v1 .. q_vk, 1 - sum q_vi))
 

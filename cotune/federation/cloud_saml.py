@@ -1,6 +1,6 @@
 """SAML on the server: the cloud's model and the proxy, which have one tokenizer, teach each other on public texts.
 
-coplms.md, section 1.3, step 4, with KL over the teacher's top k tokens and the rest as one event:
+With KL over the teacher's top k tokens and the rest as one event:
 
     L_cloud = (1 - a_0) CE + a_0 T^2 KL(p_proxy || p_cloud) + l sum_c g (L_chunk of what device c told) / chunks
     L_proxy = (1 - b_0) CE + b_0 T^2 KL(p_cloud || p_proxy) + the same

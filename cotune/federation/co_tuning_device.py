@@ -1,7 +1,6 @@
 """A device of co-tuning: a proxy and a small model of its own that teach each other, one of them in memory at a time.
 
-coplms.md, section 1.3, with the alternation of section 5 (4). In a round, with w the private domain adapter, t_G the
-shared one, and h the small model:
+In a round, with w the private domain adapter, t_G the shared one, and h the small model:
 
     the proxy      DST: w learns the device's texts, t_G frozen
                    what the proxy, with both, says of the texts goes to disk
@@ -10,8 +9,8 @@ shared one, and h the small model:
     the proxy      SAML: t_G learns the texts, and from h where that is better; w is attached and frozen
 
 so that what is special about the device's texts has its place in w, and t_G has what others can use. Between the lines
-the model is unloaded: never are two in memory, and optimiser state is there for one alone. Where the specification lets
-both learn in each step from the other as it is, here each learns from the other as it was left.
+the model is unloaded: never are two in memory, and optimiser state is there for one alone. Both could
+learn in each step from the other as it is; here each learns from the other as it was left.
 
 What is sent is the change of t_G alone. w, h and the texts stay; `cotune.federation.device_store` keeps the first two.
 """

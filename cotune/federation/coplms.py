@@ -1,7 +1,6 @@
 """Co-PLMs: a cloud's model and different small models improve each other through a proxy, whose shared adapter travels.
 
-After Liu et al., arXiv 2511.11678, of whose method only the abstract could be read; the rounds are the reconstruction
-in coplms.md, section 1.3, with the losses of 3.1 and the merge of 2.4:
+After Liu et al., arXiv 2511.11678, of whose method only the abstract could be read; the rounds are a reconstruction:
 
     device:    DST and SAML, see `cotune.federation.co_tuning_device`; sends how t_G = (B, A) has changed
     server:    W = B A + combine_c(B_c A_c - B A), which with the mean is the mean of the products, for any mix of ranks

@@ -1,7 +1,7 @@
 """Steps of one model over texts that two models read: on the texts alone, or also on what the other one said of them.
 
-    DST    CE of the answers                                                          coplms.md, section 1.3, step 1
-    SAML   (1 - a) CE + a (the gated terms of `cotune.distillation.mutual_loss`)      coplms.md, sections 1.3 and 3.1
+    DST    CE of the answers
+    SAML   (1 - a) CE + a (the gated terms of `cotune.distillation.mutual_loss`)
 
 The other model is not here: what the loss needs of it was read before, see `cotune.federation.reading_cache`.
 """

@@ -9,7 +9,7 @@ boundary there too:
     code 255     no boundary here
 
 Steps are even in log(1 - l): half a step is 0.8 % of 1 - l. So 1,000 texts of 256 tokens are 256 kB, less than the
-0.4 MB of float16 for the chunks alone (coplms.md, section 3.2), and no boundaries have to be sent beside them.
+0.4 MB that float16 would take for the chunks alone, and no boundaries have to be sent beside them.
 """
 
 from __future__ import annotations

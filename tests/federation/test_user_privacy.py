@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cotune.errors import InputError
 from cotune.federation.user_privacy import ASSUMPTIONS, PrivateMean, UserPrivacyAccount, fresh_generator
 
-# federated.md, section 4.1: delta 1e-5, by rounds and noise multiplier 1, 2, 4, 8, 16. A Renyi bound; see below.
+# Published bounds: delta 1e-5, by rounds and noise multiplier 1, 2, 4, 8, 16. A Renyi bound; see below.
 TABLE = {10: (19.1, 8.1, 3.6, 1.7, 0.8), 40: (48.8, 19.1, 8.1, 3.6, 1.7), 100: (96, 35, 14.1, 6.1, 2.8)}
 MULTIPLIERS = (1, 2, 4, 8, 16)
 

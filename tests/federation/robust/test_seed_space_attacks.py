@@ -1,4 +1,4 @@
-"""Liars in a federation that sends scalars, the shape of the table in federated.md, section 4.3, on a small regression.
+"""Liars in a federation that sends scalars, on a small regression.
 
 Devices take zeroth-order steps along a pool of random directions and send the sum of slopes for each: one number for
 each direction, most of them zero. In a shared schedule all devices take the same directions in a round; from the pool
