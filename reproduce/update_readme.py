@@ -182,6 +182,21 @@ def by_combination(measured: Measured) -> str:
     return markdown(["what, how, bits", "weights MB", "peak above MB", "nats", "s a step"], rows)
 
 
+def by_recipe(measured: Measured) -> str:
+    rows = [
+        [
+            row["dataset"],
+            row["name"],
+            row["order"] or "-",
+            f"{100 * row['share_of_bf16']:.0f}",
+            number(row["rouge_l"], 3),
+            number(row["nats"], 3),
+        ]
+        for row in measured["rows"]
+    ]
+    return markdown(["task", "recipe", "order", "% of bf16", "Rouge-L", "nats"], rows)
+
+
 def setting(config: Measured) -> str:
     """What a study was run with, in words, as far as it has such a setting.
 
@@ -320,6 +335,7 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "memorisation": ("Exposure in bits of canaries by their copies, ± 95 % over seeds", by_way),
     "survey_combinations": ("Memory, nats per held-out token and time of each combination", by_combination),
     "survey_memory": ("Peak memory, time of a step and quality; quality is mean ± 95 % over seeds", by_cost),
+    "survey_compression": ("Size and quality of compressed models, ± 95 % over seeds", by_recipe),
     "device_spectrum": ("The smallest enforced limit that fits, and the speed under it, medians", by_device),
     "federated_methods": (
         "Nats per held-out token by split, ± 95 % over seeds, and what a device spent on the whole first one",
