@@ -54,6 +54,7 @@ class FakeLlama(ModuleType):
 
     def __init__(self, model: TinyLlama | None = None, *, context: int = 64) -> None:
         super().__init__("llama_cpp")
+        self.LLAMA_LOAD_MODE_MMAP = 1
         self.tiny = model or TinyLlama()
         self.context = context
         self.contexts: list[_Context] = []
@@ -75,7 +76,7 @@ class FakeLlama(ModuleType):
         callback(2, b"chatter\n", data)
 
     def llama_model_default_params(self) -> _Params:
-        return _Params(n_gpu_layers=99, use_mmap=False, use_extra_bufts=True)
+        return _Params(n_gpu_layers=99, load_mode=-1, use_extra_bufts=True)
 
     def llama_model_load_from_file(self, path: bytes, params: _Params) -> str | None:
         assert Path(path.decode()).is_file()

@@ -27,7 +27,9 @@ _SHAPE: dict[str, Any] = {
 
 def random_llama(kind: str = "llama", **changes: Any) -> PreTrainedModel:
     """A model whose logits differ by much more than roundings do."""
-    config = AutoConfig.for_model(kind, **{**_SHAPE, **changes})
+    # The heads of a Qwen2 are together as wide as its residual stream.
+    heads = {"head_dim": 8} if kind == "qwen2" else {}
+    config = AutoConfig.for_model(kind, **{**_SHAPE, **heads, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)

@@ -94,6 +94,7 @@ def export_gguf(model: str | Path, out: Path, config: GgufExportConfig | None = 
     check_gguf()
     source = LlamaFolder(model, context=config.context)
     _check_rope(source)
+    _check_heads(source)
     tokenizer_json = read_tokenizer(source.path)
     shape = source.shape
     tokenizer = read_gguf_tokenizer(tokenizer_json, vocab_size=shape.vocab_size, bos_id=shape.bos_id)
@@ -150,6 +151,18 @@ def _check_rope(source: LlamaFolder) -> None:
         raise InputError(
             f"{source.path} has a rotary embedding of type {shape.rope_type!r}, expected "
             f"{' or '.join(allowed)} for GGUF; export it to ONNX"
+        )
+
+
+def _check_heads(source: LlamaFolder) -> None:
+    shape = source.shape
+    width = shape.num_heads * shape.head_dim
+    # llama.cpp reads the width of a head from the file for `llama`, and takes it from the hidden size for `qwen2`.
+    if ARCHITECTURES[shape.architecture] == "qwen2" and width != shape.hidden_size:
+        raise InputError(
+            f"{source.path} has {shape.num_heads} heads of {shape.head_dim} numbers and a hidden size of "
+            f"{shape.hidden_size}, expected {shape.hidden_size} numbers in all heads, which is what llama.cpp reads of "
+            "this architecture; export it to ONNX"
         )
 
 

@@ -23,13 +23,33 @@ def read_gguf_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
         InputError: it is no GGUF file.
     """
     try:
-        reader = gguf.GGUFReader(path)
         return {
             tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            for tensor in reader.tensors
+            for tensor in _read(path).tensors
         }
+    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _read(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise InputError(f"{path} cannot be read as a GGUF file ({error}); export it again") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be read as a GGUF file ({error}); export it again")
+
+
+def has_whole_weights(path: Path) -> bool:
+    """Whether nothing in a file is quantised.
+
+    Raises:
+        InputError: it is no GGUF file.
+    """
+    whole = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16)
+    return all(tensor.tensor_type in whole for tensor in _read(path).tensors)
 
 
 def load_gguf(path: Path, source: LlamaFolder) -> PreTrainedModel:

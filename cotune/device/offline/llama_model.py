@@ -28,6 +28,7 @@ MAX_ADAPTER_BYTES = 512 * 2**20
 _MAGIC = b"GGUF"
 _MAX_BATCH = 512
 _USED = (
+    "LLAMA_LOAD_MODE_MMAP",
     "llama_adapter_lora_init",
     "llama_backend_init",
     "llama_batch_free",
@@ -87,7 +88,7 @@ class LlamaModel:
         self._llama = llama_binding()
         parameters = self._llama.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        parameters.use_mmap = True
+        parameters.load_mode = self._llama.LLAMA_LOAD_MODE_MMAP
         # A build for this very machine crashes in its AMX products (ggml-org/llama.cpp issue 20824). Without buffers
         # of their own, weights do not get there.
         parameters.use_extra_bufts = not has_amx()

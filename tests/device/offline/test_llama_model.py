@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exact_llama import make_exact
 from fake_llama import FakeLlama
 from offline_folders import CONTEXT, LAYERS, TinyLlama, random_adapter, write_onnx_folder
 from toy import VOCAB
@@ -135,7 +136,7 @@ def test_the_way_round_the_crash_on_processors_with_tiles(
     LlamaModel(gguf_folder(tmp_path / "model"))
     params = llama.model_params
     assert params is not None and params.use_extra_bufts == ("amx" not in flags)
-    assert params.use_mmap is True and params.n_gpu_layers == 0
+    assert params.load_mode == 1 and params.n_gpu_layers == 0
 
 
 @pytest.mark.parametrize(
@@ -197,14 +198,15 @@ def test_the_real_binding_has_everything_that_is_used() -> None:
     real = pytest.importorskip("llama_cpp", reason="llama-cpp-python compiles for a quarter of an hour")
     assert [name for name in llama_model._USED if not hasattr(real, name)] == []
     parameters = real.llama_model_default_params()
-    assert all(hasattr(parameters, name) for name in ("n_gpu_layers", "use_mmap", "use_extra_bufts"))
+    assert all(hasattr(parameters, name) for name in ("n_gpu_layers", "load_mode", "use_extra_bufts"))
     parameters = real.llama_context_default_params()
     names = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads", "n_threads_batch")
     assert all(hasattr(parameters, name) for name in names)
 
 
-def test_the_real_binding_gives_the_logits_of_the_model(tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python compiles for a quarter of an hour")
+def test_the_real_binding_gives_the_logits_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python compiles for a quarter of an hour")
+    make_exact(llama_cpp, monkeypatch)
     gguf = pytest.importorskip("gguf")
     from tiny_gguf import write_tiny_gguf
 
@@ -214,4 +216,4 @@ def test_the_real_binding_gives_the_logits_of_the_model(tmp_path: Path) -> None:
     text.extend(IDS[:10])
     text.extend(IDS[40:50])
     text.truncate(10)
-    np.testing.assert_allclose(text.extend(IDS[10:15], num_logits=5), EXPECTED[10:15], atol=1e-2)
+    np.testing.assert_allclose(text.extend(IDS[10:15], num_logits=5), EXPECTED[10:15], atol=1e-4)
