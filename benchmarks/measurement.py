@@ -131,7 +131,7 @@ def finish(
 ) -> None:
     """Print the verdicts and write the result file."""
     # Paths say where somebody works, not what was measured.
-    config = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
+    config = {key: _named(value) for key, value in vars(args).items() if not isinstance(value, Path)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "benchmark": name,
@@ -146,6 +146,11 @@ def finish(
     for target in targets:
         print(target)
     print(f"all numbers: {args.out}")
+
+
+def _named(value: Any) -> Any:
+    """A model's folder by its name; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
 
 
 def describe_machine() -> dict[str, Any]:
