@@ -28,7 +28,7 @@ _SHAPE: dict[str, Any] = {
 def random_llama(kind: str = "llama", **changes: Any) -> PreTrainedModel:
     """A model whose logits differ by much more than roundings do."""
     # The heads of a Qwen2 are together as wide as its residual stream.
-    heads = {"head_dim": 8} if kind == "qwen2" else {}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1} if kind == "qwen2" else {}
     config = AutoConfig.for_model(kind, **{**_SHAPE, **heads, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)

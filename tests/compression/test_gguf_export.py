@@ -121,8 +121,8 @@ def test_read_as_llama_cpp_reads_it_a_whole_file_gives_the_source_s_logits(
 
 
 def test_a_qwen_whose_heads_llama_cpp_cannot_read_is_refused(tmp_path: Path) -> None:
-    save_llama(tmp_path / "source", "qwen2", head_dim=16)
-    with pytest.raises(InputError, match="has 4 heads of 16 numbers and a hidden size of 32, expected 32 numbers"):
+    save_llama(tmp_path / "source", "qwen2", head_dim=32)
+    with pytest.raises(InputError, match="has 2 heads of 32 numbers and a hidden size of 32, expected 32 numbers"):
         exported(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
