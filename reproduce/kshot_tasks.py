@@ -97,7 +97,7 @@ def load_kshot(root: Path | None, task: str, seed: int, num_test: int) -> KShot:
             `label`. It may also be the folder around it, where that has one named kshot16. Not read for `made`.
         task: a key of `PROMPTS`.
         seed: of the draw.
-        num_test: test texts, the first ones of the file.
+        num_test: test texts, drawn from the file once for all seeds: files may be sorted by label.
 
     Raises:
         InputError: the files are not there, or hold something else.
@@ -115,7 +115,9 @@ def load_kshot(root: Path | None, task: str, seed: int, num_test: int) -> KShot:
         )
     words = PROMPTS[task].words
     train, validation = (_read(folder / f"seed{seed}" / f"{part}.jsonl", words) for part in _PARTS[:2])
-    return KShot(train=train, validation=validation, test=_read(folder / "test.jsonl", words)[:num_test])
+    whole = _read(folder / "test.jsonl", words)
+    drawn = sorted(Random(0).sample(range(len(whole)), min(num_test, len(whole))))
+    return KShot(train=train, validation=validation, test=tuple(whole[index] for index in drawn))
 
 
 def _read(path: Path, words: Mapping[str, str]) -> tuple[Labelled, ...]:
