@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from cotune.errors import InputError
+from cotune.errors import DataError, InputError
 
 OWNER_ONLY = 0o600
 SPARE_BYTES = 2**24
@@ -50,6 +50,40 @@ def replacing(path: Path, *, mode: int | None = OWNER_ONLY) -> Iterator[Path]:
         sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def whole_lines(path: Path, *, max_bytes: int) -> list[bytes]:
+    """The lines of a file that is only ever appended to; a last one that a killed process did not finish is cut off.
+
+    Args:
+        path: may be missing, which is as good as empty.
+        max_bytes: how large it may be; more is not read.
+
+    Returns:
+        The lines, without their ends.
+
+    Raises:
+        DataError: it is too large, or cannot be read or cut.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
+        >>> _ = path.write_bytes(b'{"a": 1}\\n{"a": ')
+        >>> whole_lines(path, max_bytes=100), path.read_bytes()
+        ([b'{"a": 1}'], b'{"a": 1}\\n')
+    """
+    try:
+        if not path.exists():
+            return []
+        if path.stat().st_size > max_bytes:
+            raise DataError(f"has more than {max_bytes} bytes, expected at most that; move it away", path=path)
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.truncate(path, end)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=path) from None
+    return data[:end].split(b"\n")[:-1]
 
 
 def write_new(path: Path, data: bytes, *, mode: int = OWNER_ONLY) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cotune.data.batches import split_tokens
+from cotune.data.sampling import draw
 from cotune.data.templates import Example
 from cotune.errors import InputError
 from cotune.tuning.choice_objectives import ChoiceExample
@@ -116,8 +117,7 @@ def load_kshot(root: Path | None, task: str, seed: int, num_test: int) -> KShot:
     words = PROMPTS[task].words
     train, validation = (_read(folder / f"seed{seed}" / f"{part}.jsonl", words) for part in _PARTS[:2])
     whole = _read(folder / "test.jsonl", words)
-    drawn = sorted(Random(0).sample(range(len(whole)), min(num_test, len(whole))))
-    return KShot(train=train, validation=validation, test=tuple(whole[index] for index in drawn))
+    return KShot(train=train, validation=validation, test=tuple(draw(whole, limit=num_test, seed=0)))
 
 
 def _read(path: Path, words: Mapping[str, str]) -> tuple[Labelled, ...]:

@@ -15,10 +15,11 @@ from cotune.durable import (
     remove_folder,
     remove_unfinished,
     replacing,
+    whole_lines,
     write_folder,
     write_new,
 )
-from cotune.errors import InputError
+from cotune.errors import DataError, InputError
 
 
 def names(folder: Path) -> list[str]:
@@ -173,3 +174,26 @@ def test_a_folder_without_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.
     ):
         pytest.fail("it begins although there is no room")
     assert not names(tmp_path)
+
+
+def test_lines_of_a_file_that_is_not_there_are_none(tmp_path: Path) -> None:
+    assert whole_lines(tmp_path / "log", max_bytes=0) == []
+
+
+def test_a_last_line_without_its_end_is_cut_even_if_it_could_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b'{"a": "\xe2\x80\xa8\x0c"}\n\n{"a": 2}')  # ends of lines for Unicode, not for a file of lines
+    assert whole_lines(path, max_bytes=100) == [b'{"a": "\xe2\x80\xa8\x0c"}', b""]
+    with path.open("ab") as file:
+        file.write(b'{"a": 3}\n')
+    assert whole_lines(path, max_bytes=100)[2:] == [b'{"a": 3}']
+
+
+def test_lines_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"12345")
+    with pytest.raises(DataError, match=r"log: has more than 4 bytes, expected at most that; move it away"):
+        whole_lines(path, max_bytes=4)
+    assert path.read_bytes() == b"12345"
+    with pytest.raises(DataError, match=r"cannot be read: Is a directory"):
+        whole_lines(tmp_path, max_bytes=1 << 20)

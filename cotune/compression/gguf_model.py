@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -22,24 +24,19 @@ def read_gguf_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
     Raises:
         InputError: it is no GGUF file.
     """
-    try:
+    with _reading(path) as reader:
         return {
             tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            for tensor in _read(path).tensors
+            for tensor in reader.tensors
         }
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise _unreadable(path, error) from error
 
 
-def _read(path: Path) -> gguf.GGUFReader:
+@contextmanager
+def _reading(path: Path) -> Iterator[gguf.GGUFReader]:
     try:
-        return gguf.GGUFReader(path)
+        yield gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} cannot be read as a GGUF file ({error}); export it again")
+        raise InputError(f"{path} cannot be read as a GGUF file ({error}); export it again") from error
 
 
 def has_whole_weights(path: Path) -> bool:
@@ -49,7 +46,8 @@ def has_whole_weights(path: Path) -> bool:
         InputError: it is no GGUF file.
     """
     whole = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16)
-    return all(tensor.tensor_type in whole for tensor in _read(path).tensors)
+    with _reading(path) as reader:
+        return all(tensor.tensor_type in whole for tensor in reader.tensors)
 
 
 def load_gguf(path: Path, source: LlamaFolder) -> PreTrainedModel:

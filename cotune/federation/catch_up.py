@@ -7,7 +7,7 @@ later round; and `now/NAME`, the tuned arrays after all of them. Only the algori
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from cotune.federation.arrays import Arrays
 from cotune.federation.descend import names_like
 
 STEP, START, NOW = "step/", "start/", "now/"
+T = TypeVar("T")
 # The tuned arrays after a step: from those before it, the number of its round, and the step.
 After = Callable[[Arrays, int, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
 
@@ -71,8 +72,8 @@ def round_of(name: str) -> int:
     return int(name.removeprefix(STEP))
 
 
-def under(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The arrays below a prefix, without it.
+def under(prefix: str, arrays: Mapping[str, T]) -> dict[str, T]:
+    """The arrays or tensors below a prefix, without it.
 
     Example:
         >>> under("now/", {"now/b": np.zeros(1, np.float32), "start/b": np.ones(1, np.float32)})

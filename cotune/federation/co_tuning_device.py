@@ -195,10 +195,7 @@ class CoTuningDevice:
         Raises:
             InputError: a text has no answer, or a model or tokenizer cannot be used.
         """
-        if self._proxy is None:
-            assert self._own_texts
-        else:
-            assert self.texts
+        _ = self._own_texts if self._proxy is None else self.texts
 
     @property
     def _own_proxy(self) -> CausalModel:
@@ -217,7 +214,7 @@ class CoTuningDevice:
         folds = under(FOLD, job.arrays)
         known = self.store.before(job.run_id, job.round_number) or {}
         private = self._private_before(known, shared, steps, job.batch_seed)
-        small = {name.removeprefix(SMALL): one for name, one in known.items() if name.startswith(SMALL)}
+        small = under(SMALL, known)
         batches = batches_of(self.texts, steps.small, seed=job.batch_seed)
         proxy_batches = batches_of(self.texts, steps.proxy, seed=job.batch_seed)
         self._held = 0
@@ -266,7 +263,7 @@ class CoTuningDevice:
         steps = CoTuningSteps.of_settings(job.settings)
         public, reader = from_arrays(job.arrays), self._small.reader
         known = self.store.before(job.run_id, job.round_number) or {}
-        small = {name.removeprefix(SMALL): one for name, one in known.items() if name.startswith(SMALL)}
+        small = under(SMALL, known)
         most = self._small.fitting(self._max_tokens)
         batches = batches_of(self._own_texts, steps.small, seed=job.batch_seed)
         self._held, codes = 0, []
@@ -290,7 +287,7 @@ class CoTuningDevice:
         known = self.store.last(run_id)
         if known is None:
             raise InputError(f"{self.store.folder} has no round of run {run_id}, expected one; run a round first")
-        small = {name.removeprefix(SMALL): one for name, one in known.items() if name.startswith(SMALL)}
+        small = under(SMALL, known)
         try:
             with self._loaded_small(small) as model:
                 model.save_pretrained(folder, safe_serialization=True)
@@ -304,7 +301,7 @@ class CoTuningDevice:
         """The private adapter: as it was, fresh, or none."""
         if steps.private_rank == 0:
             return {}
-        found = {name.removeprefix(PRIVATE): one.numpy() for name, one in known.items() if name.startswith(PRIVATE)}
+        found = {name: one.numpy() for name, one in under(PRIVATE, known).items()}
         return found or fresh_adapter(shared, steps.private_rank, seed)
 
     def _dst(

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from cotune.durable import whole_lines
 from cotune.errors import BudgetError, DataError, InputError
 from cotune.sandwich.cost import Cost
 
@@ -168,18 +169,7 @@ class Purse:
 
     def _read(self, journal: Path) -> None:
         """Take over what earlier runs did; a last line that was cut was followed by no request."""
-        try:
-            if not journal.exists():
-                return
-            if journal.stat().st_size > MAX_JOURNAL_BYTES:
-                raise DataError(f"has more than {MAX_JOURNAL_BYTES} bytes, expected a journal", path=journal)
-            data = journal.read_bytes()
-            end = data.rfind(b"\n") + 1
-            if end < len(data):
-                os.truncate(journal, end)
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", path=journal) from None
-        for number, line in enumerate(data[:end].splitlines(), start=1):
+        for number, line in enumerate(whole_lines(journal, max_bytes=MAX_JOURNAL_BYTES), start=1):
             try:
                 fields = json.loads(line)
                 ticket = fields["ticket"]

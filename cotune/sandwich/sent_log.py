@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import Self, TextIO
 
+from cotune.durable import whole_lines
 from cotune.errors import DataError, InputError
 
 MAX_LOG_BYTES = 4 << 30
@@ -71,18 +72,9 @@ class SentLog:
         self.close()
 
     def _read(self, path: Path) -> None:
-        if not path.exists():
-            return
-        if path.stat().st_size > MAX_LOG_BYTES:
-            raise DataError(f"has more than {MAX_LOG_BYTES} bytes, expected a log of what was sent", path=path)
-        lines = path.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(whole_lines(path, max_bytes=MAX_LOG_BYTES), start=1):
             try:
                 fields = json.loads(line)
                 self._payloads[fields["digest"]] = str(fields["payload"])
             except (ValueError, KeyError, TypeError):
-                if number == len(lines) and not line.endswith(b"\n"):  # a process that was killed while writing
-                    with path.open("r+b") as file:
-                        file.truncate(sum(map(len, lines[:-1])))
-                    return
                 raise DataError("is no line of a log of what was sent", path=path, line=number) from None
