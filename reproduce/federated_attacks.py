@@ -31,7 +31,7 @@ from cotune.federation.arrays import Arrays
 from cotune.federation.coordinator import FederationError
 from cotune.federation.messages import Reply, decode, encode
 from cotune.federation.robust.rules import rule_named
-from cotune.federation.run_parts import TRIMMED
+from cotune.federation.robust.usual_rule import TRIMMED
 from cotune.federation.run_secret import RunSecret, direction_seed
 from cotune.federation.seed_attacks import (
     cosine_of_changes,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +13,11 @@ from rich.markup import escape
 
 from cotune.cli.default_group import group_with_default
 from cotune.cli.federate_keys import certificates, check_cryptography, key
+from cotune.cli.federate_result import check_out, print_summary, result, summary_of, write_result, write_rounds
 from cotune.cli.output import print_json, progress, stderr
-from cotune.cli.run_folder import make_run_folder, plain, write_config, write_json
-from cotune.durable import replacing
+from cotune.cli.run_folder import plain, run_folder
 from cotune.errors import InputError
+from cotune.evaluation.markup import size
 
 if TYPE_CHECKING:
     from cotune.federation.coordinator import Progress, RoundRecord
@@ -24,11 +25,10 @@ if TYPE_CHECKING:
     from cotune.federation.settings import FederationSettings
     from cotune.federation.simulation import Simulation
 
-ROUNDS_FILE = "rounds.jsonl"
 CHECKPOINTS = "checkpoints"
 SECRET_FILE = "run.secret"
 LEDGER_FILE = "ledger.jsonl"
-_RESULT_FILE = "adapter_config.json"
+_MAX_NAMES = 8
 
 federate = typer.Typer(
     name="federate",
@@ -38,6 +38,7 @@ federate = typer.Typer(
 )
 federate.command()(key)
 federate.command()(certificates)
+federate.command()(result)
 
 
 @federate.command()
@@ -77,8 +78,9 @@ def run(
     from cotune.federation.settings import FederationSettings
 
     settings = _with_options(FederationSettings.read(config), algorithm, model, num_rounds, seed)
+    check_out(out)
     folder = out.with_name(out.name + ".run")
-    _check_folders(out, folder, resume=resume)
+    _check_run(folder, resume=resume)
 
     # Only now: it loads PyTorch, which takes seconds.
     from cotune.federation.run_parts import algorithm_of, combine_of
@@ -102,24 +104,7 @@ def run(
     if as_json:
         print_json(summary)
         return
-    after = summary["bytes_per_device_after_the_first_round"]
-    stderr.print(
-        f"[bold]{settings.algorithm}[/] {escape(str(out))}: {summary['num_accepted']} of {summary['num_rounds']} "
-        f"rounds accepted, {summary['bytes_per_device_and_round']:,.0f} bytes for a device in a round"
-        + ("" if after is None else f", {after:,.0f} after the first")
-    )
-    if "proxy_download_bytes" in summary:
-        stderr.print(
-            f"once: the proxy, {summary['proxy_download_bytes']:,} bytes, for each of "
-            f"{summary['num_devices_with_proxy']} devices; with that {summary['bytes_down_with_proxy']:,} bytes down"
-        )
-    if summary["heldout_nats_per_token"] is not None:
-        stderr.print(
-            f"held-out loss {summary['start_nats_per_token']:.3f} (start) -> "
-            f"{summary['heldout_nats_per_token']:.3f} nats per token"
-        )
-    _print_privacy(summary)
-    stderr.print(f"report: {escape(summary['report'])}")
+    print_summary(summary)
 
 
 @federate.command()
@@ -169,18 +154,6 @@ def _seed_batch(own: Mapping[str, Any]) -> int:
     return int(table.get("batch_size", SeedSteps.batch_size)) if isinstance(table, Mapping) else SeedSteps.batch_size
 
 
-def _print_privacy(summary: Mapping[str, Any]) -> None:
-    """What was spent, what it rests on, and what an attack found."""
-    account, audit = summary["privacy"], summary["audit"]
-    if account:
-        stderr.print(escape(f"privacy: {account['summary']}. It rests on this:"), soft_wrap=True)
-        for sentence in account["assumptions"]:
-            stderr.print(escape(f"- {sentence}"), soft_wrap=True)
-    if audit:
-        beside = f"; the account says {account['epsilon']:.2f}" if account else "; there is no account without noise"
-        stderr.print(escape(f"audit: {audit['summary']}{beside}"), soft_wrap=True)
-
-
 def _with_options(
     settings: FederationSettings, algorithm: str | None, model: str | None, num_rounds: int | None, seed: int | None
 ) -> FederationSettings:
@@ -191,10 +164,8 @@ def _with_options(
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
-def _check_folders(out: Path, folder: Path, *, resume: bool) -> None:
-    """Refuse to write over anything that is not an earlier result of the same kind."""
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / _RESULT_FILE).is_file())):
-        raise InputError(f"--out is {out}, which holds something else; give a new folder")
+def _check_run(folder: Path, *, resume: bool) -> None:
+    """Refuse to go on where there is nothing, and to begin where there is something."""
     has_run = (folder / CHECKPOINTS).is_dir()
     if resume and not has_run:
         raise InputError(f"--resume is given and {folder} has no run; leave it out, or give the --out of that run")
@@ -212,7 +183,6 @@ def _simulate(
     quiet: bool,
     key: SealingKey | None,
 ) -> dict[str, Any]:
-    from cotune.evaluation.federation_report import bytes_per_reply, write_federation_report
     from cotune.federation.co_tuning_simulation import simulation_of
     from cotune.federation.progress_checkpoint import load_progress, save_progress
     from cotune.federation.run_parts import run_id
@@ -220,14 +190,9 @@ def _simulate(
     from cotune.federation.run_secret import RunSecret
     from cotune.ledger import EgressLedger
 
-    make_run_folder(folder)
     secret_file = folder / SECRET_FILE
-    # A secret that somebody put there is that of the devices that know it.
-    secret = RunSecret.load(secret_file) if secret_file.exists() else RunSecret.generate()
-    if not secret_file.exists():
-        secret.save(secret_file)
-    if not resume:
-        write_config(folder, "cotune federate", plain(settings))
+    # A secret that somebody put there is that of the devices that know it; a run that goes on has one.
+    secret = RunSecret.load(secret_file) if resume or secret_file.exists() else RunSecret.generate()
     name = run_id(settings, secret)
 
     def save(at: Progress) -> None:
@@ -239,18 +204,23 @@ def _simulate(
             key=key,
             accountant=account_as_table(settings.privacy, at.released_rounds),
         )
-        _write_rounds(folder, at.records)
+        write_rounds(folder, at.records)
 
-    ledger = EgressLedger(folder / LEDGER_FILE)
     with (
-        ledger,
+        # What ends before there is a checkpoint leaves nothing behind.
+        nullcontext() if resume else run_folder(folder, "cotune federate", plain(settings)),
+        EgressLedger(folder / LEDGER_FILE) as ledger,
         simulation_of(settings, backbone, secret=secret, folder=folder, ledger=ledger, save=save) as simulation,
     ):
         coordinator = simulation.coordinator
         if resume:
             start = load_progress(folder / CHECKPOINTS, run_id=name, base_digest=backbone.spec.backbone_digest, key=key)
+            # It may have been killed between a checkpoint and the line that tells of it.
+            write_rounds(folder, start.records)
         else:
             start = coordinator.begin(simulation.adapter)
+            if not secret_file.exists():
+                secret.save(secret_file)
             save(start)
         at = start
         with progress(f"federating with {settings.algorithm}", enabled=not quiet) as advance:
@@ -264,37 +234,12 @@ def _simulate(
         adapter = simulation.adapter_of(coordinator.adapter(at))
         kept = simulation.keep(at)
     adapter.save(out, backbone.model)
-    rows: list[Any] = [asdict(one) for one in at.records]
-    accepted = [one for one in at.records if one.verdict == "accepted"]
-    last_loss = next((one.heldout_loss for one in reversed(accepted) if one.heldout_loss is not None), None)
     summary = {
-        "algorithm": settings.algorithm,
-        "out": str(out),
-        "run": str(folder),
-        "num_rounds": len(at.records),
-        "num_accepted": len(accepted),
-        "num_devices": len(simulation.shards.devices),
-        "start_nats_per_token": start.start_loss,
-        "heldout_nats_per_token": last_loss,
-        "bytes_up": sum(sum(one.bytes_up.values()) for one in at.records),
-        "bytes_down": sum(sum(one.bytes_down.values()) for one in at.records),
-        "bytes_per_device_and_round": bytes_per_reply(rows),
-        "bytes_per_device_after_the_first_round": bytes_per_reply(rows[1:]) if len(rows) > 1 else None,
-        "privacy": account_as_table(settings.privacy, at.released_rounds) or None,
+        **summary_of(settings, at, out, folder, num_devices=len(simulation.shards.devices)),
         "audit": _audit(simulation, settings),
         **kept,
-        "report": str(folder / "report.html"),
     }
-    write_json(folder / "metrics.json", summary)
-    if rows:
-        write_federation_report(
-            folder,
-            rows,
-            title=f"Federated tuning with {settings.algorithm}",
-            start_loss=start.start_loss,
-            settings=plain(settings),
-            summary=summary,
-        )
+    write_result(folder, settings, at, summary)
     return summary
 
 
@@ -311,16 +256,21 @@ def _audit(simulation: Simulation, settings: FederationSettings) -> dict[str, An
 
 
 def _line(record: RoundRecord) -> str:
-    """A round in one line."""
+    """A round in one line: who took part, losses, bytes up and down by kind, seconds and memory."""
     parts = [f"round {record.round_number}: {record.verdict}"]
     if record.loss is not None:
         parts.append(f"devices' loss {record.loss:.4f}")
     if record.heldout_loss is not None:
         parts.append(f"held-out {record.heldout_loss:.4f}")
-    parts.append(f"{len(record.counted)} of {len(record.asked)} replies")
-    parts.append(f"{sum(record.bytes_up.values()):,} bytes up, {sum(record.bytes_down.values()):,} down")
+    who = f" ({_some(record.counted)})" if record.counted else ""
+    parts.append(f"{len(record.counted)} of {len(record.asked)} replies{who}")
+    if record.lost:
+        parts.append(f"nothing from {_some(record.lost)}")
+    parts += [f"{_by_kind(record.bytes_up)} up", f"{_by_kind(record.bytes_down)} down", f"{record.seconds:.1f} s"]
     if record.device_seconds is not None:
         parts.append(f"{record.device_seconds:.2f} s of work")
+    if record.device_peak_bytes is not None:
+        parts.append(f"{size(record.device_peak_bytes)} of memory")
     parts += [f"{name.replace('_', ' ')} {number:.3g}" for name, number in record.shown.items()]
     if record.remark:
         parts.append(record.remark)
@@ -328,8 +278,23 @@ def _line(record: RoundRecord) -> str:
     return ", ".join(parts) + (f" (refused: {refused})" if refused else "")
 
 
-def _write_rounds(folder: Path, records: Any) -> None:
-    """`rounds.jsonl`, whole or not at all."""
-    lines = "".join(json.dumps(asdict(one), allow_nan=False) + "\n" for one in records)
-    with replacing(folder / ROUNDS_FILE, mode=0o644) as unfinished:
-        unfinished.write_text(lines, encoding="utf-8")
+def _some(names: Sequence[str]) -> str:
+    """Names, as many as a line bears; `rounds.jsonl` has all of them.
+
+    Example:
+        >>> _some(["a", "b"]), _some([f"d{number}" for number in range(12)])
+        ('a, b', 'd0, d1, d2, d3, d4, d5, d6, d7 and 4 more')
+    """
+    rest = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + rest
+
+
+def _by_kind(num_bytes: Mapping[str, int]) -> str:
+    """A number of bytes, and what they were.
+
+    Example:
+        >>> _by_kind({"framing": 888, "slopes": 4_096}), _by_kind({})
+        ('4,984 bytes (888 framing, 4,096 slopes)', '0 bytes')
+    """
+    kinds = ", ".join(f"{num:,} {kind}" for kind, num in sorted(num_bytes.items()))
+    return f"{sum(num_bytes.values()):,} bytes" + (f" ({kinds})" if kinds else "")

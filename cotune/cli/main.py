@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.text import Text
@@ -28,7 +28,7 @@ from cotune.cli.sandwich_ask import ask
 from cotune.cli.sandwich_command import sandwich
 from cotune.cli.sandwich_fit import fit, script
 from cotune.cli.tune_command import tune
-from cotune.errors import CotuneError
+from cotune.errors import CotuneError, InputError
 
 INTERRUPTED = 130
 
@@ -82,9 +82,7 @@ def main() -> None:
     try:
         app()
     except CotuneError as error:
-        # As text, not markup: a message may hold brackets.
-        stderr.print(Text.assemble(("error:", "bold red"), " ", str(error)), soft_wrap=True)
-        sys.exit(error.exit_code)
+        _refuse(str(error), error.exit_code)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
             stderr.print("interrupted; run the same command with --resume where it offers that, to go on")
@@ -93,3 +91,14 @@ def main() -> None:
         # The reader of our output is gone (as with `| head`): end quietly, also when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        # What the file system says of a path, such as a name too long, where nobody knew better. All else is a fault.
+        if error.filename is None:
+            raise
+        _refuse(f"{error.filename!s:.200}: {error.strerror}; give another path", InputError.exit_code)
+
+
+def _refuse(reason: str, exit_code: int) -> NoReturn:
+    # As text, not markup: a message may hold brackets.
+    stderr.print(Text.assemble(("error:", "bold red"), " ", reason), soft_wrap=True)
+    sys.exit(exit_code)

@@ -52,6 +52,10 @@ KINDS: Mapping[str, str] = {
     "coplms": "lora",
 }
 """The kind of adapter that an algorithm needs; all others take any, as far as their patterns of names fit."""
+HALVING = frozenset({"fwdllm"})
+"""Algorithms that show a rule one half of a round's replies, and then the other."""
+IN_PARTS = HALVING | {"mixed"}
+"""Algorithms that show a rule parts of a round's replies: halves, or classes of devices."""
 # The field that no configuration gives: directions come from the run's secret.
 SEEDS = "seeds"
 # Likewise: models at work, which `cotune.federation.co_tuning_parts` puts in.
@@ -86,15 +90,13 @@ def algorithm_named(
     if name not in ALGORITHMS:
         raise InputError(f"algorithm is {name!r}, expected one of {', '.join(ALGORITHMS)}")
     kind: Any = ALGORITHMS[name]
-    own, table = {one.name for one in fields(kind)}, dict(options or {})
+    own, table = {one.name for one in fields(kind)}, options or {}
     given: dict[str, Any] = {SEEDS: seeds} if SEEDS in own else {}
     if CLOUD_HALF in own:
         given[CLOUD_HALF] = None
-    if "steps" in own and "steps" not in table and steps is not None:
-        given["steps"] = steps
-    if "num_layers" in own and "num_layers" not in table and num_layers is not None:
-        given["num_layers"] = num_layers
-    made: Algorithm = from_table(kind, table, where=f"options.{name}.", given=given)
+    known = {"steps": steps, "num_layers": num_layers}
+    usual = {field: value for field, value in known.items() if field in own and value is not None}
+    made: Algorithm = from_table(kind, table, where=f"options.{name}.", given=given, usual=usual)
     return made
 
 

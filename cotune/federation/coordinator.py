@@ -86,7 +86,7 @@ class RoundRules:
             raise InputError(f"max_update_norm is {self.max_update_norm}, expected a positive number or none")
         if self.weights not in WEIGHTS:
             raise InputError(f"weights is {self.weights!r}, expected one of {', '.join(WEIGHTS)}")
-        check_at_least(0, tolerance=self.tolerance)
+        check_at_least(0, tolerance=self.tolerance, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +283,10 @@ class Coordinator:
         if asked:
             open_round.ask(asked)
             open_round.listen(started_s + self._rules.deadline_s)
-        verdict, state, loss, remark = self._merged(before, number, open_round.counted, open_round.num_tasks)
+            verdict, state, loss, remark = self._merged(before, number, open_round.counted, open_round.num_tasks)
+        else:
+            verdict, state, loss = VOID, before.state, None
+            remark = f"fewer than {self._rules.min_devices} devices could be reached in {self._rules.gather_s:g} s"
         best_loss = before.best_loss
         if verdict == ACCEPTED and loss is not None and best_loss is not None:
             best_loss = min(best_loss, loss)

@@ -13,8 +13,10 @@ A device without room for the proxy tells likelihoods of public texts instead (`
 learns from, see `cotune.federation.public_chunks`.
 
 Wire, for each layer (m, n) and a device's rank r: r (m + n) bytes and 8 r of scales each way with `bits = 8`, which
-rounds the device's changes at random without bias; 4 r (m + n) with 32. After a round that folded k directions, also
-4 k (m + n) down, once. The proxy itself is downloaded once and not counted in rounds; public texts are, in the first.
+rounds the device's changes at random without bias; 4 r (m + n) with 32. After a round that folded k directions, also 4
+k (m + n) down, once. The proxy itself is downloaded once and not counted in rounds; public texts are, in the first.
+Memory on the device: the larger of proxy and small model, of which one is loaded at a time, with one adapter's
+gradient and moments and what its layers keep for back-propagation; what either says of the texts waits on disk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FFA-LoRA (Sun et al., ICLR 2024): A is frozen at its start, devices train B alone.
+"""FFA-LoRA (Sun et al., ICLR 2024, arXiv 2403.12313): A is frozen at its start, devices train B alone.
 
     B <- B + sum_c p_c dB_c
 

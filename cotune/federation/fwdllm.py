@@ -12,8 +12,8 @@ have the norm sqrt(d), so the cosines are compared by inner products, one direct
 Differs from the released code: the variance is over all that is tuned, not over one layer that is chosen for each
 model; a choice is of whole directions instead of each tensor's apart; directions of signs instead of Gaussian ones; a
 step is taken after `max_rounds_waiting` rounds all the same. Each half of a round's replies is combined by the rule, so
-a robust rule needs twice the replies that it would otherwise. The same idea at K numbers instead of d is the option
-`gate` of `cotune.federation.seed`.
+a robust rule that is named needs twice the replies that it would otherwise. The same idea at K numbers instead of d is
+the option `gate` of `cotune.federation.seed`.
 
 Wire: d float32 up; d down after a step and none while replies wait, and with candidates d more after a step, the
 gradient; whoever is new gets the whole adapter. Memory on the device: that of inference, and 8 d bytes.

@@ -1,14 +1,15 @@
 """Devices of different memory in one federation: `lora` where back-propagation fits, `seed` where inference alone does.
 
-A is frozen and all tune the same B, so what either class says is about the same numbers:
+FFA-LoRA (Sun et al., arXiv 2403.12313) and DeComFL's shared directions (Li et al., arXiv 2405.15861) in one round; the
+mixture is ours. A is frozen and all tune the same B, so what either class says is about the same numbers:
 
     lora, as ffa_lora.py:  dB_c, what local steps of back-propagation changed; D = combine_c(dB_c)
     seed, as seed.py:      K slopes along shared directions; G_k = combine_c(g_ck), S = -(lr / P) sum_k G_k z_k
     B <- B + (w_l D + w_s S) / (w_l + w_s)
 
 Symbols: w_l and w_s the sums of the classes' weights, a seed device's counted `seed_weight` times. With one class alone
-the round is that of `ffa_lora` or of `seed`. A rule is used within each class, on updates that can be compared; it has
-to bear the smaller one, or the round is void where that has too few replies.
+the round is that of `ffa_lora` or of `seed`. A rule is used within each class, on updates that can be compared. The
+usual one suits itself to the size of the class; one that is named has to bear the smaller class, or the round is void.
 
 Who is what: `classes` by the device's name; for those that no pattern fits, `memory_bytes` by name against what the
 methods need, `lora_bytes` and `seed_bytes`, from `cotune plan` for the model at hand. A device of neither is `lora`.

@@ -1,4 +1,4 @@
-"""RoLoRA (Chen et al., NeurIPS 2025): devices train LoRA's B in odd rounds and A in even ones.
+"""RoLoRA (Chen et al., arXiv 2502.01755): devices train LoRA's B in odd rounds and A in even ones.
 
     odd:   B <- B + sum_c p_c dB_c        even:  A <- A + sum_c p_c dA_c
 

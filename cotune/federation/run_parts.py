@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm, Combine
-from cotune.federation.algorithms import ALGORITHMS, algorithm_named, check_kind
+from cotune.federation.algorithms import ALGORITHMS, HALVING, IN_PARTS, algorithm_named, check_kind
 from cotune.federation.coplms import CoPlms
 from cotune.federation.eva_start import EvaStart
 from cotune.federation.gradient_start import GradientStart
 from cotune.federation.robust.rule import RobustRule
 from cotune.federation.robust.rules import rule_named
+from cotune.federation.robust.usual_rule import UsualRule, usual_rule
 from cotune.federation.run_privacy import check_privacy, private_mean
 from cotune.federation.run_secret import RunSecret, direction_seed
 from cotune.federation.settings import FederationSettings
@@ -21,8 +22,7 @@ from cotune.federation.start_first import StartFirst
 from cotune.federation.update_svd import UpdateSvd
 
 PLAIN_STARTS = ("orthonormal", "random")
-TRIMMED = 0.2
-"""Share of the replies that the usual rule leaves out at either end."""
+USUAL = "auto"
 
 
 def algorithm_of(settings: FederationSettings, secret: RunSecret, *, num_layers: int | None = None) -> Algorithm:
@@ -92,15 +92,18 @@ def rule_of(settings: FederationSettings, *, num_devices: int) -> RobustRule:
     """
     asked = min(settings.rounds.num_devices_per_round or num_devices, num_devices)
     name, options = settings.combine.rule, settings.combine.options
-    if name == "auto":
-        inner = {"name": "trimmed_mean", "share": TRIMMED} if asked * TRIMMED >= 1 else "mean"
-        # Of two lengths the median is no judge.
-        name, options = ("clip_to_median_norm", {"rule": inner, **options}) if asked > 2 else ("mean", options)
+    if name == USUAL:
+        if options:
+            raise InputError(f"combine.options is {options!r:.60} and the rule is auto, which has none; name the rule")
+        return UsualRule() if settings.algorithm in IN_PARTS else usual_rule(asked)
     rule = rule_named(name, options)
-    if rule.min_replies > asked:
+    whose, num_shown = "", asked
+    if settings.algorithm in HALVING:
+        whose, num_shown = f", of whose replies {settings.algorithm} shows it one half at a time", max(1, asked // 2)
+    if rule.min_replies > num_shown:
         raise InputError(
-            f"the rule {name} needs at least {rule.min_replies} replies and {asked} devices are asked in a round; "
-            "ask more devices, or choose another rule"
+            f"the rule {name} needs at least {rule.min_replies} replies and {asked} devices are asked in a round"
+            f"{whose}; ask more devices, or choose another rule"
         )
     return rule
 
@@ -113,8 +116,13 @@ def combine_of(settings: FederationSettings, *, num_devices: int) -> Combine:
         num_devices: all that there are, canaries included.
 
     Raises:
-        InputError: as `rule_of` and `check_privacy`.
+        InputError: as `rule_of` and `check_privacy`, or no round could begin with so few devices.
     """
+    if settings.rounds.min_devices > num_devices:
+        raise InputError(
+            f"rounds.min_devices is {settings.rounds.min_devices}, expected at most {num_devices}, the devices that "
+            "there are; lower it"
+        )
     if not settings.privacy.is_on:
         return rule_of(settings, num_devices=num_devices)
     check_privacy(settings)

@@ -118,7 +118,8 @@ class CombineSettings:
 
     rule: str = "auto"
     """See `cotune.federation.robust.rules`. `auto`: replies clipped to their median norm, then the trimmed mean. Where
-    fewer than five devices are asked, the mean stands for the trimmed one; with two, nothing is clipped either."""
+    fewer than five devices are asked, the mean stands for the trimmed one; with two, nothing is clipped either. For
+    `mixed` and `fwdllm` the replies of each class, or half, are counted instead, as they come."""
     options: Mapping[str, object] = field(default_factory=dict)
     """Of the rule."""
 
@@ -178,6 +179,9 @@ class FederationSettings:
     audit: AuditSettings = field(default_factory=AuditSettings)
     options: Mapping[str, object] = field(default_factory=dict)
     """Tables by the name of an algorithm: its own settings, such as `[options.seed]` with `num_directions`."""
+
+    def __post_init__(self) -> None:
+        check_at_least(0, seed=self.seed)
 
     @classmethod
     def read(cls, path: Path | str) -> FederationSettings:

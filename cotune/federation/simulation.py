@@ -21,7 +21,7 @@ from cotune.federation.backbone_model import BackboneModel, ResidentBackbone
 from cotune.federation.canary_devices import CanaryDevices, audited_shapes
 from cotune.federation.coordinator import Coordinator, Progress
 from cotune.federation.device_agent import DeviceAgent
-from cotune.federation.fresh_adapter import fresh_adapter
+from cotune.federation.fresh_adapter import fresh_adapter, trained_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.orthonormal_rows import orthonormal_rows
 from cotune.federation.run_parts import algorithm_of, combine_of, run_id
@@ -183,18 +183,13 @@ def simulate(
             save=save,
         )
 
-        def trained(arrays: Arrays) -> Tunable:
-            import torch
-
-            return fresh.trained({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
-
         yield Simulation(
             settings=settings,
             coordinator=coordinator,
             adapter=adapter,
             shards=shards,
             judge=judge,
-            adapter_of=trained,
+            adapter_of=lambda arrays: trained_adapter(fresh, arrays),
             canaries=canaries,
         )
 

@@ -13,6 +13,7 @@ from cotune.errors import InputError
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1_000_000
+LARGEST_INT = 2**63 - 1
 
 
 def read_toml(kind: type[T], path: Path | str) -> T:
@@ -39,7 +40,12 @@ def read_toml(kind: type[T], path: Path | str) -> T:
 
 
 def from_table(
-    kind: type[T], table: Mapping[str, object], *, where: str = "", given: Mapping[str, Any] | None = None
+    kind: type[T],
+    table: Mapping[str, object],
+    *,
+    where: str = "",
+    given: Mapping[str, Any] | None = None,
+    usual: Mapping[str, Any] | None = None,
 ) -> T:
     """A dataclass from a table, tables within it included.
 
@@ -48,6 +54,7 @@ def from_table(
         table: of the file.
         where: its place there, with a dot at the end, for messages.
         given: fields that do not come from the file, and may not stand there.
+        usual: values of fields that the table leaves out, instead of the dataclass's own.
 
     Raises:
         InputError: an unknown key, a missing one, or a value of another type.
@@ -63,7 +70,7 @@ def from_table(
         if key not in known:
             raise InputError(f"{where}{key} is not known, expected one of {', '.join(known)}; remove or correct it")
     hints = get_type_hints(kind)
-    read = {key: _value(hints[key], value, f"{where}{key}") for key, value in table.items()}
+    read = dict(usual or {}) | {key: _value(hints[key], value, f"{where}{key}") for key, value in table.items()}
     missing = [name for name, one in known.items() if name not in read and not _has_default(one)]
     if missing:
         raise InputError(f"{where}{missing[0]} is missing; add it")
@@ -100,4 +107,6 @@ def _value(hint: Any, value: object, name: str) -> object:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
         raise InputError(f"{name} is {value!r}, expected {words.get(hint, hint)}")
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise InputError(f"{name} is {value}, expected at most {LARGEST_INT}, which 64 bits hold")
     return value

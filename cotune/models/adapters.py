@@ -58,7 +58,7 @@ class LoraShape:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"rank is {self.rank}, expected at least 1")
-        if not self.alpha > 0:
+        if not 0 < self.alpha < float("inf"):
             raise InputError(f"alpha is {self.alpha}, expected a positive number")
 
     @property

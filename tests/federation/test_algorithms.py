@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,15 @@ def after_rounds(name: str, algorithm: Algorithm, num: int) -> Arrays:
 
 def test_every_algorithm_is_tried_here() -> None:
     assert OPTIONS.keys() == BYTES.keys() == ALGORITHMS.keys()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_states_its_paper_its_bytes_and_its_memory(name: str) -> None:
+    """The bytes are held to numbers by `BYTES`, below."""
+    told = sys.modules[ALGORITHMS[name].__module__].__doc__ or ""
+    assert re.search(r"arXiv \d{4}\.\d{5}|USENIX ATC \d{4}", told), "no paper"
+    assert re.search(r"^Wire[:,]", told, re.MULTILINE), "no bytes"
+    assert re.search(r"\bMemory(\s+on\s+the\s+device)?: ", told), "no memory"
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

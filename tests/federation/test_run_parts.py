@@ -6,7 +6,10 @@ import pytest
 
 from cotune.errors import InputError
 from cotune.federation.coordinator import RoundRules
-from cotune.federation.run_parts import algorithm_of, rule_of
+from cotune.federation.robust.mean import Mean
+from cotune.federation.robust.median import Median
+from cotune.federation.robust.usual_rule import UsualRule
+from cotune.federation.run_parts import algorithm_of, combine_of, rule_of
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import CombineSettings, FederationSettings
 
@@ -28,6 +31,35 @@ def test_the_usual_rule_fits_the_number_of_devices(
     assert repr(rule_of(settings, num_devices=num_devices)) == told
 
 
+@pytest.mark.parametrize("algorithm", ["mixed", "fwdllm"])
+def test_algorithms_that_combine_parts_of_the_replies_have_a_rule_for_parts_of_any_size(algorithm: str) -> None:
+    """Ten devices are many, and four of one class among them few: with a rule for ten all rounds would be void."""
+    assert rule_of(FederationSettings(algorithm=algorithm), num_devices=10) == UsualRule()
+    # Two halves of one reply are enough for a mean, and of four devices not for a median that needs three.
+    named = FederationSettings(algorithm=algorithm, combine=CombineSettings(rule="median"))
+    if algorithm == "mixed":
+        assert rule_of(named, num_devices=4) == Median()
+        return
+    assert rule_of(named, num_devices=6) == Median()
+    with pytest.raises(InputError, match="median needs at least 3 replies and 4 devices are asked in a round, of whose"):
+        rule_of(named, num_devices=4)
+    mean = FederationSettings(algorithm=algorithm, combine=CombineSettings(rule="mean"))
+    assert rule_of(mean, num_devices=1) == Mean()
+
+
+def test_more_devices_than_there_are_cannot_be_waited_for() -> None:
+    settings = FederationSettings(rounds=RoundRules(min_devices=4))
+    assert combine_of(settings, num_devices=4)
+    with pytest.raises(InputError, match=r"rounds\.min_devices is 4, expected at most 3"):
+        combine_of(settings, num_devices=3)
+
+
+def test_the_usual_rule_has_no_options() -> None:
+    settings = FederationSettings(combine=CombineSettings(options={"share": 0.3}))
+    with pytest.raises(InputError, match="and the rule is auto, which has none; name the rule"):
+        rule_of(settings, num_devices=10)
+
+
 def test_a_rule_that_no_round_could_satisfy_is_refused_at_once() -> None:
     krum = CombineSettings(rule="multi_krum", options={"num_byzantine": 2})
     with pytest.raises(InputError, match=r"multi_krum needs at least \d+ replies and 3 devices"):
@@ -39,6 +71,8 @@ def test_an_algorithm_takes_its_own_table_alone() -> None:
     options = {"seed": {"num_directions": 7}, "ferret": {}}
     assert algorithm_of(FederationSettings(algorithm="seed", options=options), secret).num_directions == 7  # type: ignore[attr-defined]
     assert algorithm_of(FederationSettings(options=options), secret).steps == FederationSettings().steps  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"options\.fedit\.num_steps is not known, expected one of steps"):
+        algorithm_of(FederationSettings(algorithm="fedit", options={"fedit": {"num_steps": 3}}), secret)
     for bad in ({"seeds": {}}, {"seed": 3}):
         with pytest.raises(InputError, match="expected a table by the name of an algorithm"):
             algorithm_of(FederationSettings(options=bad), secret)

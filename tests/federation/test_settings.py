@@ -56,6 +56,9 @@ def test_the_example_is_the_defaults(tmp_path: Path) -> None:
         ("[adapter]\nkind = 'ia3'", "kind is 'ia3', expected one of lora, prefix"),
         ("[adapter]\nvirtual_tokens = 0", "virtual_tokens is 0"),
         ("seed = [", "is no TOML"),
+        ("seed = -1", "seed is -1, expected at least 0"),
+        ("[rounds]\nseed = -1", "rounds: seed is -1, expected at least 0"),
+        ("[steps]\nnum_steps = 9223372036854775808", "steps.num_steps is 9223372036854775808, expected at most"),
     ],
 )
 def test_a_wrong_file_is_named_with_the_key(tmp_path: Path, text: str, words: str) -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from cotune.errors import InputError
 from cotune.federation import in_process
+from cotune.federation.algorithms import ALGORITHMS
 from cotune.federation.coordinator import Progress, RoundRules
 from cotune.federation.fedpeptao import PREFIX
 from cotune.federation.local_model import LocalSteps
@@ -55,9 +56,44 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("algorithm", ["fedit", "ffa_lora", "rolora", "seed"])
+def mixed(**options: object) -> dict[str, dict[str, object]]:
+    return {"mixed": {"classes": {"device-1": "seed"}, "seed_mode": {"num_directions": 6, "batch_size": 4}, **options}}
+
+
+# By name what differs from `settings_of`: all algorithms whose devices share one backbone, and the starts of A.
+WAYS: Mapping[str, Mapping[str, object]] = {
+    "fedit": {},
+    "ffa_lora": {},
+    "rolora": {},
+    "seed": {},
+    "fedkseed": {"options": {"fedkseed": {"num_seeds": 16, "num_steps": 6, "batch_size": 4}}},
+    "fedkseed_pro": {"options": {"fedkseed_pro": {"pool": {"num_seeds": 16, "num_steps": 6, "batch_size": 4}}}},
+    "fwdllm": {"options": {"fwdllm": {"num_perturbations": 2, "num_candidates": 2, "batch_size": 4}}},
+    "ferret": {"options": {"ferret": {"num_directions": 80}}},
+    # A class of one, and one of two: the usual rule suits itself to both.
+    "mixed": {"options": mixed()},
+    "flexlora": {"adapter": AdapterSettings(rank=4), "options": {"flexlora": {"ranks": {"device-1": 1}}}},
+    "flora": {"adapter": AdapterSettings(rank=4), "options": {"flora": {"ranks": {"device-1": 1}}}},
+    "fedselft": {"adapter": AdapterSettings(rank=4), "options": {"fedselft": {"budgets": {"device-1": 40_000}}}},
+    "fedpeptao": {
+        "adapter": AdapterSettings(kind="prefix", virtual_tokens=4),
+        "steps": LocalSteps(num_steps=4, batch_size=4, learning_rate=0.05),
+        "options": {"fedpeptao": {"beta": 0.0}},
+    },
+    "ffa_lora from eva": {"adapter": AdapterSettings(rank=2, start="eva", start_batches=1)},
+    "ffa_lora from lora_ga": {"adapter": AdapterSettings(rank=2, start="lora_ga", start_batches=1)},
+}
+LEARNS_LITTLE = ("fedkseed", "fedkseed_pro", "fwdllm", "ferret")
+"""In three rounds of so few directions; that they learn is tested on the toy."""
+
+
+def test_every_algorithm_on_one_backbone_is_tried_here() -> None:
+    assert {name.split()[0] for name in WAYS} == ALGORITHMS.keys() - {"coplms"}
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_no_text_no_token_and_no_seed_is_in_anything_that_was_sent(
-    backbone: Backbone, texts: Path, algorithm: str, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, texts: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[bytes] = []
 
@@ -73,10 +109,14 @@ def test_no_text_no_token_and_no_seed_is_in_anything_that_was_sent(
     monkeypatch.setattr("cotune.federation.simulation.InProcess", lambda devices: Watched(devices, tamper=watch))
     before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
     ledger = EgressLedger(None)
-    with simulate(settings_of(texts, algorithm=algorithm), backbone, secret=SECRET, ledger=ledger) as simulation:
+    settings = settings_of(texts, algorithm=way.split()[0], **WAYS[way])
+    with simulate(settings, backbone, secret=SECRET, ledger=ledger) as simulation:
         start = simulation.coordinator.begin(simulation.adapter)
         *_, end = simulation.coordinator.run(start)
-    assert end.best_loss is not None and start.best_loss is not None and end.best_loss < start.best_loss
+    assert all(one.counted == ["device-0", "device-1", "device-2"] for one in end.records)
+    assert all(one.verdict != "void" for one in end.records)
+    if settings.algorithm not in LEARNS_LITTLE:
+        assert end.best_loss is not None and start.best_loss is not None and end.best_loss < start.best_loss
     found = SentBytes(sent)
     tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
     ids = tokenizer.encode(f" In room 1, where {CANARY}.", add_special_tokens=False).ids
@@ -90,37 +130,16 @@ def test_no_text_no_token_and_no_seed_is_in_anything_that_was_sent(
 
 
 def test_prompts_of_a_real_model_are_federated_and_saved(backbone: Backbone, texts: Path, tmp_path: Path) -> None:
-    settings = settings_of(
-        texts,
-        algorithm="fedpeptao",
-        adapter=AdapterSettings(kind="prefix", virtual_tokens=4),
-        steps=LocalSteps(num_steps=4, batch_size=4, learning_rate=0.05),
-        options={"fedpeptao": {"beta": 0.0}},
-    )
+    settings = settings_of(texts, algorithm="fedpeptao", **WAYS["fedpeptao"], rounds=RoundRules(num_rounds=2))
     with simulate(settings, backbone, secret=SECRET) as simulation:
-        start = simulation.coordinator.begin(simulation.adapter)
-        *_, end = simulation.coordinator.run(start)
+        *_, end = simulation.coordinator.run(simulation.coordinator.begin(simulation.adapter))
         found = simulation.coordinator.adapter(end)
         adapter = simulation.adapter_of(found)
     # Two of the tiny model's three layers: half, rounded up.
     assert end.state["chosen"].sum() == 2 and end.records[-1].counted == ["device-0", "device-1", "device-2"]
-    assert start.best_loss is not None and end.best_loss is not None and end.best_loss < start.best_loss
     adapter.save(tmp_path / "out", backbone.model)
     (again,) = PeftAdapter.load(tmp_path / "out", backbone.model).params.values()
     assert np.array_equal(again.numpy(), found[PREFIX]) and found[PREFIX].shape == (4, 3 * 2 * 12)
-
-
-@pytest.mark.parametrize("algorithm", ["flexlora", "flora", "fedselft"])
-def test_devices_of_mixed_memory_tune_a_real_model(backbone: Backbone, texts: Path, algorithm: str) -> None:
-    options = {"budgets": {"device-1": 40_000}} if algorithm == "fedselft" else {"ranks": {"device-1": 1}}
-    before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
-    settings = settings_of(texts, algorithm=algorithm, adapter=AdapterSettings(rank=4), options={algorithm: options})
-    with simulate(settings, backbone, secret=SECRET) as simulation:
-        start = simulation.coordinator.begin(simulation.adapter)
-        *_, end = simulation.coordinator.run(start)
-    assert all(one.counted == ["device-0", "device-1", "device-2"] for one in end.records)
-    assert start.best_loss is not None and end.best_loss is not None and end.best_loss < start.best_loss
-    assert all((before[name] == p).all() for name, p in backbone.model.named_parameters())
 
 
 @pytest.mark.parametrize(

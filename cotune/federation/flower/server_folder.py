@@ -155,6 +155,32 @@ class ServerFolder:
         """Names the run: the same settings with the same secret."""
         return run_id(self.settings, self.secret)
 
+    def progress(self) -> Progress:
+        """Where the run stands, after its last finished round.
+
+        Raises:
+            InputError: it has not begun, or no checkpoint is whole.
+            MismatchError: the checkpoints are of another run.
+        """
+        return load_progress(self.path / CHECKPOINTS, run_id=self.run_id, base_digest=self.base_digest)
+
+    def save_adapter(self, progress: Progress, out: Path) -> None:
+        """Write the adapter after the last accepted round as a peft folder.
+
+        Raises:
+            InputError, MismatchError: the model of the settings cannot be used, or `out` not be written to.
+        """
+        # Only now: these load PyTorch and a backbone.
+        from cotune.federation.co_tuning_parts import stacked_adapter
+        from cotune.federation.fresh_adapter import fresh_adapter, trained_adapter
+
+        algorithm, backbone = algorithm_of(self.settings, self.secret), self._backbone()
+        arrays, own = algorithm.adapter(progress.state), self.settings.adapter
+        if isinstance(algorithm, CoPlms):
+            stacked_adapter(arrays, own).save(out, backbone.model)
+        else:
+            trained_adapter(fresh_adapter(own, backbone, seed=self.settings.seed), arrays).save(out, backbone.model)
+
     @contextmanager
     def coordinator(self, transport: Transport) -> Iterator[tuple[Coordinator, Progress]]:
         """The coordinator, and where it goes on: after the last checkpoint, or at the start.
@@ -186,7 +212,7 @@ class ServerFolder:
                 save=save,
             )
             if checkpoints.is_dir() and any(checkpoints.glob("checkpoint-*")):
-                yield coordinator, load_progress(checkpoints, run_id=self.run_id, base_digest=self.base_digest)
+                yield coordinator, self.progress()
                 return
             begun = coordinator.begin(self.start)
             save(begun)
@@ -218,12 +244,7 @@ class ServerFolder:
         settings = self.settings
         # As in a simulation of the same settings, so that both have the same curve.
         texts = read_shards(settings).judge
-        backbone = _load_backbone(settings)
-        if backbone.spec.backbone_digest != self.base_digest:
-            raise MismatchError(
-                f"{settings.model} is the backbone {backbone.spec.backbone_digest[:16]}, expected "
-                f"{self.base_digest[:16]}; give the model that the run was prepared with"
-            )
+        backbone = self._backbone()
         encoded = encode_examples(backbone.tokenizer_json, texts, backbone.description, settings.data.max_length)
         if isinstance(algorithm_of(settings, self.secret), CoPlms):
             # Its adapters grow with what is folded.
@@ -231,6 +252,15 @@ class ServerFolder:
             return
         with ResidentBackbone(backbone, fresh_adapter(settings.adapter, backbone, seed=settings.seed)) as resident:
             yield mean_loss(resident.with_texts(encoded))
+
+    def _backbone(self) -> Backbone:
+        backbone = _load_backbone(self.settings)
+        if backbone.spec.backbone_digest != self.base_digest:
+            raise MismatchError(
+                f"{self.settings.model} is the backbone {backbone.spec.backbone_digest[:16]}, expected "
+                f"{self.base_digest[:16]}; give the model that the run was prepared with"
+            )
+        return backbone
 
 
 def _load_backbone(settings: FederationSettings) -> Backbone:

@@ -1,0 +1,69 @@
+"""The rule that a federation has unless its settings name another: what bears most with so many replies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.federation.robust.clip_to_median_norm import ClipToMedianNorm
+from cotune.federation.robust.mean import Mean
+from cotune.federation.robust.rule import RobustRule
+from cotune.federation.robust.trimmed_mean import TrimmedMean
+from cotune.federation.robust.votes import read_votes
+
+TRIMMED = 0.2
+"""Share of the replies that is left out at either end."""
+
+
+def usual_rule(num_replies: int) -> RobustRule:
+    """Replies clipped to their median norm, then the trimmed mean; the mean where too few are there to trim or to clip.
+
+    Example:
+        >>> usual_rule(5)
+        ClipToMedianNorm(rule=TrimmedMean(share=0.2))
+        >>> usual_rule(4), usual_rule(2)
+        (ClipToMedianNorm(rule=Mean()), Mean())
+    """
+    trimmed = TrimmedMean(share=TRIMMED)
+    # Of two lengths the median is no judge.
+    for rule in (ClipToMedianNorm(rule=trimmed), ClipToMedianNorm(rule=Mean())):
+        if num_replies >= rule.min_replies:
+            return rule
+    return Mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsualRule:
+    """`usual_rule` of the replies that it is shown, for algorithms that combine parts of a round's replies.
+
+    A class of devices, or half of the replies, is smaller than the round, and its size is known only when they are
+    there. In parts of fewer than five a liar counts.
+
+    Example:
+        >>> updates = np.array([[1.0], [2.0], [2.0], [2.0], [1e6]], dtype=np.float32)
+        >>> UsualRule()(updates, np.ones(5)), UsualRule()(updates[:2], np.ones(2))
+        (array([2.], dtype=float32), array([1.5], dtype=float32))
+    """
+
+    @property
+    def min_replies(self) -> int:
+        """1."""
+        return 1
+
+    def max_byzantine(self, num_replies: int) -> int:
+        """As many as the rule for so many replies bears."""
+        return usual_rule(num_replies).max_byzantine(num_replies)
+
+    def __call__(
+        self,
+        updates: NDArray[np.float32],
+        weights: NDArray[np.float64],
+        /,
+        *,
+        scales: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.float32]:
+        """What the rule for so many replies makes of them; see `RobustRule`."""
+        votes = read_votes(updates, weights, scales=scales, min_replies=self.min_replies, reader="the usual rule")
+        return usual_rule(votes.num)(updates, weights, scales=scales)
