@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from cotune.cli.default_group import group_with_default
 from cotune.cli.federate_keys import certificates, check_cryptography, key
 from cotune.cli.federate_result import check_out, print_summary, result, summary_of, write_result, write_rounds
 from cotune.cli.output import print_json, progress, stderr
-from cotune.cli.run_folder import plain, run_folder
+from cotune.cli.run_folder import plain, run_folder, write_json
 from cotune.errors import InputError
 from cotune.evaluation.markup import size
 
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from cotune.federation.coordinator import Progress, RoundRecord
     from cotune.federation.sealing import SealingKey
     from cotune.federation.settings import FederationSettings
-    from cotune.federation.simulation import Simulation
+    from cotune.federation.simulation import Shards, Simulation
 
 CHECKPOINTS = "checkpoints"
 SECRET_FILE = "run.secret"
 LEDGER_FILE = "ledger.jsonl"
+# Digest of the texts, and the numbers' type: what a run began with beside its settings.
+INPUTS_FILE = "inputs.json"
 _MAX_NAMES = 8
 
 federate = typer.Typer(
@@ -93,14 +96,20 @@ def run(
     # What does not fit is refused before a model is loaded or a folder made.
     algorithm_of(settings, RunSecret.generate())
     check_privacy(settings)
-    combine_of(settings, num_devices=len(read_shards(settings).devices) + settings.audit.num_canaries)
+    shards = read_shards(settings)
+    combine_of(settings, num_devices=len(shards.devices) + settings.audit.num_canaries)
+    inputs = {"texts": shards.digest, "dtype": dtype}
+    if resume:
+        _check_inputs(folder, inputs)
     sealing_key = None if checkpoint_key is None else SealingKey.load(checkpoint_key)
     if settings.privacy.is_on and not as_json:
         planned = account_of(settings.privacy, settings.rounds.num_rounds)
         stderr.print(escape(f"privacy, if all rounds are merged: {planned.summary()}"), soft_wrap=True)
     backbone = Backbone.from_pretrained(settings.model, dtype=dtype, device=torch_device)
     settings = with_needs(settings, backbone, dtype)
-    summary = _simulate(settings, backbone, out, folder, resume=resume, quiet=as_json, key=sealing_key)
+    summary = _simulate(
+        settings, backbone, shards, out, folder, inputs=inputs, resume=resume, quiet=as_json, key=sealing_key
+    )
     if as_json:
         print_json(summary)
         return
@@ -173,12 +182,30 @@ def _check_run(folder: Path, *, resume: bool) -> None:
         raise InputError(f"{folder} has a run already; go on with --resume, or give another --out")
 
 
+def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
+    """Refuse to go on with other texts or numbers than the run began with; one of an older version does not say it."""
+    try:
+        began_with = json.loads((folder / INPUTS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        raise InputError(f"{folder / INPUTS_FILE} is damaged; remove it if the texts are those of the run") from None
+    for name, value in inputs.items():
+        if began_with.get(name) != value:
+            raise InputError(
+                f"the {name} of the run in {folder} was {began_with.get(name)!s:.16} and is {value:.16} now; go on "
+                "with what it began with, or give another --out"
+            )
+
+
 def _simulate(
     settings: FederationSettings,
     backbone: Any,
+    shards: Shards,
     out: Path,
     folder: Path,
     *,
+    inputs: Mapping[str, str],
     resume: bool,
     quiet: bool,
     key: SealingKey | None,
@@ -210,7 +237,9 @@ def _simulate(
         # What ends before there is a checkpoint leaves nothing behind.
         nullcontext() if resume else run_folder(folder, "cotune federate", plain(settings)),
         EgressLedger(folder / LEDGER_FILE) as ledger,
-        simulation_of(settings, backbone, secret=secret, folder=folder, ledger=ledger, save=save) as simulation,
+        simulation_of(
+            settings, backbone, secret=secret, folder=folder, shards=shards, ledger=ledger, save=save
+        ) as simulation,
     ):
         coordinator = simulation.coordinator
         if resume:
@@ -221,6 +250,7 @@ def _simulate(
             start = coordinator.begin(simulation.adapter)
             if not secret_file.exists():
                 secret.save(secret_file)
+            write_json(folder / INPUTS_FILE, inputs)
             save(start)
         at = start
         with progress(f"federating with {settings.algorithm}", enabled=not quiet) as advance:

@@ -66,9 +66,7 @@ def check_out(out: Path) -> None:
         raise InputError(f"--out is {out}, which holds something else; give a new folder")
 
 
-def summary_of(
-    settings: FederationSettings, at: Progress, out: Path, run: Path, *, num_devices: int
-) -> dict[str, Any]:
+def summary_of(settings: FederationSettings, at: Progress, out: Path, run: Path, *, num_devices: int) -> dict[str, Any]:
     """A run in numbers."""
     from cotune.evaluation.federation_report import bytes_per_reply
     from cotune.federation.run_privacy import account_as_table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def plain(config: object) -> Any:
         return {str(key): plain(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return [plain(value) for value in config]
+    if isinstance(config, float) and not math.isfinite(config):
+        return str(config)
     return config if isinstance(config, str | int | float | bool | None) else str(config)
 
 

@@ -33,7 +33,7 @@ from cotune.federation.run_privacy import check_privacy
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import FederationSettings
 from cotune.federation.signing import DeviceKey, Registry
-from cotune.federation.simulation import Simulation, read_shards, simulate, start_of
+from cotune.federation.simulation import Shards, Simulation, read_shards, simulate, start_of
 from cotune.ledger import EgressLedger
 from cotune.models.backbone import Backbone
 from cotune.tuning.personal import encode_examples
@@ -48,18 +48,21 @@ def simulation_of(
     *,
     secret: RunSecret,
     folder: Path,
+    shards: Shards | None = None,
     ledger: EgressLedger | None = None,
     save: Callable[[Progress], None] = lambda progress: None,
 ) -> AbstractContextManager[Simulation]:
     """The simulation that the algorithm needs: of pairs of models for `coplms`, of one backbone for all others.
 
     Args:
-        settings, backbone, secret, ledger, save: as for `simulate`.
+        settings, backbone, secret, shards, ledger, save: as for `simulate`.
         folder: where devices keep what they learn for themselves.
     """
     if settings.algorithm == COPLMS:
-        return simulate_co_tuning(settings, backbone, secret=secret, folder=folder, ledger=ledger, save=save)
-    return simulate(settings, backbone, secret=secret, ledger=ledger, save=save)
+        return simulate_co_tuning(
+            settings, backbone, secret=secret, folder=folder, shards=shards, ledger=ledger, save=save
+        )
+    return simulate(settings, backbone, secret=secret, shards=shards, ledger=ledger, save=save)
 
 
 @contextmanager
@@ -69,6 +72,7 @@ def simulate_co_tuning(
     *,
     secret: RunSecret,
     folder: Path,
+    shards: Shards | None = None,
     ledger: EgressLedger | None = None,
     save: Callable[[Progress], None] = lambda progress: None,
 ) -> Iterator[Simulation]:
@@ -84,7 +88,7 @@ def simulate_co_tuning(
             f"audit.num_canaries is {settings.audit.num_canaries}, expected 0 for {COPLMS}, whose replies are coded; "
             "leave [audit] out"
         )
-    shards, proxy = read_shards(settings), proxy_of(settings, backbone)
+    shards, proxy = shards or read_shards(settings), proxy_of(settings, backbone)
     algorithm = with_cloud(algorithm_of(settings, secret), settings, proxy)
     assert isinstance(algorithm, CoPlms), "the settings name it"
     scale, name = scale_of(settings.adapter), run_id(settings, secret)

@@ -36,8 +36,8 @@ from cotune.federation.arrays import Arrays
 from cotune.federation.catch_up import caught_up, first_state, lacked, whole_adapter, with_step
 from cotune.federation.descend import names_like, steps_as_settings, steps_of
 from cotune.federation.local_model import LocalSteps
-from cotune.federation.number_ranges import check_at_least, check_positive
-from cotune.federation.replay import coordinates, moved
+from cotune.federation.number_ranges import check_at_least, check_at_most, check_positive
+from cotune.federation.replay import MAX_DIRECTIONS, coordinates, moved
 
 COORDINATES, SPLIT = "coordinates", "split"
 
@@ -67,6 +67,7 @@ class Ferret:
 
     def __post_init__(self) -> None:
         check_at_least(1, num_directions=self.num_directions, keep_steps=self.keep_steps)
+        check_at_most(MAX_DIRECTIONS, num_directions=self.num_directions)
         check_positive(server_learning_rate=self.server_learning_rate, max_move_norm=self.max_move_norm)
 
     def start(self, adapter: Arrays) -> Arrays:

@@ -32,8 +32,8 @@ from cotune.federation.algorithm import Combine, Done, Job, Plan, Setting, Updat
 from cotune.federation.arrays import Arrays, shapes_of
 from cotune.federation.catch_up import NOW, prefixed, under
 from cotune.federation.descend import names_like
-from cotune.federation.number_ranges import check_at_least, check_positive
-from cotune.federation.replay import coordinates, summed
+from cotune.federation.number_ranges import check_at_least, check_at_most, check_positive
+from cotune.federation.replay import MAX_DIRECTIONS, coordinates, summed
 from cotune.tuning.directions import direction_seed
 
 HALVES = ("half1/", "half2/")
@@ -73,6 +73,8 @@ class FwdLLM:
             batch_size=self.batch_size,
             max_rounds_waiting=self.max_rounds_waiting,
         )
+        check_at_most(MAX_DIRECTIONS, num_perturbations=self.num_perturbations)
+        check_at_most(MAX_DIRECTIONS // self.num_perturbations, num_candidates=self.num_candidates)
         check_positive(learning_rate=self.learning_rate, zo_eps=self.zo_eps)
         if not self.max_variance > 0:
             raise InputError(f"max_variance is {self.max_variance}, expected a positive number; inf opens the gate")

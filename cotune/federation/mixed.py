@@ -32,8 +32,8 @@ from cotune.federation.algorithm import Combine, DirectionSeeds, Done, Job, Plan
 from cotune.federation.arrays import Arrays
 from cotune.federation.descend import names_like, shapes_like, steps_as_settings
 from cotune.federation.local_model import LocalSteps
-from cotune.federation.number_ranges import check_at_least, check_positive
-from cotune.federation.replay import summed
+from cotune.federation.number_ranges import check_at_least, check_at_most, check_positive
+from cotune.federation.replay import MAX_DIRECTIONS, summed
 from cotune.federation.seed import SLOPES, slopes_from
 
 TRAINED = "*lora_B*"
@@ -62,6 +62,7 @@ class SeedSteps:
             num_directions_per_step=self.num_directions_per_step,
             batch_size=self.batch_size,
         )
+        check_at_most(MAX_DIRECTIONS, num_directions=self.num_directions)
         if self.num_directions % self.num_directions_per_step:
             raise InputError(
                 f"num_directions is {self.num_directions}, expected a multiple of num_directions_per_step, "

@@ -22,6 +22,23 @@ def check_at_least(least: int, **numbers: float) -> None:
             raise InputError(f"{name} is {number}, expected at least {least}")
 
 
+def check_at_most(most: int, **numbers: int) -> None:
+    """Refuse the first number above `most`, before room for so many is taken.
+
+    Raises:
+        InputError: there is one; names it.
+
+    Example:
+        >>> check_at_most(8, num_steps=8, num_directions=9)
+        Traceback (most recent call last):
+        ...
+        cotune.errors.InputError: num_directions is 9, expected at most 8
+    """
+    for name, number in numbers.items():
+        if number > most:
+            raise InputError(f"{name} is {number}, expected at most {most}")
+
+
 def check_positive(**numbers: float) -> None:
     """Refuse the first number that is not above 0, or not finite.
 

@@ -20,6 +20,8 @@ from cotune.tuning.tuned_numbers import TunedNumbers
 
 # Directions that are taken together. A part of the arithmetic: all devices must use the same.
 CHUNK = 64
+MAX_DIRECTIONS = 2**24
+"""Of a round: a device's numbers for them take 64 MiB."""
 
 
 @torch.no_grad()

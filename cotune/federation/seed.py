@@ -38,8 +38,8 @@ from cotune.federation.algorithm import Combine, DirectionSeeds, Done, Job, Plan
 from cotune.federation.arrays import Arrays
 from cotune.federation.catch_up import caught_up, first_state, lacked, whole_adapter, with_step
 from cotune.federation.descend import names_like
-from cotune.federation.number_ranges import check_at_least, check_positive
-from cotune.federation.replay import moved
+from cotune.federation.number_ranges import check_at_least, check_at_most, check_positive
+from cotune.federation.replay import MAX_DIRECTIONS, moved
 
 SLOPES = "slopes"
 
@@ -75,6 +75,7 @@ class SeedMode:
             batch_size=self.batch_size,
             keep_steps=self.keep_steps,
         )
+        check_at_most(MAX_DIRECTIONS, num_directions=self.num_directions)
         if self.num_directions % self.num_directions_per_step:
             raise InputError(
                 f"num_directions is {self.num_directions}, expected a multiple of num_directions_per_step, "

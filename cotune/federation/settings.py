@@ -103,8 +103,10 @@ class AdapterSettings:
         for name, known in (("kind", KINDS), ("start", STARTS), ("scale", SCALES)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        check_positive(alpha=self.alpha)
         check_at_least(
             1,
+            rank=self.rank,
             virtual_tokens=self.virtual_tokens,
             start_rounds=self.start_rounds,
             start_batches=self.start_batches,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +55,13 @@ class Shards:
     devices: dict[str, list[Example]]
     judge: list[Example]
     table: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of who has which texts, in hexadecimal: a run goes on with the same alone."""
+        everyone = [*sorted(self.devices.items()), ("", self.judge)]
+        told = [[name, [[one.prompt, one.target] for one in texts]] for name, texts in everyone]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +122,7 @@ def simulate(
     backbone: Backbone,
     *,
     secret: RunSecret,
+    shards: Shards | None = None,
     ledger: EgressLedger | None = None,
     save: Callable[[Progress], None] = lambda progress: None,
 ) -> Iterator[Simulation]:
@@ -122,6 +132,7 @@ def simulate(
         settings: what to run.
         backbone: shared by all devices, which take turns.
         secret: of the run; directions come from it, so a resumed run needs the same.
+        shards: what `read_shards` gives for the settings, where it was called before.
         ledger: told of everything that leaves a device.
         save: told of the progress after each round.
 
@@ -129,7 +140,7 @@ def simulate(
         InputError: the texts, the adapter or the algorithm do not fit.
     """
     check_privacy(settings)
-    shards = read_shards(settings)
+    shards = shards or read_shards(settings)
     algorithm = algorithm_of(settings, secret, num_layers=backbone.spec.num_layers)
     fresh = fresh_adapter(settings.adapter, backbone, seed=settings.seed)
 
@@ -139,6 +150,7 @@ def simulate(
     with ResidentBackbone(backbone, fresh) as resident:
         adapter = start_of(resident.arrays, settings)
         models = {name: resident.with_texts(encode(texts)) for name, texts in shards.devices.items()}
+        check_tasks(algorithm, adapter, list(models))
         canaries = canaries_of(settings, algorithm, adapter, secret)
         names = [*models, *(canaries.names if canaries else [])]
         keys = {name: DeviceKey.generate() for name in names}
@@ -192,6 +204,23 @@ def simulate(
             adapter_of=lambda arrays: trained_adapter(fresh, arrays),
             canaries=canaries,
         )
+
+
+def check_tasks(algorithm: Algorithm, adapter: Arrays, devices: Sequence[str]) -> None:
+    """Refuse a federation in which no device can do anything, before a run of it begins.
+
+    Raises:
+        InputError: the algorithm has a task for none of them, as where all have too little memory.
+    """
+    state, refusal = algorithm.start(adapter), None
+    for device in devices:
+        try:
+            algorithm.plan(state, 1, device, None)
+            return
+        except InputError as error:
+            refusal = refusal or error
+    if refusal is not None:
+        raise refusal
 
 
 def canaries_of(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,19 +83,8 @@ def test_prompts_are_federated_and_saved_as_a_folder_of_peft(tmp_path: Path, mod
     assert len(rounds_of(tmp_path / "out")) == 4
 
 
-@pytest.mark.parametrize("algorithm", ["rolora", "seed"])
-def test_a_run_leaves_an_adapter_a_report_and_every_byte_counted(
-    tmp_path: Path, model: Path, run: Any, algorithm: str
-) -> None:
-    out = tmp_path / "out"
-    outcome = run("federate", config(tmp_path, model, algorithm=algorithm), "--out", out, "--json")
-    assert outcome.status == 0, outcome.err
-    told = json.loads(outcome.out)
-    assert told["num_rounds"] == 3 and told["num_devices"] == 3
-    # Six slopes a round tell little; that they do lower the loss is tested with more of them elsewhere.
-    if algorithm == "rolora":
-        assert told["num_accepted"] == 3 and told["heldout_nats_per_token"] < told["start_nats_per_token"]
-    folder = tmp_path / "out.run"
+def check_run(folder: Path, told: Mapping[str, Any], algorithm: str) -> None:
+    """What every run leaves: each byte counted, the secret nowhere else, a report, its settings."""
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sum(entry["bytes"] for entry in ledger) == told["bytes_up"]
     assert (folder / "run.secret").stat().st_mode & 0o777 == 0o600
@@ -105,19 +95,69 @@ def test_a_run_leaves_an_adapter_a_report_and_every_byte_counted(
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"Federated tuning with {algorithm}" in page and "Refused replies" not in page
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["algorithm"] == algorithm
+
+
+def test_people_see_each_round_and_get_an_adapter_that_is_not_written_over(
+    tmp_path: Path, model: Path, run: Any
+) -> None:
+    path, out = config(tmp_path, model), tmp_path / "out"
+    outcome = run("federate", path, "--out", out)
+    assert outcome.status == 0 and outcome.out == ""
+    folder = tmp_path / "out.run"
+    told = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert (told["num_rounds"], told["num_accepted"], told["num_devices"]) == (3, 3, 3)
+    assert told["heldout_nats_per_token"] < told["start_nats_per_token"]
+    check_run(folder, told, "rolora")
+    # Who took part, losses, bytes by kind up and down, seconds and memory: a line for each round as it is stored.
+    lines = outcome.err.splitlines()
+    for line, row in zip(lines, rounds_of(out), strict=False):
+        assert line.startswith(f"round {row['round_number']}: accepted, devices' loss {row['loss']:.4f}, held-out ")
+        assert "3 of 3 replies (device-0, device-1, device-2), " in line
+        for way in ("up", "down"):
+            sent = row[f"bytes_{way}"]
+            assert f"{sum(sent.values()):,} bytes (" in line and f") {way}, " in line
+            assert all(f"{num:,} {kind}" in line for kind, num in sent.items())
+        assert f"{row['seconds']:.1f} s, {row['device_seconds']:.2f} s of work, " in line and line.endswith("of memory")
+    assert "3 of 3 rounds accepted" in lines[3]
     judged = run("evaluate", model, tmp_path / "c.jsonl", "--lora", out, "--json")
     assert judged.status == 2  # there are no such texts
     texts = tmp_path / "c.jsonl"
     texts.write_text(json.dumps({"prompt": "User: Hello\nAssistant:", "completion": " Hi."}) + "\n", encoding="utf-8")
     assert run("evaluate", model, texts, "--lora", out, "--max-new-tokens", 2, "--json").status == 0
+    # What is there is left alone, and so it is after everything that is refused.
+    files = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    run("federate", path, "--out", out).check_refusal("has a run already; go on with --resume")
+    path.write_text(path.read_text(encoding="utf-8").replace("rank = 2", "rank = 3"), encoding="utf-8")
+    run("federate", path, "--out", out, "--resume").check_refusal("another configuration")
+    assert files == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    # The same settings over other texts would be another curve.
+    path.write_text(path.read_text(encoding="utf-8").replace("rank = 3", "rank = 2"), encoding="utf-8")
+    run("federate", path, "--out", out, "--resume", "--dtype", "bfloat16").check_refusal("the dtype of the run in")
+    (folder / "inputs.json").write_text('{"texts": "0123", "dtype": "float32"}', encoding="utf-8")
+    run("federate", path, "--out", out, "--resume").check_refusal("out.run was 0123 and is")
+    (folder / "inputs.json").unlink()
+    (folder / "run.secret").unlink()
+    run("federate", path, "--out", out, "--resume").check_refusal("run.secret")
+    assert not (folder / "run.secret").exists()
 
 
-def test_people_see_each_round(tmp_path: Path, model: Path, run: Any) -> None:
-    outcome = run("federate", config(tmp_path, model, num_rounds=2), "--out", tmp_path / "out")
-    assert outcome.status == 0 and outcome.out == ""
-    lines = outcome.err.splitlines()
-    assert lines[0].startswith("round 1: accepted, devices' loss ") and "3 of 3 replies" in lines[0]
-    assert "2 of 2 rounds accepted" in " ".join(" ".join(lines).split())
+def test_a_run_in_json_is_what_its_folder_holds(tmp_path: Path, model: Path, run: Any) -> None:
+    outcome = run("federate", config(tmp_path, model, algorithm="seed"), "--out", tmp_path / "out", "--json")
+    assert outcome.status == 0 and outcome.err == ""
+    told = json.loads(outcome.out)
+    assert told == json.loads((tmp_path / "out.run" / "metrics.json").read_text(encoding="utf-8"))
+    # Six slopes a round tell little; that they do lower the loss is tested with more of them elsewhere.
+    assert told["num_rounds"] == 3 and told["num_devices"] == 3
+    check_run(tmp_path / "out.run", told, "seed")
+
+
+def test_a_run_in_which_nothing_was_learnt_says_so(tmp_path: Path, model: Path, run: Any) -> None:
+    path = config(tmp_path, model, num_rounds=1)
+    # So long a step makes the adapter worse, and the judge takes it back.
+    path.write_text(path.read_text(encoding="utf-8").replace("0.02", "50.0"), encoding="utf-8")
+    outcome = run("federate", path, "--out", tmp_path / "out")
+    assert outcome.status == 0 and "round 1: rejected" in outcome.err
+    assert "nothing was learnt: the adapter is the one that the run began with" in outcome.err
 
 
 @pytest.mark.integration
@@ -138,15 +178,13 @@ def test_a_killed_run_goes_on_along_the_same_curve(tmp_path: Path, model: Path, 
     assert run("federate", path, "--out", out, "--num-rounds", more, "--resume").status == 0
     again = rounds_of(out)
     assert [one["round_number"] for one in again] == list(range(1, more + 1))
-    # The same secret in one go gives the same curve; another one does not.
-    losses = [one["heldout_loss"] for one in again]
-    for name, is_same in (("whole", True), ("other", False)):
-        folder = tmp_path / f"{name}.run"
-        folder.mkdir()
-        if is_same:
-            shutil.copy(tmp_path / "out.run" / "run.secret", folder / "run.secret")
-        assert run("federate", path, "--out", tmp_path / name, "--num-rounds", more).status == 0
-        assert ([one["heldout_loss"] for one in rounds_of(tmp_path / name)] == losses) is is_same
+    # The same secret in one go gives the same curve; that another one does not is tested with simulations.
+    (tmp_path / "whole.run").mkdir()
+    shutil.copy(tmp_path / "out.run" / "run.secret", tmp_path / "whole.run")
+    assert run("federate", path, "--out", tmp_path / "whole", "--num-rounds", more).status == 0
+    losses = [[one[name] for one in again] for name in ("heldout_loss", "loss", "counted")]
+    whole = rounds_of(tmp_path / "whole")
+    assert [[one[name] for one in whole] for name in ("heldout_loss", "loss", "counted")] == losses
 
 
 def test_wrong_use_is_refused_in_one_sentence(tmp_path: Path, model: Path, run: Any) -> None:
@@ -164,11 +202,20 @@ def test_wrong_use_is_refused_in_one_sentence(tmp_path: Path, model: Path, run: 
     full.mkdir()
     (full / "mine.txt").write_text("x", encoding="utf-8")
     run("federate", path, "--out", full).check_refusal("holds something else")
+    run("federate", path, "--out", ".").check_refusal("expected the name of a new folder")
+    run("federate", path, "--out", tmp_path / ("x" * 300)).check_refusal("File name too long")
+    # Refused only when the model is there: what the run had made by then is gone again.
+    text = path.read_text(encoding="utf-8")
+    for old, new, words in (
+        ("rank = 2", "rank = 2\ntargets = ['query']", "targets has query"),
+        ("rank = 2", "rank = 100000000", "adapter.rank is 100000000"),
+        ("max_length = 48", "max_length = 1", "max_length"),
+        ('"rolora"', '"mixed"', "has 1 bytes, expected at least"),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new) + "[options.mixed]\nmemory_bytes = { '*' = 1 }\n", encoding="utf-8")
+        run("federate", path, "--out", out).check_refusal(words)
     assert not out.exists() and not (tmp_path / "out.run").exists()
-    assert run("federate", path, "--out", out).status == 0
-    run("federate", path, "--out", out).check_refusal("has a run already; go on with --resume")
-    path.write_text(path.read_text(encoding="utf-8").replace("rank = 2", "rank = 3"), encoding="utf-8")
-    run("federate", path, "--out", out, "--resume").check_refusal("another configuration")
 
 
 def test_the_printed_example_is_a_config(tmp_path: Path, run: Any) -> None:
@@ -210,20 +257,17 @@ def test_a_private_audited_encrypted_run_goes_on_and_says_what_it_spent(tmp_path
     run("federate", path, "--out", tmp_path / "new").check_refusal("combine.rule is 'median' and [privacy] is on")
 
 
-@pytest.mark.parametrize("start", ["eva", "lora_ga", "update_svd"])
-def test_every_start_of_a_learns(tmp_path: Path, model: Path, run: Any, start: str) -> None:
-    path = config(tmp_path, model, algorithm="ffa_lora", num_rounds=4)
+def test_a_start_of_a_and_a_scale_of_ones_own(tmp_path: Path, model: Path, run: Any) -> None:
+    """The other starts are tested with simulations."""
+    path = config(tmp_path, model, algorithm="ffa_lora")
     text = path.read_text(encoding="utf-8")
-    text = text.replace("rank = 2", f"rank = 2\nstart = '{start}'\nscale = 'rslora'").replace("0.02", "0.005")
+    text = text.replace("rank = 2", "rank = 2\nstart = 'update_svd'\nscale = 'rslora'").replace("0.02", "0.005")
     path.write_text(text, encoding="utf-8")
     outcome = run("federate", path, "--out", tmp_path / "out", "--json")
     assert outcome.status == 0, outcome.err
     told = json.loads(outcome.out)
-    assert told["num_accepted"] >= 3 and told["heldout_nats_per_token"] < told["start_nats_per_token"]
-    first = rounds_of(tmp_path / "out")[0]
-    kind = {"eva": "sketch", "lora_ga": "gradient", "update_svd": "lora_B"}[start]
-    assert kind in first["bytes_up"]
-    assert (first["heldout_loss"] == told["start_nats_per_token"]) is (start != "update_svd")
+    assert told["num_accepted"] >= 2 and told["heldout_nats_per_token"] < told["start_nats_per_token"]
+    assert "lora_A" in rounds_of(tmp_path / "out")[1]["bytes_down"]
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert saved["use_rslora"] is True
 
@@ -243,8 +287,10 @@ def test_devices_without_memory_for_lora_get_seed_mode_by_what_the_planner_says(
     path.write_text(text, encoding="utf-8")
     outcome = run("federate", path, "--out", tmp_path / "out", "--json")
     assert outcome.status == 0, outcome.err
-    up = rounds_of(tmp_path / "out")[0]["bytes_up"]
-    assert up["slopes"] == 2 * 4 * 6 and up["lora_B"] > 0
+    first, second = rounds_of(tmp_path / "out")
+    assert first["bytes_up"]["slopes"] == 2 * 4 * 6 and first["bytes_up"]["lora_B"] > 0
+    # One device of the one class and two of the other: the usual rule suits itself to both.
+    assert "void" not in (first["verdict"], second["verdict"])
 
 
 def test_devices_with_models_of_their_own_are_co_tuned(tmp_path: Path, run: Any) -> None:

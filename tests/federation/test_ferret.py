@@ -120,5 +120,7 @@ def test_devices_replay_the_servers_adapter_bit_for_bit() -> None:
 def test_too_few_directions_are_refused() -> None:
     with pytest.raises(InputError, match="expected at least 2, one for each"):
         Ferret(seeds=seeds, num_directions=1).start(toy_adapter())
+    with pytest.raises(InputError, match="num_directions is 33554432, expected at most 16777216"):
+        Ferret(seeds=seeds, num_directions=2**25)
     with pytest.raises(InputError, match="max_move_norm"):
         Ferret(seeds=seeds, max_move_norm=0.0)

@@ -17,7 +17,10 @@ from cotune.federation.settings import AdapterSettings
     [
         # Each would take hundreds of gigabytes.
         (AdapterSettings(rank=10**9), r"adapter\.rank is 1000000000"),
-        (AdapterSettings(kind="prefix", virtual_tokens=10**9), r"adapter\.virtual_tokens is 1000000000, expected fewer"),
+        (
+            AdapterSettings(kind="prefix", virtual_tokens=10**9),
+            r"adapter\.virtual_tokens is 1000000000, expected fewer",
+        ),
     ],
 )
 def test_sizes_that_no_model_bears_are_refused_before_room_is_taken(own: AdapterSettings, words: str) -> None:

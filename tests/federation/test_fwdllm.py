@@ -119,6 +119,7 @@ def test_candidates_follow_the_gradient_of_the_last_step() -> None:
         ({"num_perturbations": 0}, "num_perturbations"),
         ({"max_variance": 0.0}, "max_variance"),
         ({"zo_eps": -1.0}, "zo_eps"),
+        ({"num_perturbations": 2**12, "num_candidates": 2**12 + 1}, "num_candidates is 4097, expected at most 4096"),
     ],
 )
 def test_what_makes_no_sense_is_refused(change: dict[str, float], words: str) -> None:

@@ -78,6 +78,7 @@ def test_names_or_memory_say_who_is_what() -> None:
         ({"seed_weight": 0}, "seed_weight is 0"),
         ({"seed_mode": {"num_directions": 3, "num_directions_per_step": 2}}, "expected a multiple"),
         ({"seed_mode": {"zo_eps": 0}}, "zo_eps is 0"),
+        ({"seed_mode": {"num_directions": 2**25}}, "num_directions is 33554432, expected at most 16777216"),
         ({"seed_mode": {"batch_size": 0}}, "batch_size is 0"),
     ],
 )

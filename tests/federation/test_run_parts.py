@@ -41,7 +41,9 @@ def test_algorithms_that_combine_parts_of_the_replies_have_a_rule_for_parts_of_a
         assert rule_of(named, num_devices=4) == Median()
         return
     assert rule_of(named, num_devices=6) == Median()
-    with pytest.raises(InputError, match="median needs at least 3 replies and 4 devices are asked in a round, of whose"):
+    with pytest.raises(
+        InputError, match="median needs at least 3 replies and 4 devices are asked in a round, of whose"
+    ):
         rule_of(named, num_devices=4)
     mean = FederationSettings(algorithm=algorithm, combine=CombineSettings(rule="mean"))
     assert rule_of(mean, num_devices=1) == Mean()

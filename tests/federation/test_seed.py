@@ -174,6 +174,7 @@ def test_devices_learn_together_from_slopes_alone() -> None:
     ("change", "words"),
     [
         ({"num_directions": 0}, "num_directions"),
+        ({"num_directions": 10**11}, "num_directions is 100000000000, expected at most"),
         ({"zo_eps": 0.0}, "zo_eps"),
         ({"gate": -1.0}, "gate is -1.0"),
         ({"num_directions": 5, "num_directions_per_step": 2}, "a multiple of num_directions_per_step, 2"),

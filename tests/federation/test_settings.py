@@ -56,6 +56,8 @@ def test_the_example_is_the_defaults(tmp_path: Path) -> None:
         ("[adapter]\nkind = 'ia3'", "kind is 'ia3', expected one of lora, prefix"),
         ("[adapter]\nvirtual_tokens = 0", "virtual_tokens is 0"),
         ("seed = [", "is no TOML"),
+        ("[adapter]\nrank = 0", "adapter: rank is 0, expected at least 1"),
+        ("[adapter]\nalpha = inf", "adapter: alpha is inf, expected a positive number"),
         ("seed = -1", "seed is -1, expected at least 0"),
         ("[rounds]\nseed = -1", "rounds: seed is -1, expected at least 0"),
         ("[steps]\nnum_steps = 9223372036854775808", "steps.num_steps is 9223372036854775808, expected at most"),
