@@ -153,27 +153,28 @@ def test_a_run_in_json_is_what_its_folder_holds(tmp_path: Path, model: Path, run
 
 def test_a_run_in_which_nothing_was_learnt_says_so(tmp_path: Path, model: Path, run: Any) -> None:
     path = config(tmp_path, model, num_rounds=1)
-    # So long a step makes the adapter worse, and the judge takes it back.
-    path.write_text(path.read_text(encoding="utf-8").replace("0.02", "50.0"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8") + "max_update_norm = 1e-9\n", encoding="utf-8")
     outcome = run("federate", path, "--out", tmp_path / "out")
-    assert outcome.status == 0 and "round 1: rejected" in outcome.err
+    assert outcome.status == 0 and "round 1: void, 0 of 3 replies, " in outcome.err
     assert "nothing was learnt: the adapter is the one that the run began with" in outcome.err
 
 
 @pytest.mark.integration
 def test_a_killed_run_goes_on_along_the_same_curve(tmp_path: Path, model: Path, run: Any) -> None:
-    path, out = config(tmp_path, model, algorithm="seed", num_rounds=40), tmp_path / "out"
+    path, out = config(tmp_path, model, algorithm="seed", num_rounds=400), tmp_path / "out"
+    # Rounds as cheap as they can be, since all that end before the kill are done again.
+    path.write_text(path.read_text(encoding="utf-8").replace("num_directions = 6", "num_directions = 2"))
     command = [sys.executable, "-m", "cotune", "federate", str(path), "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     rounds = tmp_path / "out.run" / "rounds.jsonl"
-    ends_s = time.monotonic() + 120
+    ends_s = time.monotonic() + 300
     while not (rounds.is_file() and len(rounds.read_text(encoding="utf-8").splitlines()) >= 2):
         assert process.poll() is None and time.monotonic() < ends_s
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     before = len(rounds_of(out))
-    assert before < 40 and not out.exists()
+    assert before < 400 and not out.exists()
     more = before + 2
     assert run("federate", path, "--out", out, "--num-rounds", more, "--resume").status == 0
     again = rounds_of(out)
@@ -242,14 +243,14 @@ def test_a_private_audited_encrypted_run_goes_on_and_says_what_it_spent(tmp_path
     folder = tmp_path / "out.run"
     last = folder / "checkpoints" / "checkpoint-000002"
     assert {one.name for one in last.iterdir()} == {"arrays.safetensors.sealed", "state.json.sealed"}
-    again = ("federate", path, "--out", out, "--num-rounds", 5, "--resume", "--json")
+    again = ("federate", path, "--out", out, "--num-rounds", 4, "--resume", "--json")
     run(*again).check_refusal("is encrypted; give the key")
     outcome = run(*again, "--checkpoint-key", key)
     assert outcome.status == 0, outcome.err
     told = json.loads(outcome.out)
-    spent = UserPrivacyAccount(noise_multiplier=4.0, num_rounds=5, delta=1e-5)
-    assert told["privacy"]["num_rounds"] == 5 and told["privacy"]["epsilon"] == spent.epsilon
-    assert told["audit"]["num_rounds"] == 3 and told["audit"]["num_canaries"] == 4
+    spent = UserPrivacyAccount(noise_multiplier=4.0, num_rounds=4, delta=1e-5)
+    assert told["privacy"]["num_rounds"] == 4 and told["privacy"]["epsilon"] == spent.epsilon
+    assert told["audit"]["num_rounds"] == 2 and told["audit"]["num_canaries"] == 4
     assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["privacy"] == told["privacy"]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "What it gives away of a device" in page and "The server is trusted" in page and "Made-up devices" in page

@@ -24,16 +24,16 @@ NORM = 20.0  # longer than what real devices send here
 
 
 def audited(combine: Combine) -> CanaryAudit:
-    """Forty canaries beside two devices of seed mode, for three rounds."""
+    """Forty canaries beside two devices of seed mode, for two rounds."""
     options = {"num_directions": K, "num_directions_per_step": K, "learning_rate": 1e-3}
     algorithm = algorithm_named("seed", options, seeds=lambda r, k: direction_seed(SECRET, r, k))
     shapes = audited_shapes(algorithm, toy_adapter(3, 3, 2))
     assert shapes == {"slopes": (K,)}
-    canaries = CanaryDevices(NUM, shapes, norm=NORM, seeds=(1, 2), num_rounds=3)
+    canaries = CanaryDevices(NUM, shapes, norm=NORM, seeds=(1, 2), num_rounds=2)
     federation = ToyFederation(
         algorithm=algorithm,
         models=[ToyModel.draw(seed) for seed in range(2 + NUM)],
-        rules=RoundRules(num_rounds=3),
+        rules=RoundRules(num_rounds=2),
         combine=canaries.watched(combine),
         judges=False,
     )
@@ -57,7 +57,7 @@ def audited(combine: Combine) -> CanaryAudit:
 
 def test_canaries_are_seen_without_noise_and_hidden_by_it() -> None:
     bare = audited(Mean())
-    assert (bare.num_canaries, bare.num_rounds) == (NUM, 3)
+    assert (bare.num_canaries, bare.num_rounds) == (NUM, 2)
     hidden = audited(PrivateMean(clip_norm=NORM, noise_multiplier=8.0, num_expected=2.0 + NUM))
     assert bare.epsilon_by_mean > 10 > 4 > hidden.epsilon_by_mean
 

@@ -22,14 +22,15 @@ def one_slope_each(job: Job) -> Done:
     )
 
 
-@pytest.mark.parametrize(("num_directions", "most"), [(512, 5_000), (1024, 9_100), (2048, 18_000)])
-@pytest.mark.parametrize("width", [4, 400])
-def test_all_bytes_of_a_device_in_a_round(num_directions: int, most: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("num_directions", "width", "most"), [(512, 4, 5_000), (512, 400, 5_000), (1024, 4, 9_100), (2048, 4, 18_000)]
+)
+def test_all_bytes_of_a_device_in_a_round(num_directions: int, width: int, most: int) -> None:
     algorithm = SeedMode(
         seeds=lambda r, k: direction_seed(SECRET, r, k), num_directions=num_directions, learning_rate=3e-7
     )
     federation = ToyFederation(
-        num_devices=3, algorithm=algorithm, rules=RoundRules(num_rounds=3, deadline_s=7), judges=False
+        num_devices=3, algorithm=algorithm, rules=RoundRules(num_rounds=2, deadline_s=7), judges=False
     )
     for name in federation.names:
         model = ToyModel.draw(0)
