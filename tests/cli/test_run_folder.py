@@ -68,3 +68,10 @@ def test_a_file_in_the_way_is_one_clear_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be made"), run_folder(tmp_path / "file" / "run", "cotune tune", {}):
         pytest.fail("there is no folder")
     assert contents(tmp_path) == {"file": "mine"}
+
+
+def test_numbers_that_json_lacks_are_written_as_words(tmp_path: Path) -> None:
+    """Such as an open gate of fwdllm, `max_variance = inf`."""
+    with run_folder(tmp_path, "cotune federate", {"gate": float("inf"), "rest": [1.5, {"low": float("-inf")}]}):
+        pass
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["config"] == {"gate": "inf", "rest": [1.5, {"low": "-inf"}]}

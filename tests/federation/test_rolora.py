@@ -38,6 +38,25 @@ def test_the_mean_of_the_products_is_the_product_of_the_means(round_number: int)
     assert np.array_equal(merged[other], state[other])
 
 
+def test_weighted_means_by_hand_of_the_factor_whose_turn_it_is() -> None:
+    algorithm = RoLora(steps=STEPS)
+    state = algorithm.start({A: np.array([[1.0, 2.0]], np.float32), B: np.array([[1.0]], np.float32)})
+    updates = [
+        Update(device=device, arrays={B: np.array([[b]], np.float32)}, weight=weight)
+        for device, b, weight in (("a", 4.0, 1.0), ("b", 8.0, 3.0))
+    ]
+    odd = algorithm.merge(state, 1, updates, Mean())
+    # B: 1 + (4 + 3 x 8) / 4.
+    assert odd[B].tolist() == [[8.0]] and odd[A].tolist() == [[1.0, 2.0]]
+    updates = [
+        Update(device=device, arrays={A: np.array([a], np.float32)}, weight=weight)
+        for device, a, weight in (("a", [2.0, 0.0], 1.0), ("b", [-2.0, 4.0], 3.0))
+    ]
+    even = algorithm.merge(odd, 2, updates, Mean())
+    # A: [1, 2] + ([2, 0] + 3 [-2, 4]) / 4.
+    assert even[A].tolist() == [[0.0, 5.0]] and even[B].tolist() == [[8.0]]
+
+
 def test_factors_take_turns_and_only_the_last_one_goes_down() -> None:
     algorithm = RoLora(steps=STEPS)
     state = algorithm.start(toy_adapter())
