@@ -20,7 +20,7 @@ from cotune.federation.arrays import Arrays
 from cotune.federation.catch_up import under
 from cotune.federation.co_tuning_device import LIKELIHOODS, SMALL, CoTuningDevice
 from cotune.federation.comparison.party import Party
-from cotune.federation.comparison.scene import CLOUD, Account, Scene
+from cotune.federation.comparison.scene import CLOUD, PROXY, Account, Scene
 from cotune.federation.coordinator import Coordinator, RoundRules
 from cotune.federation.coplms import PROXY_CHANNEL, CloudHalf, CloudTuned, CoPlms
 from cotune.federation.device_agent import DeviceAgent
@@ -76,6 +76,7 @@ class CoTuned:
             run_id=_RUN,
             base_digest=scene.proxy.digest,
         )
+        parties[PROXY] = proxy
         yield parties
         for progress in coordinator.run(coordinator.begin(proxy.adapter)):
             record = progress.records[-1]
@@ -84,8 +85,11 @@ class CoTuned:
             parties = {
                 name: replace(party, weights=_small_weights(devices[name]) or party.weights)
                 for name, party in parties.items()
-                if name != CLOUD
-            } | {CLOUD: replace(parties[CLOUD], adapter=algorithm.cloud_adapter(progress.state))}
+                if name in devices
+            } | {
+                CLOUD: replace(parties[CLOUD], adapter=algorithm.cloud_adapter(progress.state)),
+                PROXY: replace(proxy, adapter=algorithm.adapter(progress.state)),
+            }
             yield parties
 
     def _algorithm(self, scene: Scene, account: Account) -> CoPlms:

@@ -28,7 +28,7 @@ from cotune.federation.algorithm import Update
 from cotune.federation.arrays import difference
 from cotune.federation.backbone_model import MAX_GRAD_NORM
 from cotune.federation.comparison.party import Party
-from cotune.federation.comparison.scene import CLOUD, Account, Scene, Site, learn_at
+from cotune.federation.comparison.scene import CLOUD, PROXY, Account, Scene, Site, learn_at
 from cotune.federation.fedit import FedIT
 from cotune.federation.flora import fresh_adapter
 from cotune.federation.mutual_descent import SideBatch, batches_of, held_bytes
@@ -68,7 +68,7 @@ class CoPlmsReconstruction:
         }
         for name in scene.sites:
             account.download(name, scene.proxy)
-        state = algorithm.start(proxy.adapter)
+        state, parties[PROXY] = algorithm.start(proxy.adapter), proxy
         yield parties
         for number in range(1, scene.num_rounds + 1):
             learnt, updates = dict(parties), []
@@ -92,6 +92,7 @@ class CoPlmsReconstruction:
                     proxy=state, cloud=parties[CLOUD].adapter, folds={}, told=[], round_number=number
                 )
             state, learnt[CLOUD] = dict(tuned.proxy), replace(parties[CLOUD], adapter=tuned.cloud)
+            learnt[PROXY] = replace(proxy, adapter=tuned.proxy)
             parties = learnt
             yield parties
 

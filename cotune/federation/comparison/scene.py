@@ -36,7 +36,7 @@ from cotune.federation.local_model import LocalSteps
 from cotune.federation.messages import SIGNATURE_BYTES, Reply, Task, decode, encode
 from cotune.models.adapters import LoraAdapter, LoraShape
 
-CLOUD = "cloud"
+CLOUD, PROXY = "cloud", "proxy"
 _RUN = "comparison"
 
 
@@ -86,8 +86,8 @@ class Scene:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.sites or CLOUD in self.sites:
-            raise InputError(f"sites are {sorted(self.sites)}, expected at least one, and none named {CLOUD!r}")
+        if not self.sites or {CLOUD, PROXY} & self.sites.keys():
+            raise InputError(f"sites are {sorted(self.sites)}, expected at least one, none named {CLOUD} or {PROXY}")
 
     @property
     def shape(self) -> LoraShape:
@@ -144,7 +144,8 @@ class Contestant(Protocol):
             account: told of all that is sent and computed.
 
         Yields:
-            Before round 1 and after each round, by device and for `CLOUD`, the model that answers there.
+            Before round 1 and after each round, by device and for `CLOUD`, the model that answers there; and for `PROXY`
+            what travels, where that answers nowhere.
 
         Raises:
             InputError: the method cannot be run on this scene; says why.

@@ -16,7 +16,7 @@ from cotune.federation.comparison.coplms_reconstruction import CoPlmsReconstruct
 from cotune.federation.comparison.fedcollm import FedCoLlm
 from cotune.federation.comparison.federated_lora import FederatedLora
 from cotune.federation.comparison.fedmkt import FedMkt
-from cotune.federation.comparison.scene import CLOUD, Contestant
+from cotune.federation.comparison.scene import CLOUD, PROXY, Contestant
 from cotune.federation.comparison.seqkd import SeqKd
 from cotune.federation.comparison.standalone import Standalone
 from cotune.federation.comparison.zero_shot import ZeroShot
@@ -44,7 +44,9 @@ def test_a_method_teaches_whom_it_says_and_accounts_for_what_it_sends(name: str,
     scene = scene_on(models, tmp_path / "first")
     ran = run(method, scene)
     before, after = ran.parties
-    assert before.keys() == after.keys() == {*scene.sites, CLOUD}
+    travels = {PROXY} if name in ("co-plms", "ours") else set()
+    assert before.keys() == after.keys() == {*scene.sites, CLOUD} | travels
+    assert all(has_learnt(before[one], after[one]) for one in travels)
     assert [has_learnt(before[one], after[one]) for one in scene.sites] == [devices] * 2
     assert has_learnt(before[CLOUD], after[CLOUD]) == cloud
     for counted, is_sent in ((ran.account.up, up), (ran.account.down, down), (ran.account.downloads, has_proxy)):
