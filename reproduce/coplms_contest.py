@@ -1,4 +1,4 @@
-"""Methods of co-tuning on questions of made-up domains: one run of one method as a cell, with all that it knew and cost.
+"""Methods of co-tuning on questions of made-up domains: one run of one method as a cell, all that it knew and cost.
 
 Each device has the texts of one domain. What a model answers is asked in four sets: facts of its own domain in a new
 phrasing, facts of the other devices' domains, which its texts never named ("crossed"), skills with new numbers, and
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ from cotune.federation.comparison.zero_shot import ZeroShot
 from cotune.federation.coplms import CloudSettings, CoPlms
 from cotune.federation.flexlora import FlexLora
 from cotune.federation.local_model import LocalSteps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The meaning of a cell: one more, and all are run again.
 PROTOCOL = 1
@@ -284,19 +287,15 @@ class CoPlmsStudy:
     def _run(self, method: Contestant, num_devices: int, seed: int, **changes: Any) -> Value:
         questions, account, curve = self.questions(num_devices, seed), Account(), []
         asked = {f"device-{place}": questions.of_device(place) for place in range(num_devices)}
+        everything = questions.of_all()
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=seed, **changes)
             parties: Mapping[str, Party] = {}
             for parties in method.rounds(scene, account):
-                bits = {
-                    one: bits_per_byte(party, _flat(asked.get(one) or questions.of_all()))
-                    for one, party in parties.items()
-                }
+                bits = {one: bits_of(party, asked.get(one, everything)) for one, party in parties.items()}
                 curve.append({"bits": bits, **_bytes(account, scene.sites)})
             return {
-                "parties": {
-                    one: judge(party, asked.get(one) or questions.of_all()) for one, party in parties.items()
-                },
+                "parties": {one: judge(party, asked.get(one, everything)) for one, party in parties.items()},
                 "curve": curve,
                 **_bytes(account, scene.sites),
                 "gflop": _mean(account.flops, scene.sites) / 1e9,
@@ -319,37 +318,46 @@ def solved(wanted: float, once: float, twice: float) -> float:
     return max(0.0, 1.0 + (wanted - once) / each) if each > 0 else 1.0
 
 
-def bits_per_byte(party: Party, examples: Sequence[Example]) -> float:
-    """What the answers cost, their end left out of the bytes; NaN is never returned."""
+def bits_per_byte(model: PreTrainedModel, party: Party, examples: Sequence[Example]) -> float:
+    """What the answers cost, their end left out of the bytes.
+
+    Args:
+        model: the party's, loaded.
+    """
     bits, num_bytes = 0.0, 0
-    with party.loaded() as model:
-        for text in party.read(examples, max_tokens=MAX_TOKENS):
-            logits, targets = target_logits(model, text, 0)
-            bits += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")) / math.log(2)
-            num_bytes += len(text.text.encode()) - text.from_byte
+    for text in party.read(examples, max_tokens=MAX_TOKENS):
+        logits, targets = target_logits(model, text, 0)
+        bits += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")) / math.log(2)
+        num_bytes += len(text.text.encode()) - text.from_byte
     return bits / num_bytes
+
+
+def bits_of(party: Party, asked: Mapping[str, Sequence[Example]]) -> float:
+    """Of all sets but the sums."""
+    with party.loaded() as model:
+        return bits_per_byte(model, party, [one for name in (OWN, CROSSED, SKILLS) for one in asked[name]])
 
 
 def judge(party: Party, asked: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, float]]:
     """EM, Rouge-L, both 0 to 1, and bits per byte of each set that has questions."""
+    questions = [(name, one) for name, examples in asked.items() for one in examples]
     found = {}
-    for name, examples in asked.items():
-        if examples:
-            with party.loaded() as model:
-                written = write_greedily(
-                    model, party.model.reader, [one.prompt for one in examples], max_new_tokens=MAX_NEW_TOKENS
-                )
-            pairs = [(answer, one.target.strip()) for answer, one in zip(written, examples, strict=True)]
-            found[name] = {
-                "em": float(np.mean([exact_match(answer, truth) for answer, truth in pairs])),
-                "rouge_l": float(np.mean([rouge_l(answer, truth) for answer, truth in pairs])),
-                "bits": bits_per_byte(party, examples),
-            }
+    with party.loaded() as model:
+        prompts = [one.prompt for _, one in questions]
+        written = write_greedily(model, party.model.reader, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        for name, examples in asked.items():
+            pairs = [
+                (answer, one.target.strip())
+                for answer, (own, one) in zip(written, questions, strict=True)
+                if own == name
+            ]
+            if pairs:
+                found[name] = {
+                    "em": float(np.mean([exact_match(answer, truth) for answer, truth in pairs])),
+                    "rouge_l": float(np.mean([rouge_l(answer, truth) for answer, truth in pairs])),
+                    "bits": bits_per_byte(model, party, examples),
+                }
     return found
-
-
-def _flat(asked: Mapping[str, Sequence[Example]]) -> list[Example]:
-    return [one for name in (OWN, CROSSED, SKILLS) for one in asked[name]]
 
 
 def _mean(by_name: Mapping[str, float], names: Mapping[str, Any]) -> float:

@@ -138,7 +138,9 @@ class TokenMap:
         """
         wanted = sum(len(one.targets(one.teacher)) for one in texts)
         if logits.shape != (wanted, self._sizes[0]):
-            raise InputError(f"logits are {tuple(logits.shape)}, expected {(wanted, self._sizes[0])}; give the teacher's")
+            raise InputError(
+                f"logits are {tuple(logits.shape)}, expected {(wanted, self._sizes[0])}; give the teacher's"
+            )
         rows, places, groups, first_row, first_place = [], [], 0, 0, 0
         owners: list[int] = []
         for one in texts:

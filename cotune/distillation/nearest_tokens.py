@@ -6,8 +6,8 @@ bytes. The distance is Levenshtein's, over the characters of what the tokens wri
     d(i, j) = min(d(i - 1, j) + 1, d(i, j - 1) + 1, d(i - 1, j - 1) + [a_i != b_j])
 
 so that a space is a space whatever mark a tokenizer has for it; tokens that end a text are one string, and all others
-that write nothing another one. Of several that are as near the first one counts. Time: for each asked token, its length times the longest length of the
-others, times their number; tokens are asked once.
+that write nothing another one. Of several that are as near the first one counts. Time: for each asked token, its length
+times the longest length of the others, times their number; tokens are asked once.
 """
 
 from __future__ import annotations

@@ -53,13 +53,18 @@ class CoPlmsReconstruction:
         check_at_least(1, private_rank=self.private_rank)
         check_positive(temperature=self.temperature)
         if not 0 < self.mix <= 1:
-            raise InputError(f"mix is {self.mix}, expected above 0 and at most 1; without it nobody learns from another")
+            raise InputError(
+                f"mix is {self.mix}, expected above 0 and at most 1; without it nobody learns from another"
+            )
 
     def rounds(self, scene: Scene, account: Account) -> Iterator[Mapping[str, Party]]:
         """As `Contestant`."""
         algorithm, parties, proxy = FedIT(), scene.start(), scene.fresh(scene.proxy)
         saml = scene.saml(
-            mix=self.mix, proxy_mix=self.mix, temperature=self.temperature, top_k=len(scene.proxy.reader.table),
+            mix=self.mix,
+            proxy_mix=self.mix,
+            temperature=self.temperature,
+            top_k=len(scene.proxy.reader.table),
             told_weight=0.0,
         )
         devices = {name: _Device.of(scene, site) for name, site in scene.sites.items()}
@@ -88,9 +93,7 @@ class CoPlmsReconstruction:
                 updates.append(Update(device=name, arrays=change, weight=weight))
             state = algorithm.merge(state, number, updates, Mean())
             with account.at(CLOUD):
-                tuned = saml.tune(
-                    proxy=state, cloud=parties[CLOUD].adapter, folds={}, told=[], round_number=number
-                )
+                tuned = saml.tune(proxy=state, cloud=parties[CLOUD].adapter, folds={}, told=[], round_number=number)
             state, learnt[CLOUD] = dict(tuned.proxy), replace(parties[CLOUD], adapter=tuned.cloud)
             learnt[PROXY] = replace(proxy, adapter=tuned.proxy)
             parties = learnt
@@ -106,7 +109,9 @@ class CoPlmsReconstruction:
             for numbers in batches_of(device.texts, steps[1], seed=seed):
                 texts = [device.texts[one] for one in numbers]
                 batches = [SideBatch.of(texts, side, g.device) for side in (PROXY_SIDE, SMALL_SIDE)]
-                logits = [batch.logits(model)[batch.target_places] for batch, model in zip(batches, (g, h), strict=True)]
+                logits = [
+                    batch.logits(model)[batch.target_places] for batch, model in zip(batches, (g, h), strict=True)
+                ]
                 losses = [
                     self.loss(
                         mapped,
@@ -122,9 +127,7 @@ class CoPlmsReconstruction:
             account.hold(held_bytes(g, g_state) + held_bytes(h, h_state))
             return proxy.after(g_state), small.after(h_state)
 
-    def loss(
-        self, mapped: TokenMap, texts: Sequence[WarpedText], told: Tensor, own: Tensor, targets: Tensor
-    ) -> Tensor:
+    def loss(self, mapped: TokenMap, texts: Sequence[WarpedText], told: Tensor, own: Tensor, targets: Tensor) -> Tensor:
         """(1 - a) CE + a T^2 KL(A[p] || q), means over targets.
 
         Args:
@@ -163,5 +166,3 @@ class _Device:
                 (to_small, [to_small.warped(one, teacher=PROXY_SIDE) for one in texts]),
             ),
         )
-
-

@@ -1,4 +1,4 @@
-"""FedCoLLM, arXiv 2411.11707, that works: one proxy on all devices, FedAvg of its adapter, and the cloud's model beside.
+"""FedCoLLM, arXiv 2411.11707, that works: one proxy on all devices, FedAvg of its adapter, and a cloud's model.
 
     devices    L = CE on their own texts, in the adapter; A and B averaged each apart
     server     on public texts, with f the cloud's model and g the proxy with the averaged adapter,

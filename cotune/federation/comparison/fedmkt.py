@@ -159,9 +159,7 @@ def read_public(party: Party, texts: Sequence[PairedText], top_k: int) -> Said:
     return Said(ids, values, np.array(losses, np.float32))
 
 
-def choose(
-    own: Said, offers: Sequence[tuple[Sequence[SparseTargets], NDArray[np.float32]]]
-) -> list[SparseTargets]:
+def choose(own: Said, offers: Sequence[tuple[Sequence[SparseTargets], NDArray[np.float32]]]) -> list[SparseTargets]:
     """For each text the targets of whoever has the least loss on it; the own ones where losses tie.
 
     Args:

@@ -144,8 +144,8 @@ class Contestant(Protocol):
             account: told of all that is sent and computed.
 
         Yields:
-            Before round 1 and after each round, by device and for `CLOUD`, the model that answers there; and for `PROXY`
-            what travels, where that answers nowhere.
+            Before round 1 and after each round, by device and for `CLOUD`, the model that answers there; and for
+            `PROXY` what travels, where that answers nowhere.
 
         Raises:
             InputError: the method cannot be run on this scene; says why.
@@ -175,7 +175,13 @@ class Account:
     def send_down(self, device: str, number: int, arrays: AnyArrays, *, digest: str) -> Mapping[str, NDArray[Any]]:
         """A task for a device, and what it reads; `digest` names the model that the arrays belong to."""
         task = Task(
-            run_id=_RUN, round_number=number, device=device, work="learn", arrays=arrays, settings={}, base_digest=digest
+            run_id=_RUN,
+            round_number=number,
+            device=device,
+            work="learn",
+            arrays=arrays,
+            settings={},
+            base_digest=digest,
         )
         message = encode(task)
         self.down[device] += len(message)
