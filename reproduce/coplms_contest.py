@@ -163,6 +163,8 @@ class CoPlmsStudy:
             one: CausalModel(str(Path(folder) / one), args.dtype, args.device)
             for one in (CLOUD, PROXY, SMALLER_PROXY, *FAMILIES)
         }
+        with self.models[CLOUD].loaded() as cloud:
+            self.num_parameters = sum(one.numel() for one in cloud.parameters())
         self.digest = "-".join(model.digest[:6] for model in self.models.values())
 
     def questions(self, num_devices: int, seed: int) -> Questions:

@@ -405,6 +405,7 @@ def build(study: CoPlmsStudy) -> Page:
         measured={
             "runs": {num: {name: _plain(v) for name, v in rows.items()} for num, rows in results.runs.items()},
             "ablations": {name: _plain(v) for name, v in results.ablations.items()},
+            "summary": {num: {name: summarise(v) for name, v in rows.items()} for num, rows in results.runs.items()},
             "factors": results.factors,
             "refused": results.refused,
             "said": said,
@@ -423,6 +424,19 @@ def build(study: CoPlmsStudy) -> Page:
         ],
         unfinished=results.unfinished,
     )
+
+
+def summarise(values: Sequence[Value]) -> dict[str, Any]:
+    """Of one method: exact matches in per cent, and what a device sent and computed."""
+    found: dict[str, Any] = {
+        name: mean_of(values, lambda one, n=name: _percent(score(one, DEVICES, n, "em"))) for name in SETS
+    }
+    return {
+        **found,
+        CLOUD: mean_of(values, lambda one: _percent(over_sets(one, CLOUD, "em"))),
+        "kb": Mean.of([total_bytes(one) / 1e3 for one in values]).mean,
+        "gflop": Mean.of([one["gflop"] for one in values]).mean,
+    }
 
 
 def _plain(values: Sequence[Value]) -> list[Value]:
@@ -459,7 +473,13 @@ def main() -> None:
     args.model = str(args.models or args.size)
     page.publish(
         results_of(args, NAME),
-        about=about_run(vars(args), device=args.device, threads=args.threads, models=study.digest),
+        about=about_run(
+            vars(args),
+            device=args.device,
+            threads=args.threads,
+            models=study.digest,
+            backbone_parameters=study.num_parameters,
+        ),
         lead=f"Models {Path(args.model).name}.",
     )
 
