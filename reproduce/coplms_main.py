@@ -31,13 +31,14 @@ from coplms_contest import (
     CoPlmsStudy,
 )
 from coplms_models import CLOUD, PROXY, SIZES
+from lora_init import plots_of
 from mean import Mean
 from page import Page, about_run
-from result_folder import grid, plot_groups, plot_lines
+from result_folder import Point, grid, plot_groups
 from study_options import StudyParser, add_run_options, at_least_one, plain_endings, positive, results_of
 
 from cotune.errors import CotuneError, InputError
-from cotune.evaluation.markup import bullets, join
+from cotune.evaluation.markup import Html, bullets, join
 from cotune.evaluation.report import Section
 
 NAME = "coplms_main"
@@ -48,7 +49,7 @@ EXPECTED = {
     "device; at most 1.5 MB per device and round at a 0.5B-like proxy",
 }
 DEVICES = "devices"
-LINES = 7
+BARS = 6
 
 
 def parser() -> argparse.ArgumentParser:
@@ -243,7 +244,7 @@ class Results:
         return found if len(found) == self.study.args.seeds else []
 
 
-def quality_grid(caption: str, head: str, rows: Mapping[str, Sequence[Value]], who: str) -> Any:
+def quality_grid(caption: str, head: str, rows: Mapping[str, Sequence[Value]], who: str) -> Html:
     """EM by set, Rouge-L over all, and bits per byte after the last round."""
 
     def em(name: str) -> list[str]:
@@ -267,7 +268,7 @@ def quality_grid(caption: str, head: str, rows: Mapping[str, Sequence[Value]], w
     )
 
 
-def cost_grid(rows: Mapping[str, Sequence[Value]], head: str) -> Any:
+def cost_grid(rows: Mapping[str, Sequence[Value]], head: str) -> Html:
     """What a device, and the cloud, spent on the whole run."""
 
     def column(name: str, digits: int, times: float = 1.0) -> list[str]:
@@ -292,17 +293,9 @@ def cost_grid(rows: Mapping[str, Sequence[Value]], head: str) -> Any:
 
 def devices_section(num: int, rows: Mapping[str, Sequence[Value]]) -> Section:
     """All methods with one number of devices."""
-    sets = [name for name in SETS if num > 1 or name != CROSSED]
-    bars = {
-        words: [
-            None if mean is None else mean.point()
-            for mean in (mean_of(v, lambda one, s=name: _percent(score(one, DEVICES, s, "em"))) for v in rows.values())
-        ]
-        for name, words in ((one, f"{one}") for one in sets)
-    }
     content = [
         quality_grid("On devices, means over devices and seeds", "method", rows, DEVICES),
-        plot_groups(f"em_{num}", "Exact match on devices by set of questions.", list(rows), bars, y_label="EM, %"),
+        *bars_of(num, rows),
         quality_grid("The cloud's model, which has texts of no domain", "method", rows, CLOUD),
     ]
     with_proxy = {name: v for name, v in rows.items() if PROXY in v[0]["parties"]}
@@ -313,11 +306,32 @@ def devices_section(num: int, rows: Mapping[str, Sequence[Value]]) -> Section:
     return Section(name=f"devices-{num}", short=heading, heading=heading, content=join(content))
 
 
+def bars_of(num: int, rows: Mapping[str, Sequence[Value]]) -> list[Html]:
+    """Exact match by set of questions, so many methods in a plot that their names can be read."""
+    sets = [name for name in SETS if num > 1 or name != CROSSED]
+    parts = [list(rows)[begin : begin + BARS] for begin in range(0, len(rows), BARS)]
+
+    def bar(name: str, asked: str) -> Point | None:
+        mean = mean_of(rows[name], lambda one: _percent(score(one, DEVICES, asked, "em")))
+        return None if mean is None else mean.point()
+
+    return [
+        plot_groups(
+            f"em_{num}_{number}",
+            "Exact match on devices by set of questions.",
+            part,
+            {asked: [bar(name, asked) for name in part] for asked in sets},
+            y_label="EM, %",
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
 def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def bytes_part(num: int, rows: Mapping[str, Sequence[Value]]) -> Any:
+def bytes_part(num: int, rows: Mapping[str, Sequence[Value]]) -> Html:
     """Bits per byte against what was sent, and within what ours sends."""
     curves = {
         name: [
@@ -327,22 +341,19 @@ def bytes_part(num: int, rows: Mapping[str, Sequence[Value]]) -> Any:
             )
             for number in range(1, len(values[0]["curve"]))
         ]
-        for name, values in rows.items()
+        # Ours first, which then is in every plot.
+        for name, values in sorted(rows.items(), key=lambda row: row[0] != OURS)
         if total_bytes(values[0])
     }
-    parts = [
-        plot_lines(
-            f"bytes_{num}_{number}",
-            "Bits per byte of held-out answers on devices, own, crossed and skills, round by round.",
-            dict(list(curves.items())[number : number + LINES]),
-            x_label="kB of one device so far, the proxy's download too",
-            y_label="bits per byte",
-            is_log_x=False,
-        )
-        for number in range(0, len(curves), LINES)
-    ]
+    parts = plots_of(
+        f"bytes_{num}",
+        "Bits per byte of held-out answers on devices, own, crossed and skills, round by round.",
+        curves,
+        x_label="kB of one device so far, the proxy's download too",
+        y_label="bits per byte",
+    )
     if OURS not in rows:
-        return join(parts)
+        return parts
     budget = Mean.of([total_bytes(one) for one in rows[OURS]]).mean
 
     def column(who: str) -> list[str]:
@@ -354,7 +365,7 @@ def bytes_part(num: int, rows: Mapping[str, Sequence[Value]]) -> Any:
         list(rows),
         {"devices, bits per byte": column(DEVICES), "cloud, bits per byte": column(CLOUD)},
     )
-    return join([*parts, told])
+    return join([parts, told])
 
 
 def ablation_section(results: Results, num: int) -> Section:

@@ -86,7 +86,8 @@ class NearestTokens:
             for place in range(width):
                 following[:, place + 1] = np.minimum(kept[:, place], following[:, place] + 1)
             row = following
-        return row[np.arange(len(row)), self._lengths]
+        ends: NDArray[np.int64] = row[np.arange(len(row)), self._lengths]
+        return ends
 
 
 def edit_distance(first: str, second: str) -> int:

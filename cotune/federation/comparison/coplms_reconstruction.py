@@ -141,7 +141,7 @@ class CoPlmsReconstruction:
         if not len(places):
             return plain
         log_q = (own.float()[places.to(own.device)] / self.temperature).log_softmax(1)
-        divergence = (torch.special.xlogy(p, p) - p * log_q).sum(1).mean()
+        divergence: Tensor = (torch.special.xlogy(p, p) - p * log_q).sum(1).mean()
         return (1 - self.mix) * plain + self.mix * self.temperature**2 * divergence
 
 

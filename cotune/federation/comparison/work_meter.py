@@ -1,6 +1,6 @@
 """Operations of all language models that run meanwhile, by tokens times parameters: what equal compute means here.
 
-A pass over t tokens whose head gives r rows of logits costs, with N the parameters behind the embedding, d x V those of
+A pass over t tokens whose head gives r rows of logits costs, with N the parameters but the embeddings' d x V those of
 the head and N_w those of both that learn,
 
     forward     2 (N t + d V r)
@@ -44,7 +44,7 @@ class WorkMeter:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Inside, every causal language model's passes count, whoever asks for them."""
-        handle = register_module_forward_hook(self._on_pass, with_kwargs=True)  # type: ignore[call-overload]
+        handle = register_module_forward_hook(self._on_pass, with_kwargs=True)
         try:
             yield
         finally:
@@ -65,13 +65,14 @@ def pass_flops(model: PreTrainedModel, num_tokens: int, logits: torch.Tensor) ->
         num_tokens: t.
         logits: as it gave them, (.., V).
     """
-    head = model.get_output_embeddings().weight
-    looked_up = {id(one) for one in model.get_input_embeddings().parameters()} | {id(head)}
+    head: torch.Tensor = model.get_output_embeddings().weight
+    embeddings = (one for one in model.modules() if isinstance(one, nn.Embedding))
+    looked_up = {id(parameter) for one in embeddings for parameter in one.parameters()} | {id(head)}
     num_rows = logits.numel() // logits.shape[-1]
 
     def products(only_learning: bool) -> float:
-        wanted = [one for one in model.parameters() if one.requires_grad or not only_learning]
-        body = sum(one.numel() for one in wanted if id(one) not in looked_up)
+        wanted: list[torch.Tensor] = [one for one in model.parameters() if one.requires_grad or not only_learning]
+        body: int = sum(one.numel() for one in wanted if id(one) not in looked_up)
         return 2.0 * (body * num_tokens + (head.numel() * num_rows if any(one is head for one in wanted) else 0))
 
     forward = products(only_learning=False)

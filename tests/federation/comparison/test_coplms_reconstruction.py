@@ -13,28 +13,28 @@ from cotune.distillation.paired_texts import Reader, pair_text
 from cotune.errors import InputError
 from cotune.federation.comparison.coplms_reconstruction import CoPlmsReconstruction
 
-READERS = [Reader(*longest_match(*tokens), end_id=1) for tokens in (("a", "bbbb"), ("a", "bbb", "b"))]
-TEXT = pair_text(Example("a", "abbbb"), READERS[0], READERS[1], max_tokens=16)
+READERS = [Reader(*longest_match(*tokens), end_id=1) for tokens in (("a", "bbbb", "ccccc"), ("a", "bbb", "b", "ccccc"))]
+TEXT = pair_text(Example("a", "abbbbccccc"), READERS[0], READERS[1], max_tokens=16)
 
 
 def test_the_loss_by_hand_and_its_gradient() -> None:
     method = CoPlmsReconstruction(mix=0.25, temperature=2.0, private_rank=1)
     mapped = TokenMap(READERS[0].table, READERS[1].table)
     warped = mapped.warped(TEXT, teacher=0)
-    # The student's targets a, bbb, b and the end lie beside a, bbbb, bbbb and the end.
-    assert warped.beside == [[0], [1], [2], [3], [3], [4]]
-    told = torch.arange(15, dtype=torch.float64).reshape(3, 5).sin() * 3
-    own = (torch.arange(24, dtype=torch.float64).reshape(4, 6).cos() * 2).requires_grad_()
-    targets = torch.tensor([3, 4, 5, 1])
+    # The student's targets a, bbb, b, ccccc and the end lie beside a, bbbb, bbbb, ccccc and the end.
+    assert warped.beside == [[0], [1], [2], [3], [3], [4], [5]]
+    told = torch.arange(24, dtype=torch.float64).reshape(4, 6).sin() * 3
+    own = (torch.arange(35, dtype=torch.float64).reshape(5, 7).cos() * 2).requires_grad_()
+    targets = torch.tensor([3, 4, 5, 6, 1])
     value = method.loss(mapped, [warped], told, own, targets)
-    p = torch.zeros(4, 6)
-    for row, teacher in enumerate([0, 1, 1, 2]):
+    p = torch.zeros(5, 7)
+    for row, teacher in enumerate([0, 1, 1, 2, 3]):
         for token, share in enumerate((told[teacher] / 2).softmax(0).tolist()):
             p[row, int(mapped.nearest([token])[0])] += share
     log_q = (own.float() / 2).log_softmax(1)
     divergence = torch.where(p > 0, p * (p.clamp_min(1e-30).log() - log_q), 0.0).sum(1).mean()
     wanted = 0.75 * F.cross_entropy(own.float(), targets) + 0.25 * 4 * divergence
-    assert float(value) == pytest.approx(float(wanted), rel=1e-5)
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     (gradient,) = torch.autograd.grad(value, own)
     (expected,) = torch.autograd.grad(wanted, own)
     assert torch.allclose(gradient, expected, atol=1e-6) and gradient.abs().max() > 0.01
@@ -42,12 +42,12 @@ def test_the_loss_by_hand_and_its_gradient() -> None:
 
 def test_a_model_distilled_from_itself_has_only_the_texts_to_learn() -> None:
     method, reader = CoPlmsReconstruction(mix=1.0, private_rank=1), READERS[1]
-    same = pair_text(Example("a", "abbbb"), reader, reader, max_tokens=16)
+    same = pair_text(Example("a", "abbbbccccc"), reader, reader, max_tokens=16)
     mapped = TokenMap(reader.table, reader.table)
-    logits = torch.arange(24.0).reshape(4, 6).sin()
+    logits = torch.arange(35.0).reshape(5, 7).sin()
     # Begin and unknown tokens write nothing and are one string: on them nothing is lost where nothing is expected.
     logits[:, [0, 2]] = -50.0
-    targets = torch.tensor([3, 4, 5, 1])
+    targets = torch.tensor([3, 4, 5, 6, 1])
     assert float(method.loss(mapped, [mapped.warped(same, teacher=0)], logits, logits, targets)) < 1e-6
 
 
