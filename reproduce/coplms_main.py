@@ -180,24 +180,53 @@ def verdicts(rows: Mapping[str, Sequence[Value]]) -> list[str]:
     if OURS not in rows or not rivals:
         return []
     said = []
-    for who in (DEVICES, CLOUD):
+    for who, where in ((DEVICES, "On devices"), (CLOUD, "In the cloud")):
         for metric, words in (("rouge_l", "Rouge-L"), ("em", "EM")):
-            means = {name: Mean.of([over_sets(value, who, metric) for value in rows[name]]) for name in (OURS, *rivals)}
-            best = max(rivals, key=lambda name: means[name].mean)
-            gains = [
-                over_sets(a, who, metric) - over_sets(b, who, metric)
-                for a, b in zip(rows[OURS], rows[best], strict=False)
-            ]
-            share, gain = relative(means[OURS].mean, means[best].mean), Mean.of(gains)
-            is_told = (gain.low is not None and gain.low > 0) or (gain.high is not None and gain.high < 0)
-            reached = share is not None and share > MARGINS[metric]
+            means = means_of(rows, (OURS, *rivals), lambda one, m=metric, w=who: over_sets(one, w, m))
+            best = max(rivals, key=lambda name, own=means: own[name].mean)
+            gain = less_of(rows, best, lambda one, m=metric, w=who: over_sets(one, w, m))
+            share = relative(means[OURS].mean, means[best].mean)
+            reached = share is not None and share > MARGINS[metric] and (gain.low or 0) > 0
             said.append(
-                f"{who}, {words}: ours {worded(means[OURS], 1, 100)} %, the best other method, {best}, "
+                f"{where}, {words}: ours {worded(means[OURS], 1, 100)} %, the best other method, {best}, "
                 f"{worded(means[best], 1, 100)} %; {'' if share is None else f'{share:+.1f} % relative, '}"
-                f"{'told apart' if is_told else 'not told apart'} over {gain.num} seeds; the margin of "
-                f"{MARGINS[metric]} % is {'reached' if reached else 'not reached'}."
+                f"{told_apart(gain)}; the margin of {MARGINS[metric]} % is {'reached' if reached else 'not reached'}."
             )
-    return said
+        means = means_of(rows, (OURS, *rivals), lambda one, w=who: bits_at(one["curve"][-1], w))
+        best = min(rivals, key=lambda name, own=means: own[name].mean)
+        less = less_of(rows, best, lambda one, w=who: bits_at(one["curve"][-1], w))
+        said.append(
+            f"{where}, bits per byte: ours {worded(means[OURS], 3)}, the best other method, {best}, "
+            f"{worded(means[best], 3)}; ours less theirs {worded(less, 3)}, {told_apart(less)}."
+        )
+    devices = sorted(filter(_is_device, rows[OURS][0]["parties"]))
+    ahead = []
+    for device in devices:
+        means = means_of(rows, (OURS, *rivals), lambda one, d=device: over_sets(one, d, "em"))
+        ahead += [device] if means[OURS].mean > max(means[name].mean for name in rivals) else []
+    return [
+        *said,
+        f"Of {len(devices)} devices ours has the best EM on {len(ahead)}{': ' * bool(ahead)}{', '.join(ahead)}.",
+    ]
+
+
+def means_of(
+    rows: Mapping[str, Sequence[Value]], names: Sequence[str], read: Callable[[Value], float]
+) -> dict[str, Mean]:
+    """Of some methods, over seeds."""
+    return {name: Mean.of([read(value) for value in rows[name]]) for name in names}
+
+
+def less_of(rows: Mapping[str, Sequence[Value]], other: str, read: Callable[[Value], float]) -> Mean:
+    """Of ours less another method, over seeds."""
+    return Mean.of([read(a) - read(b) for a, b in zip(rows[OURS], rows[other], strict=True)])
+
+
+def told_apart(difference: Mean) -> str:
+    """Whether its interval leaves out 0."""
+    is_told = difference.low is not None and difference.high is not None and difference.low * difference.high > 0
+    seeds = f"{difference.num} seed{'s' if difference.num > 1 else ''}"
+    return f"{'told apart' if is_told else 'not told apart'} with {seeds}"
 
 
 # The page.
@@ -400,7 +429,7 @@ def build(study: CoPlmsStudy) -> Page:
             name="goals",
             short="Goals",
             heading="Ours against the best other method at equal compute",
-            content=bullets([f"{num} devices, {one}" for num, own in said.items() for one in own]),
+            content=bullets([f"{num} devices. {one}" for num, own in said.items() for one in own]),
         ),
         *(devices_section(num, rows) for num, rows in results.runs.items()),
     ]
@@ -431,7 +460,7 @@ def build(study: CoPlmsStudy) -> Page:
                 for name, v in rows.items()
             ),
             *(f"{what}: {reason}" for what, reason in results.refused.items()),
-            *(f"{num} devices, {one}" for num, own in said.items() for one in own),
+            *(f"{num} devices. {one}" for num, own in said.items() for one in own),
         ],
         unfinished=results.unfinished,
     )

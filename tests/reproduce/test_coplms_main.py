@@ -55,10 +55,11 @@ def test_the_best_other_method_at_equal_compute_is_what_counts() -> None:
         "seqkd": [value([0.3], 0.6)] * 2,
     }
     said = verdicts(rows)
-    assert len(said) == 4
+    assert len(said) == 7 and said[-1] == "Of 1 devices ours has the best EM on 1: device-0."
     # (0.33 + 0.3375) / 2 against (0.3 + 0.3075) / 2, told apart as the gain is the same with both seeds.
     assert "standalone, equal compute, 30.4" in said[1] and "+9.9 % relative, told apart" in said[1]
-    assert "is reached" in said[1] and "seqkd" in said[3] and "not reached" in said[3]
+    assert "is reached" in said[1] and "seqkd" in said[4] and "not reached" in said[4]
+    assert "bits per byte: ours 1.000" in said[2] and "0.000 ± 0.000, not told apart with 2 seeds" in said[5]
     assert verdicts({"ours": rows["ours"], "centralised": rows["centralised"]}) == []
     assert relative(0.5, 0.0) is None
 
