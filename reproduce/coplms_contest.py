@@ -107,6 +107,7 @@ ABLATIONS: dict[str, Ablation] = {
     "no DST": Ablation(method=lambda args: CoTuned(options=options(args, private_rank=0))),
     "no SAML": Ablation(method=_alone),
     "no gate": Ablation(method=lambda args: CoTuned(options=options(args, gated=False))),
+    "gate on the server": Ablation(method=lambda args: CoTuned(options=options(args, cloud=CloudSettings(gated=True)))),
     "L_byte alone": Ablation(method=_loss(byte_weight=1.0)),
     "L_chunk alone": Ablation(method=_loss(chunk_weight=1.0)),
     "L_tok alone": Ablation(method=_loss(token_weight=1.0)),

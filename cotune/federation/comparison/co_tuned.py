@@ -103,6 +103,7 @@ class CoTuned:
             proxy_mix=cloud.proxy_mix,
             temperature=cloud.temperature,
             top_k=cloud.top_k,
+            gated=cloud.gated,
             told_weight=cloud.told_weight,
             gate=own.device_steps.loss.gate,
         )
