@@ -34,7 +34,7 @@ from cotune.federation.comparison.fedcollm import FedCoLlm
 from cotune.federation.comparison.federated_lora import FederatedLora
 from cotune.federation.comparison.fedmkt import FedMkt
 from cotune.federation.comparison.greedy_texts import write_greedily
-from cotune.federation.comparison.party import Party, target_logits
+from cotune.federation.comparison.party import Party
 from cotune.federation.comparison.scene import Account, Contestant, Scene, Site
 from cotune.federation.comparison.seqkd import SeqKd
 from cotune.federation.comparison.standalone import Standalone
@@ -42,6 +42,7 @@ from cotune.federation.comparison.zero_shot import ZeroShot
 from cotune.federation.coplms import CloudSettings, CoPlms
 from cotune.federation.flexlora import FlexLora
 from cotune.federation.local_model import LocalSteps
+from cotune.federation.mutual_descent import SideBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 PROTOCOL = 1
 OWN, CROSSED, SKILLS, MIXED = "own", "crossed", "skills", "mixed"
 SETS = (OWN, CROSSED, SKILLS, MIXED)
-MAX_NEW_TOKENS = 8
+MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
 MAX_SEEDS = 10
 OURS, STANDALONE, EQUAL = "ours", "standalone", "standalone, equal compute"
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
@@ -327,12 +328,13 @@ def bits_per_byte(model: PreTrainedModel, party: Party, examples: Sequence[Examp
     Args:
         model: the party's, loaded.
     """
-    bits, num_bytes = 0.0, 0
-    for text in party.read(examples, max_tokens=MAX_TOKENS):
-        logits, targets = target_logits(model, text, 0)
-        bits += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")) / math.log(2)
-        num_bytes += len(text.text.encode()) - text.from_byte
-    return bits / num_bytes
+    texts = sorted(party.read(examples, max_tokens=MAX_TOKENS), key=lambda text: len(text.sides[0].input_ids))
+    nats, num_bytes = 0.0, sum(len(text.text.encode()) - text.from_byte for text in texts)
+    for begin in range(0, len(texts), TEXTS_AT_ONCE):
+        batch = SideBatch.of(texts[begin : begin + TEXTS_AT_ONCE], 0, model.device)
+        with torch.no_grad():
+            nats += float(batch.answer_loss(batch.logits(model))) * len(batch.targets)
+    return nats / math.log(2) / num_bytes
 
 
 def bits_of(party: Party, asked: Mapping[str, Sequence[Example]]) -> float:

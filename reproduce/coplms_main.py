@@ -81,8 +81,8 @@ def parser() -> argparse.ArgumentParser:
         ("--num-test", 40, "test questions of skills"),
         ("--num-public", 80, "texts of the server"),
         ("--rounds", 10, ""),
-        ("--local-steps", 12, "of each model on a device, in a round"),
-        ("--cloud-steps", 8, "of the cloud's model, in a round"),
+        ("--local-steps", 20, "of each model on a device, in a round"),
+        ("--cloud-steps", 10, "of the cloud's model, in a round"),
         ("--batch-size", 8, "texts in one step"),
         ("--rank", 8, "of all adapters"),
         ("--top-k", 32, "logits that FedMKT sends of each token"),
@@ -171,12 +171,13 @@ def relative(ours: float, theirs: float) -> float | None:
 
 
 def verdicts(rows: Mapping[str, Sequence[Value]]) -> list[str]:
-    """Ours against the best other method at equal compute, for devices and cloud, in words.
+    """Ours against the best other method at equal compute or less, for devices and cloud, in words.
 
     Args:
         rows: by method the runs of all seeds, with one number of devices.
     """
-    rivals = [name for name in rows if name not in (OURS, *BOUNDS, STANDALONE)]
+    # Alone with fewer steps is a rival too, as more of them may be too many.
+    rivals = [name for name in rows if name not in (OURS, *BOUNDS)]
     if OURS not in rows or not rivals:
         return []
     said = []
@@ -428,7 +429,7 @@ def build(study: CoPlmsStudy) -> Page:
         Section(
             name="goals",
             short="Goals",
-            heading="Ours against the best other method at equal compute",
+            heading="Ours against the best other method at equal compute or less",
             content=bullets([f"{num} devices. {one}" for num, own in said.items() for one in own]),
         ),
         *(devices_section(num, rows) for num, rows in results.runs.items()),

@@ -78,9 +78,9 @@ SIZES = {
         proxy_layers=(3, 2),
         small_width=96,
         vocab_size=640,
-        school=60,
-        cloud_steps=1500,
-        small_steps=600,
+        school=120,
+        cloud_steps=3000,
+        small_steps=3000,
         distil_epochs=4,
     ),
 }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from co_tuning import model_folder
 from co_tuning_scene import make_models
-from coplms_contest import ABLATIONS, METHODS, solved
+from coplms_contest import ABLATIONS, EQUAL, METHODS, solved
 from coplms_main import bits_within, mean_of, over_sets, parser, relative, score, total_bytes, verdicts, worded
 from study_command import Command
 
@@ -49,7 +49,7 @@ def test_within_a_budget_counts_the_last_round_that_it_pays_for_and_the_download
 def test_the_best_other_method_at_equal_compute_is_what_counts() -> None:
     rows = {
         "ours": [value([0.44], 0.5), value([0.45], 0.5)],
-        "standalone": [value([0.9], 0.9)] * 2,
+        "standalone": [value([0.35], 0.4)] * 2,
         "centralised": [value([0.9], 0.9)] * 2,
         "standalone, equal compute": [value([0.40], 0.5), value([0.41], 0.5)],
         "seqkd": [value([0.3], 0.6)] * 2,
@@ -87,21 +87,21 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, 
     models = make_models(tmp_path / "models")
     model_folder(models / "proxy-smaller", "llama", "byte_level", seed=2)
     options: list[object] = ["--models", models, "--devices", 2, "--seeds", 1, "--rounds", 1, "--local-steps", 2]
-    options += ["--cloud-steps", 1, "--num-things", 2, "--num-skills", 2, "--num-test", 2, "--num-public", 3]
+    options += ["--cloud-steps", 1, "--num-things", 2, "--num-skills", 2, "--num-test", 1, "--num-public", 2]
     options += ["--batch-size", 2, "--rank", 4, "--top-k", 4, "--ablations", "naive merge", "--methods"]
-    options += ["standalone", "standalone, equal compute", "ours"]
+    options += ["standalone, equal compute", "ours"]
     options += ["--cells", tmp_path / "cells", "--out", tmp_path / "out"]
     status, printed = command("coplms_main", options)
     assert status == 0, printed
     measured = json.loads((tmp_path / "out" / "measured.json").read_text())
-    (alone,), (equal,), (ours,) = measured["runs"]["2"].values()
+    (equal,), (ours,) = measured["runs"]["2"].values()
     assert measured["ablations"].keys() == {"naive merge"} and not measured["refused"]
-    assert set(ours["parties"]) == {"device-0", "device-1", "cloud", "proxy"} and "proxy" not in alone["parties"]
+    assert set(ours["parties"]) == {"device-0", "device-1", "cloud", "proxy"} and "proxy" not in equal["parties"]
     assert ours["parties"]["device-0"].keys() == {"own", "crossed", "skills", "mixed"}
     assert ours["parties"]["cloud"].keys() == {"crossed", "skills", "mixed"}
-    # The same compute within a step of the two, and more than alone.
-    assert equal["gflop"] == pytest.approx(ours["gflop"], rel=0.35) and equal["gflop"] > 1.2 * alone["gflop"]
-    assert alone["up"] == equal["down"] == alone["download"] == 0 < ours["up"] < ours["download"]
+    # The same compute but for a part of a step, and more steps for that than the two of the options.
+    assert equal["gflop"] == pytest.approx(ours["gflop"], rel=0.3) and measured["factors"][EQUAL][0] > 1.2
+    assert equal["up"] == equal["down"] == equal["download"] == 0 < ours["up"] < ours["download"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "2 devices" in page and "naive merge" in page and "Within the bytes of ours" in page
     again, told = command("coplms_main", options)
