@@ -162,12 +162,12 @@ class CloudSaml:
     @torch.no_grad()
     def _gates(self, theirs: Tensor, mine: Tensor, targets: Tensor) -> Tensor:
         """g of each target, by how likely both find it."""
-        likely = [
+        told, own = (
             -F.cross_entropy(one.float(), targets.to(one.device), reduction="none").to(mine.device)
             for one in (theirs, mine)
-        ]
+        )
         gate = self._gate or ChunkGate()
-        return gate(*likely, self._sizes.to(mine.device)[targets.to(mine.device)])
+        return gate(told, own, self._sizes.to(mine.device)[targets.to(mine.device)])
 
     def _told_loss(
         self, batch: SideBatch, logits: Tensor, numbers: Sequence[int], by_text: Sequence[Sequence[Told]]
