@@ -28,7 +28,7 @@ def warp(first: Sequence[str], second: Sequence[str]) -> list[list[int]]:
         InputError: one of the two is empty.
 
     Example:
-        >>> warp(["the", " ", "cat"], ["the", " cat"])
+        >>> warp(["a", "mead", "ow"], ["a", "meadow"])
         [[0], [1, 2]]
     """
     if not first or not second:
