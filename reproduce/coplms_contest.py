@@ -85,13 +85,15 @@ class Ablation:
 
     Attributes:
         method: makes it.
-        rank: of all adapters; None: that of the options.
+        rank: of all adapters, from that of the options.
         proxy: folder of the proxy among the models.
+        share: of the devices that take part in a round.
     """
 
     method: Callable[[argparse.Namespace], Contestant]
     rank: Callable[[int], int] = field(default=lambda rank: rank)
     proxy: str = PROXY
+    share: float = 1.0
 
 
 def _loss(**weights: float) -> Callable[[argparse.Namespace], Contestant]:
@@ -116,7 +118,7 @@ ABLATIONS: dict[str, Ablation] = {
     "smaller proxy": Ablation(method=METHODS[OURS], proxy=SMALLER_PROXY),
     "quarter of the rank": Ablation(method=METHODS[OURS], rank=lambda rank: max(1, rank // 4)),
     "twice the rank": Ablation(method=METHODS[OURS], rank=lambda rank: 2 * rank),
-    "half of the devices": Ablation(method=lambda args: CoTuned(options=options(args), num_per_round=-1)),
+    "half of the devices": Ablation(method=METHODS[OURS], share=0.5),
 }
 
 
@@ -283,8 +285,9 @@ class CoPlmsStudy:
         """Ours with one thing changed, at the steps of the options."""
         own = ABLATIONS[name]
         method, rank = own.method(self.args), own.rank(self.args.rank)
-        if isinstance(method, CoTuned) and method.num_per_round is not None:
-            method = replace(method, num_per_round=math.ceil(num_devices / 2))
+        if own.share < 1:
+            assert isinstance(method, CoTuned), "an ablation is of ours"
+            method = replace(method, num_per_round=math.ceil(own.share * num_devices))
         key = {"what": "ablation", "ablation": name, "devices": num_devices, "seed": seed}
         return self.cell(key, lambda: self._run(method, num_devices, seed, rank=rank, proxy=own.proxy))
 

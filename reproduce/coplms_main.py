@@ -1,4 +1,4 @@
-"""Co-tuning compared: Co-PLMs as reconstructed, ours, and eight other methods, at equal compute and by their bytes.
+"""Co-tuning compared: Co-PLMs as reconstructed, ours, and the other methods, at equal compute and by their bytes.
 
 Questions of made-up domains tell apart what a device learnt from its own texts, what crossed from other devices'
 texts, which it never had, and what is a skill that all share. Every method but the bounds takes as many steps as make

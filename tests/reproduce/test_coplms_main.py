@@ -75,7 +75,8 @@ def test_every_name_makes_a_method() -> None:
     made = {name: one.method(args) for name, one in ABLATIONS.items()}
     ours = METHODS["ours"](args)
     for name, method in made.items():
-        changed = method != ours or ABLATIONS[name].proxy != "proxy" or ABLATIONS[name].rank(8) != 8
+        own = ABLATIONS[name]
+        changed = method != ours or own.proxy != "proxy" or own.rank(8) != 8 or own.share != 1
         assert changed, f"{name} is ours"
     assert (
         len({repr(made[name]) for name in ("L_byte alone", "L_chunk alone", "L_tok alone", "no gate", "no DST")}) == 5

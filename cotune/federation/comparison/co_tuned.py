@@ -68,7 +68,7 @@ class CoTuned:
             if algorithm.channel_of(name) == PROXY_CHANNEL:
                 account.download(name, scene.proxy)
         coordinator = Coordinator(
-            _FactorMerge(algorithm) if self.merges_factors else algorithm,
+            FactorMerge(algorithm) if self.merges_factors else algorithm,
             Mean(),
             _Counted([SimulatedDevice(agent=agent) for agent in agents], account),
             RoundRules(num_rounds=scene.num_rounds, num_devices_per_round=self.num_per_round, seed=scene.seed),
@@ -125,8 +125,12 @@ class CoTuned:
 
 
 @dataclass(frozen=True)
-class _FactorMerge:
-    """The algorithm with A and B averaged each apart."""
+class FactorMerge:
+    """The algorithm with A and B averaged each apart: one reply that is the mean of all.
+
+    Attributes:
+        inner: whose devices' halves and folds stay.
+    """
 
     inner: CoPlms
 

@@ -9,10 +9,10 @@ In each round, with top-k logits of every party at the positions that predict th
               sends the cloud's top-k logits and its CE
     device    maps them to its tokens, chooses between them and its own the same way, and learns from the choice
 
-`cotune.distillation.mapped_targets` holds the mapping, with the released code's off-by-one (arXiv's equations have
-none) and without. A CE is a mean over a party's own tokens, so that tokenizers with shorter tokens win; that is as
+`cotune.distillation.mapped_targets` holds the mapping, with the released code's off-by-one and
+without. A CE is a mean over a party's own tokens, so that tokenizers with shorter tokens win; that is as
 published. The public texts are downloaded once by every device; logits go as float16 with int32 ids, at the answers'
-positions alone, which is a third of what the released code sends for the same k.
+positions alone: fewer bytes than the whole data set that the released code sends.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from cotune.errors import InputError
 from cotune.federation.comparison.party import BatchLoss, Party, target_logits
 from cotune.federation.comparison.scene import CLOUD, Account, Scene, learn_at
 from cotune.federation.comparison.seqkd import to_arrays as texts_to_arrays
+from cotune.federation.mutual_descent import SideBatch
 from cotune.federation.number_ranges import check_at_least
 
 IDS, LOGITS, LOSSES = "ids", "logits", "losses"
@@ -138,7 +139,7 @@ class FedMkt:
     def loss(self, chosen: Sequence[SparseTargets]) -> BatchLoss:
         """alpha CE + (1 - alpha) CE(P, p), both as means over the batch's targets; `chosen` is by text."""
 
-        def of_batch(numbers: Sequence[int], batch: Any, logits: torch.Tensor) -> torch.Tensor:
+        def of_batch(numbers: Sequence[int], batch: SideBatch, logits: torch.Tensor) -> torch.Tensor:
             told = SparseTargets.joined([chosen[number] for number in numbers]).cross_entropy(logits)
             plain = torch.nn.functional.cross_entropy(logits.float(), batch.targets)
             return self.ce_weight * plain + (1 - self.ce_weight) * told

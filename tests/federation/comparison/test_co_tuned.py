@@ -12,7 +12,7 @@ from co_tuning_scene import STEPS, has_learnt, run, scene_on
 from cotune.errors import InputError
 from cotune.federation.algorithm import Update
 from cotune.federation.arrays import add
-from cotune.federation.comparison.co_tuned import CoTuned, _FactorMerge
+from cotune.federation.comparison.co_tuned import CoTuned, FactorMerge
 from cotune.federation.comparison.scene import CLOUD, PROXY
 from cotune.federation.coplms import CloudSettings, CoPlms
 from cotune.federation.lora_factors import layer_names, split_layers
@@ -26,7 +26,7 @@ def test_the_naive_merge_is_the_mean_of_each_factor() -> None:
         {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(3)
     )
     inner = CoPlms(bits=32, fold_above=0.0)
-    naive, state = _FactorMerge(inner), inner.start(start)
+    naive, state = FactorMerge(inner), inner.start(start)
     updates = [Update(device=str(number), arrays=one) for number, one in enumerate(changes)]
     found = naive.adapter(naive.merge(state, 1, updates, Mean()))
     mean = add(start, {name: (changes[0][name] + changes[1][name]) / 2 for name in shapes})
