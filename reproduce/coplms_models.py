@@ -73,7 +73,7 @@ SIZES = {
         distil_epochs=1,
     ),
     "small": Size(
-        cloud_width=192,
+        cloud_width=128,
         cloud_layers=6,
         proxy_layers=(3, 2),
         small_width=96,
