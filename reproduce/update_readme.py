@@ -260,6 +260,21 @@ def by_federation(measured: Measured) -> str:
     return markdown(["method", *splits, "KB of a device", "s of a device", "MB above the weights"], rows)
 
 
+def by_co_tuning(measured: Measured) -> str:
+    num, methods = next(iter(measured["summary"].items()))
+    sets = {"own": "own facts", "crossed": "crossed facts", "skills": "skills", "cloud": "the cloud, all"}
+    rows = [
+        [
+            name,
+            *("" if one[key] is None else number(one[key], 1) for key in sets),
+            f"{one['kb']:,.0f}",
+            f"{one['gflop']:,.1f}",
+        ]
+        for name, one in methods.items()
+    ]
+    return markdown([f"method, {num} devices", *sets.values(), "kB of a device", "GFLOP of a device"], rows)
+
+
 def by_attack(measured: Measured) -> str:
     attacks = dict.fromkeys(
         attack for found in measured["algorithms"].values() for columns in found.values() for attack in columns
@@ -350,6 +365,10 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
         by_attack,
     ),
     "federated_scale": ("Of one device and round; seconds of the server and process memory are of all", by_scale),
+    "coplms_main": (
+        "Exact match, %, ± 95 % over seeds, at equal compute but for the bounds; bytes with the proxy's download",
+        by_co_tuning,
+    ),
     "mezo_kshot": ("Accuracy with 16 texts of each class, %, mean ± 95 % over five draws", by_task),
 }
 

@@ -5,8 +5,10 @@ With KL over the teacher's top k tokens and the rest as one event:
     L_cloud = (1 - a_0) CE + a_0 T^2 KL(p_proxy || p_cloud) + l sum_c g (L_chunk of what device c told) / chunks
     L_proxy = (1 - b_0) CE + b_0 T^2 KL(p_cloud || p_proxy) + the same
 
-The teacher's side is a constant in each. Both learn in every step, from the other one as it is: a server has room for
-both. What devices of the second channel told counts where they are better, by `cotune.distillation.chunk_gate`.
+With `gated`, the divergence at each target token has the weight of `cotune.distillation.chunk_gate`, the token being
+the chunk, so that a weak proxy cannot pull the cloud's model. The teacher's side is a constant in each. Both learn in
+every step, from the other one as it is: a server has room for both. What devices of the second channel told counts
+where they are better, by the same gate.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from cotune.data.templates import Example
 from cotune.distillation.chunk_gate import ChunkGate
@@ -55,7 +58,7 @@ class CloudSaml:
         proxy_scale: s of the proxy's adapter.
         max_tokens: of one text.
         loss_tau: tau of the chunks that devices told.
-        gate: of these; None counts every chunk fully.
+        gate: of these, None counts every chunk fully; and of the two models, where the settings are gated.
         seed: of the order of texts and of the cloud's adapter.
 
     Raises:
@@ -90,6 +93,7 @@ class CloudSaml:
                 "the proxy from the cloud's model with cotune compress --distill"
             )
         most = proxy.fitting(cloud.fitting(max_tokens))
+        self._sizes = torch.tensor([len(piece or b"") for piece in proxy.reader.table.pieces])
         self._texts = pair_texts(examples, proxy.reader, proxy.reader, max_tokens=most)
         self._shape = LoraShape(rank=settings.rank, alpha=settings.alpha)
 
@@ -145,6 +149,8 @@ class CloudSaml:
                     top_k=self._settings.top_k,
                     temperature=self._settings.temperature,
                 )
+                if self._settings.gated:
+                    told = told * self._gates(theirs, mine, batch.targets)
                 value = value + side.mix * told.mean()
             if self._settings.told_weight > 0:
                 value = value + self._settings.told_weight * self._told_loss(batch, logits[own], numbers, by_text)
@@ -152,6 +158,16 @@ class CloudSaml:
         for side, value in zip(sides, losses, strict=True):
             side.state.descend(value, max_grad_norm=MAX_GRAD_NORM)
         return np.array([float(value.detach()) for value in losses])
+
+    @torch.no_grad()
+    def _gates(self, theirs: Tensor, mine: Tensor, targets: Tensor) -> Tensor:
+        """g of each target, by how likely both find it."""
+        told, own = (
+            -F.cross_entropy(one.float(), targets.to(one.device), reduction="none").to(mine.device)
+            for one in (theirs, mine)
+        )
+        gate = self._gate or ChunkGate()
+        return gate(told, own, self._sizes.to(mine.device)[targets.to(mine.device)])
 
     def _told_loss(
         self, batch: SideBatch, logits: Tensor, numbers: Sequence[int], by_text: Sequence[Sequence[Told]]

@@ -119,6 +119,8 @@ class CloudSettings:
     """T."""
     top_k: int = 64
     """Tokens that are compared one by one; the rest is one event."""
+    gated: bool = False
+    """Learn from the other model only at tokens where it is better; else every token counts fully."""
     told_weight: float = 0.5
     """Of what devices of the second channel told, for both models."""
 

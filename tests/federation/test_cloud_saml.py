@@ -99,6 +99,35 @@ def test_without_mixing_each_learns_alone_and_with_it_from_the_other(
     assert not all(np.array_equal(one.cloud[name], other.cloud[name]) for name in cloud)
 
 
+def test_gated_both_learn_from_the_other_where_it_is_better(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    """One step's losses by hand, token by token: T^2 KL times sigmoid of what the teacher is better by, per byte."""
+    steps = LocalSteps(num_steps=1, batch_size=7)
+    settings = replace(SETTINGS, steps=steps, mix=0.5, proxy_mix=1.0, gated=True, top_k=1000, temperature=2.0)
+    own = half(models, settings, gate=ChunkGate(tau_g=0.05))
+    cloud = own.start()
+    shown = own.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1).shown
+    pieces = models[1].reader.table.pieces
+    rows = []
+    for model in models:  # a fresh adapter changes nothing
+        with model.loaded() as loaded, torch.no_grad():
+            batch = SideBatch.of(own._texts, 0, loaded.device)
+            rows.append(batch.logits(loaded)[batch.target_places].double())
+    for which, mix in ((0, 0.5), (1, 1.0)):
+        mine, theirs = rows[which], rows[1 - which]
+        total, gates = 0.0, []
+        for q, p, token in zip(mine, theirs, batch.targets.tolist(), strict=True):
+            better_by = (p.log_softmax(0)[token] - q.log_softmax(0)[token]) / max(1, len(pieces[token] or b""))
+            gates.append(float(torch.sigmoid(better_by / 0.05)))
+            hot, cold = (p / 2).log_softmax(0), (q / 2).log_softmax(0)
+            total += gates[-1] * 4 * float((hot.exp() * (hot - cold)).sum())
+        ce = float(torch.nn.functional.cross_entropy(mine, batch.targets))
+        wanted = (1 - mix) * ce + mix * total / len(gates)
+        assert shown[("cloud_loss", "proxy_loss")[which]] == pytest.approx(wanted, rel=1e-4)
+        assert 0.05 < np.mean(gates) < 0.95
+
+
 def test_what_devices_told_counts_where_they_are_better(
     models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
 ) -> None:

@@ -1,8 +1,8 @@
 """TRL's GOLD and ULD beside the terms here, in an environment that has TRL.
 
-TRL is no dependency and no part of CI: its losses stand in `trl.experimental`, whose interfaces may change. Written
-after `trl/experimental/gold/gold_trainer.py` of July 2026 and not run here; make an environment with `pip install trl`
-and this package, and run this file there.
+TRL is no dependency and no part of CI: its losses stand in `trl.experimental`, whose interfaces may change. It ran with
+TRL 1.16; make an environment with `pip install trl` and this package, and run this file there. `observed` reads the
+logits of the answer's own positions, as ULD's paper does with its unaligned ones.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def uld(*, is_extended: bool) -> Any:
         uld_skip_student_eos=False,
         uld_skip_teacher_eos=False,
         use_extended_uld=is_extended,
+        uld_token_merge_strategy="observed",
         uld_use_hybrid_loss=False,
         uld_hybrid_matched_weight=None,
         uld_hybrid_unmatched_weight=None,

@@ -1,0 +1,381 @@
+"""Methods of co-tuning on questions of made-up domains: one run of one method as a cell, all that it knew and cost.
+
+Each device has the texts of one domain. What a model answers is asked in four sets: facts of its own domain in a new
+phrasing, facts of the other devices' domains, which its texts never named ("crossed"), skills with new numbers, and
+sums over two things. The cloud's model has no domain of its own: all facts crossed to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from cells import Value
+from coplms_models import CLOUD, FAMILIES, MAX_TOKENS, PROXY, SIZES, SMALLER_PROXY, make_models
+from study_options import open_cells
+
+from cotune.data.domain_questions import DomainQuestions, generate_domains, generate_public
+from cotune.data.templates import Example
+from cotune.distillation.mutual_loss import MutualLossConfig
+from cotune.errors import NonFiniteLossError
+from cotune.evaluation.text_metrics import exact_match, rouge_l
+from cotune.federation.causal_model import CausalModel
+from cotune.federation.comparison.centralised import Centralised
+from cotune.federation.comparison.co_tuned import CoTuned
+from cotune.federation.comparison.coplms_reconstruction import CoPlmsReconstruction
+from cotune.federation.comparison.fedcollm import FedCoLlm
+from cotune.federation.comparison.federated_lora import FederatedLora
+from cotune.federation.comparison.fedmkt import FedMkt
+from cotune.federation.comparison.greedy_texts import write_greedily
+from cotune.federation.comparison.party import Party
+from cotune.federation.comparison.scene import Account, Contestant, Scene, Site
+from cotune.federation.comparison.seqkd import SeqKd
+from cotune.federation.comparison.standalone import Standalone
+from cotune.federation.comparison.zero_shot import ZeroShot
+from cotune.federation.coplms import CloudSettings, CoPlms
+from cotune.federation.flexlora import FlexLora
+from cotune.federation.local_model import LocalSteps
+from cotune.federation.mutual_descent import SideBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The meaning of a cell: one more, and all are run again.
+PROTOCOL = 1
+OWN, CROSSED, SKILLS, MIXED = "own", "crossed", "skills", "mixed"
+SETS = (OWN, CROSSED, SKILLS, MIXED)
+MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
+MAX_SEEDS = 10
+OURS, STANDALONE, EQUAL = "ours", "standalone", "standalone, equal compute"
+METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
+    "zero-shot": lambda args: ZeroShot(),
+    STANDALONE: lambda args: Standalone(),
+    EQUAL: lambda args: Standalone(),
+    "fedavg-lora": lambda args: FederatedLora(),
+    "flexlora": lambda args: FederatedLora(algorithm=FlexLora(ranks={"device-1": max(1, args.rank // 2)})),
+    "seqkd": lambda args: SeqKd(max_new_tokens=MAX_NEW_TOKENS),
+    "fedmkt, published": lambda args: FedMkt(is_fixed=False, top_k=args.top_k),
+    "fedmkt, fixed": lambda args: FedMkt(top_k=args.top_k),
+    "fedcollm": lambda args: FedCoLlm(),
+    "co-plms, MinED": lambda args: CoPlmsReconstruction(private_rank=args.rank),
+    OURS: lambda args: CoTuned(options=options(args)),
+    "centralised": lambda args: Centralised(),
+}
+BOUNDS = ("zero-shot", "centralised")
+"""Whose compute is what it is."""
+AT_BASE = (*BOUNDS, STANDALONE, OURS)
+"""Who takes the steps of the options; all others take as many as make their devices and cloud work as much as ours."""
+
+
+def options(args: argparse.Namespace, **changes: Any) -> CoPlms:
+    """Ours, as the study runs it."""
+    return replace(CoPlms(private_rank=args.rank), **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """Ours with one thing changed.
+
+    Attributes:
+        method: makes it.
+        rank: of all adapters, from that of the options.
+        proxy: folder of the proxy among the models.
+        share: of the devices that take part in a round.
+    """
+
+    method: Callable[[argparse.Namespace], Contestant]
+    rank: Callable[[int], int] = field(default=lambda rank: rank)
+    proxy: str = PROXY
+    share: float = 1.0
+
+
+def _loss(**weights: float) -> Callable[[argparse.Namespace], Contestant]:
+    own = {"byte_weight": 0.0, "chunk_weight": 0.0, "token_weight": 0.0} | weights
+    return lambda args: CoTuned(options=options(args, loss=MutualLossConfig(**own)))  # type: ignore[arg-type]
+
+
+def _alone(args: argparse.Namespace) -> Contestant:
+    silent = CloudSettings(mix=0.0, proxy_mix=0.0)
+    return CoTuned(options=options(args, loss=MutualLossConfig(mix=0.0), proxy_mix=0.0, cloud=silent))
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "no DST": Ablation(method=lambda args: CoTuned(options=options(args, private_rank=0))),
+    "no SAML": Ablation(method=_alone),
+    "no gate": Ablation(method=lambda args: CoTuned(options=options(args, gated=False))),
+    "gate on the server": Ablation(method=lambda args: CoTuned(options=options(args, cloud=CloudSettings(gated=True)))),
+    "L_byte alone": Ablation(method=_loss(byte_weight=1.0)),
+    "L_chunk alone": Ablation(method=_loss(chunk_weight=1.0)),
+    "L_tok alone": Ablation(method=_loss(token_weight=1.0)),
+    "naive merge": Ablation(method=lambda args: CoTuned(options=options(args), merges_factors=True)),
+    "smaller proxy": Ablation(method=METHODS[OURS], proxy=SMALLER_PROXY),
+    "quarter of the rank": Ablation(method=METHODS[OURS], rank=lambda rank: max(1, rank // 4)),
+    "twice the rank": Ablation(method=METHODS[OURS], rank=lambda rank: 2 * rank),
+    "half of the devices": Ablation(method=METHODS[OURS], share=0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """The texts of one seed.
+
+    Attributes:
+        domains: one for each device.
+        public: of the server.
+    """
+
+    domains: list[DomainQuestions]
+    public: list[Example]
+
+    def of_device(self, place: int) -> dict[str, list[Example]]:
+        """What the model on this device is asked."""
+        own = self.domains[place]
+        others = [one for index, domain in enumerate(self.domains) if index != place for one in domain.facts]
+        return {OWN: own.facts, CROSSED: others, SKILLS: own.skills, MIXED: own.mixed}
+
+    def of_all(self) -> dict[str, list[Example]]:
+        """What the cloud's model and the proxy are asked."""
+        facts = [one for domain in self.domains for one in domain.facts]
+        mixed = [one for domain in self.domains for one in domain.mixed]
+        return {OWN: [], CROSSED: facts, SKILLS: self.domains[0].skills, MIXED: mixed}
+
+
+class CoPlmsStudy:
+    """The models, the texts and the cells.
+
+    Args:
+        name: of the study, for its cells.
+        args: from `coplms_main.parser`.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        torch.set_num_threads(args.threads)
+        self.name, self.args = name, args
+        self.cells = open_cells(args)
+        folder = args.models
+        if folder is None:
+            known = [one for seed in range(MAX_SEEDS) for one in self._asked(self.questions(max(args.devices), seed))]
+            folder = make_models(args.made / args.size, SIZES[args.size], known=known)
+        self.models = {
+            one: CausalModel(str(Path(folder) / one), args.dtype, args.device)
+            for one in (CLOUD, PROXY, SMALLER_PROXY, *FAMILIES)
+        }
+        with self.models[CLOUD].loaded() as cloud:
+            self.num_parameters = sum(one.numel() for one in cloud.parameters())
+        self.digest = "-".join(model.digest[:6] for model in self.models.values())
+
+    def questions(self, num_devices: int, seed: int) -> Questions:
+        """Texts of so many devices; those of fewer devices are the first of more."""
+        args = self.args
+        domains = generate_domains(
+            [f"domain-{place}" for place in range(max(args.devices))],
+            num_things=args.num_things,
+            num_skills=args.num_skills,
+            num_test=args.num_test,
+            seed=seed,
+        )
+        tested = {one.prompt for one in domains[0].skills}
+        public = [one for one in generate_public(2 * args.num_public, seed=seed) if one.prompt not in tested]
+        return Questions(domains=domains[:num_devices], public=public[: args.num_public])
+
+    @staticmethod
+    def _asked(questions: Questions) -> list[Example]:
+        return [one for domain in questions.domains for one in (*domain.train, *domain.facts, *domain.skills)]
+
+    def scene(
+        self,
+        questions: Questions,
+        folder: Path,
+        *,
+        seed: int,
+        factors: tuple[float, float] = (1.0, 1.0),
+        num_rounds: int | None = None,
+        proxy: str = PROXY,
+        rank: int | None = None,
+    ) -> Scene:
+        """Devices take turns in architecture.
+
+        Args:
+            factors: of the steps on devices and in the cloud.
+        """
+        args, rank = self.args, rank or self.args.rank
+
+        def steps(num: int, factor: float, rate: float) -> LocalSteps:
+            own = max(1, round(num * factor))
+            return LocalSteps(num_steps=own, batch_size=args.batch_size, learning_rate=rate)
+
+        sites = {
+            f"device-{place}": Site(
+                small=self.models[FAMILIES[place % len(FAMILIES)]],
+                examples=domain.train,
+                steps=steps(args.local_steps, factors[0], args.rate),
+            )
+            for place, domain in enumerate(questions.domains)
+        }
+        return Scene(
+            cloud=self.models[CLOUD],
+            proxy=self.models[proxy],
+            sites=sites,
+            public=questions.public,
+            cloud_steps=steps(args.cloud_steps, factors[1], args.cloud_rate),
+            num_rounds=num_rounds or args.rounds,
+            folder=folder,
+            adapter_rate=args.adapter_rate,
+            rank=rank,
+            alpha=2.0 * rank,
+            max_tokens=MAX_TOKENS,
+            seed=seed,
+        )
+
+    def cell(self, key: Mapping[str, Any], run: Callable[[], Value]) -> Value:
+        """A cell of this study: `key` and all settings decide. A loss that is nan or inf is a finding, too."""
+        args = self.args
+        sizes = ("num_things", "num_skills", "num_test", "num_public", "rounds", "local_steps", "cloud_steps")
+        rates = ("rate", "adapter_rate", "cloud_rate", "batch_size", "rank", "top_k", "dtype")
+        whole = {**key, **{one: getattr(args, one) for one in (*sizes, *rates)}, "models": self.digest}
+
+        def measured() -> Value:
+            try:
+                return {"diverged": False, **run()}
+            except NonFiniteLossError:
+                return {"diverged": True}
+
+        return self.cells.get(self.name, {**whole, "domains": max(args.devices), "protocol": PROTOCOL}, measured)
+
+    def flops(self, name: str, num_devices: int, factor: float) -> dict[str, float]:
+        """Operations of one round: the mean of a device, and the cloud's."""
+
+        def run() -> Value:
+            with TemporaryDirectory() as folder:
+                scene = self.scene(
+                    self.questions(num_devices, 0), Path(folder), seed=0, factors=(factor, factor), num_rounds=1
+                )
+                account = Account()
+                for _ in METHODS[name](self.args).rounds(scene, account):
+                    pass
+            return {"device": _mean(account.flops, scene.sites), "cloud": account.flops[CLOUD]}
+
+        return self.cell({"what": "flops", "method": name, "devices": num_devices, "factor": factor}, run)
+
+    def factors(self, name: str, num_devices: int) -> tuple[float, float]:
+        """Of the steps, so that a round costs what one of ours does; from two counts, as the rest costs the same."""
+        if name in AT_BASE:
+            return 1.0, 1.0
+        ours = self.flops(OURS, num_devices, 1.0)
+        own = EQUAL if name == EQUAL else name
+        once, twice = (self.flops(own, num_devices, factor) for factor in (1.0, 2.0))
+        return solved(ours["device"], once["device"], twice["device"]), solved(
+            ours["cloud"], once["cloud"], twice["cloud"]
+        )
+
+    def run(self, name: str, num_devices: int, seed: int) -> Value:
+        """A method at equal compute."""
+        factors = self.factors(name, num_devices)
+        key = {"what": "run", "method": name, "devices": num_devices, "seed": seed}
+        return self.cell(key, lambda: self._run(METHODS[name](self.args), num_devices, seed, factors=factors))
+
+    def ablate(self, name: str, num_devices: int, seed: int) -> Value:
+        """Ours with one thing changed, at the steps of the options."""
+        own = ABLATIONS[name]
+        method, rank = own.method(self.args), own.rank(self.args.rank)
+        if own.share < 1:
+            assert isinstance(method, CoTuned), "an ablation is of ours"
+            method = replace(method, num_per_round=math.ceil(own.share * num_devices))
+        key = {"what": "ablation", "ablation": name, "devices": num_devices, "seed": seed}
+        return self.cell(key, lambda: self._run(method, num_devices, seed, rank=rank, proxy=own.proxy))
+
+    def _run(self, method: Contestant, num_devices: int, seed: int, **changes: Any) -> Value:
+        questions, account, curve = self.questions(num_devices, seed), Account(), []
+        asked = {f"device-{place}": questions.of_device(place) for place in range(num_devices)}
+        everything = questions.of_all()
+        with TemporaryDirectory() as folder:
+            scene = self.scene(questions, Path(folder), seed=seed, **changes)
+            parties: Mapping[str, Party] = {}
+            for parties in method.rounds(scene, account):
+                bits = {one: bits_of(party, asked.get(one, everything)) for one, party in parties.items()}
+                curve.append({"bits": bits, **_bytes(account, scene.sites)})
+            return {
+                "parties": {one: judge(party, asked.get(one, everything)) for one, party in parties.items()},
+                "curve": curve,
+                **_bytes(account, scene.sites),
+                "gflop": _mean(account.flops, scene.sites) / 1e9,
+                "cloud_gflop": account.flops[CLOUD] / 1e9,
+                "held_mb": account.held_bytes / 1e6,
+                "device_s": _mean(account.seconds, scene.sites),
+                "cloud_s": account.seconds[CLOUD],
+            }
+
+
+def solved(wanted: float, once: float, twice: float) -> float:
+    """The factor of the steps at which a + b f operations are as many as wanted, at least 0.
+
+    Example:
+        >>> solved(70.0, 30.0, 50.0), solved(70.0, 0.0, 0.0)
+        (3.0, 1.0)
+    """
+    each = twice - once
+    # Where steps cost nothing, or more steps no more because there are whole ones, nothing can be solved.
+    return max(0.0, 1.0 + (wanted - once) / each) if each > 0 else 1.0
+
+
+def bits_per_byte(model: PreTrainedModel, party: Party, examples: Sequence[Example]) -> float:
+    """What the answers cost, their end left out of the bytes.
+
+    Args:
+        model: the party's, loaded.
+    """
+    texts = sorted(party.read(examples, max_tokens=MAX_TOKENS), key=lambda text: len(text.sides[0].input_ids))
+    nats, num_bytes = 0.0, sum(len(text.text.encode()) - text.from_byte for text in texts)
+    for begin in range(0, len(texts), TEXTS_AT_ONCE):
+        batch = SideBatch.of(texts[begin : begin + TEXTS_AT_ONCE], 0, model.device)
+        with torch.no_grad():
+            nats += float(batch.answer_loss(batch.logits(model))) * len(batch.targets)
+    return nats / math.log(2) / num_bytes
+
+
+def bits_of(party: Party, asked: Mapping[str, Sequence[Example]]) -> float:
+    """Of all sets but the sums."""
+    with party.loaded() as model:
+        return bits_per_byte(model, party, [one for name in (OWN, CROSSED, SKILLS) for one in asked[name]])
+
+
+def judge(party: Party, asked: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, float]]:
+    """EM, Rouge-L, both 0 to 1, and bits per byte of each set that has questions."""
+    questions = [(name, one) for name, examples in asked.items() for one in examples]
+    found = {}
+    with party.loaded() as model:
+        prompts = [one.prompt for _, one in questions]
+        written = write_greedily(model, party.model.reader, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        for name, examples in asked.items():
+            pairs = [
+                (answer, one.target.strip())
+                for answer, (own, one) in zip(written, questions, strict=True)
+                if own == name
+            ]
+            if pairs:
+                found[name] = {
+                    "em": float(np.mean([exact_match(answer, truth) for answer, truth in pairs])),
+                    "rouge_l": float(np.mean([rouge_l(answer, truth) for answer, truth in pairs])),
+                    "bits": bits_per_byte(model, party, examples),
+                }
+    return found
+
+
+def _mean(by_name: Mapping[str, float], names: Mapping[str, Any]) -> float:
+    """Over devices."""
+    return sum(by_name.get(name, 0.0) for name in names) / len(names)
+
+
+def _bytes(account: Account, sites: Mapping[str, Site]) -> dict[str, float]:
+    return {
+        "up": _mean(account.up, sites),
+        "down": _mean(account.down, sites),
+        "download": _mean(account.downloads, sites),
+    }

@@ -1,0 +1,529 @@
+"""Co-tuning compared: Co-PLMs as reconstructed, ours, and the other methods, at equal compute and by their bytes.
+
+Questions of made-up domains tell apart what a device learnt from its own texts, what crossed from other devices'
+texts, which it never had, and what is a skill that all share. Every method but the bounds takes as many steps as make
+its devices and its cloud compute as much as ours do in a round, counted in tokens times parameters; bytes are those of
+whole messages, and the proxy's download is told beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import OutOfTimeError, Value
+from coplms_contest import (
+    ABLATIONS,
+    BOUNDS,
+    CROSSED,
+    EQUAL,
+    MAX_SEEDS,
+    METHODS,
+    MIXED,
+    OURS,
+    OWN,
+    PROTOCOL,
+    SETS,
+    SKILLS,
+    STANDALONE,
+    CoPlmsStudy,
+)
+from coplms_models import CLOUD, PROXY, SIZES
+from lora_init import plots_of
+from mean import Mean
+from page import Page, about_run
+from result_folder import Point, grid, plot_groups
+from study_options import StudyParser, add_run_options, at_least_one, plain_endings, positive, results_of
+
+from cotune.errors import CotuneError, InputError
+from cotune.evaluation.markup import Html, bullets, join
+from cotune.evaluation.report import Section
+
+NAME = "coplms_main"
+MARGINS = {"rouge_l": 5.38, "em": 4.88}
+EXPECTED = {
+    "Co-PLMs, arXiv 2511.11678, abstract": "on average 5.38 % in Rouge-L and 4.88 % in EM above the best of others",
+    "issue 8": "more than that above the best baseline at equal compute and bytes, for the cloud's model and every "
+    "device; at most 1.5 MB per device and round at a 0.5B-like proxy",
+}
+DEVICES = "devices"
+BARS = 6
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of this command."""
+    made = StudyParser(
+        prog=f"python reproduce/{NAME}.py",
+        description=__doc__,
+        epilog="examples:\n"
+        f"  python reproduce/{NAME}.py --budget-minutes 30\n"
+        f"  python reproduce/{NAME}.py --size toy --devices 3 --seeds 1 --rounds 1 --local-steps 2 --cloud-steps 1\n"
+        f"  python reproduce/{NAME}.py --models my-models --devices 3\n"
+        "\nWithout --models, cotune makes small ones, once. Finished cells are kept in --cells and never run again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--models", type=Path, help="a folder with cloud, proxy, proxy-smaller, llama, gpt2 and mamba2 in it"
+    )
+    made.add_argument("--made", type=Path, default=Path("runs/coplms-models"), help="where made models go")
+    made.add_argument("--size", choices=SIZES, default="small", help="of made models (default: %(default)s)")
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    made.add_argument("--ablations", nargs="*", choices=ABLATIONS, default=list(ABLATIONS), help="(default: all)")
+    made.add_argument(
+        "--devices", type=at_least_one, nargs="+", default=[3, 1, 5], help="ablations use the first (default: 3 1 5)"
+    )
+    for name, default, what in (
+        ("--seeds", 3, "runs of every cell, each with facts of its own"),
+        ("--num-things", 8, "of each domain; three facts are known of each"),
+        ("--num-skills", 40, "training questions of skills on each device"),
+        ("--num-test", 40, "test questions of skills"),
+        ("--num-public", 80, "texts of the server"),
+        ("--rounds", 10, ""),
+        ("--local-steps", 20, "of each model on a device, in a round"),
+        ("--cloud-steps", 10, "of the cloud's model, in a round"),
+        ("--batch-size", 8, "texts in one step"),
+        ("--rank", 8, "of all adapters"),
+        ("--top-k", 32, "logits that FedMKT sends of each token"),
+    ):
+        made.add_argument(name, type=at_least_one, default=default, help=f"{what} (default: %(default)s)".strip())
+    for name, rate, whose in (
+        ("--rate", 1e-3, "small models"),
+        ("--adapter-rate", 5e-3, "adapters of the proxy"),
+        ("--cloud-rate", 2e-3, "the cloud's adapter"),
+    ):
+        made.add_argument(name, type=positive, default=rate, help=f"learning rate of {whose} (default: %(default)s)")
+    add_run_options(made, NAME)
+    return made
+
+
+# What cells say.
+
+
+def score(value: Value, who: str, name: str, metric: str) -> float | None:
+    """Of one run.
+
+    Args:
+        who: `devices`, the mean over them; `cloud`, `proxy`, or a device.
+        name: the set of questions.
+        metric: em, rouge_l or bits.
+    """
+    chosen = [own for one, own in value["parties"].items() if (one == who or (who == DEVICES and _is_device(one)))]
+    told = [own[name][metric] for own in chosen if name in own]
+    return sum(told) / len(told) if told else None
+
+
+def _is_device(name: str) -> bool:
+    return name not in (CLOUD, PROXY)
+
+
+def over_sets(value: Value, who: str, metric: str) -> float:
+    """The mean over all sets of questions that were asked."""
+    told = [one for one in (score(value, who, name, metric) for name in SETS) if one is not None]
+    return sum(told) / len(told)
+
+
+def mean_of(values: Sequence[Value], read: Callable[[Value], float | None]) -> Mean | None:
+    """Over seeds; None where there is nothing."""
+    told = [one for one in map(read, values) if one is not None]
+    return Mean.of(told) if told else None
+
+
+def worded(mean: Mean | None, digits: int = 2, times: float = 1.0) -> str:
+    """A mean with half of its interval."""
+    if mean is None:
+        return "-"
+    low, high = (None if one is None else one * times for one in (mean.low, mean.high))
+    return Mean(mean=mean.mean * times, low=low, high=high, num=mean.num).worded(digits)
+
+
+def em_over_sets(values: Sequence[Value], who: str) -> str:
+    """In per cent, in words."""
+    return worded(mean_of(values, lambda one: over_sets(one, who, "em")), 1, 100)
+
+
+def total_bytes(point: Mapping[str, float]) -> float:
+    """Of one device so far, the download too."""
+    return float(point["up"] + point["down"] + point["download"])
+
+
+def bits_within(value: Value, num_bytes: float, who: str) -> float | None:
+    """Bits per byte after the last round that costs at most so much; None where no round does."""
+    paid = [one for number, one in enumerate(value["curve"]) if number and total_bytes(one) <= num_bytes]
+    return None if not paid else bits_at(paid[-1], who)
+
+
+def bits_at(point: Mapping[str, Any], who: str) -> float:
+    """Of a point of a curve: the mean over devices, or one party's."""
+    told = [bits for one, bits in point["bits"].items() if one == who or (who == DEVICES and _is_device(one))]
+    return sum(told) / len(told)
+
+
+def relative(ours: float, theirs: float) -> float | None:
+    """In per cent of theirs; None where that is 0.
+
+    Example:
+        >>> round(relative(0.42, 0.40), 6), relative(0.1, 0.0)
+        (5.0, None)
+    """
+    return 100 * (ours / theirs - 1) if theirs > 0 else None
+
+
+def verdicts(rows: Mapping[str, Sequence[Value]]) -> list[str]:
+    """Ours against the best other method at equal compute or less, for devices and cloud, in words.
+
+    Args:
+        rows: by method the runs of all seeds, with one number of devices.
+    """
+    # Alone with fewer steps is a rival too, as more of them may be too many.
+    rivals = [name for name in rows if name not in (OURS, *BOUNDS)]
+    if OURS not in rows or not rivals:
+        return []
+    said = []
+    for who, where in ((DEVICES, "On devices"), (CLOUD, "In the cloud")):
+        for metric, words in (("rouge_l", "Rouge-L"), ("em", "EM")):
+            means = means_of(rows, (OURS, *rivals), lambda one, m=metric, w=who: over_sets(one, w, m))
+            best = max(rivals, key=lambda name, own=means: own[name].mean)
+            gain = less_of(rows, best, lambda one, m=metric, w=who: over_sets(one, w, m))
+            share = relative(means[OURS].mean, means[best].mean)
+            reached = share is not None and share > MARGINS[metric] and (gain.low or 0) > 0
+            said.append(
+                f"{where}, {words}: ours {worded(means[OURS], 1, 100)} %, the best other method, {best}, "
+                f"{worded(means[best], 1, 100)} %; {'' if share is None else f'{share:+.1f} % relative, '}"
+                f"{told_apart(gain)}; the margin of {MARGINS[metric]} % is {'reached' if reached else 'not reached'}."
+            )
+        means = means_of(rows, (OURS, *rivals), lambda one, w=who: bits_at(one["curve"][-1], w))
+        best = min(rivals, key=lambda name, own=means: own[name].mean)
+        less = less_of(rows, best, lambda one, w=who: bits_at(one["curve"][-1], w))
+        said.append(
+            f"{where}, bits per byte: ours {worded(means[OURS], 3)}, the best other method, {best}, "
+            f"{worded(means[best], 3)}; ours less theirs {worded(less, 3)}, {told_apart(less)}."
+        )
+    devices = sorted(filter(_is_device, rows[OURS][0]["parties"]))
+    ahead = []
+    for device in devices:
+        means = means_of(rows, (OURS, *rivals), lambda one, d=device: over_sets(one, d, "em"))
+        ahead += [device] if means[OURS].mean > max(means[name].mean for name in rivals) else []
+    return [
+        *said,
+        f"Of {len(devices)} devices ours has the best EM on {len(ahead)}{': ' * bool(ahead)}{', '.join(ahead)}.",
+    ]
+
+
+def means_of(
+    rows: Mapping[str, Sequence[Value]], names: Sequence[str], read: Callable[[Value], float]
+) -> dict[str, Mean]:
+    """Of some methods, over seeds."""
+    return {name: Mean.of([read(value) for value in rows[name]]) for name in names}
+
+
+def less_of(rows: Mapping[str, Sequence[Value]], other: str, read: Callable[[Value], float]) -> Mean:
+    """Of ours less another method, over seeds."""
+    return Mean.of([read(a) - read(b) for a, b in zip(rows[OURS], rows[other], strict=True)])
+
+
+def told_apart(difference: Mean) -> str:
+    """Whether its interval leaves out 0."""
+    is_told = difference.low is not None and difference.high is not None and difference.low * difference.high > 0
+    seeds = f"{difference.num} seed{'s' if difference.num > 1 else ''}"
+    return f"{'told apart' if is_told else 'not told apart'} with {seeds}"
+
+
+# The page.
+
+
+class Results:
+    """What is finished, by number of devices and method."""
+
+    def __init__(self, study: CoPlmsStudy) -> None:
+        self.study = study
+        self.runs: dict[int, dict[str, list[Value]]] = {}
+        self.ablations: dict[str, list[Value]] = {}
+        self.factors: dict[str, tuple[float, float]] = {}
+        self.refused: dict[str, str] = {}
+        self.unfinished: list[str] = []
+
+    def fill(self) -> None:
+        """Measure what is missing."""
+        args = self.study.args
+        first = args.devices[0]
+        for num in args.devices:
+            for name in args.methods:
+                if found := self._seeds(f"{name}, {num} devices", lambda s, a=name, b=num: self.study.run(a, b, s)):
+                    self.runs.setdefault(num, {})[name] = found
+                    if num == first:
+                        self.factors[name] = self.study.factors(name, num)
+            if num == first:
+                for name in args.ablations:
+                    if found := self._seeds(f"ablation {name}", lambda s, a=name: self.study.ablate(a, first, s)):
+                        self.ablations[name] = found
+
+    def _seeds(self, what: str, run: Callable[[int], Value]) -> list[Value]:
+        found = []
+        try:
+            for seed in range(self.study.args.seeds):
+                value = run(seed)
+                if value["diverged"]:
+                    raise InputError("a loss was nan or inf; lower the learning rates")
+                found.append(value)
+        except OutOfTimeError:
+            self.unfinished.append(what)
+        except CotuneError as error:
+            self.refused[what] = str(error)
+        return found if len(found) == self.study.args.seeds else []
+
+
+def quality_grid(caption: str, head: str, rows: Mapping[str, Sequence[Value]], who: str) -> Html:
+    """EM by set, Rouge-L over all, and bits per byte after the last round."""
+
+    def em(name: str) -> list[str]:
+        return [worded(mean_of(v, lambda one: score(one, who, name, "em")), 1, 100) for v in rows.values()]
+
+    return grid(
+        caption,
+        head,
+        list(rows),
+        {
+            **({"own facts, EM %": em(OWN)} if who == DEVICES else {}),
+            "crossed facts, EM %": em(CROSSED),
+            "skills, EM %": em(SKILLS),
+            "sums, EM %": em(MIXED),
+            "all, EM %": [em_over_sets(v, who) for v in rows.values()],
+            "all, Rouge-L %": [
+                worded(mean_of(v, lambda one: over_sets(one, who, "rouge_l")), 1, 100) for v in rows.values()
+            ],
+            "bits per byte": [worded(mean_of(v, lambda one: bits_at(one["curve"][-1], who)), 3) for v in rows.values()],
+        },
+    )
+
+
+def cost_grid(rows: Mapping[str, Sequence[Value]], head: str) -> Html:
+    """What a device, and the cloud, spent on the whole run."""
+
+    def column(name: str, digits: int, times: float = 1.0) -> list[str]:
+        return [worded(mean_of(v, lambda one: one[name]), digits, times) for v in rows.values()]
+
+    return grid(
+        "What it cost: one device, and the cloud, over all rounds",
+        head,
+        list(rows),
+        {
+            "up, kB": column("up", 1, 1e-3),
+            "down, kB": column("down", 1, 1e-3),
+            "proxy once, kB": column("download", 0, 1e-3),
+            "device, GFLOP": column("gflop", 2),
+            "cloud, GFLOP": column("cloud_gflop", 2),
+            "held at once, MB": column("held_mb", 2),
+            "device, s": column("device_s", 1),
+            "cloud, s": column("cloud_s", 1),
+        },
+    )
+
+
+def devices_section(num: int, rows: Mapping[str, Sequence[Value]]) -> Section:
+    """All methods with one number of devices."""
+    content = [
+        quality_grid("On devices, means over devices and seeds", "method", rows, DEVICES),
+        *bars_of(num, rows),
+        quality_grid("The cloud's model, which has texts of no domain", "method", rows, CLOUD),
+    ]
+    with_proxy = {name: v for name, v in rows.items() if PROXY in v[0]["parties"]}
+    if with_proxy:
+        content.append(quality_grid("The proxy with what travels", "method", with_proxy, PROXY))
+    content += [cost_grid(rows, "method"), bytes_part(num, rows)]
+    heading = f"{num} device{'s' if num > 1 else ''}"
+    return Section(name=f"devices-{num}", short=heading, heading=heading, content=join(content))
+
+
+def bars_of(num: int, rows: Mapping[str, Sequence[Value]]) -> list[Html]:
+    """Exact match by set of questions, so many methods in a plot that their names can be read."""
+    sets = [name for name in SETS if num > 1 or name != CROSSED]
+    parts = [list(rows)[begin : begin + BARS] for begin in range(0, len(rows), BARS)]
+
+    def bar(name: str, asked: str) -> Point | None:
+        mean = mean_of(rows[name], lambda one: _percent(score(one, DEVICES, asked, "em")))
+        return None if mean is None else mean.point()
+
+    return [
+        plot_groups(
+            f"em_{num}_{number}",
+            "Exact match on devices by set of questions.",
+            part,
+            {asked: [bar(name, asked) for name in part] for asked in sets},
+            y_label="EM, %",
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def bytes_part(num: int, rows: Mapping[str, Sequence[Value]]) -> Html:
+    """Bits per byte against what was sent, and within what ours sends."""
+    curves = {
+        name: [
+            (
+                Mean.of([total_bytes(v["curve"][number]) for v in values]).mean / 1e3,
+                *Mean.of([bits_at(v["curve"][number], DEVICES) for v in values]).point()[1:],
+            )
+            for number in range(1, len(values[0]["curve"]))
+        ]
+        # Ours first, which then is in every plot.
+        for name, values in sorted(rows.items(), key=lambda row: row[0] != OURS)
+        if total_bytes(values[0])
+    }
+    parts = plots_of(
+        f"bytes_{num}",
+        "Bits per byte of held-out answers on devices, own, crossed and skills, round by round.",
+        curves,
+        x_label="kB of one device so far, the proxy's download too",
+        y_label="bits per byte",
+    )
+    if OURS not in rows:
+        return parts
+    budget = Mean.of([total_bytes(one) for one in rows[OURS]]).mean
+
+    def column(who: str) -> list[str]:
+        return [worded(mean_of(v, lambda one: bits_within(one, budget, who)), 3) for v in rows.values()]
+
+    told = grid(
+        f"Within the bytes of ours, {budget / 1e3:,.0f} kB for a device: the last round that they pay for, - for none",
+        "method",
+        list(rows),
+        {"devices, bits per byte": column(DEVICES), "cloud, bits per byte": column(CLOUD)},
+    )
+    return join([parts, told])
+
+
+def ablation_section(results: Results, num: int) -> Section:
+    """Ours with one thing changed."""
+    rows = {**({OURS: results.runs[num][OURS]} if OURS in results.runs.get(num, {}) else {}), **results.ablations}
+    content = [
+        quality_grid("On devices", "ours with", rows, DEVICES),
+        quality_grid("The cloud's model", "ours with", rows, CLOUD),
+        quality_grid("The proxy with what travels", "ours with", rows, PROXY),
+        cost_grid(rows, "ours with"),
+    ]
+    return Section(name="ablations", short="Ablations", heading=f"Ablations, {num} devices", content=join(content))
+
+
+def build(study: CoPlmsStudy) -> Page:
+    """Measure what is missing and show what there is."""
+    args, results = study.args, Results(study)
+    if args.seeds > MAX_SEEDS or len(set(args.devices)) < len(args.devices):
+        raise InputError(
+            f"--seeds is {args.seeds} and --devices {args.devices}, expected at most {MAX_SEEDS} seeds, as made models "
+            "know none of their facts, and each number of devices once"
+        )
+    results.fill()
+    if not results.runs:
+        if results.unfinished:
+            raise OutOfTimeError("the budget is spent before any method is finished; run again to go on")
+        raise InputError(f"no method could be run: {next(iter(results.refused.values()), 'none was asked for')}")
+    first = next(iter(results.runs))
+    said = {num: verdicts(rows) for num, rows in results.runs.items()}
+    sections = [
+        Section(
+            name="goals",
+            short="Goals",
+            heading="Ours against the best other method at equal compute or less",
+            content=bullets([f"{num} devices. {one}" for num, own in said.items() for one in own]),
+        ),
+        *(devices_section(num, rows) for num, rows in results.runs.items()),
+    ]
+    if results.ablations:
+        sections.append(ablation_section(results, args.devices[0]))
+    if results.refused:
+        reasons = grid("What the product said", "what", list(results.refused), {"reason": [*results.refused.values()]})
+        sections.append(Section(name="refused", short="Refused", heading="Not run", content=reasons))
+    return Page(
+        title="Co-tuning at equal compute, and by bytes",
+        lead=" ".join(said[first][:2]),
+        expected=EXPECTED,
+        measured={
+            "runs": {num: {name: _plain(v) for name, v in rows.items()} for num, rows in results.runs.items()},
+            "ablations": {name: _plain(v) for name, v in results.ablations.items()},
+            "summary": {num: {name: summarise(v) for name, v in rows.items()} for num, rows in results.runs.items()},
+            "factors": results.factors,
+            "refused": results.refused,
+            "said": said,
+        },
+        sections=sections,
+        deviations=deviations(results),
+        lines=[
+            *(
+                f"{num} devices, {name:26s} EM {em_over_sets(v, DEVICES)} %, cloud {em_over_sets(v, CLOUD)} %, "
+                f"{total_bytes(v[0]) / 1e3:,.0f} kB, {v[0]['gflop']:.2f} GFLOP"
+                for num, rows in results.runs.items()
+                for name, v in rows.items()
+            ),
+            *(f"{what}: {reason}" for what, reason in results.refused.items()),
+            *(f"{num} devices. {one}" for num, own in said.items() for one in own),
+        ],
+        unfinished=results.unfinished,
+    )
+
+
+def summarise(values: Sequence[Value]) -> dict[str, Any]:
+    """Of one method: exact matches in per cent, and what a device sent and computed."""
+    found: dict[str, Any] = {
+        name: mean_of(values, lambda one, n=name: _percent(score(one, DEVICES, n, "em"))) for name in SETS
+    }
+    return {
+        **found,
+        CLOUD: mean_of(values, lambda one: _percent(over_sets(one, CLOUD, "em"))),
+        "kb": Mean.of([total_bytes(one) / 1e3 for one in values]).mean,
+        "gflop": Mean.of([one["gflop"] for one in values]).mean,
+    }
+
+
+def _plain(values: Sequence[Value]) -> list[Value]:
+    """Without the curves, which stay in the cells."""
+    return [{name: one for name, one in value.items() if name != "curve"} for value in values]
+
+
+def deviations(results: Results) -> list[str]:
+    """Where this is another study than the paper's, and what its numbers mean."""
+    factors = ", ".join(f"{name} {one[0]:.2f} and {one[1]:.2f}" for name, one in results.factors.items())
+    return [
+        "Small models and made-up questions: numbers compare the methods with each other, and none with the paper's.",
+        "Operations are tokens times parameters: 2 for a forward pass, 2 more for the way back by activations and 2 by "
+        "the weights that learn; embeddings, products inside of attention, scans and optimisers are left out.",
+        f"Steps on devices and in the cloud are these multiples of the options': {factors}. {EQUAL} is {STANDALONE} "
+        "with that many; the centralised bound takes a multiple of its own.",
+        "A method whose devices do not train the cloud's model, or that has no cloud, leaves it as it was given.",
+        "With FedAvg-LoRA, FlexLoRA and FedCoLLM what answers on a device is the proxy, which is larger than most "
+        "small models here; with all others it is the device's own model.",
+        "One learning rate for all small models, one for adapters of the proxy, one for the cloud's: none is searched.",
+        "Answers are one word or number, so that Rouge-L and EM differ only where a model writes more.",
+        "Held at once are weights, gradients and optimiser state; activations are not counted.",
+        "Crossed facts are those of the other devices' domains; with one device there are none.",
+        f"Cells of protocol {PROTOCOL}; intervals are Student's over seeds, each with facts and texts of its own.",
+    ]
+
+
+def main() -> None:
+    """Measure what is missing, write the result folder, say what came."""
+    args = parser().parse_args()
+    with plain_endings():
+        study = CoPlmsStudy(NAME, args)
+        page = build(study)
+    args.model = str(args.models or args.size)
+    page.publish(
+        results_of(args, NAME),
+        about=about_run(
+            vars(args),
+            device=args.device,
+            threads=args.threads,
+            models=study.digest,
+            backbone_parameters=study.num_parameters,
+        ),
+        lead=f"Models {Path(args.model).name}.",
+    )
+
+
+if __name__ == "__main__":
+    main()

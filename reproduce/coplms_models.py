@@ -1,0 +1,239 @@
+"""Models for the study of co-tuning, made by cotune from nothing: a cloud's, two proxies distilled from it, and three
+small ones of three architectures with three tokenizers. All went to the same school, whose facts no device has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cotune.compression.distil import DistilSettings, distil
+from cotune.compression.fewer_layers import spread_layers, with_fewer_layers
+from cotune.data.domain_questions import generate_domains, generate_public
+from cotune.data.templates import Example
+from cotune.distillation.divergences import ForwardKl
+from cotune.distillation.teacher import LocalTeacher
+from cotune.durable import replacing
+from cotune.federation.causal_model import CausalModel
+from cotune.federation.comparison.party import Party, teach
+from cotune.federation.local_model import LocalSteps
+from cotune.models.backbone import Backbone
+from cotune.models.seeded import seeded
+from cotune.models.weights import quiet
+from cotune.tuning.loop import LoopConfig
+from cotune.tuning.personal import encode_examples
+
+CLOUD, PROXY, SMALLER_PROXY = "cloud", "proxy", "proxy-smaller"
+FAMILIES = ("llama", "gpt2", "mamba2")
+SPECIAL = ["<pad>", "<bos>", "<eos>"]
+PAD, BOS, EOS = range(3)
+MAX_TOKENS = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the models are and how long they learn.
+
+    Attributes:
+        cloud_width, cloud_layers: of the cloud's model.
+        proxy_layers: that the proxy and the smaller one keep.
+        small_width: of the devices' models, which have two layers.
+        vocab_size: of the cloud's tokenizer; the others have half, and three quarters.
+        school: things of the school's domains.
+        cloud_steps, small_steps, distil_epochs: of 16 texts each.
+    """
+
+    cloud_width: int
+    cloud_layers: int
+    proxy_layers: tuple[int, int]
+    small_width: int
+    vocab_size: int
+    school: int
+    cloud_steps: int
+    small_steps: int
+    distil_epochs: int
+
+
+SIZES = {
+    "toy": Size(
+        cloud_width=32,
+        cloud_layers=3,
+        proxy_layers=(2, 1),
+        small_width=32,
+        vocab_size=400,
+        school=8,
+        cloud_steps=6,
+        small_steps=4,
+        distil_epochs=1,
+    ),
+    "small": Size(
+        cloud_width=128,
+        cloud_layers=6,
+        proxy_layers=(3, 2),
+        small_width=96,
+        vocab_size=640,
+        school=120,
+        cloud_steps=3000,
+        small_steps=3000,
+        distil_epochs=4,
+    ),
+}
+
+
+def school_texts(size: Size, *, known: Sequence[Example]) -> list[Example]:
+    """What all models have read: facts about things that no device knows, and skills.
+
+    Args:
+        size: how much.
+        known: texts of devices and of tests; what asks the same, or names one of their things, is left out.
+
+    Example:
+        >>> texts = school_texts(SIZES["toy"], known=[])
+        >>> len({one.prompt for one in texts}) == len(texts) > 100
+        True
+    """
+    (school,) = generate_domains(["school"], num_things=size.school, num_skills=20 * size.school, seed=10**6)
+    asked = {one.prompt for one in known}
+    words = {word.strip("?.,") for one in known for word in one.prompt.split()}
+    taken = {thing.name for thing in school.things} & words
+    texts = [*school.train, *school.facts, *school.mixed, *generate_public(10 * size.school, seed=10**6)]
+    free = {
+        one.prompt: one
+        for one in texts
+        if one.prompt not in asked and not taken & {word.strip("?.,") for word in one.prompt.split()}
+    }
+    return list(free.values())
+
+
+def make_models(folder: Path, size: Size, *, known: Sequence[Example], tell: Callable[[str], None] = print) -> Path:
+    """All models, in folders of this one; there whole or not at all, and never made twice.
+
+    Args:
+        folder: for them.
+        size: how large.
+        known: as for `school_texts`.
+        tell: told what is made.
+    """
+    if folder.is_dir():
+        return folder
+    texts = school_texts(size, known=known)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder, mode=None) as unfinished, quiet():
+        unfinished.mkdir(parents=True, exist_ok=True)
+        tell(f"models: the cloud's, {size.cloud_steps} steps on {len(texts)} texts")
+        tokenizer = _byte_level(texts, size.vocab_size)
+        _school(unfinished / CLOUD, tokenizer, _llama(size.cloud_width, size.cloud_layers), texts, size.cloud_steps)
+        for name, kept in zip((PROXY, SMALLER_PROXY), size.proxy_layers, strict=True):
+            tell(f"models: {name}, {kept} of {size.cloud_layers} layers, distilled")
+            _distil(unfinished / CLOUD, unfinished / name, kept, texts, size)
+        width, kinds = size.small_width, (_byte_level, _byte_level, _unigram)
+        shapes = (_llama(width, 2), _gpt2(width, 2), _mamba2(width, 2))
+        sizes = (size.vocab_size // 2 + 128, size.vocab_size * 3 // 4, size.vocab_size // 2)
+        for name, shape, kind, vocab_size in zip(FAMILIES, shapes, kinds, sizes, strict=True):
+            tell(f"models: {name}, {size.small_steps} steps")
+            _school(unfinished / name, kind(texts, vocab_size), shape, texts, size.small_steps)
+        about = {"size": repr(size), "num_texts": len(texts)}
+        (unfinished / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    return folder
+
+
+def _school(folder: Path, tokenizer: Tokenizer, shape: Mapping[str, Any], texts: Sequence[Example], steps: int) -> None:
+    """A fresh model that learns the school's texts."""
+    fresh = folder.with_name(f"{folder.name}.fresh")
+    own = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": tokenizer.get_vocab_size()}
+    with seeded(len(folder.name), tokenizer.get_vocab_size()):
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, **own)).save_pretrained(fresh)
+    (fresh / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    party = Party(CausalModel(str(fresh)))
+    read = party.read(texts, max_tokens=MAX_TOKENS)
+    # Half of the steps at a third of the rate: the end is what counts.
+    for part, rate in enumerate((3e-3, 1e-3)):
+        how = LocalSteps(num_steps=max(1, steps // 2), batch_size=16, learning_rate=rate)
+        party = teach(party, read, how, seed=part)
+    with party.loaded() as model:
+        model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    for file in fresh.iterdir():
+        file.unlink()
+    fresh.rmdir()
+
+
+def _distil(cloud: Path, folder: Path, kept: int, texts: Sequence[Example], size: Size) -> None:
+    backbone = Backbone.from_pretrained(str(cloud))
+    student = with_fewer_layers(backbone, spread_layers(size.cloud_layers, kept))
+    encoded = encode_examples(backbone.tokenizer_json, texts, backbone.description, MAX_TOKENS)
+    settings = DistilSettings(
+        divergence=ForwardKl(),
+        loop=LoopConfig(epochs=size.distil_epochs, learning_rate=1e-3),
+        num_batch_sequences=16,
+    )
+    distil(student, LocalTeacher(backbone), encoded, settings).save_model(folder, student)
+
+
+def _llama(width: int, layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": 3 * width,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+
+
+def _gpt2(width: int, layers: int) -> dict[str, Any]:
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return {"model_type": "gpt2", "n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 256, **dropouts}
+
+
+def _mamba2(width: int, layers: int) -> dict[str, Any]:
+    return {
+        "model_type": "mamba2",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "state_size": 16,
+        "num_heads": 8,
+        "head_dim": width // 4,
+        "n_groups": 1,
+        "chunk_size": 16,
+    }
+
+
+def _byte_level(texts: Sequence[Example], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    return _with_begin(tokenizer, texts, trainer)
+
+
+def _unigram(texts: Sequence[Example], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    letters = sorted({letter for one in texts for letter in one.prompt + one.target if not letter.isspace()})
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL, "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=[*letters, "\n"],
+        show_progress=False,
+    )
+    return _with_begin(tokenizer, texts, trainer)
+
+
+def _with_begin(tokenizer: Tokenizer, texts: Sequence[Example], trainer: trainers.Trainer) -> Tokenizer:
+    tokenizer.train_from_iterator((one.prompt + one.target for one in texts), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return tokenizer

@@ -1,0 +1,109 @@
+"""The study of co-tuning: what cells say, worked by hand, and one whole run on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from co_tuning import model_folder
+from co_tuning_scene import make_models
+from coplms_contest import ABLATIONS, EQUAL, METHODS, solved
+from coplms_main import bits_within, mean_of, over_sets, parser, relative, score, total_bytes, verdicts, worded
+from study_command import Command
+
+
+def value(devices: list[float], cloud: float, *, up: float = 1.0) -> dict[str, Any]:
+    """A run with these exact matches; bits fall by 1 in each of two rounds."""
+    parties = {f"device-{place}": {"own": _told(one), "skills": _told(one / 2)} for place, one in enumerate(devices)}
+    bits = dict.fromkeys([*parties, "cloud"], 3.0)
+    return {
+        "parties": parties | {"cloud": {"crossed": _told(cloud)}},
+        "curve": [
+            {"bits": {name: own - number for name, own in bits.items()}, "up": number * up, "down": 0, "download": 10}
+            for number in range(3)
+        ],
+    }
+
+
+def _told(share: float) -> dict[str, float]:
+    return {"em": share, "rouge_l": share + 0.1, "bits": 1.0}
+
+
+def test_scores_are_means_over_devices_and_then_over_sets() -> None:
+    one = value([0.2, 0.6], 0.5)
+    assert score(one, "devices", "own", "em") == pytest.approx(0.4) and score(one, "cloud", "own", "em") is None
+    assert over_sets(one, "devices", "em") == pytest.approx((0.4 + 0.2) / 2) and over_sets(one, "cloud", "em") == 0.5
+    assert worded(mean_of([one, value([0.2, 0.2], 0)], lambda v: score(v, "devices", "own", "em")), 1, 100) != "-"
+    assert worded(mean_of([one], lambda v: score(v, "devices", "mixed", "em"))) == "-"
+
+
+def test_within_a_budget_counts_the_last_round_that_it_pays_for_and_the_download() -> None:
+    one = value([0.2], 0.5, up=5.0)
+    assert [total_bytes(point) for point in one["curve"]] == [10, 15, 20]
+    assert [bits_within(one, budget, "devices") for budget in (14, 15, 19, 20)] == [None, 2.0, 2.0, 1.0]
+    assert bits_within(one, 100, "cloud") == 1.0
+
+
+def test_the_best_other_method_at_equal_compute_is_what_counts() -> None:
+    rows = {
+        "ours": [value([0.44], 0.5), value([0.45], 0.5)],
+        "standalone": [value([0.35], 0.4)] * 2,
+        "centralised": [value([0.9], 0.9)] * 2,
+        "standalone, equal compute": [value([0.40], 0.5), value([0.41], 0.5)],
+        "seqkd": [value([0.3], 0.6)] * 2,
+    }
+    said = verdicts(rows)
+    assert len(said) == 7 and said[-1] == "Of 1 devices ours has the best EM on 1: device-0."
+    # (0.33 + 0.3375) / 2 against (0.3 + 0.3075) / 2, told apart as the gain is the same with both seeds.
+    assert "standalone, equal compute, 30.4" in said[1] and "+9.9 % relative, told apart" in said[1]
+    assert "is reached" in said[1] and "seqkd" in said[4] and "not reached" in said[4]
+    assert "bits per byte: ours 1.000" in said[2] and "0.000 ± 0.000, not told apart with 2 seeds" in said[5]
+    assert verdicts({"ours": rows["ours"], "centralised": rows["centralised"]}) == []
+    assert relative(0.5, 0.0) is None
+
+
+def test_steps_are_solved_from_two_counts() -> None:
+    # 10 operations beside the steps, 20 for the steps of the options.
+    assert solved(50.0, 30.0, 50.0) == 2.0 and solved(20.0, 30.0, 50.0) == 0.5 and solved(5.0, 30.0, 50.0) == 0.0
+
+
+def test_every_name_makes_a_method() -> None:
+    args = parser().parse_args([])
+    assert all(hasattr(make(args), "rounds") for make in METHODS.values())
+    made = {name: one.method(args) for name, one in ABLATIONS.items()}
+    ours = METHODS["ours"](args)
+    for name, method in made.items():
+        own = ABLATIONS[name]
+        changed = method != ours or own.proxy != "proxy" or own.rank(8) != 8 or own.share != 1
+        assert changed, f"{name} is ours"
+    assert (
+        len({repr(made[name]) for name in ("L_byte alone", "L_chunk alone", "L_tok alone", "no gate", "no DST")}) == 5
+    )
+
+
+@pytest.mark.integration
+def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, command: Command) -> None:
+    models = make_models(tmp_path / "models")
+    model_folder(models / "proxy-smaller", "llama", "byte_level", seed=2)
+    options: list[object] = ["--models", models, "--devices", 2, "--seeds", 1, "--rounds", 1, "--local-steps", 2]
+    options += ["--cloud-steps", 1, "--num-things", 2, "--num-skills", 2, "--num-test", 1, "--num-public", 2]
+    options += ["--batch-size", 2, "--rank", 4, "--top-k", 4, "--ablations", "naive merge", "--methods"]
+    options += ["standalone, equal compute", "ours"]
+    options += ["--cells", tmp_path / "cells", "--out", tmp_path / "out"]
+    status, printed = command("coplms_main", options)
+    assert status == 0, printed
+    measured = json.loads((tmp_path / "out" / "measured.json").read_text())
+    (equal,), (ours,) = measured["runs"]["2"].values()
+    assert measured["ablations"].keys() == {"naive merge"} and not measured["refused"]
+    assert set(ours["parties"]) == {"device-0", "device-1", "cloud", "proxy"} and "proxy" not in equal["parties"]
+    assert ours["parties"]["device-0"].keys() == {"own", "crossed", "skills", "mixed"}
+    assert ours["parties"]["cloud"].keys() == {"crossed", "skills", "mixed"}
+    # The same compute but for a part of a step, and more steps for that than the two of the options.
+    assert equal["gflop"] == pytest.approx(ours["gflop"], rel=0.3) and measured["factors"][EQUAL][0] > 1.2
+    assert equal["up"] == equal["down"] == equal["download"] == 0 < ours["up"] < ours["download"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 devices" in page and "naive merge" in page and "Within the bytes of ours" in page
+    again, told = command("coplms_main", options)
+    assert again == 0 and "coplms_main:" in printed and "coplms_main:" not in told
