@@ -33,7 +33,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from cotune.data.batches import EncodedExample, TokenBatch
 from cotune.errors import CotuneError, InputError
-from cotune.evaluation.measured_memory import cuda_peak_bytes, resident_peak_bytes, run_measured
+from cotune.evaluation.measured_memory import peak_bytes, run_measured
 from cotune.evaluation.method_cost import MethodCost, MethodSettings, predict_cost, quantised_bytes
 from cotune.evaluation.model_shape import KNOWN_CONFIGS, ModelShape
 from cotune.evaluation.side_cost import SideSettings
@@ -404,8 +404,7 @@ def measure_steps(case: Case, args: argparse.Namespace, config: PreTrainedConfig
     steps(tiny, case.model(tiny))
     scene = make_scene(config, batch=args.batch, length=args.length, **options)
     model = case.model(scene)
-    peak = cuda_peak_bytes if args.device.startswith("cuda") else resident_peak_bytes
-    return {"peak_bytes": peak(lambda: steps(scene, model)), "step_s": statistics.median(seconds)}
+    return {"peak_bytes": peak_bytes(lambda: steps(scene, model), args.device), "step_s": statistics.median(seconds)}
 
 
 def base_bytes(case: Case, scene: Scene) -> int:
@@ -449,9 +448,9 @@ def beside_predictions(scene: Scene, peaks: Mapping[str, Sequence[int]]) -> dict
         peaks: bytes beyond the weights, by method.
     """
     rows = {}
-    for method, peak_bytes in peaks.items():
+    for method, found in peaks.items():
         cost, base = predict(CASES[method], scene), base_bytes(CASES[method], scene)
-        above = Spread.of([peak / 1e6 for peak in peak_bytes])
+        above = Spread.of([peak / 1e6 for peak in found])
         predicted_mb = (cost.peak - base) / 1e6
         rows[method] = {
             "base_mb": base / 1e6,

@@ -16,7 +16,7 @@ from federated_study import FederatedStudy, make_parser, secret_of
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import CotuneError, InputError
-from cotune.evaluation.measured_memory import resident_peak_bytes, run_measured
+from cotune.evaluation.measured_memory import peak_bytes, run_measured
 from cotune.evaluation.method_cost import MethodSettings, predict_cost
 from cotune.evaluation.model_shape import ModelShape
 from cotune.evaluation.workload import Workload
@@ -101,8 +101,8 @@ def measure(study: FederatedStudy, name: str) -> dict[str, int]:
         model = resident.with_texts(texts)
         work = first_round(study, name, model, start)
         return {
-            "inference_bytes": resident_peak_bytes(lambda: model.evaluate(start)),
-            "peak_bytes": resident_peak_bytes(work),
+            "inference_bytes": peak_bytes(lambda: model.evaluate(start)),
+            "peak_bytes": peak_bytes(work),
         }
 
 

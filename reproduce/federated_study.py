@@ -58,6 +58,8 @@ PISSA = "pissa"
 STRAGGLERS, LOST = "stragglers", "lost replies"
 FAULT_SHARE = 0.2
 WORK_S = 1.0
+MAX_REJECTED = 3
+"""Rounds in a row that the judge rejects; the learning rate is too large then, and a search goes on to the next."""
 DEVIATIONS = (
     "Model, data, devices and rounds are those of the settings below: numbers compare the methods with each other.",
     "Devices take turns in one process and their clock is simulated; bytes are those of real signed messages, without "
@@ -455,7 +457,8 @@ class FederatedStudy:
 
         Args:
             scene: which one.
-            on_test: judge the test texts after each round; else nothing of them is seen.
+            on_test: judge the test texts after each round; else nothing of them is seen, as in a search, and the run
+                ends early where round after round is rejected.
             rouge_texts: so many test texts are written at the end.
 
         Returns:
@@ -487,6 +490,9 @@ class FederatedStudy:
                     wall_s = time.perf_counter() - started_s
                     curve.append(self._after(curve[-1], progress, wall_s, judge, coordinator))
                     started_s = time.perf_counter()
+                    latest = [one.verdict for one in progress.records[-MAX_REJECTED:]]
+                    if not on_test and latest == ["rejected"] * MAX_REJECTED:
+                        break
             except FederationError as error:
                 remark = str(error)
             value: Value = {

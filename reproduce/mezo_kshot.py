@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from cotune.errors import CotuneError, InputError
 from cotune.evaluation.markup import Html
-from cotune.evaluation.measured_memory import cuda_peak_bytes, resident_peak_bytes, run_measured
+from cotune.evaluation.measured_memory import peak_bytes, run_measured
 from cotune.evaluation.report import Section
 from cotune.models.backbone import Backbone
 from cotune.tuning.choice_objectives import ChoiceBatch, ChoiceExample
@@ -205,8 +205,7 @@ class Study:
 
         # The same on two texts: what is loaded at the first use of anything must not count.
         work(train[:2])
-        peak = cuda_peak_bytes if self.args.device.startswith("cuda") else resident_peak_bytes
-        return peak(lambda: work(train[:size]))
+        return peak_bytes(lambda: work(train[:size]), self.args.device)
 
     def _learn(self, task: str, learner: Learner, course: Course, seed: int, rate: float) -> Value:
         train, validation, test = (self._questions(task, seed, part) for part in ("train", "validation", "test"))

@@ -12,7 +12,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
@@ -29,7 +28,7 @@ from study_options import at_least_one, positive
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.evaluation.markup import Html, bullets, figure
-from cotune.evaluation.measured_memory import cuda_peak_bytes, resident_peak_bytes, run_measured
+from cotune.evaluation.measured_memory import peak_bytes, run_measured
 from cotune.evaluation.report import Section
 from cotune.evaluation.svg import INK, render_svg, series_colour
 from cotune.models.backbone import Backbone
@@ -264,8 +263,7 @@ def measure_memory(one: Combination, args: argparse.Namespace) -> Value:
 
     # What is loaded at the first use of anything must not count.
     work(1, 4)
-    peak = partial(cuda_peak_bytes, device=args.device) if args.device.startswith("cuda") else resident_peak_bytes
-    above = peak(lambda: work(MEMORY_STEPS * args.batch_size, length - 1))
+    above = peak_bytes(lambda: work(MEMORY_STEPS * args.batch_size, length - 1), args.device)
     return {"above_bytes": above, "weight_bytes": weight_bytes(backbone.model), "length": length}
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from cotune.device.offline.folder import DESCRIPTION_FILE
 from cotune.errors import InputError
-from cotune.evaluation.measured_memory import resident_peak_bytes, run_measured
+from cotune.evaluation.measured_memory import peak_bytes, run_measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +137,16 @@ def decode_cost(folder: Path, settings: DecodeSettings) -> DecodeCost:
     del runner
     gc.collect()
     try:
-        peak_bytes: int | None = resident_peak_bytes(lambda: write(load()))
+        peak: int | None = peak_bytes(lambda: write(load()))
     except InputError:
-        peak_bytes = None
+        peak = None
     return DecodeCost(
         runtime=runtime,
         dtype="" if is_exported else settings.dtype,
         num_threads=settings.num_threads,
         prefill=Speed.of(num_prompt, [prefill_s for prefill_s, _ in rounds]),
         decode=Speed.of(1, [each for _, seconds in rounds for each in seconds]),
-        peak_bytes=peak_bytes,
+        peak_bytes=peak,
     )
 
 

@@ -27,24 +27,39 @@ _CLEAR = Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"
 
 
-def resident_peak_bytes(work: Callable[[], object]) -> int:
-    """Bytes by which this process's resident set grew, at most, while `work` ran. Linux only.
+def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that `work` held at most beyond what was held before.
 
-    Call it in a child of `run_measured`, after the same work on something tiny.
+    On a CPU, Linux only, the growth of this process's resident set: call it in a child of `run_measured`, after the
+    same work on something tiny.
+
+    Args:
+        work: done once.
+        device: where its tensors are.
 
     Raises:
-        InputError: the system has no such count.
+        InputError: the system has no such count, or PyTorch finds no such device.
     """
-    before = _forget_peak()
+    if not device.startswith("cuda"):
+        before = _forget_peak()
+        work()
+        return max(0, _resident("VmHWM") - before)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(f"device is {device!r}, which PyTorch does not find here; take cpu")
+    torch.cuda.synchronize(device)
+    meter = PeakMeter(device)
     work()
-    return max(0, _resident("VmHWM") - before)
+    torch.cuda.synchronize(device)
+    return meter.read() or 0
 
 
 class PeakMeter:
     """What a process holds at most from now on, beyond what it holds now, while it goes about its own work.
 
     On CUDA by PyTorch's counter. Elsewhere by the resident set, which also has what libraries read when first used and
-    what the allocator keeps for later: an upper bound, and for small models a rough one. `resident_peak_bytes` in a
+    what the allocator keeps for later: an upper bound, and for small models a rough one. `peak_bytes` in a
     child is exact.
 
     Args:
@@ -80,24 +95,6 @@ class PeakMeter:
 
             return int(torch.cuda.max_memory_allocated(self._device) - self._before)
         return max(0, _resident("VmHWM") - self._before)
-
-
-def cuda_peak_bytes(work: Callable[[], object], device: str = "cuda") -> int:
-    """Bytes that `work` held on a GPU at most beyond what was held before, by PyTorch's own counter.
-
-    Raises:
-        InputError: PyTorch finds no such device.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError(f"device is {device!r}, which PyTorch does not find here; take cpu")
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work()
-    torch.cuda.synchronize(device)
-    return int(torch.cuda.max_memory_allocated(device) - before)
 
 
 def run_measured(

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from cotune.errors import CotuneError, InputError
-from cotune.evaluation.measured_memory import cuda_peak_bytes, resident_peak_bytes, run_measured
+from cotune.evaluation.measured_memory import peak_bytes, run_measured
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the resident set's peak is Linux's")
 MEASURE = """
 import json
-from cotune.evaluation.measured_memory import resident_peak_bytes
+from cotune.evaluation.measured_memory import peak_bytes
 def hold(num_bytes):
     return len(bytearray(b"x") * num_bytes)
 hold(1000)
 sizes = (40_000_000, 20_000_000)
-print(json.dumps({"peaks": [resident_peak_bytes(lambda: hold(size)) for size in sizes]}))
+print(json.dumps({"peaks": [peak_bytes(lambda: hold(size)) for size in sizes]}))
 """
 
 
@@ -44,15 +44,15 @@ def test_a_child_that_fails_is_told_with_its_last_words() -> None:
 def test_a_system_without_the_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cotune.evaluation.measured_memory._CLEAR", Path("/nowhere/clear_refs"))
     with pytest.raises(InputError, match="measure on Linux, or on CUDA"):
-        resident_peak_bytes(lambda: None)
+        peak_bytes(lambda: None)
 
 
 def test_cuda_counts_what_is_held_beyond_what_was() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="which PyTorch does not find here"):
-            cuda_peak_bytes(lambda: None)
+            peak_bytes(lambda: None, "cuda")
         pytest.skip("no CUDA device")
     before = torch.ones(1_000_000, device="cuda")
-    peak = cuda_peak_bytes(lambda: torch.ones(2_000_000, device="cuda") + 1)
+    peak = peak_bytes(lambda: torch.ones(2_000_000, device="cuda") + 1, "cuda")
     assert peak == pytest.approx(16_000_000, rel=0.01)
     assert before.sum() == 1_000_000

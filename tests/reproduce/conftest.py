@@ -53,7 +53,7 @@ def measured_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """
     asked: list[list[str]] = []
 
-    def peak(work: Callable[[], object]) -> int:
+    def peak(work: Callable[[], object], device: str = "cpu") -> int:
         work()
         return 5_000_000
 
@@ -68,7 +68,7 @@ def measured_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return dict(json.loads(said.getvalue().splitlines()[-1]))
 
     monkeypatch.setattr("cotune.evaluation.measured_memory.run_measured", run)
-    monkeypatch.setattr("cotune.evaluation.measured_memory.resident_peak_bytes", peak)
+    monkeypatch.setattr("cotune.evaluation.measured_memory.peak_bytes", peak)
     return asked
 
 

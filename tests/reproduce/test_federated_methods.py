@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from federated_memory import measure
 from federated_memory import parser as memory_parser
-from federated_methods import budgets_of, cost_to, first_at, goal, hash_seed, is_first_order, mean_within, within
-from federated_study import FederatedStudy
+from federated_methods import (
+    budgets_of,
+    cost_to,
+    first_at,
+    goal,
+    hash_seed,
+    is_first_order,
+    mean_within,
+    parser,
+    within,
+)
+from federated_study import FederatedStudy, Scene
 from study_command import Command
 
 
@@ -60,6 +71,21 @@ def test_the_goal_of_rolora_is_told_with_its_interval() -> None:
 def test_what_goes_backwards_is_first_order() -> None:
     assert is_first_order({"forward": 2, "backward": 1}) and not is_first_order({"forward": 2})
     assert len({hash_seed(a, b) for a in range(4) for b in range(4)}) == 16
+
+
+def test_a_search_ends_where_round_after_round_is_rejected(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parser().parse_args(
+        f"--model {tiny_model} --num-train 4 --num-server 2 --num-test 2 --devices 2 --rounds 5 --directions 1 "
+        f"--batch-size 2 --max-length 48 --rank 2 --cells {tmp_path}".split()
+    )
+    rising = count(1)
+    monkeypatch.setattr("federated_study.mean_loss", lambda model: lambda adapter: float(next(rising)))
+    study, scene = FederatedStudy("rejected", args), Scene(algorithm="seed", factor=1.0)
+    searched, whole = study.federate(scene, on_test=False), study.federate(scene)
+    assert (searched["num_rejected"], len(searched["curve"])) == (3, 4)
+    assert (whole["num_rejected"], len(whole["curve"])) == (5, 6)
 
 
 @pytest.mark.integration
