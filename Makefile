@@ -9,7 +9,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/cotune demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal --durations 30
 
 # Real SuperLink and SuperNodes, in an environment of their own.
 test-flower:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -76,12 +77,14 @@ class KShot:
 
     Attributes:
         train, validation: k of each class.
-        test: the same for all draws.
+        test: the same for all draws, but for a text that this draw learns from or chooses by.
+        is_validation_drawn: its file had training texts, so that other ones were drawn from the test file.
     """
 
     train: tuple[Labelled, ...]
     validation: tuple[Labelled, ...]
     test: tuple[Labelled, ...]
+    is_validation_drawn: bool = False
 
     @property
     def digest(self) -> str:
@@ -100,6 +103,9 @@ def load_kshot(root: Path | None, task: str, seed: int, num_test: int) -> KShot:
         seed: of the draw.
         num_test: test texts, drawn from the file once for all seeds: files may be sorted by label.
 
+    Where a file of questions to choose by has a training text, it would choose what learns by heart: k of each class
+    are drawn instead from what is left of the test file.
+
     Raises:
         InputError: the files are not there, or hold something else.
     """
@@ -117,7 +123,29 @@ def load_kshot(root: Path | None, task: str, seed: int, num_test: int) -> KShot:
     words = PROMPTS[task].words
     train, validation = (_read(folder / f"seed{seed}" / f"{part}.jsonl", words) for part in _PARTS[:2])
     whole = _read(folder / "test.jsonl", words)
-    return KShot(train=train, validation=validation, test=tuple(draw(whole, limit=num_test, seed=0)))
+    test = draw(whole, limit=num_test, seed=0)
+    is_drawn = not _texts(train).isdisjoint(_texts(validation))
+    if is_drawn:
+        taken = _texts([*train, *test])
+        rest = [one for one in whole if one.text not in taken]
+        parts = [draw((one for one in rest if one.label == label), limit=K, seed=seed) for label in words]
+        validation = tuple(chain.from_iterable(parts))
+        if not validation:
+            raise InputError(
+                f"{folder / f'seed{seed}'} has training texts in validation.jsonl, and {folder / 'test.jsonl'} has no "
+                f"text left beside {len(test)} for the test; take fewer test texts, or repair the files"
+            )
+    seen = _texts([*train, *validation])
+    return KShot(
+        train=train,
+        validation=validation,
+        test=tuple(one for one in test if one.text not in seen),
+        is_validation_drawn=is_drawn,
+    )
+
+
+def _texts(texts: Iterable[Labelled]) -> set[str]:
+    return {one.text for one in texts}
 
 
 def _read(path: Path, words: Mapping[str, str]) -> tuple[Labelled, ...]:

@@ -134,6 +134,11 @@ class Study:
         self._tokenizer = Tokenizer.from_str(self.backbone.tokenizer_json.decode())
         self._max_length = min(args.max_length, self.backbone.spec.max_context)
 
+    @property
+    def drawn_tasks(self) -> list[str]:
+        """Tasks whose questions to choose by are drawn from the test file."""
+        return [task for task, draws in self.draws.items() if any(one.is_validation_drawn for one in draws.values())]
+
     def course(self, learner: Learner) -> Course:
         """How long a method learns."""
         args = self.args
@@ -372,7 +377,7 @@ def build(study: Study) -> Page:
             "best_check": rates,
         },
         sections=sections,
-        deviations=deviations_of(study.args),
+        deviations=deviations_of(study.args, study.drawn_tasks),
         lines=[
             f"{task} {method:14s} {mean!s}"
             + (f", {memory[task][method]:.0f} MB above the weights" if method in memory[task] else "")
@@ -383,9 +388,19 @@ def build(study: Study) -> Page:
     )
 
 
-def deviations_of(args: argparse.Namespace) -> list[str]:
-    """Where this is another study than the paper's."""
+def deviations_of(args: argparse.Namespace, drawn_tasks: Sequence[str]) -> list[str]:
+    """Where this is another study than the paper's.
+
+    Args:
+        args: of the command.
+        drawn_tasks: whose questions to choose by are not those of the files.
+    """
+    drawn = (
+        f"Questions to choose by of {', '.join(drawn_tasks)} are drawn from the test file's other texts, because those "
+        "of their files are training texts."
+    )
     return [
+        *([drawn] if drawn_tasks else []),
         f"MeZO takes {args.steps:,} steps here, the paper 20,000; learning rates are larger in turn and fall as a "
         "cosine, the paper's are constant.",
         "The models are decoders of the settings' size; the paper's k-shot study has an encoder of 355 M parameters "

@@ -39,7 +39,7 @@ def demo(
     plan = DemoPlan(seed=seed)
     if quick:
         plan = DemoPlan(
-            seed=seed, num_train=80, num_heldout=6, epochs=4, lora_epochs=1, num_speed_prompts=1, rtt_ms=(0.0, 25.0)
+            seed=seed, num_train=60, num_heldout=4, epochs=4, lora_epochs=1, num_speed_prompts=1, rtt_ms=(0.0, 25.0)
         )
     folder = DemoFolder(make_run_folder(out))
     # What an earlier demo left would otherwise be taken for this one's.

@@ -360,7 +360,7 @@ save, saved = Checkpoint.save, []
 def pausing(self, *args):
     save(self, *args)
     saved.append(self)
-    if len(saved) == 25:
+    if len(saved) == 9:
         pathlib.Path(os.environ["PAUSE"]).touch()
         time.sleep(60)
 Checkpoint.save = pausing
@@ -378,7 +378,7 @@ def test_an_interrupted_tuning_resumes_to_the_same_plugin(
     """Ctrl-C in the middle of the training of a real process, then `--resume`, against a run without a break."""
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT, encoding="utf-8")
-    arguments = ["device", "tune", str(scene.texts), "--cloud", scene.url, "--epochs", "40", "--heldout-share", "0.4"]
+    arguments = ["device", "tune", str(scene.texts), "--cloud", scene.url, "--epochs", "14", "--heldout-share", "0.4"]
 
     paused = tmp_path / "paused"
     broken = subprocess.Popen(

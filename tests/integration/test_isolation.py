@@ -169,7 +169,7 @@ def free_port() -> int:
 
 async def test_a_killed_cloud_loses_no_text(starter: Backbone, tmp_path: Path) -> None:
     """SIGKILL during 8 generations, a new cloud in its place: all 8 texts are those of an undisturbed run."""
-    people = [Person.make(starter, seed, 48, ratio=1.5) for seed in range(8)]
+    people = [Person.make(starter, seed, 32, ratio=1.5) for seed in range(8)]
     # An end token would end a text early; what is expected ends there too.
     stops = starter.spec.eos_token_ids
     port = free_port()

@@ -36,7 +36,7 @@ from cotune.wire.websocket import connect
 
 pytestmark = pytest.mark.integration
 
-NUM_TOKENS = 20
+NUM_TOKENS = 14
 SAMPLINGS = {
     "greedy": Sampling(),
     "sampled": Sampling(temperature=0.9, seed=17),
@@ -213,7 +213,7 @@ async def test_a_cloud_that_lost_the_session_goes_on_from_the_devices_history(ba
 
         def watch(decision: Decision) -> None:
             seen.append(decision)
-            if len(seen) in (5, 12):
+            if len(seen) in (5, 10):
                 restarts.append(asyncio.create_task(cloud.restart()))
 
         async with CloudClient(cloud.connect, EAGER) as client:

@@ -36,14 +36,14 @@ async def test_its_texts_are_those_of_the_base_model(backbone: Backbone, mode: s
                         client,
                         PROMPT,
                         GenerationOptions(
-                            mode=mode, schedule=schedule, answer=answer, sampling=sampling, max_new_tokens=16
+                            mode=mode, schedule=schedule, answer=answer, sampling=sampling, max_new_tokens=9
                         ),
                     )
                     for schedule in SCHEDULES
                     for answer in ANSWERS
                 ]
         request = device.request_for(
-            PROMPT, GenerationOptions(sampling=sampling, max_new_tokens=16), backbone.spec.eos_token_ids
+            PROMPT, GenerationOptions(sampling=sampling, max_new_tokens=9), backbone.spec.eos_token_ids
         )
         base = generate(backbone, None, request)
         for one in made:

@@ -66,6 +66,34 @@ def test_sets_are_read_and_missing_ones_are_one_sentence(tmp_path: Path) -> None
         load_kshot(tmp_path, "cr", 13, 2)
 
 
+def test_nothing_is_chosen_or_tested_by_what_was_learnt(tmp_path: Path) -> None:
+    """A file of questions to choose by that repeats the training texts is replaced by others of the test file."""
+    folder = tmp_path / "cr"
+    (folder / "seed13").mkdir(parents=True)
+
+    def write(name: str, texts: list[str]) -> None:
+        rows = [{"text": text, "label": ("negative", "positive")[i % 2]} for i, text in enumerate(texts)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    learnt = [f"learnt {i}" for i in range(4)]
+    write("seed13/train", learnt)
+    write("seed13/validation", [f"own {i}" for i in range(3)] + ["new 5"])
+    write("test", [f"new {i}" for i in range(80)] + learnt)
+    own = load_kshot(tmp_path, "cr", 13, num_test=84)
+    assert not own.is_validation_drawn and own.validation[0].text == "own 0"
+    assert {one.text for one in own.test} == {f"new {i}" for i in range(80)} - {"new 5"}
+
+    write("seed13/validation", learnt)
+    found = load_kshot(tmp_path, "cr", 13, num_test=40)
+    assert found.is_validation_drawn and found == load_kshot(tmp_path, "cr", 13, num_test=40)
+    labels = Counter(one.label for one in found.validation)
+    assert labels.keys() == {"negative", "positive"} and max(labels.values()) <= K and sum(labels.values()) > K
+    parts = [{one.text for one in part} for part in (found.train, found.validation, found.test)]
+    assert parts[0].isdisjoint(parts[1] | parts[2]) and parts[1].isdisjoint(parts[2])
+    with pytest.raises(InputError, match=r"training texts in validation\.jsonl, and .* has no text left beside 84"):
+        load_kshot(tmp_path, "cr", 13, num_test=84)
+
+
 def test_a_question_has_its_label_word_and_a_long_text_loses_its_end(encoder: ChoiceEncoder) -> None:
     tokenizer = Tokenizer.from_str(tokenizer_json().decode())
     short = encoder.encode(Labelled("So good.", "positive"))
