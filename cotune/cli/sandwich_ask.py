@@ -55,6 +55,9 @@ def ask(
     detector_timeout: DetectorTimeout = 5.0,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers that were paid for.")] = None,
     ledger: LedgerFile = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the answer as it comes; without an edge model alone.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be sent and its cost; send nothing.")
     ] = False,
@@ -73,6 +76,8 @@ def ask(
         cotune sandwich ask mail.txt --cloud https://api.example.org/v1 --model m --prices prices.json --max-usd 0.01
 
         cotune sandwich ask mail.txt --cloud http://127.0.0.1:7070/v1 --model starter --dry-run
+
+        cotune sandwich ask mail.txt --cloud http://127.0.0.1:7070/v1 --model starter --stream
     """
     from cotune.ledger import EgressLedger
     from cotune.sandwich.budget import Budget, Purse
@@ -80,6 +85,8 @@ def ask(
     from cotune.sandwich.pipeline import Pipeline, PipelineConfig
     from cotune.sandwich.redact import Redactor
 
+    if stream and as_json:
+        raise InputError("--stream and --json are both given, expected one; JSON is printed when the answer is whole")
     known = None if fitted is None else Fitted.load(fitted)
     name = model or (known.model if known else None)
     if name is None:
@@ -106,6 +113,11 @@ def ask(
         if dry_run:
             _show_dry_run(pipeline, text, as_json)
             return
+        if stream:
+            pipeline.run_streamed(text, _print_piece)
+            stdout.print()
+            stderr.print(gate.account.taken().to_text(), markup=False, soft_wrap=True)
+            return
         done = pipeline.run(text)
         taken = gate.account.taken()
     if as_json:
@@ -113,6 +125,11 @@ def ask(
         return
     stdout.print(done.text, markup=False, soft_wrap=True)
     stderr.print(taken.to_text(), markup=False, soft_wrap=True)
+
+
+def _print_piece(piece: str) -> None:
+    stdout.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    stdout.file.flush()
 
 
 def _show_dry_run(pipeline: Pipeline, text: str, as_json: bool) -> None:

@@ -74,6 +74,14 @@ def test_ask_sends_nothing_private_and_restores(run: Callable[..., Any], mail: P
     assert [(entry.way, entry.kind) for entry in EgressLedger.read(ledger)] == [("sandwich", "chat")]
 
 
+def test_a_streamed_answer_is_printed_restored(run: Callable[..., Any], mail: Path, server: ScriptedServer) -> None:
+    words = ["sandwich", "ask", mail, "--cloud", server.base_url, "--model", "scripted", "--stream", *SLOW]
+    done = run(*words)
+    assert (done.status, done.out) == (0, f"About {TEXT}\n") and "1 calls" in done.err
+    assert b'"stream":true' in server.bodies[0] and b"ann@" not in server.bodies[0]
+    run(*words, "--json").check_refusal("both given")
+
+
 def test_a_dry_run_shows_and_sends_nothing(run: Callable[..., Any], mail: Path, server: ScriptedServer) -> None:
     words = ["sandwich", "ask", mail, "--cloud", server.base_url, "--model", "scripted", "--prices"]
     done = run(*words, mail.with_name("prices.json"), "--dry-run", "--json", *SLOW)
