@@ -11,14 +11,15 @@ import typer
 
 from cotune.cli.output import print_json, stderr, stdout
 from cotune.cli.sandwich_command import read_settings, read_text
-from cotune.cli.sandwich_edge import KEY_VARIABLE, Fitted, open_cloud, open_fitted_edge, price_of
+from cotune.cli.sandwich_edge import KEY_VARIABLE, Fitted, open_fitted_edge, price_of
+from cotune.cli.sandwich_prompts import open_cloud_or_hosted
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
     from cotune.sandwich.pipeline import Pipeline
 
 CloudUrl = Annotated[
-    str, typer.Option("--cloud", help="Base URL of an OpenAI-compatible API, such as https://host/v1.")
+    str | None, typer.Option("--cloud", help="Base URL of an OpenAI-compatible API, such as https://host/v1.")
 ]
 KeyEnv = Annotated[
     str | None,
@@ -37,7 +38,7 @@ LedgerFile = Annotated[Path | None, typer.Option(help="Append what leaves to thi
 
 def ask(
     file: Annotated[str, typer.Argument(help="The request: a text file, or - for standard input.")],
-    cloud: CloudUrl,
+    cloud: CloudUrl = None,
     model: Annotated[
         str | None, typer.Option(help="The cloud's name for its model; a fitted sandwich knows it.")
     ] = None,
@@ -93,6 +94,7 @@ def ask(
         raise InputError("--model is missing, expected the cloud's name for its model; or --fitted")
     if prompt is not None and known is not None:
         raise InputError("--prompt and --fitted are both given, expected one; the fitted prompt would not be used")
+    hosted = known.hosted if known else None
     text = read_text(file)
     config = PipelineConfig(model=name, max_tokens=max_tokens or (known.max_tokens if known else 256))
     with ExitStack() as stack:
@@ -101,7 +103,7 @@ def ask(
             merger = stack.enter_context(open_fitted_edge(known))
         redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))
         gate = CloudGate(
-            stack.enter_context(open_cloud(cloud, key_env)),
+            stack.enter_context(open_cloud_or_hosted(cloud, hosted, key_env)),
             price=price_of(name, prices),
             purse=Purse(Budget(usd=max_usd)),
             cache=None if cache is None else AnswerCache(cache),

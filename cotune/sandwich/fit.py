@@ -332,7 +332,7 @@ def fit(
 
 
 def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> list[FitExample]:
-    """Redact and rewrite every request, in order, once and for all; nothing is sent.
+    """Redact, rewrite and, in parallel, draft every request, in order, once and for all; nothing is sent.
 
     Args:
         key: secret; the same one gives the same placeholders again, whoever lacks it can tell nothing from them.
@@ -341,11 +341,12 @@ def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key
         RedactionError: one cannot be sent.
     """
     # Numbers that were given out before would be left out, and the same run would send other texts.
-    prepared, redactor = [], pipeline.redactor.anew()
+    prepared, redactor, is_parallel = [], pipeline.redactor.anew(), pipeline.config.mode == "parallel"
     for index, example in enumerate(examples):
         seed = hashlib.blake2b(f"{index}".encode(), key=key).digest()
         one = pipeline.prepare(example.request, random.Random(seed), redactor=redactor)
-        prepared.append(FitExample(example, one, one.request.redact(example.target).text))
+        draft = pipeline.drafter.draft(example.request) if is_parallel and pipeline.drafter else None
+        prepared.append(FitExample(example, one, one.request.redact(example.target).text, draft))
     return prepared
 
 

@@ -25,9 +25,10 @@ from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.cost import Price
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.fit import FitConfig, fit, prepare_examples, project
-from cotune.sandwich.pipeline import Pipeline, PipelineConfig
+from cotune.sandwich.pipeline import MergeJob, Pipeline, PipelineConfig
 from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.scripted_cloud import scripted_server
+from cotune.sandwich.text_problem import Cell
 
 NUM_CELLS = 2 * (len(TRAIN) + len(VALIDATION))
 
@@ -91,6 +92,18 @@ def test_placeholders_depend_on_the_secret_and_on_nothing_before(tmp_path: Path)
             redactor.request().redact("ann@example.org")
             sent.append([str(each.prepared.questions) for each in prepare_examples(pipeline, TRAIN, key)])
     assert sent[0] == sent[1] != sent[2]
+
+
+def test_in_parallel_each_example_is_drafted_once_for_all_prompts() -> None:
+    class Drafts:
+        def draft(self, request: str) -> str:
+            return f"draft of {request}"
+
+    config = PipelineConfig(model="m", mode="parallel")
+    with redactor_here() as redactor:
+        pipeline = Pipeline(redactor, CloudGate(crossing_cloud()), config, drafter=Drafts())
+        (example, *_) = prepare_examples(pipeline, TRAIN, b"k")
+    assert Cell(example, ("a",)).job == MergeJob(TRAIN[0].request, ("a",), f"draft of {TRAIN[0].request}")
 
 
 def test_a_failure_on_the_way_is_gone_on_from(tmp_path: Path) -> None:
