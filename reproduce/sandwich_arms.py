@@ -292,9 +292,7 @@ def fitted(
 
 def consistent(bench: Bench) -> Learnt:
     """Several answers of the cloud, and the one that is most like the others."""
-    return untrained(
-        bench, lambda _: CloudAlone(prompt=bench.task.prompts[0], num_samples=bench.course.num_samples)
-    )
+    return untrained(bench, lambda _: CloudAlone(prompt=bench.task.prompts[0], num_samples=bench.course.num_samples))
 
 
 def papilon(bench: Bench) -> Learnt:
@@ -357,7 +355,17 @@ SANDWICH = "H cuts"
 """Whose operations of the edge the arms without a cloud get."""
 WITH_FLOPS = ("C sft", "D distilled", "E alternated", "K routed")
 """Arms that learn with as many operations of the edge as `SANDWICH`."""
-LEARNING = ("B search", "C sft", "D distilled", "E alternated", "F joint", "G penalty", "H cuts", "J papilon", "K routed")
+LEARNING = (
+    "B search",
+    "C sft",
+    "D distilled",
+    "E alternated",
+    "F joint",
+    "G penalty",
+    "H cuts",
+    "J papilon",
+    "K routed",
+)
 """Arms to which the budget of training matters."""
 
 

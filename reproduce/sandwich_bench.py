@@ -12,27 +12,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import Any, Protocol
 
-import numpy as np
 from sandwich_tasks import Task
 
 from cotune.errors import InputError
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
 from cotune.sandwich.account import WHOLE, Account, Taken, percentiles
-from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.budget import Budget, Purse
 from cotune.sandwich.chat import CloudModel
 from cotune.sandwich.cloud_gate import CloudGate, RetryRules
 from cotune.sandwich.cost import Price
 from cotune.sandwich.detect import HereFinder
 from cotune.sandwich.detector_table import DetectorSettings, build_detector
-from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, edge_adapter
+from cotune.sandwich.edge_adapter import MERGE_TEMPLATE, EdgeAdapter, EdgeConfig, edge_adapter
 from cotune.sandwich.fit import prepare_examples
 from cotune.sandwich.leak import measure_leaks
 from cotune.sandwich.pipeline import Pipeline, PipelineConfig
@@ -178,9 +176,7 @@ def judge(bench: Bench, learnt: Learnt) -> dict[str, Any]:
         "train": spending(learnt.taken),
         "serve": {name: value / count for name, value in spending(taken).items()},
         "latency_s": percentiles(taken.stage_seconds["judged"]),
-        "stages_s": {
-            name: percentiles(values)["p50"] for name, values in taken.stage_seconds.items() if name != WHOLE
-        },
+        "stages_s": {name: percentiles(values)["p50"] for name, values in taken.stage_seconds.items() if name != WHOLE},
         "peak_memory_mb": taken.peak_memory_bytes / 1e6,
         "leaks": leaks.to_json(),
         "notes": learnt.notes,
@@ -201,17 +197,22 @@ def spending(taken: Taken) -> dict[str, float]:
 
 
 @contextmanager
-def opened_edge(model: str, task: Task, course: Course, *, seed: int, max_context: int) -> Iterator[EdgeAdapter]:
+def opened_edge(
+    model: str, task: Task, course: Course, *, seed: int, max_context: int, template: str = MERGE_TEMPLATE
+) -> Iterator[EdgeAdapter]:
     """The edge model with a fresh LoRA adapter.
 
     Raises:
         InputError: it cannot be loaded, or leaves no room for an answer.
     """
     backbone = Backbone.from_pretrained(model)
-    if task.max_new_tokens >= min(max_context, backbone.spec.max_context):
-        raise InputError(f"the edge reads at most {max_context} tokens, which leaves no room for {task.max_new_tokens}")
+    room = min(max_context, backbone.spec.max_context)
+    if task.max_new_tokens >= room:
+        raise InputError(f"the edge reads at most {room} tokens, which leaves no room for {task.max_new_tokens}")
+    backbone.spec = replace(backbone.spec, max_context=room)
     fresh = LoraAdapter.fresh(backbone.model, LoraShape(rank=course.rank), seed=seed)
-    with edge_adapter(backbone, fresh, EdgeConfig(max_new_tokens=task.max_new_tokens, seed=seed)) as edge:
+    config = EdgeConfig(template=template, max_new_tokens=task.max_new_tokens, seed=seed)
+    with edge_adapter(backbone, fresh, config) as edge:
         yield edge
 
 
@@ -241,18 +242,3 @@ def own_cloud(model: str) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Column by column.
-
-    Example:
-        >>> means([{"calls": 1.0}, {"calls": 3.0}])
-        {'calls': 2.0}
-    """
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-
-
-def start_of(bench: Bench) -> Vector:
-    """The untrained adapter."""
-    return bench.edge.start()

@@ -2,7 +2,7 @@
 
 | task | data | a request | metric |
 |---|---|---|---|
-| decomposition | ultratool_planning | a wish and tools, half of them of no use | mean of node F1 and edge F1 of the tools in order |
+| decomposition | ultratool_planning | a wish and tools, some of no use | mean F1 of the tools and of their order |
 | tools | api_bank | a dialogue and descriptions of APIs | the API is right, times the share of its arguments |
 | dialogue | dailydialog | a dialogue so far | token F1 of the next turn |
 | nlu | sst2, or trec | a text | exact match of the label |

@@ -1,6 +1,6 @@
 """API-Bank (Li et al., 2023): calls as text, and which of their arguments tell about a person.
 
-Its requests are made up, names and numbers too, so that what is found in them belongs to nobody: a place to count leaks.
+Its requests are made up, names and numbers too, so that leaks are counted in them to nobody's harm.
 """
 
 from __future__ import annotations
