@@ -388,7 +388,7 @@ def best_prompt(
             if not rows:
                 raise
             break
-        texts = [pipeline.merge(example.prepared, _cell(table, prompt, example).job) for prompt in prompts]
+        texts = _merged(pipeline, example, [_cell(table, prompt, example).job for prompt in prompts])
         rows.append([bench.task.metric(text, [example.source.target]) for text in texts])
     return prompts[int(np.argmax(np.mean(rows, axis=0)))], table, len(rows)
 
@@ -458,6 +458,15 @@ def _learn_targets(bench: Bench, gate: CloudGate) -> Vector:
     examples = bench.prepared(bench.pipeline(gate), "train", "validation")
     cells = [Cell(replace(each, target=each.source.target), ()) for each in examples]
     return train_edge(bench, gate, bench.edge.start(), cells, flops=bench.edge_flops)
+
+
+def _merged(pipeline: Pipeline, example: FitExample, jobs: Sequence[MergeJob]) -> list[str]:
+    """z of each job; an edge model writes all of them at once."""
+    merger = pipeline.merger
+    if isinstance(merger, EdgeMerger):
+        written = merger.edge.write(merger.x, jobs)
+        return [example.prepared.request.restore(text) for text in written]
+    return [pipeline.merge(example.prepared, job) for job in jobs]
 
 
 def _cell(table: AnswerTable, prompt: str, example: FitExample) -> Cell:
