@@ -85,6 +85,9 @@ def fit(
         float, typer.Option(help="How much worse than the best the prompt may be, in units of its loss (0 to 1).")
     ] = 0.02,
     penalty: Annotated[float, typer.Option(help="With penalty: its weight.")] = 1.0,
+    race: Annotated[
+        int | None, typer.Option(help="pool: first race the prompts on TRAIN until so many are left; cheaper than all.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="At most.")] = 60,
     x_rate: Annotated[float, typer.Option(help="Of the adapter (Adam).")] = 1e-2,
     y_rate: Annotated[float, typer.Option(help="Of the prompt.")] = 0.5,
@@ -139,6 +142,7 @@ def fit(
     from cotune.sandwich.fit import RUN_FILE, FitConfig, project
     from cotune.sandwich.fit import fit as fit_sandwich
     from cotune.sandwich.pipeline import Pipeline, PipelineConfig
+    from cotune.sandwich.prompts.race import RaceConfig
     from cotune.sandwich.redact import Redactor
     from cotune.sandwich.text_problem import TextProblemConfig
 
@@ -188,6 +192,7 @@ def fit(
             num_batch_examples=batch_size, cloud_weight=cloud_weight, token_weight=token_weight, seed=seed
         ),
         certificate_share=certificate_share,
+        race=None if race is None else RaceConfig(num_left=race),
     )
     with ExitStack() as stack:
         redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))

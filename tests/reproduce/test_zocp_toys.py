@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -49,5 +50,5 @@ def test_the_command_answers_every_question(tmp_path: Path, command: Command) ->
     assert status == 0, said
     measured = json.loads((tmp_path / "out" / "measured.json").read_text())
     assert {what: set(rows) for what, rows in measured.items()} == {w: set(s) for w, (_, s) in QUESTIONS.items()}
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = unescape((tmp_path / "out" / "report.html").read_text())
     assert all(question in page for question, _ in QUESTIONS.values())
