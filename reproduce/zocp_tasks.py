@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--shots", nargs="+", type=at_least_one, default=[1, 4], help="more settings of icl (default: %(default)s)"
     )
+    made.add_argument(
+        "--split-width", type=at_least_one, default=4096, help="of the cut layer that split learning would send"
+    )
     return made
 
 
@@ -103,6 +106,16 @@ def break_even(alone: Sequence[Value], ours: Sequence[Value]) -> str:
     if saved <= 0:
         return f"never faster than the cloud alone, which writes {-saved:.1f} tokens less ({here})"
     return f"slower here: {here}; faster from {1e3 * edge_s / saved:.1f} ms for a token of the cloud on"
+
+
+def bytes_against_split(runs: Sequence[Value], width: int) -> str:
+    """Bytes of an answer, beside split learning's, which sends a vector for each token, and its slope back."""
+    ours = column(runs, "serve", "bytes")
+    theirs = 2 * 2 * width * served_tokens(runs)
+    return (
+        f"an answer takes {ours:,.0f} bytes; its tokens through a cut layer of width {width:,} in 16 bits, there and "
+        f"back, {theirs:,.0f}, which is {theirs / max(ours, 1):,.0f} times as much, and a closed API has no cut layer"
+    )
 
 
 def verdicts(runs: Mapping[str, Sequence[Value]]) -> dict[str, Any]:
@@ -264,6 +277,8 @@ def build(study: Study) -> Page:
         }
         refused = [f"{name}: {run['refused']}" for name, each in runs.items() for run in each[:1] if "refused" in run]
         names = list(bilevel)
+        if finished(runs.get(SANDWICH, [])):
+            said.append(bytes_against_split(runs[SANDWICH], study.args.split_width))
         content = (
             bullets(said or ["The sandwich is not finished here, so there is no verdict."])
             + table_of(task, runs)

@@ -12,7 +12,7 @@ from sandwich_tasks import TASKS, Sizes, call_score, load_task, made_examples, t
 from study_command import Command
 from zocp_cloud import GOOD, OPTIONS, label_of
 from zocp_study import Study, Where, column, digest_of, finished, make_parser
-from zocp_tasks import break_even, equal_inference, verdict_lines, verdicts
+from zocp_tasks import break_even, bytes_against_split, equal_inference, verdict_lines, verdicts
 
 from cotune.errors import InputError
 from cotune.sandwich.scripted_cloud import scripted_server
@@ -115,6 +115,12 @@ def test_parity_counts_the_clouds_tokens_of_an_answer() -> None:
     _, rows = equal_inference("nlu", {"H cuts": [run_of(0.5)], "A zero_shot": [run_of(0.25)], "icl": [dear]})
     assert rows["A zero_shot"]["is_within"] and rows["A zero_shot"]["difference"].mean == 25
     assert not rows["icl"]["is_within"] and column([dear], "serve", "tokens_in") == 50
+
+
+def test_split_learning_would_send_a_vector_there_and_back_for_each_token() -> None:
+    # 10 tokens of 4 numbers of 2 bytes, twice.
+    said = bytes_against_split([run_of(1.0, serve={"bytes": 16, "tokens_in": 5, "tokens_out": 5})], 4)
+    assert "takes 16 bytes" in said and "160, which is 10 times" in said
 
 
 def test_the_break_even_by_hand() -> None:
