@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from cells import OutOfTimeError, Value
+from dspy_arms import DSPY_ARMS, has_dspy
 from mean import Mean
 from page import Page, about_run
 from result_folder import Point, grid, plot_lines
@@ -25,6 +26,8 @@ from cotune.evaluation.report import Section
 
 NAME = "zocp_tasks"
 LINES_IN_A_PLOT = 7
+ALL_ARMS = {**ARMS, **DSPY_ARMS}
+LEARNERS = (*LEARNING, *DSPY_ARMS)
 Runs = dict[str, list[Value]]
 
 
@@ -36,7 +39,13 @@ def parser() -> argparse.ArgumentParser:
         "  python reproduce/zocp_tasks.py --num-test 12 --seeds 1 --budget-tokens 4000     # texts that cotune makes\n"
         "  python reproduce/zocp_tasks.py --data-root data --model ./edge-1b --cloud https://host/v1 --cloud-model m\n",
     )
-    made.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(default: all)")
+    made.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ALL_ARMS,
+        default=[name for name in ALL_ARMS if name in ARMS or has_dspy()],
+        help="(default: all; those of DSPy where it is installed)",
+    )
     made.add_argument(
         "--budget-tokens",
         nargs="+",
@@ -61,9 +70,9 @@ def measure(study: Study, task: str, tokens: int) -> tuple[Runs, list[str]]:
     found, unfinished = dict[str, list[Value]](), []
     # The sandwich first, since others learn with as many operations.
     for name in sorted(study.args.arms, key=lambda each: each != SANDWICH):
-        budget = tokens if name in LEARNING or name == "K routed" else max(study.args.budget_tokens)
+        budget = tokens if name in LEARNERS or name == "K routed" else max(study.args.budget_tokens)
         try:
-            found[name] = [study.run(task, name, ARMS[name], seed, budget) for seed in study.seeds]
+            found[name] = [study.run(task, name, ALL_ARMS[name], seed, budget) for seed in study.seeds]
         except OutOfTimeError:
             unfinished.append(f"{name} on {task} with {tokens:,} tokens")
     return {name: found[name] for name in study.args.arms if name in found}, unfinished
@@ -228,7 +237,7 @@ def bilevel_rows(runs: Mapping[str, Sequence[Value]]) -> dict[str, dict[str, Any
 def curves(study: Study, task: str, by_budget: Mapping[int, Runs]) -> Html:
     """Score against the tokens that were really spent, as many plots as colours tell apart."""
     lines: dict[str, list[Point]] = {}
-    for name in LEARNING:
+    for name in LEARNERS:
         points = []
         for runs in by_budget.values():
             each = runs.get(name, [])

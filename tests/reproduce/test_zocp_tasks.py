@@ -142,7 +142,18 @@ def test_the_command_runs_every_arm_and_never_repeats_a_cell(
 ) -> None:
     with scripted_server(label_of) as server:
         options = [*OPTIONS, "--model", tiny_model, "--cloud", server.base_url, "--budget-tokens", 6000]
-        options += ["--samples", 2, "--shots", 1, "--cells", tmp_path / "cells", "--out", tmp_path / "out"]
+        options += [
+            "--arms",
+            *ARMS,
+            "--samples",
+            2,
+            "--shots",
+            1,
+            "--cells",
+            tmp_path / "cells",
+            "--out",
+            tmp_path / "out",
+        ]
         status, said = command("zocp_tasks", options)
         assert status == 0, said
         num_asked = len(server.bodies)
