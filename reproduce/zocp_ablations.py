@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from cells import OutOfTimeError, Value
 from mean import Mean
-from page import Page, about_run
+from page import Page
 from result_folder import grid, plot_lines
 from sandwich_arms import HALVES, fitted
 from sandwich_bench import Arm, Bench
 from study_options import at_least_one, plain_endings, positive, results_of
-from zocp_study import EXPECTED, Study, column, finished, make_parser, opened_study, score_of
+from zocp_study import EXPECTED, Study, about_study, column, finished, make_parser, opened_study, score_of
 
 from cotune.evaluation.markup import Html
 from cotune.evaluation.report import Section
@@ -301,7 +301,7 @@ def main() -> None:
         page = build(study)
         page.publish(
             results_of(args, NAME),
-            about=about_run(vars(args), device=args.device, threads=args.threads),
+            about=about_study(study),
             lead=f"Edge {study.model_name}, cloud {args.cloud_model}.",
         )
 

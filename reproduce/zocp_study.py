@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from cells import Cells, Value
 from mean import Mean
+from page import about_run
 from sandwich_arms import ARMS, SANDWICH, WITH_FLOPS
 from sandwich_bench import Arm, Bench, Course, judge, opened_edge, own_cloud
 from sandwich_tasks import TASKS, Sizes, Task, load_task
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive, study_parser
 
 from cotune.errors import BudgetError
+from cotune.models.backbone import Backbone
 from cotune.sandwich.budget import Budget
 from cotune.sandwich.cost import Price
 from cotune.sandwich.edge_adapter import MERGE_TEMPLATE
@@ -236,6 +238,14 @@ def opened_cloud(url: str, key_variable: str) -> Iterator[OpenAiCloud]:
     secret = os.environ.get(key_variable)
     with closing(OpenAiCloud(url, ApiKey(secret) if secret else None)) as cloud:
         yield cloud
+
+
+def about_study(study: Study) -> dict[str, Any]:
+    """Settings, versions, machine and the size of the edge."""
+    args = study.args
+    edge = Backbone.from_pretrained(args.model)
+    size = sum(parameter.numel() for parameter in edge.model.parameters())
+    return about_run(vars(args), device=args.device, threads=args.threads, backbone_parameters=size)
 
 
 def digest_of(task: Task) -> str:

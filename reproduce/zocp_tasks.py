@@ -15,11 +15,11 @@ from typing import Any
 from cells import OutOfTimeError, Value
 from dspy_arms import DSPY_ARMS, has_dspy
 from mean import Mean
-from page import Page, about_run
+from page import Page
 from result_folder import Point, grid, plot_lines
 from sandwich_arms import ARMS, LEARNING, SANDWICH
 from study_options import at_least_one, plain_endings, results_of
-from zocp_study import EXPECTED, Study, column, difference, finished, make_parser, opened_study, score_of
+from zocp_study import EXPECTED, Study, about_study, column, difference, finished, make_parser, opened_study, score_of
 
 from cotune.evaluation.markup import Html, bullets
 from cotune.evaluation.report import Section
@@ -394,7 +394,7 @@ def main() -> None:
         page = build(study)
         page.publish(
             results_of(args, NAME),
-            about=about_run(vars(args), device=args.device, threads=args.threads),
+            about=about_study(study),
             lead=f"Edge {study.model_name}, cloud {args.cloud_model}.",
         )
 

@@ -211,6 +211,7 @@ def solve_once(setting: Setting, seed: int, *, num_steps: int, num_directions: i
 def parser() -> argparse.ArgumentParser:
     """Of this command."""
     made = study_parser(NAME, __doc__, "examples:\n  python reproduce/zocp_toys.py\n", data="not read")
+    made.set_defaults(model="linear-quadratic")
     made.add_argument("--what", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="(default: all)")
     made.add_argument("--seeds", type=at_least_one, default=10, help="problems (default: %(default)s)")
     made.add_argument("--steps", type=at_least_one, default=400, help="of the solver (default: %(default)s)")
@@ -295,8 +296,9 @@ def _plot(what: str, rows: Mapping[str, Sequence[Value]], settings: Mapping[str,
 def main() -> None:
     """Entry point."""
     args = parser().parse_args()
+    about = about_run(vars(args), device="cpu", threads=1, backbone_parameters=DIM_X + DIM_Y)
     with plain_endings():
-        build(args).publish(results_of(args, NAME), about=about_run(vars(args), device="cpu", threads=1))
+        build(args).publish(results_of(args, NAME), about=about)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import OutOfTimeError, Value
-from page import Page, about_run
+from page import Page
 from result_folder import grid
 from sandwich_arms import Sandwich, best_prompt, fitted, sandwich_pipeline
 from sandwich_bench import Bench, Learnt, judge, own_cloud
@@ -24,6 +24,7 @@ from zocp_study import (
     EXPECTED,
     Study,
     Where,
+    about_study,
     column,
     difference,
     finished,
@@ -167,7 +168,7 @@ def main() -> None:
         page = build(Transfer(study, others))
         page.publish(
             results_of(args, NAME),
-            about=about_run(vars(args), device=args.device, threads=args.threads),
+            about=about_study(study),
             lead=f"Edge {study.model_name}.",
         )
 
