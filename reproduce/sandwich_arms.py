@@ -255,6 +255,7 @@ def fitted(
         tolerance=course.tolerance,
         penalty=course.penalty,
         num_steps=course.num_steps,
+        num_restore_steps=course.num_restore_steps,
         x_rate=course.x_rate,
         y_rate=course.y_rate,
         x_rule="adam",

@@ -47,7 +47,10 @@ class Course:
 
     num_steps: int = 40
     """Of the adapter, in the arms that fit prompt and adapter together."""
+    num_restore_steps: int = 40
+    """Of the prompt, at the end."""
     num_batch_examples: int = 4
+    """Of one step."""
     x_rate: float = 1e-2
     """Of the adapter (Adam)."""
     y_rate: float = 0.5
@@ -198,22 +201,25 @@ def spending(taken: Taken) -> dict[str, float]:
 
 @contextmanager
 def opened_edge(
-    model: str, task: Task, course: Course, *, seed: int, max_context: int, template: str = MERGE_TEMPLATE
+    backbone: Backbone, task: Task, course: Course, *, seed: int, max_context: int, template: str = MERGE_TEMPLATE
 ) -> Iterator[EdgeAdapter]:
-    """The edge model with a fresh LoRA adapter.
+    """The edge model with a fresh LoRA adapter; afterwards it is as before.
 
     Raises:
-        InputError: it cannot be loaded, or leaves no room for an answer.
+        InputError: it leaves no room for an answer.
     """
-    backbone = Backbone.from_pretrained(model)
-    room = min(max_context, backbone.spec.max_context)
+    whole = backbone.spec
+    room = min(max_context, whole.max_context)
     if task.max_new_tokens >= room:
         raise InputError(f"the edge reads at most {room} tokens, which leaves no room for {task.max_new_tokens}")
-    backbone.spec = replace(backbone.spec, max_context=room)
     fresh = LoraAdapter.fresh(backbone.model, LoraShape(rank=course.rank), seed=seed)
     config = EdgeConfig(template=template, max_new_tokens=task.max_new_tokens, seed=seed)
-    with edge_adapter(backbone, fresh, config) as edge:
-        yield edge
+    backbone.spec = replace(whole, max_context=room)
+    try:
+        with edge_adapter(backbone, fresh, config) as edge:
+            yield edge
+    finally:
+        backbone.spec = whole
 
 
 @contextmanager

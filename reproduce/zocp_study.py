@@ -94,6 +94,7 @@ class Study:
         self.course = Course(**{each.name: getattr(args, each.name) for each in fields(Course)})
         self.cells: Cells = open_cells(args)
         self.model_name = Path(args.model).name
+        self.backbone = Backbone.from_pretrained(args.model, dtype=args.dtype, device=args.device)
         self._tasks: dict[tuple[str, int], Task] = {}
 
     @property
@@ -186,7 +187,8 @@ class Study:
             "usd_in": args.usd_in,
             "usd_out": args.usd_out,
             "max_context": args.max_context,
-            "template": template,
+            "dtype": args.dtype,
+            "has_draft": "{draft}" in template,
             "data": digest_of(drawn),
         }
         return self.cells.get(
@@ -213,7 +215,7 @@ class Study:
                 model=where.model,
                 price=Price(usd_per_million_in=args.usd_in, usd_per_million_out=args.usd_out),
                 edge=stack.enter_context(
-                    opened_edge(args.model, task, course, seed=seed, max_context=args.max_context, template=template)
+                    opened_edge(self.backbone, task, course, seed=seed, max_context=args.max_context, template=template)
                 ),
                 budget=Budget(tokens=tokens),
                 course=course,
@@ -243,8 +245,7 @@ def opened_cloud(url: str, key_variable: str) -> Iterator[OpenAiCloud]:
 def about_study(study: Study) -> dict[str, Any]:
     """Settings, versions, machine and the size of the edge."""
     args = study.args
-    edge = Backbone.from_pretrained(args.model)
-    size = sum(parameter.numel() for parameter in edge.model.parameters())
+    size = sum(parameter.numel() for parameter in study.backbone.model.parameters())
     return about_run(vars(args), device=args.device, threads=args.threads, backbone_parameters=size)
 
 

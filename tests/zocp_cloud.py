@@ -9,7 +9,20 @@ from typing import Any
 GOOD = "Answer with one of the labels and nothing else."
 OPTIONS = (
     *("--tasks", "nlu", "--cloud-model", "scripted", "--num-train", 2, "--num-validation", 1, "--num-test", 2),
-    *("--num-unlabelled", 1, "--seeds", 1, "--num-steps", 2, "--num-batch-examples", 2, "--rank", 1),
+    *(
+        "--num-unlabelled",
+        1,
+        "--seeds",
+        1,
+        "--num-steps",
+        1,
+        "--num-restore-steps",
+        1,
+        "--num-batch-examples",
+        2,
+        "--rank",
+        1,
+    ),
 )
 
 
