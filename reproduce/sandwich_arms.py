@@ -249,7 +249,8 @@ def fitted(
     """Prompt and adapter together, by the product."""
     course, task = bench.course, bench.task
     has_merger = half in ("post", "both")
-    pipeline = sandwich_pipeline(bench, bench.gate(), bench.edge.start(), half=half, mode=mode)
+    outside = bench.gate()
+    pipeline = sandwich_pipeline(bench, outside, bench.edge.start(), half=half, mode=mode)
     solving = SolveConfig(
         constraint=constraint,
         tolerance=course.tolerance,
@@ -273,11 +274,13 @@ def fitted(
         edge=bench.edge if has_merger else None,
         config=FitConfig(solve=solving, losses=losses),
     )
+    # Without a merger the fit knows of no edge, and what rewrites is counted outside of it.
+    taken = result.taken if has_merger else replace(result.taken, edge_flops=outside.account.taken().edge_flops)
     last = result.history[-1]
     lines = [json.loads(line) for line in (folder / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()]
     return Learnt(
         server=Sandwich(prompt=result.prompt, x=result.x, half=half, mode=mode),
-        taken=result.taken,
+        taken=taken,
         sent=read_sent(folder / SENT_FILE),
         notes={
             "prompt": result.prompt,
