@@ -284,7 +284,7 @@ def build(study: Study) -> Page:
             for name, each in runs.items()
             if finished(alone) and finished(each) and name not in ("A zero_shot", "raw")
         }
-        refused = [f"{name}: {run['refused']}" for name, each in runs.items() for run in each[:1] if "refused" in run]
+        refused = [f"{name}: {run['refused']}" for name, each in runs.items() for run in each if "refused" in run]
         names = list(bilevel)
         if finished(runs.get(SANDWICH, [])):
             said.append(bytes_against_split(runs[SANDWICH], study.args.split_width))

@@ -59,29 +59,33 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def moved(bench: Bench, *, learn: Bench, is_chosen_anew: bool) -> Value:
-    """Tune with one cloud, judge with another.
+def moved(bench: Bench, *, learn: Bench) -> dict[str, Value]:
+    """Tune with one cloud once, judge with another: as it is, and with the prompt chosen anew.
 
     Args:
         bench: with the other cloud.
         learn: with the first one; the edge is the same.
-        is_chosen_anew: the prompt, with a share of the budget.
+
+    Returns:
+        What `judge` gives, or `refused`, by how it was moved.
     """
     learnt = fitted(learn, "cut")
     server = learnt.server
     assert isinstance(server, Sandwich)
-    if is_chosen_anew:
-        gate = bench.gate(Budget(tokens=int(SHARE * (bench.budget.tokens or 0))))
-        pipeline = sandwich_pipeline(bench, gate, server.x, half=server.half, mode=server.mode)
-        examples = bench.prepared(pipeline, "train", "validation")
-        prompt, _, seen = best_prompt(bench, pipeline, examples)
-        learnt = Learnt(
-            server=replace(server, prompt=prompt),
-            taken=gate.account.taken(),
-            sent=gate.sent.payloads,
-            notes={"prompt": prompt, "examples": seen},
-        )
-    return judge(bench, learnt)
+    found = {FROZEN: judge(bench, learnt)}
+    gate = bench.gate(Budget(tokens=int(SHARE * (bench.budget.tokens or 0))))
+    pipeline = sandwich_pipeline(bench, gate, server.x, half=server.half, mode=server.mode)
+    try:
+        prompt, _, seen = best_prompt(bench, pipeline, bench.prepared(pipeline, "train", "validation"))
+    except BudgetError as error:
+        return {**found, ANEW: {"refused": str(error)}}
+    anew = Learnt(
+        server=replace(server, prompt=prompt),
+        taken=gate.account.taken(),
+        sent=[*learnt.sent, *gate.sent.payloads],
+        notes={"prompt": prompt, "examples": seen},
+    )
+    return {**found, ANEW: judge(bench, anew)}
 
 
 class Transfer:
@@ -99,14 +103,14 @@ class Transfer:
 
         def work(bench: Bench) -> Value:
             with opened_cloud(study.where.url, study.args.key_env) as first:
-                learn = replace(bench, cloud=first, model=study.where.model)
                 try:
-                    return moved(bench, learn=learn, is_chosen_anew=how == ANEW)
+                    return {"ways": moved(bench, learn=replace(bench, cloud=first, model=study.where.model))}
                 except BudgetError as error:
-                    return {"refused": str(error)}
+                    return {"ways": {way: {"refused": str(error)} for way in (FROZEN, ANEW)}}
 
-        key = {"arm": "transfer", "how": how, "from": study.where.model}
-        return study.cell(task, seed, tokens, key, work, where=other)
+        # One cell for both, so that the first cloud is paid once.
+        value = study.cell(task, seed, tokens, {"arm": "transfer", "from": study.where.model}, work, where=other)
+        return dict(value["ways"][how])
 
 
 def build(transfer: Transfer) -> Page:
@@ -132,7 +136,7 @@ def build(transfer: Transfer) -> Page:
                         "prompts": [run["notes"].get("prompt") for run in each],
                     }
                 else:
-                    lines += [f"{task} {other.model}, {how}: {run['refused']}" for run in each[:1]]
+                    lines += [f"{task} {other.model}, {how}: {run['refused']}" for run in each if "refused" in run]
         columns = {
             "score": [str(row["score"]) for row in rows.values()],
             "less tuned there": [str(row["less tuned there"] or "") for row in rows.values()],
