@@ -265,7 +265,7 @@ _KINDS: Mapping[str, tuple[_Maker, tuple[str, ...], Metric, int]] = {
 
 _NAMES = ("Ann Lee", "Bob Roe", "Eva Kim", "Tom Day")
 _WORDS = ("lamp", "river", "coat", "garden", "letter", "train")
-_MADE = 24
+_MADE = 120
 
 
 def made_examples(name: str, part: str) -> list[PrivateExample]:

@@ -61,7 +61,7 @@ def test_a_test_part_is_the_same_for_all_seeds_and_a_training_part_is_not() -> N
     one, other = (load_task("nlu", None, Sizes(**{**vars(SIZES), "seed": seed, "num_train": 8})) for seed in (0, 1))
     assert one.test == other.test and one.train != other.train and digest_of(one) != digest_of(other)
     requests = {each.request for part in ("train", "validation", "test") for each in made_examples("nlu", part)}
-    assert len(requests) == 72
+    assert len(requests) == 360
 
 
 @pytest.mark.parametrize(
