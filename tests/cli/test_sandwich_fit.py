@@ -135,6 +135,12 @@ def test_fit_projects_first_and_pays_only_when_told(
     assert run(*words).out == "Paris\n"
 
 
+def test_a_race_comes_first_where_it_is_asked_for(run: Callable[..., Any], data: Path, server: ScriptedServer) -> None:
+    done = run(*fit_words(data, server, "--pay", "--budget-calls", 20, "--steps", 5, "--race", 1))
+    assert done.status == 0 and "race        1 prompts left after 4 examples" in done.out, done.err
+    assert "'Say the capital.'" in done.out and len(server.bodies) < 20
+
+
 @pytest.mark.integration
 def test_fit_with_an_edge_saves_its_adapter_for_ask(
     run: Callable[..., Any], data: Path, server: ScriptedServer
