@@ -16,7 +16,6 @@ Three ways to look, since no public set here marks private spans:
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 
 from measurement import Spread, describe_machine, finish, make_parser
 
+from cotune.data.api_bank import OWN_WORDS, fold, gold_units, stands_in
 from cotune.data.row_readers import read_jsonl
 from cotune.sandwich.detect import HereFinder
 from cotune.sandwich.detector_table import RULES, DetectorSettings, build_detector
@@ -32,17 +32,6 @@ from cotune.sandwich.detectors.dictionary import DictionaryEntry
 from cotune.sandwich.redact import Redacted, Redactor
 from cotune.sandwich.surrogates import SURROGATES
 
-# API-Bank's names of arguments that tell about a person, and what kind of unit they hold.
-GOLD_ARGUMENTS = {
-    "name": ("name", "patient_name", "user_name", "username", "doctor_name", "new_appointment_doctor", "member_name"),
-    "address": ("address",),
-    "mail": ("email", "recipient", "receiver"),
-    "secret": ("password", "new_password", "old_password", "token", "verification_code"),
-    "id": ("user_id", "appointment_id", "account", "device_id"),
-    "url": ("url",),
-}
-_OWN_WORDS = ("name", "address")
-_ARGUMENT = re.compile(r"(\w+)='([^']*)'")
 _FORMS = {
     "EMAIL": "ann.lee@mail.example.org",
     "PHONE": "+49 30 901820",
@@ -105,28 +94,6 @@ def measure_planted(texts: Sequence[str], redactor: Redactor, rng: random.Random
                     "recall": found.total() / len(texts), "precision": num_right / num_replaced}]  # fmt: skip
 
 
-def gold_units(row: Mapping[str, Any]) -> dict[str, str]:
-    """The units of an API-Bank row that stand in its request, folded, with what they are."""
-    kinds = {argument: kind for kind, arguments in GOLD_ARGUMENTS.items() for argument in arguments}
-    request = fold(row["instruction"])
-    units = {}
-    for call in row["calls"]:
-        for argument, value in _ARGUMENT.findall(call):
-            if argument in kinds and len(value) > 1 and stands_in(fold(value), request):
-                units[fold(value)] = kinds[argument]
-    return units
-
-
-def fold(text: str) -> str:
-    """Without case and doubled spaces."""
-    return re.sub(r"\s+", " ", text.casefold()).strip()
-
-
-def stands_in(unit: str, text: str) -> bool:
-    """Whether a folded unit stands in a folded text as whole words."""
-    return re.search(rf"(?<!\w){re.escape(unit)}(?!\w)", text) is not None
-
-
 def measure_api_bank(rows: Sequence[Mapping[str, Any]], *, with_dictionary: bool, with_ids: bool) -> dict[str, Any]:
     """Share of units that leak, by what they are; share of requests with a leak; what was replaced besides."""
     units, leaked = Counter[str](), Counter[str]()
@@ -135,7 +102,7 @@ def measure_api_bank(rows: Sequence[Mapping[str, Any]], *, with_dictionary: bool
         gold = gold_units(row)
         if not gold:
             continue
-        own = tuple(DictionaryEntry((unit,), "TERM") for unit, kind in gold.items() if kind in _OWN_WORDS)
+        own = tuple(DictionaryEntry((unit,), "TERM") for unit, kind in gold.items() if kind in OWN_WORDS)
         detectors = (*RULES, *(["dictionary"] if with_dictionary and own else []), *(["id"] if with_ids else []))
         settings = DetectorSettings(detectors=detectors, dictionary=own if "dictionary" in detectors else ())
         finder = HereFinder({name: build_detector(name, settings) for name in settings.names})

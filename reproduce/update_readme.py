@@ -332,6 +332,29 @@ def by_device(measured: Measured) -> str:
     )
 
 
+def by_arm(measured: Measured) -> str:
+    arms = dict.fromkeys(arm for found in measured.values() for arm in found["arms"])
+
+    def cell(one: Measured | None) -> str:
+        return (
+            ""
+            if one is None
+            else f"{number(one['score'])} ({one['serve']['tokens_in'] + one['serve']['tokens_out']:,.0f})"
+        )
+
+    rows = [[arm, *(cell(found["arms"].get(arm)) for found in measured.values())] for arm in arms]
+    return markdown(["arm", *measured], rows)
+
+
+def by_question(measured: Measured) -> str:
+    rows = [
+        [question, label, f"{one['left']:.3f}", f"{one['gap']:.2g}"]
+        for question, found in measured.items()
+        for label, one in found.items()
+    ]
+    return markdown(["what", "setting", "still to go", "gap h"], rows)
+
+
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 # In this order: the words over a table, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
@@ -368,6 +391,11 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
     "coplms_main": (
         "Exact match, %, ± 95 % over seeds, at equal compute but for the bounds; bytes with the proxy's download",
         by_co_tuning,
+    ),
+    "zocp_tasks": ("Score of 100, ± 95 % over seeds, and in brackets the cloud's tokens for an answer", by_arm),
+    "zocp_toys": (
+        "Share of the way from nothing to the bilevel optimum that is still to go, and the gap; medians over problems",
+        by_question,
     ),
     "mezo_kshot": ("Accuracy with 16 texts of each class, %, mean ± 95 % over five draws", by_task),
 }

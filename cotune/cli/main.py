@@ -27,6 +27,7 @@ from cotune.cli.plan_command import plan
 from cotune.cli.sandwich_ask import ask
 from cotune.cli.sandwich_command import sandwich
 from cotune.cli.sandwich_fit import fit, script
+from cotune.cli.sandwich_leaks import leaks
 from cotune.cli.tune_command import tune
 from cotune.errors import CotuneError, InputError
 
@@ -50,7 +51,7 @@ app.command()(plan)
 app.command()(evaluate)
 app.add_typer(audit)
 app.add_typer(federate)
-for command in (ask, fit, script):
+for command in (ask, fit, leaks, script):
     sandwich.command()(command)
 app.add_typer(sandwich)
 app.command()(ledger)

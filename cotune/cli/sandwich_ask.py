@@ -11,14 +11,15 @@ import typer
 
 from cotune.cli.output import print_json, stderr, stdout
 from cotune.cli.sandwich_command import read_settings, read_text
-from cotune.cli.sandwich_edge import KEY_VARIABLE, Fitted, open_cloud, open_fitted_edge, price_of
+from cotune.cli.sandwich_edge import KEY_VARIABLE, Fitted, open_fitted_edge, price_of
+from cotune.cli.sandwich_prompts import open_cloud_or_hosted
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
     from cotune.sandwich.pipeline import Pipeline
 
 CloudUrl = Annotated[
-    str, typer.Option("--cloud", help="Base URL of an OpenAI-compatible API, such as https://host/v1.")
+    str | None, typer.Option("--cloud", help="Base URL of an OpenAI-compatible API, such as https://host/v1.")
 ]
 KeyEnv = Annotated[
     str | None,
@@ -37,7 +38,7 @@ LedgerFile = Annotated[Path | None, typer.Option(help="Append what leaves to thi
 
 def ask(
     file: Annotated[str, typer.Argument(help="The request: a text file, or - for standard input.")],
-    cloud: CloudUrl,
+    cloud: CloudUrl = None,
     model: Annotated[
         str | None, typer.Option(help="The cloud's name for its model; a fitted sandwich knows it.")
     ] = None,
@@ -55,6 +56,9 @@ def ask(
     detector_timeout: DetectorTimeout = 5.0,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers that were paid for.")] = None,
     ledger: LedgerFile = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the answer as it comes; without an edge model alone.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be sent and its cost; send nothing.")
     ] = False,
@@ -73,6 +77,8 @@ def ask(
         cotune sandwich ask mail.txt --cloud https://api.example.org/v1 --model m --prices prices.json --max-usd 0.01
 
         cotune sandwich ask mail.txt --cloud http://127.0.0.1:7070/v1 --model starter --dry-run
+
+        cotune sandwich ask mail.txt --cloud http://127.0.0.1:7070/v1 --model starter --stream
     """
     from cotune.ledger import EgressLedger
     from cotune.sandwich.budget import Budget, Purse
@@ -80,12 +86,15 @@ def ask(
     from cotune.sandwich.pipeline import Pipeline, PipelineConfig
     from cotune.sandwich.redact import Redactor
 
+    if stream and as_json:
+        raise InputError("--stream and --json are both given, expected one; JSON is printed when the answer is whole")
     known = None if fitted is None else Fitted.load(fitted)
     name = model or (known.model if known else None)
     if name is None:
         raise InputError("--model is missing, expected the cloud's name for its model; or --fitted")
     if prompt is not None and known is not None:
         raise InputError("--prompt and --fitted are both given, expected one; the fitted prompt would not be used")
+    hosted = known.hosted if known else None
     text = read_text(file)
     config = PipelineConfig(model=name, max_tokens=max_tokens or (known.max_tokens if known else 256))
     with ExitStack() as stack:
@@ -94,7 +103,7 @@ def ask(
             merger = stack.enter_context(open_fitted_edge(known))
         redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))
         gate = CloudGate(
-            stack.enter_context(open_cloud(cloud, key_env)),
+            stack.enter_context(open_cloud_or_hosted(cloud, hosted, key_env)),
             price=price_of(name, prices),
             purse=Purse(Budget(usd=max_usd)),
             cache=None if cache is None else AnswerCache(cache),
@@ -106,6 +115,11 @@ def ask(
         if dry_run:
             _show_dry_run(pipeline, text, as_json)
             return
+        if stream:
+            pipeline.run_streamed(text, _print_piece)
+            stdout.print()
+            stderr.print(gate.account.taken().to_text(), markup=False, soft_wrap=True)
+            return
         done = pipeline.run(text)
         taken = gate.account.taken()
     if as_json:
@@ -113,6 +127,11 @@ def ask(
         return
     stdout.print(done.text, markup=False, soft_wrap=True)
     stderr.print(taken.to_text(), markup=False, soft_wrap=True)
+
+
+def _print_piece(piece: str) -> None:
+    stdout.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+    stdout.file.flush()
 
 
 def _show_dry_run(pipeline: Pipeline, text: str, as_json: bool) -> None:

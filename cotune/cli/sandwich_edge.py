@@ -68,22 +68,32 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         DataError: it holds none.
     """
+    text = read_prompt_file(path)
+    try:
+        prompts = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        prompts = None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
+        raise DataError("holds no prompts, expected a JSON list of texts or one prompt a line", path=path)
+    return prompts
+
+
+def read_prompt_file(path: Path) -> str:
+    """The text of a small file.
+
+    Raises:
+        DataError: it cannot be read, is too large, or no UTF-8.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
         if len(data) > _MAX_FILE_BYTES:
             raise DataError(f"has more than {_MAX_FILE_BYTES} bytes, expected a few prompts", path=path)
-        text = data.decode("utf-8")
-        prompts = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+        return data.decode("utf-8")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", path=path) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError("holds no prompts, expected a JSON list of texts or one prompt a line", path=path) from None
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(each, str) for each in prompts):
-        raise DataError("holds no prompts, expected a JSON list of texts or one prompt a line", path=path)
-    return prompts
+    except UnicodeDecodeError as error:
+        raise DataError(f"is no UTF-8 at byte {error.start}; convert it first", path=path) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +107,7 @@ class Fitted:
         prompt: for it.
         edge: the edge model; None for none.
         template, max_new_tokens: of the edge.
+        hosted: of a soft prompt, the model that reads it, as `HostedModel.to_json` gives it; None for a cloud.
     """
 
     folder: Path
@@ -106,6 +117,7 @@ class Fitted:
     edge: str | None
     template: str | None
     max_new_tokens: int | None
+    hosted: dict[str, Any] | None = None
 
     def save(self) -> None:
         """Write `sandwich.json`."""

@@ -26,11 +26,10 @@ from cotune.cli.sandwich_edge import (
     ADAPTER_FOLDER,
     Fitted,
     metric_named,
-    open_cloud,
     open_edge,
     price_of,
-    read_prompts,
 )
+from cotune.cli.sandwich_prompts import HostedModel, PromptOptions, make_variable, open_cloud_or_hosted
 from cotune.errors import InputError
 
 _REFRESH_EVERY = 5
@@ -41,10 +40,36 @@ def fit(
         str, typer.Argument(help="Requests and answers, any template of docs/data.md; `private`: a list.")
     ],
     validation: Annotated[str, typer.Option(help="Others, which the adapter and the choice are judged on.")],
-    prompts: Annotated[Path, typer.Option(help="The pool: one prompt a line, or a .json list of texts.")],
-    cloud: CloudUrl,
-    model: Annotated[str, typer.Option(help="The cloud's name for its model.")],
     out: Annotated[Path, typer.Option(help="Folder of the run: books, answers, result.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="pool: one prompt a line, or a .json list of texts. categorical: a .json list with a list of words "
+            "for each place. latent: a text that the writer goes on from."
+        ),
+    ] = None,
+    cloud: CloudUrl = None,
+    model: Annotated[str | None, typer.Option(help="The cloud's name for its model.")] = None,
+    variable: Annotated[
+        str, typer.Option(help="What the prompt is: pool, categorical, latent, or soft, which no API reads.")
+    ] = "pool",
+    writer: Annotated[
+        str | None, typer.Option(help="latent: the model that writes the prompt; that of --edge if left out.")
+    ] = None,
+    hosted: Annotated[
+        str | None, typer.Option(help="soft: a model of your own in this process, instead of --cloud.")
+    ] = None,
+    prompt_dim: Annotated[int, typer.Option(help="latent, soft: numbers behind the prompt.")] = 10,
+    prompt_tokens: Annotated[int, typer.Option(help="latent, soft: embeddings made of them.")] = 5,
+    prompt_radius: Annotated[
+        float,
+        typer.Option(help="latent, soft: distance of differences, or first spread of CMA-ES; text is a staircase."),
+    ] = 0.5,
+    cma_evaluations: Annotated[
+        int | None,
+        typer.Option(help="latent, soft: search each response by CMA-ES with so many prompts, not by slopes."),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="categorical: prompts drawn for one estimate.")] = 20,
     metric: Annotated[str, typer.Option(help="token_f1, exact_match or rouge_l.")] = "token_f1",
     edge: Annotated[
         str | None,
@@ -60,6 +85,9 @@ def fit(
         float, typer.Option(help="How much worse than the best the prompt may be, in units of its loss (0 to 1).")
     ] = 0.02,
     penalty: Annotated[float, typer.Option(help="With penalty: its weight.")] = 1.0,
+    race: Annotated[
+        int | None, typer.Option(help="pool: first race the prompts on TRAIN until so many are left; cheaper than all.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="At most.")] = 60,
     x_rate: Annotated[float, typer.Option(help="Of the adapter (Adam).")] = 1e-2,
     y_rate: Annotated[float, typer.Option(help="Of the prompt.")] = 0.5,
@@ -102,6 +130,9 @@ def fit(
         --model m --prices prices.json --out run --edge starter --budget-usd 2 --pay
 
         cotune sandwich fit ... --out run --budget-usd 3 --pay --resume
+
+        cotune sandwich fit train.jsonl --validation val.jsonl --variable soft --hosted starter --out run
+        --cma-evaluations 20
     """
     from cotune.ledger import EgressLedger
     from cotune.sandwich.bilevel.solve import Constraint, Refresh, SolveConfig
@@ -111,7 +142,7 @@ def fit(
     from cotune.sandwich.fit import RUN_FILE, FitConfig, project
     from cotune.sandwich.fit import fit as fit_sandwich
     from cotune.sandwich.pipeline import Pipeline, PipelineConfig
-    from cotune.sandwich.prompts.pool import PromptPool
+    from cotune.sandwich.prompts.race import RaceConfig
     from cotune.sandwich.redact import Redactor
     from cotune.sandwich.text_problem import TextProblemConfig
 
@@ -121,7 +152,28 @@ def fit(
     if pay and not resume and (out / RUN_FILE).exists():
         raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder")
     score = metric_named(metric)
-    pool = PromptPool(read_prompts(prompts))
+    if (hosted is not None) != (variable == "soft"):
+        raise InputError(
+            f"--variable is {variable!r:.40} and --hosted is {hosted}, expected --hosted with soft and not else"
+        )
+    name = model or hosted
+    if name is None:
+        raise InputError("--model is missing, expected the cloud's name for its model")
+    prompt = make_variable(
+        variable,
+        PromptOptions(
+            prompts=prompts,
+            writer=writer or edge,
+            num_tokens=prompt_tokens,
+            dim=prompt_dim,
+            radius=prompt_radius,
+            cma_evaluations=cma_evaluations,
+            num_samples=num_samples,
+            seed=seed,
+        ),
+    )
+    own = None if hosted is None else HostedModel(model=hosted, num_tokens=prompt_tokens, dim=prompt_dim, seed=seed)
+    described = own.to_json() if own else None
     drawn_by = seed if limit else None
     learnt = read_private_examples(train, limit=limit, seed=drawn_by)
     judged = read_private_examples(validation, limit=limit, seed=drawn_by)
@@ -140,18 +192,19 @@ def fit(
             num_batch_examples=batch_size, cloud_weight=cloud_weight, token_weight=token_weight, seed=seed
         ),
         certificate_share=certificate_share,
+        race=None if race is None else RaceConfig(num_left=race),
     )
     with ExitStack() as stack:
         redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))
         gate = CloudGate(
-            stack.enter_context(open_cloud(cloud, key_env)),
-            price=price_of(model, prices),
+            stack.enter_context(open_cloud_or_hosted(cloud, described, key_env)),
+            price=price_of(name, prices),
             ledger=None if ledger is None else stack.enter_context(EgressLedger(ledger)),
             retry=RetryRules(timeout_s=cloud_timeout),
         )
-        sizes = PipelineConfig(model=model, max_tokens=max_tokens, num_parallel=num_parallel)
+        sizes = PipelineConfig(model=name, max_tokens=max_tokens, num_parallel=num_parallel)
         pipeline = Pipeline(redactor, gate, sizes)
-        projection = project(pipeline, learnt, judged, pool, budget=budget, folder=out)
+        projection = project(pipeline, learnt, judged, prompt, budget=budget, folder=out)
         if not pay:
             if as_json:
                 print_json(projection.to_json())
@@ -183,7 +236,7 @@ def fit(
             learnt,
             judged,
             score,
-            variable=pool,
+            variable=prompt,
             budget=budget,
             folder=out,
             edge=tuned,
@@ -195,12 +248,13 @@ def fit(
             save(result.x, out / ADAPTER_FOLDER)
         Fitted(
             folder=out,
-            model=model,
+            model=name,
             max_tokens=max_tokens,
             prompt=result.prompt,
             edge=edge,
             template=edge_config.template if edge_config else None,
             max_new_tokens=max_new_tokens if edge_config else None,
+            hosted=described,
         ).save()
     if as_json:
         print_json(result.to_json())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from cotune.errors import InputError, WireError
@@ -24,6 +24,7 @@ class ChatRequest:
         max_tokens: the longest answer.
         temperature, seed: sampling; a seed is sent where it is given.
         tools: schemas in the form of the API.
+        is_streamed: the answer shall come in pieces, with a count of its tokens at the end.
     """
 
     model: str
@@ -32,6 +33,7 @@ class ChatRequest:
     temperature: float = 0.0
     seed: int | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    is_streamed: bool = False
 
     def __post_init__(self) -> None:
         # For callers that a type checker never saw: this is the last door before the wire.
@@ -56,6 +58,8 @@ class ChatRequest:
             fields["seed"] = self.seed
         if self.tools:
             fields["tools"] = [dict(tool) for tool in self.tools]
+        if self.is_streamed:
+            fields |= {"stream": True, "stream_options": {"include_usage": True}}
         return fields
 
     @property
@@ -65,8 +69,8 @@ class ChatRequest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the payload, hex: the name of its answer in a cache."""
-        return hashlib.sha256(self.payload).hexdigest()
+        """SHA-256 of the payload, hex: the name of its answer in a cache, the same whether it is streamed or not."""
+        return hashlib.sha256(replace(self, is_streamed=False).payload).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +147,23 @@ class CloudModel(Protocol):
             ConnectionLostError: the connection broke; it may have been paid for.
             RefusedError: the cloud said no; `code` is the HTTP status.
             WireError: what came is no answer.
+        """
+        ...
+
+
+class StreamingCloud(CloudModel, Protocol):
+    """A cloud whose answers can also come piece by piece."""
+
+    def stream(self, request: ChatRequest, *, timeout_s: float, on_text: Callable[[str], None]) -> ChatAnswer:
+        """Ask once, and tell each piece of the text as it comes.
+
+        Args:
+            request: with `is_streamed` and without tools.
+            timeout_s: for all of the answer.
+            on_text: told the pieces; all of them make the answer's text.
+
+        Raises:
+            As `send`; also after pieces were told.
         """
         ...
 

@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from cotune.errors import (
     BudgetError,
@@ -27,7 +28,7 @@ from cotune.file_cache import FileCache
 from cotune.ledger import EgressLedger
 from cotune.sandwich.account import Account
 from cotune.sandwich.budget import Purse
-from cotune.sandwich.chat import ChatAnswer, ChatRequest, CloudModel
+from cotune.sandwich.chat import ChatAnswer, ChatRequest, CloudModel, StreamingCloud
 from cotune.sandwich.cost import Cost, Price, most_tokens_in
 from cotune.sandwich.redact import WAY
 from cotune.sandwich.sent_log import SentLog
@@ -212,7 +213,24 @@ class CloudGate:
             with self._lock:
                 del self._pending[digest]
 
-    def _ask(self, request: ChatRequest, digest: str) -> Asked:
+    def ask_streamed(self, request: ChatRequest, on_text: Callable[[str], None]) -> Asked:
+        """As `ask`, and the text is told piece by piece as it comes; an answer that is there already in one piece.
+
+        Once a piece was told nothing is tried again. The cloud is a `StreamingCloud`.
+
+        Raises:
+            As `ask`; also after pieces were told.
+            InputError: the request has tools, whose calls are not streamed.
+        """
+        if request.tools:
+            raise InputError("the request has tools and shall be streamed, expected one of both; ask without streaming")
+        pieces = _Pieces(on_text)
+        asked = self._ask(replace(request, is_streamed=True), request.digest, pieces)
+        if not pieces.num_told:
+            on_text(asked.answer.text)
+        return asked
+
+    def _ask(self, request: ChatRequest, digest: str, pieces: _Pieces | None = None) -> Asked:
         if self._cache is not None:
             answer = self._cache.get(digest)
             if answer is not None:
@@ -220,11 +238,13 @@ class CloudGate:
                 return Asked(answer=answer, cost=Cost())
             # A token is rarely more than 8 bytes, escaped.
             self._cache.check_room(1024 + 8 * request.max_tokens)
+        on_text = pieces.tell if pieces else None
         for attempt in range(1, self._retry.max_attempts + 1):
             try:
-                asked = self._send(request, digest)
+                asked = self._send(request, digest, on_text)
             except (WireTimeoutError, ConnectionLostError, RefusedError) as error:
-                if attempt == self._retry.max_attempts or not may_pass(error):
+                # Another answer behind the beginning of the first would be neither of the two.
+                if attempt == self._retry.max_attempts or not may_pass(error) or (pieces and pieces.num_told):
                     raise
                 self._wait(attempt, error)
                 self.account.count(retries=1)
@@ -232,7 +252,7 @@ class CloudGate:
             return asked
         raise AssertionError("the last attempt answers or raises")
 
-    def _send(self, request: ChatRequest, digest: str) -> Asked:
+    def _send(self, request: ChatRequest, digest: str, on_text: Callable[[str], None] | None) -> Asked:
         """One attempt: reserved, written down, sent, settled."""
         payload, most = request.payload, self.most(request)
         ticket = self.purse.reserve(most)
@@ -244,7 +264,11 @@ class CloudGate:
         timeout_s = max(1e-3, min(self._retry.timeout_s, self.purse.seconds_left))
         try:
             with self.account.stage("one answer"):
-                answer = self._cloud.send(request, timeout_s=timeout_s)
+                if on_text is None:
+                    answer = self._cloud.send(request, timeout_s=timeout_s)
+                else:
+                    streaming = cast("StreamingCloud", self._cloud)
+                    answer = streaming.stream(request, timeout_s=timeout_s, on_text=on_text)
         except RefusedError:
             # A status instead of an answer: nothing was written, and what was read is not charged.
             self._settle(ticket, Cost(calls=1))
@@ -277,6 +301,17 @@ class CloudGate:
         if wait_s >= self.purse.seconds_left:
             raise BudgetError("the budget's time ends before the cloud may be asked again, so nothing more is sent")
         self._sleep(wait_s)
+
+
+class _Pieces:
+    """Tells pieces of an answer, and how many it told."""
+
+    def __init__(self, on_text: Callable[[str], None]) -> None:
+        self._on_text, self.num_told = on_text, 0
+
+    def tell(self, text: str) -> None:
+        self.num_told += 1
+        self._on_text(text)
 
 
 def may_pass(error: WireError) -> bool:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cotune.data.batches import EncodedExample, encode_example, pad_batch
-from cotune.data.templates import Example
+from cotune.data.templates import Example, format_request
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
 from cotune.sandwich.account import Account
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MERGE_TEMPLATE = "User: {request}\nAdvice: {answers}\nAssistant:"
+DRAFT_TEMPLATE = "User: {request}\nAdvice: {answers}\nDraft: {draft}\nAssistant:"
+REWRITE_TEMPLATE = "User: {request}\nWhat should be asked instead?\nAssistant:"
 _FIELD = re.compile(r"\{(request|answers|draft)\}")
 
 
@@ -146,8 +148,16 @@ class EdgeAdapter:
 
     def write(self, x: Vector, jobs: Sequence[MergeJob]) -> list[str]:
         """z of each job, greedily, not yet restored."""
+        return self.write_after(x, [self._prompt(job) for job in jobs])
+
+    def write_after(self, x: Vector, prompts_as_text: Sequence[str]) -> list[str]:
+        """What the edge writes after each text, greedily; of a text that is too long its end is read.
+
+        Raises:
+            InputError: no room is left for a text beside what shall be written.
+        """
         params, texts, size = self.params(x), list[str](), self.config.num_batch_sequences
-        prompts = [self._prompt_ids(job) for job in jobs]
+        prompts = [self._ids(text) for text in prompts_as_text]
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             written = greedy_texts(
@@ -180,8 +190,8 @@ class EdgeAdapter:
         fields = {"request": job.request, "answers": "\n".join(job.answers), "draft": job.draft or ""}
         return _FIELD.sub(lambda match: fields[match[1]], self.config.template)
 
-    def _prompt_ids(self, job: MergeJob) -> NDArray[np.int64]:
-        ids = np.array(self._tokenizer.encode(self._prompt(job)).ids, np.int64)
+    def _ids(self, text: str) -> NDArray[np.int64]:
+        ids = np.array(self._tokenizer.encode(text).ids, np.int64)
         room = self._room - self.config.max_new_tokens
         if room < 1:
             raise InputError(f"max_new_tokens is {self.config.max_new_tokens}, which leaves no room for a prompt")
@@ -207,6 +217,36 @@ def edge_adapter(
     """
     with fresh.attach(backbone.model) as model:
         yield EdgeAdapter(backbone, model, fresh, config, account or Account())
+
+
+@dataclass(frozen=True)
+class EdgeRewriter:
+    """The stage before the cloud with these numbers: one question a line; an empty answer leaves the request as it is.
+
+    Example:
+        >>> Pipeline(redactor, gate, config, rewriter=EdgeRewriter(edge, edge.start()))  # doctest: +SKIP
+    """
+
+    edge: EdgeAdapter
+    x: Vector
+    template: str = REWRITE_TEMPLATE
+
+    def rewrite(self, redacted: str) -> list[str]:
+        """What to ask instead; it goes through the redactor again."""
+        (written,) = self.edge.write_after(self.x, [self.template.replace("{request}", redacted)])
+        return [line for line in written.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class EdgeDrafter:
+    """The stage beside the cloud with these numbers."""
+
+    edge: EdgeAdapter
+    x: Vector
+
+    def draft(self, request: str) -> str:
+        """Its own answer to q."""
+        return self.edge.write_after(self.x, [format_request(request)])[0]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ from cotune.sandwich.cost import Cost, shown_usd
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.leak import LeakMetrics, measure_leaks
 from cotune.sandwich.pipeline import Pipeline
+from cotune.sandwich.prompts.pool import PromptPool
+from cotune.sandwich.prompts.race import Race, RaceConfig, race
 from cotune.sandwich.prompts.variable import PromptVariable
 from cotune.sandwich.sent_log import SentLog
 from cotune.sandwich.text_problem import (
@@ -83,6 +85,8 @@ class FitConfig:
     """How often a certificate may be false."""
     cache_bytes: int = DEFAULT_CACHE_BYTES
     """Of the answers on disk."""
+    race: RaceConfig | None = None
+    """Of a pool, before the search, on the training examples; None: every prompt sees every batch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.certificate_share < 1:
@@ -144,6 +148,7 @@ class FitResult:
         history: looks at the constraint.
         spent: over all runs in the folder.
         taken: by this run.
+        race: how the pool was thinned before the search; None where it was not. The certificate compares who was left.
     """
 
     prompt: str
@@ -157,6 +162,7 @@ class FitResult:
     history: tuple[Refresh, ...] = field(repr=False)
     spent: Cost
     taken: Taken = field(repr=False)
+    race: Race | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All but x."""
@@ -171,6 +177,7 @@ class FitResult:
             "history": [asdict(each) for each in self.history],
             "spent": asdict(self.spent),
             "taken": self.taken.to_json(),
+            "race": None if self.race is None else asdict(self.race),
         }
 
     def to_text(self) -> str:
@@ -191,11 +198,18 @@ class FitResult:
                 f"coupling    {looks.coupling:.2g}"
                 + ("; the edge has no part in it, so the prompt was chosen first" if self.is_sequential else ""),
                 f"leaks       {leaks['leak_rate']:.2%} of {leaks['units']} marked values in all that was sent",
+                *self._race_text(),
                 f"ended       by {self.reason}, after {looks.step} steps",
                 f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens{shown_usd(self.spent.usd)}",
                 self.taken.to_text(),
             ]
         )
+
+    def _race_text(self) -> list[str]:
+        if self.race is None:
+            return []
+        left, count = len(self.race.left), self.race.num_examples
+        return [f"race        {left} prompts left after {count} examples; the certificate compares those alone"]
 
 
 def project(
@@ -279,6 +293,10 @@ def fit(
         WireError: the cloud failed; run again with `resume`.
     """
     config = config or FitConfig()
+    if config.race is not None and not isinstance(variable, PromptPool):
+        raise InputError(
+            "a race is asked for and the prompt variable is no pool, expected a PromptPool; leave race out"
+        )
     num_held = round(config.certificate_share * len(train))
     if len(train) - num_held < 1 or not validation:
         raise InputError(
@@ -302,6 +320,17 @@ def fit(
         )
         losses: EdgeLosses = MetricLosses(pipeline, metric) if edge is None else edge
         problem = TextProblem(pipeline, variable, losses, searched, judged, metric, config.losses)
+        first, raced = variable.best(variable.start()), None
+        if config.race is not None and isinstance(variable, PromptPool):
+            raced = race(
+                variable.prompts,
+                len(searched),
+                lambda prompts, part: problem.losses(losses.start(), prompts, searched[part]),
+                config.race,
+            )
+            # Answers that the race paid for are in the cache.
+            variable = PromptPool(raced.left)
+            problem = TextProblem(pipeline, variable, losses, searched, judged, metric, config.losses)
         progress = stack.enter_context((folder / PROGRESS_FILE).open("w", encoding="utf-8"))
 
         def told(seen: Refresh) -> None:
@@ -317,7 +346,7 @@ def fit(
             prompt=prompt,
             x=found.x,
             score=judge.score(prompt, found.x, judged),
-            start_score=judge.score(variable.best(variable.start()), losses.start(), judged),
+            start_score=judge.score(first, losses.start(), judged),
             certificate=_certify(problem, variable, found.x, found.y, held, config),
             leaks=measure_leaks([example.private for example in (*train, *validation)], sent.payloads),
             reason=found.reason,
@@ -325,6 +354,7 @@ def fit(
             history=found.history,
             spent=purse.spent,
             taken=gate.account.taken(),
+            race=raced,
         )
         with replacing(folder / RESULT_FILE) as unfinished:
             unfinished.write_text(json.dumps(result.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -332,7 +362,7 @@ def fit(
 
 
 def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> list[FitExample]:
-    """Redact and rewrite every request, in order, once and for all; nothing is sent.
+    """Redact, rewrite and, in parallel, draft every request, in order, once and for all; nothing is sent.
 
     Args:
         key: secret; the same one gives the same placeholders again, whoever lacks it can tell nothing from them.
@@ -341,11 +371,12 @@ def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key
         RedactionError: one cannot be sent.
     """
     # Numbers that were given out before would be left out, and the same run would send other texts.
-    prepared, redactor = [], pipeline.redactor.anew()
+    prepared, redactor, is_parallel = [], pipeline.redactor.anew(), pipeline.config.mode == "parallel"
     for index, example in enumerate(examples):
         seed = hashlib.blake2b(f"{index}".encode(), key=key).digest()
         one = pipeline.prepare(example.request, random.Random(seed), redactor=redactor)
-        prepared.append(FitExample(example, one, one.request.redact(example.target).text))
+        draft = pipeline.drafter.draft(example.request) if is_parallel and pipeline.drafter else None
+        prepared.append(FitExample(example, one, one.request.redact(example.target).text, draft))
     return prepared
 
 

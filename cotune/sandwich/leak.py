@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cotune.errors import InputError
-from cotune.sandwich.chat import ChatRequest, CloudModel
+from cotune.sandwich.chat import ChatRequest
+from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.folding import FoldedText, fold_views
 from cotune.sandwich.redact import RedactedJson, RedactedRequest
 
@@ -129,30 +130,31 @@ class InversionResult:
 
 
 def invert(
-    attacker: CloudModel,
+    attacker: CloudGate,
     requests: Sequence[tuple[str, RedactedRequest]],
     *,
     model: str,
     max_tokens: int = 256,
-    timeout_s: float = 120.0,
 ) -> InversionResult:
     """Attack: a language model that reads only what was sent guesses each placeholder's value.
 
     Args:
-        attacker: asked once for each request.
+        attacker: the door to the model, with its budget and ledger; asked once for each request with placeholders.
         requests: what was sent, and the map that knows the truth, which the attacker does not see.
         model: the attacker's name for itself.
-        max_tokens, timeout_s: of one answer.
+        max_tokens: of one answer.
 
     Raises:
-        WireError: the attacker failed.
+        BudgetError, WireError: see `CloudGate.ask`.
     """
     num_values = num_right = 0
     for sent, request in requests:
+        entries = [entry for entry in request.placeholders.entries if entry.placeholder in sent]
+        if not entries:
+            continue  # there is nothing to guess
         messages = RedactedJson([{"role": "system", "content": _ATTACK}, {"role": "user", "content": sent}], {})
         asked = ChatRequest(model=model, messages=messages, max_tokens=max_tokens)
-        guesses = dict(_guesses(attacker.send(asked, timeout_s=timeout_s).text))
-        entries = [entry for entry in request.placeholders.entries if entry.placeholder in sent]
+        guesses = dict(_guesses(attacker.ask(asked).answer.text))
         num_values += len(entries)
         num_right += sum(guesses.get(entry.placeholder.casefold()) == _squeezed(entry.value) for entry in entries)
     return InversionResult(num_values=num_values, num_right=num_right)

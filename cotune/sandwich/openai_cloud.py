@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from cotune.errors import ConnectionLostError, InputError, RefusedError, WireError, WireTimeoutError, first_line
 from cotune.sandwich.chat import ChatAnswer, ChatRequest
+from cotune.sandwich.streamed_answer import StreamedAnswer
 from cotune.wire.websocket import is_loopback
 
 if TYPE_CHECKING:
@@ -70,10 +73,35 @@ class OpenAiCloud:
 
     def send(self, request: ChatRequest, *, timeout_s: float) -> ChatAnswer:
         """Ask once; see `CloudModel`. An answer that drips in is cut off after `timeout_s` and one more wait."""
+        with self._translated(timeout_s):
+            with closing(self._pieces(request, timeout_s)) as pieces:
+                data = b"".join(pieces)
+            try:
+                completion = json.loads(data)
+            except (ValueError, RecursionError):
+                raise WireError("the cloud's answer is no JSON; see what the server at that URL speaks") from None
+            return ChatAnswer.from_completion(completion)
+
+    def stream(self, request: ChatRequest, *, timeout_s: float, on_text: Callable[[str], None]) -> ChatAnswer:
+        """Ask once and tell the text piece by piece; see `StreamingCloud`."""
+        streamed = StreamedAnswer()
+        with self._translated(timeout_s), closing(self._pieces(request, timeout_s)) as pieces:
+            for piece in pieces:
+                for text in streamed.feed(piece):
+                    on_text(text)
+            return streamed.finish()
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
+
+    @contextmanager
+    def _translated(self, timeout_s: float) -> Iterator[None]:
+        """Inside, errors of the client become ours."""
         import openai
 
         try:
-            return ChatAnswer.from_completion(self._completion(self._client, request, timeout_s))
+            yield
         except openai.APITimeoutError:
             raise WireTimeoutError(_late(timeout_s)) from None
         except openai.APIStatusError as error:
@@ -85,25 +113,28 @@ class OpenAiCloud:
         except openai.OpenAIError as error:
             raise WireError(f"the cloud's answer cannot be read ({self._told(error)})") from None
 
-    def close(self) -> None:
-        """Close its connections."""
-        self._client.close()
-
-    def _completion(self, client: openai.OpenAI, request: ChatRequest, timeout_s: float) -> Any:
-        """The JSON of the answer; read piece by piece, so that neither its size nor its time is without bound."""
-        ends, data = time.monotonic() + timeout_s, bytearray()
-        create = client.chat.completions.with_streaming_response.create
+    def _pieces(self, request: ChatRequest, timeout_s: float) -> Generator[bytes]:
+        """The bytes of the answer as they come; neither their number nor their time is without bound."""
+        ends, num_bytes = time.monotonic() + timeout_s, 0
+        create = self._client.chat.completions.with_streaming_response.create
         with create(**request.body(), timeout=timeout_s) as response:
-            for piece in response.iter_bytes():
-                data += piece
-                if len(data) > self._max_answer_bytes:
+            pieces = response.iter_bytes()
+            while piece := self._next_piece(pieces, timeout_s):
+                num_bytes += len(piece)
+                if num_bytes > self._max_answer_bytes:
                     raise WireError(f"the cloud's answer has more than {self._max_answer_bytes} bytes")
                 if time.monotonic() > ends:
                     raise WireTimeoutError(_late(timeout_s))
+                yield piece
+
+    def _next_piece(self, pieces: Iterator[bytes], timeout_s: float) -> bytes:
+        """The next bytes, none at the end; errors of the body are those of whichever HTTP library the client has."""
         try:
-            return json.loads(bytes(data))
-        except (ValueError, RecursionError):
-            raise WireError("the cloud's answer is no JSON; see what the server at that URL speaks") from None
+            return next(pieces, b"")
+        except Exception as error:
+            if "timeout" in type(error).__name__.casefold():
+                raise WireTimeoutError(_late(timeout_s)) from None
+            raise ConnectionLostError(f"the connection to the cloud broke ({self._told(error)})") from None
 
     def _refusal(self, error: openai.APIStatusError) -> RefusedError:
         status = _PAYMENT_REQUIRED if error.code == _OUT_OF_MONEY else error.status_code

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -302,6 +302,42 @@ class Pipeline:
                 answers, runs, cost = self._ask_with_tools(prepared)
             job = MergeJob(text, tuple(answer.text for answer in answers), draft, runs)
             return PipelineResult(self.merge(prepared, job), answers, runs, cost)
+
+    def run_streamed(
+        self, text: str, on_text: Callable[[str], None], generator: random.Random | None = None
+    ) -> PipelineResult:
+        """One request whose answer is told as it comes, restored; a placeholder that is cut waits for its rest.
+
+        Only the cloud's own answer can come so: a merger or a rewriter writes after it is whole.
+
+        Args:
+            text: q.
+            on_text: told the pieces of z; all of them make its text.
+            generator: of the placeholders.
+
+        Raises:
+            InputError: the pipeline has a rewriter, a merger of its own, tools, or the mode parallel.
+            As `run`; also after pieces were told.
+        """
+        if self.rewriter or self.tools or self.config.mode != "serial" or not isinstance(self.merger, JoinAnswers):
+            raise InputError(
+                "the edge works on the cloud's answer (rewriter, merger, tools or mode parallel), so it cannot be "
+                "streamed, expected none of them; run it without streaming"
+            )
+        with self.gate.account.stage(WHOLE):
+            prepared = self.prepare(text, generator)
+            stream, told = prepared.request.restore_stream(), list[str]()
+
+            def tell(piece: str) -> None:
+                if piece:
+                    told.append(piece)
+                    on_text(piece)
+
+            request = self.request_of(prepared, prepared.questions[0])
+            with self.gate.account.stage("cloud"):
+                asked = self.gate.ask_streamed(request, lambda piece: tell(stream.feed(piece)))
+            tell(stream.finish())
+            return PipelineResult("".join(told), (asked.answer,), (), asked.cost)
 
     def _ask_with_tools(self, prepared: Prepared) -> tuple[tuple[ChatAnswer, ...], tuple[ToolRun, ...], Cost]:
         answers, cost = self.ask(prepared)

@@ -25,6 +25,7 @@ from cotune.errors import DataError, InputError
 MAX_BODY_BYTES = 16 << 20
 MODEL = "scripted"
 _SOCKET_TIMEOUT_S = 30.0
+_PIECE_CHARS = 3
 
 Answer = Callable[[Mapping[str, Any]], "Reply | str"]
 """From the body of a chat request to what is answered."""
@@ -126,11 +127,16 @@ def scripted_server(answer: Answer, *, port: int = 0) -> Iterator[ScriptedServer
             return self._reply(body, Reply(text=said) if isinstance(said, str) else said)
 
         def _reply(self, body: Mapping[str, Any], reply: Reply) -> None:
+            if body.get("stream") and reply.status == 200:
+                return self._write(200, "text/event-stream", events(body, reply), reply.headers)
             text = json.dumps(completion(body, reply) if reply.status == 200 else {"error": {"message": reply.text}})
-            self.send_response(reply.status)
-            for name, value in reply.headers.items():
+            return self._write(reply.status, "application/json", text, reply.headers)
+
+        def _write(self, status: int, kind: str, text: str, headers: Mapping[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
             self.wfile.write(text.encode())
@@ -156,6 +162,19 @@ def scripted_server(answer: Answer, *, port: int = 0) -> Iterator[ScriptedServer
         server.shutdown()
         thread.join(timeout=30)
         server.server_close()
+
+
+def events(body: Mapping[str, Any], reply: Reply) -> str:
+    """The events of a streamed completion, one for each three letters, so that placeholders are cut."""
+    whole = completion(body, reply)
+    size = _PIECE_CHARS
+    chunks: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": {"content": reply.text[start : start + size]}}]}
+        for start in range(0, len(reply.text), size)
+    ]
+    if (body.get("stream_options") or {}).get("include_usage"):
+        chunks.append({"choices": [], "usage": whole["usage"]})
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
 
 
 def completion(body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:

@@ -73,8 +73,31 @@ class SentLog:
 
     def _read(self, path: Path) -> None:
         for number, line in enumerate(whole_lines(path, max_bytes=MAX_LOG_BYTES), start=1):
-            try:
-                fields = json.loads(line)
-                self._payloads[fields["digest"]] = str(fields["payload"])
-            except (ValueError, KeyError, TypeError):
-                raise DataError("is no line of a log of what was sent", path=path, line=number) from None
+            digest, payload = _sent(line, path, number)
+            self._payloads[digest] = payload
+
+
+def read_sent(path: Path) -> list[str]:
+    """The payloads of a log, also of a run that goes on meanwhile: nothing is written, an unfinished line is left out.
+
+    Raises:
+        DataError: the file cannot be read, or is no such log.
+    """
+    try:
+        if path.stat().st_size > MAX_LOG_BYTES:
+            raise DataError(f"has more than {MAX_LOG_BYTES} bytes, expected at most that", path=path)
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}; give the sent.jsonl of a run", path=path) from None
+    return [_sent(line, path, number)[1] for number, line in enumerate(lines, start=1)]
+
+
+def _sent(line: bytes, path: Path, number: int) -> tuple[str, str]:
+    try:
+        fields = json.loads(line)
+        digest, payload = fields["digest"], str(fields["payload"])
+        if not isinstance(digest, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError("is no line of a log of what was sent", path=path, line=number) from None
+    return digest, payload

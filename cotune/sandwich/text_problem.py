@@ -36,11 +36,13 @@ class FitExample:
         source: as it was given.
         prepared: redacted and rewritten.
         target: z as it should be before it is restored: with this request's placeholders.
+        draft: the edge's own answer, where the mode is parallel.
     """
 
     source: PrivateExample
     prepared: Prepared
     target: str
+    draft: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Cell:
     @property
     def job(self) -> MergeJob:
         """For a merger."""
-        return MergeJob(self.example.source.request, self.answers)
+        return MergeJob(self.example.source.request, self.answers, self.example.draft)
 
 
 class EdgeLosses(Protocol):

@@ -74,6 +74,14 @@ def test_ask_sends_nothing_private_and_restores(run: Callable[..., Any], mail: P
     assert [(entry.way, entry.kind) for entry in EgressLedger.read(ledger)] == [("sandwich", "chat")]
 
 
+def test_a_streamed_answer_is_printed_restored(run: Callable[..., Any], mail: Path, server: ScriptedServer) -> None:
+    words = ["sandwich", "ask", mail, "--cloud", server.base_url, "--model", "scripted", "--stream", *SLOW]
+    done = run(*words)
+    assert (done.status, done.out) == (0, f"About {TEXT}\n") and "1 calls" in done.err
+    assert b'"stream":true' in server.bodies[0] and b"ann@" not in server.bodies[0]
+    run(*words, "--json").check_refusal("both given")
+
+
 def test_a_dry_run_shows_and_sends_nothing(run: Callable[..., Any], mail: Path, server: ScriptedServer) -> None:
     words = ["sandwich", "ask", mail, "--cloud", server.base_url, "--model", "scripted", "--prices"]
     done = run(*words, mail.with_name("prices.json"), "--dry-run", "--json", *SLOW)
@@ -125,6 +133,12 @@ def test_fit_projects_first_and_pays_only_when_told(
     assert json.loads(again.out)["prompt"] == "Say the capital." and len(server.bodies) == num_sent
     words = ["sandwich", "ask", data / "train.jsonl", "--cloud", server.base_url, "--fitted", data / "run", *SLOW]
     assert run(*words).out == "Paris\n"
+
+
+def test_a_race_comes_first_where_it_is_asked_for(run: Callable[..., Any], data: Path, server: ScriptedServer) -> None:
+    done = run(*fit_words(data, server, "--pay", "--budget-calls", 20, "--steps", 5, "--race", 1))
+    assert done.status == 0 and "race        1 prompts left after 4 examples" in done.out, done.err
+    assert "'Say the capital.'" in done.out and len(server.bodies) < 20
 
 
 @pytest.mark.integration

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,3 +174,43 @@ def test_the_log_of_what_was_sent_lasts_and_holds_each_text_once(tmp_path: Path)
     with SentLog(path) as log:
         assert log.payloads == ["one", "zwö"]
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+class StreamingMemory(MemoryCloud):
+    """Tells the words of its answer; breaks off after the first where it is told to."""
+
+    breaks_off = False
+
+    def stream(self, request: ChatRequest, *, timeout_s: float, on_text: Callable[[str], None]) -> ChatAnswer:
+        answer = self.send(request, timeout_s=timeout_s)
+        for word in answer.text.split():
+            on_text(word)
+            if self.breaks_off:
+                raise ConnectionLostError("gone")
+        return answer
+
+
+def test_a_streamed_answer_is_told_paid_and_cached_as_any_other(tmp_path: Path) -> None:
+    cloud, told, again = StreamingMemory(), list[str](), list[str]()
+    cloud.failures = [RefusedError(503, "busy")]
+    gate = CloudGate(cloud, cache=AnswerCache(tmp_path), sleep=lambda _: None)
+    asked = gate.ask_streamed(chat(), told.append)
+    assert told == ["echo", "hello"] and asked.cost.tokens_out == 2 and gate.purse.spent.calls == 2
+    assert '"stream":true' in gate.sent.payloads[0]
+    assert gate.ask(chat()).cost == Cost() and gate.ask_streamed(chat(), again.append).answer == asked.answer
+    assert again == ["echo hello"] and len(cloud.requests) == 2
+
+
+def test_after_a_piece_nothing_is_tried_again() -> None:
+    cloud, told = StreamingMemory(), list[str]()
+    cloud.breaks_off = True
+    gate = CloudGate(cloud, sleep=lambda _: None)
+    with pytest.raises(ConnectionLostError):
+        gate.ask_streamed(chat(), told.append)
+    assert told == ["echo"] and len(cloud.requests) == 1
+    assert gate.purse.spent == gate.most(replace(chat(), is_streamed=True))
+
+
+def test_tools_are_not_streamed() -> None:
+    with pytest.raises(InputError, match="has tools"):
+        CloudGate(StreamingMemory()).ask_streamed(replace(chat(), tools=({"type": "function"},)), lambda _: None)

@@ -17,7 +17,7 @@ from cotune.errors import InputError
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
 from cotune.sandwich.cloud_gate import CloudGate
-from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeMerger, edge_adapter
+from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeDrafter, EdgeMerger, EdgeRewriter, edge_adapter
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.fit import prepare_examples
 from cotune.sandwich.pipeline import MergeJob, Pipeline, PipelineConfig
@@ -110,6 +110,19 @@ def test_it_writes_as_a_merger(edge: EdgeAdapter) -> None:
     job = MergeJob("Hi", ("yes",))
     text = EdgeMerger(edge, edge.start()).merge(job)
     assert text == edge.write(edge.start(), [job, MergeJob("Ho", ("no",))])[0] and isinstance(text, str)
+
+
+def test_it_writes_before_and_beside_the_cloud(edge: EdgeAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, read = edge.start(), list[str]()
+
+    def write_after(x: np.ndarray, texts: list[str]) -> list[str]:
+        read.extend(texts)
+        return ["one?\n\n two?"]
+
+    monkeypatch.setattr(edge, "write_after", write_after)
+    assert EdgeRewriter(edge, x, template="{request}|{answers}").rewrite("Hi {request}") == ["one?", " two?"]
+    assert EdgeDrafter(edge, x).draft("Hi") == "one?\n\n two?"
+    assert read == ["Hi {request}|{answers}", "User: Hi\nAssistant:"]
 
 
 def test_the_backbone_is_as_before(backbone: Backbone) -> None:

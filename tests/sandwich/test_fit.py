@@ -25,9 +25,12 @@ from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.cost import Price
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.fit import FitConfig, fit, prepare_examples, project
-from cotune.sandwich.pipeline import Pipeline, PipelineConfig
+from cotune.sandwich.pipeline import MergeJob, Pipeline, PipelineConfig
+from cotune.sandwich.prompts.categorical import CategoricalPrompt
 from cotune.sandwich.prompts.pool import PromptPool
+from cotune.sandwich.prompts.race import RaceConfig
 from cotune.sandwich.scripted_cloud import scripted_server
+from cotune.sandwich.text_problem import Cell
 
 NUM_CELLS = 2 * (len(TRAIN) + len(VALIDATION))
 
@@ -93,6 +96,18 @@ def test_placeholders_depend_on_the_secret_and_on_nothing_before(tmp_path: Path)
     assert sent[0] == sent[1] != sent[2]
 
 
+def test_in_parallel_each_example_is_drafted_once_for_all_prompts() -> None:
+    class Drafts:
+        def draft(self, request: str) -> str:
+            return f"draft of {request}"
+
+    config = PipelineConfig(model="m", mode="parallel")
+    with redactor_here() as redactor:
+        pipeline = Pipeline(redactor, CloudGate(crossing_cloud()), config, drafter=Drafts())
+        (example, *_) = prepare_examples(pipeline, TRAIN, b"k")
+    assert Cell(example, ("a",)).job == MergeJob(TRAIN[0].request, ("a",), f"draft of {TRAIN[0].request}")
+
+
 def test_a_failure_on_the_way_is_gone_on_from(tmp_path: Path) -> None:
     whole = fit_crossing(crossing_cloud(), tmp_path / "whole")
     cloud = crossing_cloud([RefusedError(401, "who are you?")])
@@ -148,6 +163,31 @@ def test_without_an_edge_the_prompt_is_chosen_first(tmp_path: Path) -> None:
             folder=tmp_path,
         )
     assert found.prompt == "Good." and found.score == 1.0 and found.start_score == 0.0 and found.is_sequential
+
+
+def test_a_race_leaves_the_good_prompt_and_asks_less(tmp_path: Path) -> None:
+    cloud = MemoryCloud()
+    cloud.under = {"Good.": "Paris", **{f"Bad {n}.": "no idea" for n in range(5)}}
+    train = [PrivateExample(f"{n}: the capital?", "Paris") for n in range(12)]
+    with redactor_here() as redactor:
+        pipeline = Pipeline(redactor, CloudGate(cloud), PipelineConfig(model="m", max_tokens=5))
+        found = fit(
+            pipeline,
+            train,
+            [PrivateExample(f"{n}: a town?", "Paris") for n in range(2)],
+            exact_match,
+            variable=PromptPool([*[*cloud.under][1:], "Good."]),
+            budget=Budget(),
+            folder=tmp_path,
+            config=FitConfig(race=RaceConfig(num_left=1)),
+        )
+    assert found.race is not None and found.race.left == ("Good.",) and found.race.num_examples == 4
+    assert (found.prompt, found.score, found.start_score) == ("Good.", 1.0, 0.0)
+    # 6 prompts on 4 examples in the race, then one prompt on the others, and the first one on 2 to compare with.
+    assert found.spent.calls == 6 * 4 + (12 - 4) + 2 + 2 and "1 prompts left after 4 examples" in found.to_text()
+    with pytest.raises(InputError, match="no pool"):
+        variable = CategoricalPrompt([["a", "b"]])
+        fit_crossing(cloud, tmp_path / "x", variable=variable, config=FitConfig(race=RaceConfig(num_left=1)))
 
 
 def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:

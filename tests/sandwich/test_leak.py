@@ -9,6 +9,7 @@ from redactors import redactor_here
 from scripted_clouds import MemoryCloud
 
 from cotune.errors import InputError
+from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.leak import invert, measure_leaks, over_redaction
 
 
@@ -56,6 +57,14 @@ def test_an_attacker_is_right_where_its_first_guess_is() -> None:
         person, mail = (entry.placeholder for entry in request.placeholders.entries)
 
     attacker = MemoryCloud(lambda text: f"{person} = ann  lee\n{mail.lower()} = bob@example.org\nnonsense")
-    found = invert(attacker, [(sent, request)], model="m")
+    found = invert(CloudGate(attacker), [(sent, request)], model="m")
     assert (found.num_values, found.num_right, found.top1) == (2, 1, 0.5)
     assert "Ann" not in attacker.requests[0].payload.decode().split("Somebody")[1]
+
+
+def test_an_attacker_is_not_asked_where_nothing_was_replaced() -> None:
+    cloud = MemoryCloud()
+    with redactor_here() as redactor:
+        request = redactor.request()
+        found = invert(CloudGate(cloud), [(request.redact("Hello!").text, request)], model="m")
+    assert (found.num_values, found.top1, cloud.requests) == (0, 0, [])

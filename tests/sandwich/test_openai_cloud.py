@@ -160,3 +160,51 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     with pytest.raises(CotuneError, match=r"pip install 'cotune\[sandwich\]'"):
         OpenAiCloud("http://127.0.0.1:1/v1")
+
+
+def test_a_stream_tells_pieces_and_says_so_in_what_travels() -> None:
+    told: list[str] = []
+    request = ChatRequest(model="m", messages=REQUEST.messages, max_tokens=9, is_streamed=True)
+    with asked(lambda body: "Grüße und so") as (cloud, server):
+        answer = cloud.stream(request, timeout_s=20, on_text=told.append)
+    assert answer.text == "".join(told) == "Grüße und so" and len(told) == 4 and answer.tokens_out == 3
+    sent = json.loads(server.bodies[0])
+    assert sent == json.loads(request.payload) and sent["stream"] is True
+    assert request.digest == ChatRequest(model="m", messages=REQUEST.messages, max_tokens=9).digest
+
+
+def test_our_own_cloud_streams_the_same_text() -> None:
+    hosted = HostedModel.of(tiny_backbone("llama"))
+    with (
+        in_a_thread(hosted) as url,
+        redactor_here() as redactor,
+        closing(OpenAiCloud(url.replace("ws", "http", 1) + "/v1")) as cloud,
+    ):
+        config = PipelineConfig(model=hosted.description.model, max_tokens=6)
+        told: list[str] = []
+        line = Pipeline(redactor, CloudGate(cloud), config)
+        streamed = line.run_streamed("Say something.", told.append)
+        assert streamed.text == "".join(told) == line.run("Say something.").text
+    assert streamed.cost.tokens_out > 0
+
+
+def test_a_connection_that_breaks_while_it_streams_is_an_error_of_the_wire() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        closing(OpenAiCloud(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")) as cloud,
+    ):
+
+        def break_off() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(
+                    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9999\r\n\r\n"
+                )
+
+        thread = threading.Thread(target=break_off)
+        thread.start()
+        with pytest.raises(ConnectionLostError, match="broke"):
+            cloud.send(REQUEST, timeout_s=10)
+        thread.join(20)
+        assert not thread.is_alive()

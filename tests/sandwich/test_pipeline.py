@@ -6,7 +6,7 @@ import json
 import random
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from scripted_clouds import MemoryCloud
 
 from cotune.errors import BudgetError, InputError, RedactionError
 from cotune.sandwich.budget import Budget, Purse
-from cotune.sandwich.chat import ChatAnswer, ToolCall
+from cotune.sandwich.chat import ChatAnswer, ChatRequest, ToolCall
 from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.detect import HereFinder
 from cotune.sandwich.pipeline import MergeJob, Pipeline, PipelineConfig
@@ -24,6 +24,16 @@ from cotune.sandwich.tools import Tool, ToolBox
 
 TEXT = "Tell Ann Lee (ann@example.org) that Blue Heron starts."
 PRIVATE = ("Ann Lee", "ann@example.org", "Blue Heron")
+
+
+class Streams(MemoryCloud):
+    """Tells its answer letter by letter."""
+
+    def stream(self, request: ChatRequest, *, timeout_s: float, on_text: Callable[[str], None]) -> ChatAnswer:
+        answer = self.send(request, timeout_s=timeout_s)
+        for letter in answer.text:
+            on_text(letter)
+        return answer
 
 
 class Splits:
@@ -195,3 +205,19 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
 def test_parallel_needs_a_drafter() -> None:
     with redactor_here() as redactor, pytest.raises(InputError, match="drafter"):
         pipeline(MemoryCloud(), redactor, mode="parallel")
+
+
+def test_a_streamed_answer_is_restored_while_it_comes() -> None:
+    told: list[str] = []
+    with redactor_here() as redactor:
+        done = pipeline(Streams(), redactor).run_streamed(TEXT, told.append)
+    assert done.text == "".join(told) == f"echo {TEXT}" and len(told) > 10 and all(told)
+    assert not any("<" in piece or "_" in piece for piece in told)
+
+
+@pytest.mark.parametrize("parts", [{"merger": Merges()}, {"rewriter": Splits()}])
+def test_what_the_edge_still_writes_is_not_streamed(parts: dict[str, Any]) -> None:
+    cloud = Streams()
+    with redactor_here() as redactor, pytest.raises(InputError, match="cannot be streamed"):
+        pipeline(cloud, redactor, **parts).run_streamed(TEXT, print)
+    assert cloud.requests == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cotune.errors import DataError, InputError
-from cotune.sandwich.sent_log import SentLog
+from cotune.sandwich.sent_log import SentLog, read_sent
 
 
 def test_each_payload_is_kept_once_and_for_the_next_run(tmp_path: Path) -> None:
@@ -46,3 +46,17 @@ def test_a_foreign_file_is_refused(tmp_path: Path, line: bytes) -> None:
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the log .*sent.jsonl cannot be written: No such file or directory"):
         SentLog(tmp_path / "missing" / "sent.jsonl")
+
+
+def test_a_log_that_is_being_written_is_read_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "sent.jsonl"
+    with SentLog(path) as log:
+        log.add("a", b"one")
+        path.write_bytes(path.read_bytes() + b'{"digest": "b", "pay')
+        before = path.read_bytes()
+        assert read_sent(path) == ["one"] and path.read_bytes() == before
+    for name, text in (("missing", None), ("nonsense", "[5]\n")):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=r"cannot be read|no line of a log"):
+            read_sent(tmp_path / name)

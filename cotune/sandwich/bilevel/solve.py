@@ -19,18 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import numpy as np
 
 from cotune.errors import BudgetError, InputError
 from cotune.sandwich.bilevel.planes import PlaneConfig, PlaneSet
 from cotune.sandwich.bilevel.problem import BilevelProblem, ProjectedProblem, Vector
+from cotune.sandwich.bilevel.step_rules import AdamRule, PlainRule, XRule, clipped
 
 Constraint = Literal["none", "penalty", "cut"]
 _ONE_SIDED = 1.64
 _DAMPING = 0.2
-_BETAS = (0.9, 0.999)
 _NO_COUPLING = 1e-9
 
 
@@ -130,30 +130,6 @@ class Solution:
     is_sequential: bool
 
 
-class _XRule(Protocol):
-    def step(self, x: Vector, gradient: Vector, rate: float) -> Vector: ...
-
-
-class _Plain:
-    def step(self, x: Vector, gradient: Vector, rate: float) -> Vector:
-        return x - rate * gradient
-
-
-class _Adam:
-    """Kingma and Ba, arXiv 1412.6980."""
-
-    def __init__(self) -> None:
-        self._count, self._mean, self._square = 0, 0.0 * np.zeros(1), 0.0 * np.zeros(1)
-
-    def step(self, x: Vector, gradient: Vector, rate: float) -> Vector:
-        self._count += 1
-        first, second = _BETAS
-        self._mean = first * self._mean + (1 - first) * gradient
-        self._square = second * self._square + (1 - second) * gradient**2
-        mean, square = self._mean / (1 - first**self._count), self._square / (1 - second**self._count)
-        return np.asarray(x - rate * mean / (np.sqrt(square) + 1e-8))
-
-
 def solve(
     problem: BilevelProblem,
     x: Vector,
@@ -206,7 +182,7 @@ class _Run:
         self.problem, self.x, self.y, self.config, self.on_refresh = problem, x, y, config, on_refresh
         self.response = y.copy()
         self.planes = PlaneSet(config.planes)
-        self.rule: _XRule = _Adam() if config.x_rule == "adam" else _Plain()
+        self.rule: XRule = AdamRule() if config.x_rule == "adam" else PlainRule()
         self.history: list[Refresh] = []
         self.best: tuple[float, Vector, Vector, Vector] | None = None
         self.num_stale = 0
@@ -229,8 +205,8 @@ class _Run:
             here, there = self.lower_pair(step)
             grad_x = grad_x + config.penalty * (here[0] - there)
             grad_y = grad_y + config.penalty * here[1]
-        self.x = self.rule.step(self.x, _clip(grad_x, config.max_norm), config.x_rate / damping)
-        self.y = self.y - config.y_rate / damping * _clip(grad_y, config.max_norm)
+        self.x = self.rule.step(self.x, clipped(grad_x, config.max_norm), config.x_rate / damping)
+        self.y = self.y - config.y_rate / damping * clipped(grad_y, config.max_norm)
         if config.constraint == "cut":
             self.planes.ascend(self.x, self.y)
 
@@ -303,7 +279,7 @@ class _Run:
             if self.history[-1].is_feasible:
                 return
             lower = self.problem.lower(self.x, self.y, step + extra)
-            self.y = self.y - self.config.y_rate * _clip(lower.grad_y, self.config.max_norm)
+            self.y = self.y - self.config.y_rate * clipped(lower.grad_y, self.config.max_norm)
             if extra % self.config.refresh_every == 0 or extra == self.config.num_restore_steps:
                 self.refresh(step + extra)
         if self.config.num_restore_steps and not self.history[-1].is_feasible:
@@ -325,11 +301,6 @@ class _Run:
             is_feasible=is_feasible,
             is_sequential=self.is_sequential,
         )
-
-
-def _clip(gradient: Vector, max_norm: float) -> Vector:
-    norm = float(np.linalg.norm(gradient))
-    return gradient * (max_norm / norm) if norm > max_norm else gradient
 
 
 def _standard_error(values: Vector) -> float:

@@ -42,7 +42,7 @@ class SoftPrefix:
     def __init__(self, backbone: Backbone, *, num_tokens: int, dim: int, seed: int = 0) -> None:
         if num_tokens < 1 or dim < 1:
             raise InputError(f"num_tokens is {num_tokens} and dim {dim}, expected at least 1 of both")
-        self.dim, self._num_tokens = dim, num_tokens
+        self.dim, self.num_tokens = dim, num_tokens
         self._backbone, self._model = backbone, backbone.model
         self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
         embedding = self._model.get_input_embeddings().weight.detach()
@@ -78,7 +78,7 @@ class SoftPrefix:
             InputError: it does not fit the model's context.
         """
         ids = torch.tensor(self._tokenizer.encode(text).ids)
-        longest = self._num_tokens + len(ids) + max_new_tokens
+        longest = self.num_tokens + len(ids) + max_new_tokens
         if longest > self._backbone.spec.max_context or max_new_tokens < 1:
             raise InputError(
                 f"prefix, text and answer take {longest} positions, expected at most {self._backbone.spec.max_context} "
@@ -93,6 +93,10 @@ class SoftPrefix:
             last = torch.tensor([written[-1:]], device=self._model.device)
             output = self._model(input_ids=last, past_key_values=output.past_key_values, use_cache=True)
         return self._tokenizer.decode(written, skip_special_tokens=True).strip()
+
+    def num_tokens_of(self, text: str) -> int:
+        """How many tokens the model makes of a text."""
+        return len(self._tokenizer.encode(text).ids)
 
     def writer(self, text: str, *, max_new_tokens: int = 40) -> Callable[[Vector], str]:
         """For a `LatentPrompt`: the instruction that the model writes behind `text`, such as a few examples.

@@ -1,0 +1,291 @@
+"""The four tasks of the sandwich's studies: requests, answers, what is private, prompts to choose from, and a metric.
+
+| task | data | a request | metric |
+|---|---|---|---|
+| decomposition | ultratool_planning | a wish and tools, some of no use | mean F1 of the tools and of their order |
+| tools | api_bank | a dialogue and descriptions of APIs | the API is right, times the share of its arguments |
+| dialogue | dailydialog | a dialogue so far | token F1 of the next turn |
+| nlu | sst2, or trec | a text | exact match of the label |
+
+`made` stands in for each where no data is given: requests that cotune makes itself, with names and addresses in them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from cotune.data.api_bank import OWN_WORDS, gold_units, parse_call
+from cotune.data.row_readers import read_jsonl
+from cotune.errors import InputError
+from cotune.evaluation import exact_match, token_f1
+from cotune.sandwich.detector_table import RULES
+from cotune.sandwich.detectors.dictionary import DictionaryEntry
+from cotune.sandwich.examples import PrivateExample
+from cotune.sandwich.text_problem import Metric
+
+PARTS = ("train", "validation", "test")
+TASKS = ("decomposition", "tools", "dialogue", "nlu")
+_NUM_TOOLS = 6
+_SEPARATORS = re.compile(r"\s*(?:,|;|->|\n)\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many examples."""
+
+    num_train: int
+    """That have targets."""
+    num_unlabelled: int
+    """Other requests, without targets: a distillation may ask about them."""
+    num_validation: int
+    num_test: int
+    seed: int
+    """Of all draws but the test part's, which is the same for all seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: of it.
+        train, validation, test: examples.
+        unlabelled: requests whose targets nobody looks at.
+        prompts: to choose from; the first is the plain one.
+        metric: of final texts, in [0, 1].
+        max_tokens, max_new_tokens: of the cloud's and of the edge's answers.
+        detectors: that look.
+        own_words: the user's dictionary.
+    """
+
+    name: str
+    train: tuple[PrivateExample, ...] = field(repr=False)
+    validation: tuple[PrivateExample, ...] = field(repr=False)
+    test: tuple[PrivateExample, ...] = field(repr=False)
+    unlabelled: tuple[str, ...] = field(repr=False)
+    prompts: tuple[str, ...]
+    metric: Metric
+    max_tokens: int
+    max_new_tokens: int
+    detectors: tuple[str, ...] = RULES
+    own_words: tuple[DictionaryEntry, ...] = field(default=(), repr=False)
+
+
+def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2") -> Task:
+    """A task by name.
+
+    Args:
+        name: one of `TASKS`.
+        root: folder of data sets; None for requests that cotune makes itself.
+        sizes: how many.
+        nlu: the data set of nlu.
+
+    Raises:
+        InputError: there is no such task, or too few examples.
+    """
+    if name not in TASKS:
+        raise InputError(f"the task is {name!r}, expected one of {', '.join(TASKS)}")
+    make, prompts, metric, max_tokens = _KINDS[name]
+    folder = {"decomposition": "ultratool_planning", "tools": "api_bank", "dialogue": "dailydialog", "nlu": nlu}[name]
+    found: dict[str, list[PrivateExample]] = {}
+    words: set[str] = set()
+    for number, part in enumerate(PARTS):
+        if root is None:
+            rows: list[PrivateExample] = made_examples(name, part)
+        else:
+            given = _rows(root / folder, part)
+            rows = list(make(given, Random(number)))
+            words.update(*(_own_words(row) for row in given if name == "tools"))
+        Random(number if part == "test" else f"{sizes.seed}-{part}").shuffle(rows)
+        found[part] = rows
+    limits = {"train": sizes.num_train, "validation": sizes.num_validation, "test": sizes.num_test}
+    for part, limit in limits.items():
+        if len(found[part]) < limit:
+            raise InputError(f"{name} has {len(found[part])} examples to {part} with, expected {limit}; ask for fewer")
+    rest = found["train"][sizes.num_train : sizes.num_train + sizes.num_unlabelled]
+    is_made = root is None
+    return Task(
+        name=name,
+        **{part: tuple(found[part][:limit]) for part, limit in limits.items()},
+        unlabelled=tuple(each.request for each in rest),
+        prompts=prompts,
+        metric=metric,
+        max_tokens=max_tokens,
+        max_new_tokens=max_tokens,
+        detectors=(*RULES, *(["id"] if name == "tools" else []), *(["dictionary"] if words or is_made else [])),
+        own_words=tuple(DictionaryEntry((word,), "TERM") for word in sorted(words or _NAMES if is_made else words)),
+    )
+
+
+def _rows(folder: Path, part: str) -> list[Mapping[str, Any]]:
+    packed = folder / f"{part}.jsonl.gz"
+    path = packed if packed.is_file() else folder / f"{part}.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} is not there, expected a data set of the study; see --data-root")
+    return [dict(row) for _, row in read_jsonl(path)]
+
+
+def _decompositions(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateExample]:
+    everything = sorted({tool for row in rows for tool in row["tools"]})
+    for row in rows:
+        wanted = list(dict.fromkeys(row["tools"]))
+        others = [tool for tool in rng.sample(everything, min(len(everything), 2 * _NUM_TOOLS)) if tool not in wanted]
+        shown = wanted + others[: max(0, _NUM_TOOLS - len(wanted))]
+        rng.shuffle(shown)
+        yield PrivateExample(f"Tools: {', '.join(shown)}\n{row['instruction']}", ", ".join(row["tools"]))
+
+
+def _calls(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateExample]:
+    for row in rows:
+        name, arguments = parse_call(row["calls"][0])
+        if name:
+            tools = [
+                f"{tool.get('name') or tool.get('apiCode')}"
+                f"({', '.join(tool.get('input_parameters') or tool.get('parameters') or {})})"
+                for tool in row["tools"]
+            ]
+            called = f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+            text = f"APIs: {'; '.join(tools)}\n{row['instruction'].strip()}"
+            yield PrivateExample(text, called, tuple(gold_units(row)))
+
+
+def _own_words(row: Mapping[str, Any]) -> list[str]:
+    return [unit for unit, kind in gold_units(row).items() if kind in OWN_WORDS]
+
+
+def _turns(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateExample]:
+    for row in rows:
+        turns = [f"{turn['speaker']}: {turn['text']}" for turn in row["turns"]]
+        if len(turns) > 1:
+            cut = rng.randrange(1, len(turns))
+            if row["turns"][cut]["text"].strip():
+                speaker = row["turns"][cut]["speaker"]
+                yield PrivateExample("\n".join([*turns[:cut], f"{speaker}:"]), row["turns"][cut]["text"])
+
+
+def _labels(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateExample]:
+    labels = ", ".join(sorted({row["label"] for row in rows}))
+    for row in rows:
+        yield PrivateExample(f"{row['text']}\nOne of: {labels}", row["label"])
+
+
+def tool_graph_f1(text: str, references: Sequence[str]) -> float:
+    """Mean of the F1 of the tools and the F1 of their neighbours in order, as TaskBench counts nodes and edges.
+
+    Example:
+        >>> tool_graph_f1("a, c", ["a, b, c"])
+        0.4
+    """
+    (reference,) = references
+    ours, theirs = _names(text), _names(reference)
+    nodes = _f1(set(ours), set(theirs))
+    if len(theirs) < 2:
+        return nodes
+    return (nodes + _f1(set(pairwise(ours)), set(pairwise(theirs)))) / 2
+
+
+def call_score(text: str, references: Sequence[str]) -> float:
+    """1 for the right API, times the share of arguments that are there with the same value, of all that either names.
+
+    Example:
+        >>> call_score("Find(name='ann lee', age=8)", ["Find(name='Ann Lee', age='7')"])
+        0.5
+    """
+    (reference,) = references
+    (name, ours), (wanted, theirs) = parse_call(text), parse_call(reference)
+    if name != wanted:
+        return 0.0
+    fields = ours.keys() | theirs.keys()
+    same = sum(key in ours and key in theirs and ours[key].casefold() == theirs[key].casefold() for key in fields)
+    return same / len(fields) if fields else 1.0
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in (each.strip(" .`\"'") for each in _SEPARATORS.split(text.strip())) if name]
+
+
+def _f1(ours: set[Any], theirs: set[Any]) -> float:
+    return 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours or theirs else 1.0
+
+
+_Maker = Callable[[Sequence[Mapping[str, Any]], Random], Iterator[PrivateExample]]
+_KINDS: Mapping[str, tuple[_Maker, tuple[str, ...], Metric, int]] = {
+    "decomposition": (
+        _decompositions,
+        (
+            "List the tools that are needed, in order, with commas.",
+            "Which of the tools are called, one after the other? Answer with their names and commas alone.",
+            "Break the wish into steps. Write the name of one tool for each step, with commas between them.",
+            "Answer like this: first_tool, second_tool. Leave out tools that are not needed.",
+        ),
+        tool_graph_f1,
+        32,
+    ),
+    "tools": (
+        _calls,
+        (
+            "Write the API call that comes next.",
+            "Answer with one call such as Name(key='value') and nothing else. Copy values as they stand.",
+            "Choose the API that does what the user wants, and fill in its arguments from the dialogue: "
+            "Name(key='value').",
+            "Write one line: the API's name, then its arguments in brackets. Keep words in angle brackets as they are.",
+        ),
+        call_score,
+        64,
+    ),
+    "dialogue": (
+        _turns,
+        (
+            "Write the next turn of the dialogue.",
+            "Answer as the person whose turn it is, in one short sentence.",
+            "Go on with the dialogue politely and to the point; one turn, without the speaker's letter.",
+            "What would somebody say next in daily life? Write that alone.",
+        ),
+        token_f1,
+        32,
+    ),
+    "nlu": (
+        _labels,
+        (
+            "Classify the text.",
+            "Answer with one of the labels and nothing else.",
+            "Which label fits best? Write it in lower case.",
+            "Read the text, think of what it is about, and write one label.",
+        ),
+        exact_match,
+        8,
+    ),
+}
+
+_NAMES = ("Ann Lee", "Bob Roe", "Eva Kim", "Tom Day")
+_WORDS = ("lamp", "river", "coat", "garden", "letter", "train")
+_MADE = 120
+
+
+def made_examples(name: str, part: str) -> list[PrivateExample]:
+    """Requests of a task that cotune makes itself, each with a name and an address; no request is in two parts.
+
+    Example:
+        >>> made_examples("nlu", "test")[0].private
+        ('Ann Lee', 'ann0@test.example.org')
+    """
+    return [_made(name, part, number) for number in range(_MADE)]
+
+
+def _made(name: str, part: str, number: int) -> PrivateExample:
+    who, thing = _NAMES[number % len(_NAMES)], _WORDS[number % len(_WORDS)]
+    mail = f"{who.split()[0].casefold()}{number}@{part}.example.org"
+    asks = f"{who} ({mail}) writes: item {number}, a {thing}."
+    target = {
+        "decomposition": f"find_{thing}, send_mail",
+        "tools": f"Send(address='{mail}', item='{thing}')",
+        "dialogue": f"Thank you, {who}, for the {thing}.",
+        "nlu": thing,
+    }[name]
+    return PrivateExample(asks, target, (who, mail))
