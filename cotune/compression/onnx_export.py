@@ -79,7 +79,7 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
     Args:
         model: a Hugging Face folder of the Llama family, quantised or not, a hub name, or `starter`.
         out: the folder to make; nothing is there yet.
-        config: how; by default 4 bits in blocks of 128 with zero points, embedding and head too.
+        config: how; by default 4 bits in blocks of 128, embedding and head too.
 
     Raises:
         InputError: the model cannot be exported, or the folder cannot be written; nothing is left of it.

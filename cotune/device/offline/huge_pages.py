@@ -16,6 +16,9 @@ from pathlib import Path
 _SETTINGS = "sys/kernel/mm/transparent_hugepage"
 # Of linux/mman.h: large pages from now on, and for what is there already.
 _ADVICE = (14, 25)
+# Of malloc.h: how much free memory at the heap's end is kept, and from which size on a piece is mapped by itself.
+_KEPT_BYTES, _MAPPED_BYTES = -1, -3
+_LARGEST_HEAP_PIECE, _USUAL_HEAP_PIECE = 32 * 2**20, 2**20
 
 Region = tuple[int, int]
 """Addresses from the first byte to the one behind the last."""
@@ -24,6 +27,9 @@ Region = tuple[int, int]
 @contextmanager
 def huge_pages(root: Path = Path("/")) -> Iterator[None]:
     """Ask for large pages for the memory that is taken inside and kept; a failure costs speed and nothing else.
+
+    A weight of less than a few megabytes that is mapped by itself, as glibc does, has hardly a whole large page. Inside
+    all but the largest come from the heap, one behind the other; afterwards those of a megabyte and more are mapped.
 
     Args:
         root: of the file system that tells about memory.
@@ -34,7 +40,13 @@ def huge_pages(root: Path = Path("/")) -> Iterator[None]:
     """
     size = _page_bytes(root)
     before = _regions(root) if size else []
-    yield
+    if size:
+        _take_from_heap(_LARGEST_HEAP_PIECE)
+    try:
+        yield
+    finally:
+        if size:
+            _take_from_heap(_USUAL_HEAP_PIECE)
     if size:
         for region in aligned(added(before, _regions(root)), size):
             _advise(region)
@@ -93,6 +105,14 @@ def _regions(root: Path) -> list[Region]:
             start, end = addresses.split("-")
             found.append((int(start, 16), int(end, 16)))
     return found
+
+
+def _take_from_heap(below_bytes: int) -> None:
+    """Let malloc map larger pieces alone; other libraries than glibc have no such setting."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MAPPED_BYTES, below_bytes)
+        mallopt(_KEPT_BYTES, 2 * below_bytes)
 
 
 def _advise(region: Region) -> None:

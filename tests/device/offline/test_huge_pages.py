@@ -7,8 +7,6 @@ import mmap
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cotune.device.offline import huge_pages as module
 from cotune.device.offline.huge_pages import added, aligned, huge_pages
@@ -23,8 +21,6 @@ MAPS = """\
 7ffc00000000-7ffc00800000 rw-p 00000000 00:00 0 [stack]
 """
 
-Numbers = st.sets(st.integers(0, 40))
-
 
 def regions_of(numbers: set[int]) -> list[tuple[int, int]]:
     """Runs of numbers, as regions."""
@@ -33,13 +29,15 @@ def regions_of(numbers: set[int]) -> list[tuple[int, int]]:
     return list(zip(starts, ends, strict=True))
 
 
-@settings(max_examples=50)
-@given(Numbers, Numbers)
-def test_what_was_added_is_the_difference_of_sets(before: set[int], after: set[int]) -> None:
-    found = added(regions_of(before), regions_of(after))
-    numbers = [number for start, end in found for number in range(start, end)]
-    assert numbers == sorted(after - before)
-    assert all(start < end for start, end in found)
+def test_what_was_added_is_the_difference_of_sets() -> None:
+    """For all sets of six numbers before and after."""
+    sets = [{number for number in range(6) if bits >> number & 1} for bits in range(64)]
+    for before in sets:
+        for after in sets:
+            found = added(regions_of(before), regions_of(after))
+            numbers = [number for start, end in found for number in range(start, end)]
+            assert numbers == sorted(after - before)
+            assert all(start < end for start, end in found)
 
 
 def test_only_whole_pages_count() -> None:
@@ -56,17 +54,37 @@ def system(root: Path, *, enabled: str, end: str = "400000") -> None:
     (root / "proc/self/maps").write_text(MAPS.format(end=end))
 
 
-@pytest.mark.parametrize("enabled", ["always [madvise] never\n", "[always] madvise never\n", "always madvise [never]\n"])
+@pytest.mark.parametrize(
+    "enabled", ["always [madvise] never\n", "[always] madvise never\n", "always madvise [never]\n"]
+)
 def test_new_private_memory_is_asked_for_unless_the_system_forbids_it(
     enabled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
+    heap: list[int] = []
     monkeypatch.setattr(module, "_advise", asked.append)
+    monkeypatch.setattr(module, "_take_from_heap", heap.append)
     system(tmp_path, enabled=enabled)
     with huge_pages(tmp_path):
         system(tmp_path, enabled=enabled, end="a00000")
-    expected = [] if "[never]" in enabled else [(0x7F0000400000, 0x7F0000A00000)]
-    assert asked == expected
+        assert heap == ([] if "[never]" in enabled else [2**25])
+    if "[never]" in enabled:
+        assert asked == heap == []
+    else:
+        assert asked == [(0x7F0000400000, 0x7F0000A00000)] and heap == [2**25, 2**20]
+
+
+def test_pieces_are_mapped_again_after_an_error_and_nothing_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heap: list[int] = []
+    monkeypatch.setattr(module, "_advise", lambda region: pytest.fail(str(region)))
+    monkeypatch.setattr(module, "_take_from_heap", heap.append)
+    system(tmp_path, enabled="[always]")
+    with pytest.raises(RuntimeError, match="damaged"), huge_pages(tmp_path):
+        system(tmp_path, enabled="[always]", end="a00000")
+        raise RuntimeError("damaged")
+    assert heap == [2**25, 2**20]
 
 
 def test_a_system_that_says_nothing_is_asked_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +117,21 @@ def touched(size: int) -> mmap.mmap:
     for start in range(0, size, 4096):
         memory[start] = start // 4096 % 251
     return memory
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library is not glibc")
+def test_pieces_below_a_size_lie_in_the_heap() -> None:
+    """The heap ends at the break; what is mapped lies elsewhere."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = (ctypes.c_size_t,), (ctypes.c_void_p,)
+    for below_bytes, is_heap in ((module._USUAL_HEAP_PIECE, False), (module._LARGEST_HEAP_PIECE, True)):
+        module._take_from_heap(below_bytes)
+        piece = libc.malloc(24 * 2**20)
+        module._take_from_heap(module._USUAL_HEAP_PIECE)
+        heap_end = libc.sbrk(0)
+        libc.free(piece)
+        assert (piece < heap_end) == is_heap
 
 
 def test_the_kernel_gives_them_and_the_bytes_stay() -> None:
