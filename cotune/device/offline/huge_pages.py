@@ -18,7 +18,7 @@ _SETTINGS = "sys/kernel/mm/transparent_hugepage"
 _ADVICE = (14, 25)
 # Of malloc.h: how much free memory at the heap's end is kept, and from which size on a piece is mapped by itself.
 _KEPT_BYTES, _MAPPED_BYTES = -1, -3
-_LARGEST_HEAP_PIECE, _USUAL_HEAP_PIECE = 32 * 2**20, 2**20
+_LARGEST_HEAP_PIECE, _USUAL_HEAP_PIECE = 32 * 2**20, 256 * 2**10
 
 Region = tuple[int, int]
 """Addresses from the first byte to the one behind the last."""
@@ -29,7 +29,8 @@ def huge_pages(root: Path = Path("/")) -> Iterator[None]:
     """Ask for large pages for the memory that is taken inside and kept; a failure costs speed and nothing else.
 
     A weight of less than a few megabytes that is mapped by itself, as glibc does, has hardly a whole large page. Inside
-    all but the largest come from the heap, one behind the other; afterwards those of a megabyte and more are mapped.
+    all but the largest come from the heap, one behind the other; afterwards pieces of 256 kB and more are mapped, so that
+    what a text never touches takes no memory.
 
     Args:
         root: of the file system that tells about memory.

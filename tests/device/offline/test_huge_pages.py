@@ -71,7 +71,7 @@ def test_new_private_memory_is_asked_for_unless_the_system_forbids_it(
     if "[never]" in enabled:
         assert asked == heap == []
     else:
-        assert asked == [(0x7F0000400000, 0x7F0000A00000)] and heap == [2**25, 2**20]
+        assert asked == [(0x7F0000400000, 0x7F0000A00000)] and heap == [2**25, 2**18]
 
 
 def test_pieces_are_mapped_again_after_an_error_and_nothing_is_asked(
@@ -84,7 +84,7 @@ def test_pieces_are_mapped_again_after_an_error_and_nothing_is_asked(
     with pytest.raises(RuntimeError, match="damaged"), huge_pages(tmp_path):
         system(tmp_path, enabled="[always]", end="a00000")
         raise RuntimeError("damaged")
-    assert heap == [2**25, 2**20]
+    assert heap == [2**25, 2**18]
 
 
 def test_a_system_that_says_nothing_is_asked_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
