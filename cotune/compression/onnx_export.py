@@ -207,7 +207,7 @@ def check_heads(source: LlamaFolder) -> None:
     if source.shape.head_dim % _HEAD_MULTIPLE:
         raise InputError(
             f"{source.path} has heads of {source.shape.head_dim} numbers, expected a multiple of {_HEAD_MULTIPLE}, as "
-            "onnxruntime's attention on a CPU; export it to GGUF"
+            "onnxruntime's attention on a CPU; export it to GGUF, if its tokenizer is byte-level BPE"
         )
 
 

@@ -29,8 +29,8 @@ def huge_pages(root: Path = Path("/")) -> Iterator[None]:
     """Ask for large pages for the memory that is taken inside and kept; a failure costs speed and nothing else.
 
     A weight of less than a few megabytes that is mapped by itself, as glibc does, has hardly a whole large page. Inside
-    all but the largest come from the heap, one behind the other; afterwards pieces of 256 kB and more are mapped, so that
-    what a text never touches takes no memory.
+    all but the largest come from the heap, one behind the other; afterwards pieces of 256 kB and more are mapped, so
+    that what a text never touches takes no memory.
 
     Args:
         root: of the file system that tells about memory.
