@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 _CLOUD = ("ws://", "wss://")
 _CLOUD_TOP_K = 64
 _PROMPTS = 8
+_COUNTS = (
+    *("calibration_texts", "calibration_length", "limit", "eval_limit"),
+    *("max_new_tokens", "max_length", "threads"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +202,8 @@ def compress(
     with ExitStack() as stack:
         inputs = _inputs(settings, stages, stack, token_file, tls_ca)
         source, resolved_dtype = check_request(model, stages, out, inputs, resume=resume)
+        if teacher is not None and not resume:
+            _check_teacher(teacher, source, token_file, tls_ca)
         card_settings = _card_settings(settings, source, inputs)
         config = {**plain(settings), "resolved": {"stages": plain(stages), "dtype": resolved_dtype}}
         run = stack.enter_context(run_folder(settings.run, "cotune compress", config))
@@ -235,9 +242,10 @@ def _check(settings: CompressSettings) -> None:
     stages = (*settings.prune, settings.distill, settings.quantize, settings.export)
     if not any(stages):
         raise InputError("nothing is to be done, expected --prune, --distill, --quantize or --export; see --help")
-    for name in ("calibration_texts", "max_new_tokens"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(settings, name)}, expected at least 1")
+    for name in _COUNTS:
+        count = getattr(settings, name)
+        if count is not None and count < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {count}, expected at least 1")
     if settings.rounds < 0 or settings.rounds == 1:
         raise InputError(f"--rounds is {settings.rounds}, expected at least 2, or 0 to leave speed and memory out")
     if settings.teacher is not None and settings.distill is None:
@@ -354,6 +362,26 @@ def _teacher(name: str, run: Path, stack: ExitStack, token_file: Path | None, tl
     ledger = stack.enter_context(EgressLedger(run / "ledger.jsonl"))
     make = connector(name, token_file=token_file, tls_ca=tls_ca, ledger=ledger, way="distil")
     return CloudTeacher(stack.enter_context(RemoteFeatureSource(make, want_hidden=False)))
+
+
+def _check_teacher(name: str, source: Path, token_file: Path | None, tls_ca: Path | None) -> None:
+    """Refuse a teacher that is not there or counts in other tokens, before minutes of measuring."""
+    from cotune.device.features import RemoteFeatureSource
+    from cotune.models.weights import find_model_folder, read_tokenizer
+
+    if name.startswith(_CLOUD):
+        # A greeting holds nothing of the texts.
+        make = connector(name, token_file=token_file, tls_ca=tls_ca)
+        with RemoteFeatureSource(make, want_hidden=False) as cloud:
+            theirs = cloud.description.tokenizer_digest
+    else:
+        theirs = hashlib.sha256(read_tokenizer(find_model_folder(name))).hexdigest()
+    ours = hashlib.sha256(read_tokenizer(source)).hexdigest()
+    if ours != theirs:
+        raise InputError(
+            f"--teacher {name} has tokenizer {theirs[:12]} and the model {ours[:12]}, expected the same; take a model "
+            "with the teacher's tokenizer.json, or make the teacher itself smaller"
+        )
 
 
 def _card_settings(settings: CompressSettings, source: Path, inputs: CompressInputs) -> CardSettings:

@@ -28,6 +28,7 @@ from cotune.cli.offline_options import (
     OfflineOption,
     PatienceOption,
     ThreadsOption,
+    refuse_cloud_words,
 )
 from cotune.cli.offline_text import LOCAL_STYLE, write_offline
 from cotune.cli.output import print_json, progress, stderr, stdout
@@ -128,9 +129,7 @@ def generate(
     if choice.path is not None and cloud is None:
         if prompt is not None:
             raise InputError("PLUGIN is given without --cloud, expected both, or --offline and PROMPT alone")
-        _refuse_cloud_options(
-            mode=mode, schedule=schedule, draft_from=draft_from, num_beams=num_beams if num_beams > 1 else None
-        )
+        refuse_cloud_words(invocation)
         write_offline(
             choice,
             _prompt_text(plugin),
@@ -231,15 +230,6 @@ def _prompt_text(prompt: str | None) -> str:
     if not text:
         raise InputError("PROMPT is empty, expected at least one character")
     return text
-
-
-def _refuse_cloud_options(**given: object) -> None:
-    """What an offline model alone cannot do."""
-    for name, value in given.items():
-        if value is not None:
-            raise InputError(
-                f"--{name.replace('_', '-')} needs PLUGIN and --cloud, expected it left out with --offline"
-            )
 
 
 @device.command()

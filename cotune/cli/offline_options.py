@@ -40,6 +40,24 @@ PatienceOption = Annotated[
 ]
 
 
+_CLOUD_WORDS = (
+    *("mode", "schedule", "answer", "draft_from", "deadline_ms", "num_beams", "length_penalty", "top_k", "window"),
+    *("rtt_ms", "timeout_s", "tls_ca", "cloud_token_file", "fallback_after"),
+)
+
+
+def refuse_cloud_words(invocation: typer.Context) -> None:
+    """Refuse options that mean nothing without a cloud, where an offline model is alone.
+
+    Raises:
+        InputError: one is given, even with the value that it has when left out.
+    """
+    for parameter in invocation.command.params:
+        source = invocation.get_parameter_source(parameter.name or "")
+        if parameter.name in _CLOUD_WORDS and source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"{parameter.opts[0]} needs PLUGIN and --cloud, expected it left out with --offline alone")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OfflineChoice:
     """What a command was given about its offline model; `path` is None where there is none."""

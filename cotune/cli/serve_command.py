@@ -19,6 +19,7 @@ from cotune.cli.offline_options import (
     OfflineOption,
     PatienceOption,
     ThreadsOption,
+    refuse_cloud_words,
 )
 from cotune.cli.output import print_json, stderr
 from cotune.errors import InputError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def serve(
+    invocation: typer.Context,
     plugin: Annotated[
         Path | None, typer.Argument(help="Folder of the plugin; left out with --offline alone.", show_default=False)
     ] = None,
@@ -118,8 +120,7 @@ def serve(
     sampling = Sampling(temperature=temperature, top_p=top_p)
     tell = _Teller(has_token=token_file is not None, as_json=as_json)
     if offline is not None and plugin is None and cloud is None:
-        if draft_from is not None or mode is not None:
-            raise InputError("--mode and --draft-from need PLUGIN and --cloud, expected them left out with --offline")
+        refuse_cloud_words(invocation)
         model_id = name or offline.resolve().name
         _serve_offline(choice, config, tell, model_id, max_new_tokens, sampling, ledger)
         return

@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 from cotune.compression.calibration import CalibrationTexts
 from cotune.compression.depth import Depth
-from cotune.compression.gguf_export import K_KINDS, GgufExportConfig, check_gguf, check_k_quants
+from cotune.compression.gguf_export import K_KINDS, GgufExportConfig, check_gguf, check_gguf_source, check_k_quants
 from cotune.compression.llama_folder import LlamaFolder
 from cotune.compression.onnx_export import check_heads, check_onnx
 from cotune.compression.pruner import count_of
@@ -280,7 +280,9 @@ def check_model(source: Path, name: str, stages: Sequence[Stage], dtype: str) ->
         llama = LlamaFolder(source, context=export.config.context)
         if export.runtime == "onnx":
             check_heads(llama)
-        elif isinstance(export.config, GgufExportConfig) and export.config.kind in K_KINDS:
+        else:
+            check_gguf_source(llama)
+        if isinstance(export.config, GgufExportConfig) and export.config.kind in K_KINDS:
             if any(isinstance(stage, Quantise) for stage in stages):
                 raise InputError(
                     f"export is gguf:{export.config.kind}, which rounds once more what quantise has rounded; leave one "

@@ -93,11 +93,7 @@ def export_gguf(model: str | Path, out: Path, config: GgufExportConfig | None = 
     config = config or GgufExportConfig()
     check_gguf()
     source = LlamaFolder(model, context=config.context)
-    _check_rope(source)
-    _check_heads(source)
-    tokenizer_json = read_tokenizer(source.path)
-    shape = source.shape
-    tokenizer = read_gguf_tokenizer(tokenizer_json, vocab_size=shape.vocab_size, bos_id=shape.bos_id)
+    tokenizer_json, tokenizer = check_gguf_source(source)
     by_llama_cpp = config.kind in K_KINDS
     if by_llama_cpp:
         check_k_quants(source, config.kind)
@@ -112,7 +108,24 @@ def export_gguf(model: str | Path, out: Path, config: GgufExportConfig | None = 
 
             quantise_by_llama_cpp(written, folder / MODEL_FILE, config.kind)
             written.unlink()
-        describe(folder, source, runtime="gguf", bits=_bits(source, config), adapter_modules=shape.module_shapes())
+        describe(
+            folder, source, runtime="gguf", bits=_bits(source, config), adapter_modules=source.shape.module_shapes()
+        )
+
+
+def check_gguf_source(source: LlamaFolder) -> tuple[bytes, GgufTokenizer]:
+    """Refuse a model that llama.cpp would read as another one.
+
+    Returns:
+        Its `tokenizer.json`, and what of it goes into the file.
+
+    Raises:
+        InputError: its rotary embedding, its heads or its tokenizer has no words in GGUF.
+    """
+    _check_rope(source)
+    _check_heads(source)
+    tokenizer_json, shape = read_tokenizer(source.path), source.shape
+    return tokenizer_json, read_gguf_tokenizer(tokenizer_json, vocab_size=shape.vocab_size, bos_id=shape.bos_id)
 
 
 def check_gguf() -> None:

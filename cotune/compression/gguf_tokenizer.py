@@ -119,5 +119,6 @@ def _adds_bos(tokenizer: Tokenizer, bos_id: int | None) -> bool:
 
 def _refused(found: str, expected: str) -> InputError:
     return InputError(
-        f"the tokenizer {found}, expected {expected}, to be written to GGUF; export the model to ONNX instead"
+        f"the tokenizer {found}, expected {expected}, to be written to GGUF; export the model to ONNX instead, if its "
+        "heads are a multiple of 16 numbers"
     )

@@ -79,7 +79,7 @@ def export_onnx(model: str | Path, out: Path, config: OnnxExportConfig | None = 
     Args:
         model: a Hugging Face folder of the Llama family, quantised or not, a hub name, or `starter`.
         out: the folder to make; nothing is there yet.
-        config: how; by default 4 bits in blocks of 32, embedding and head too.
+        config: how; by default 4 bits in blocks of 128, embedding and head too.
 
     Raises:
         InputError: the model cannot be exported, or the folder cannot be written; nothing is left of it.
@@ -207,7 +207,7 @@ def check_heads(source: LlamaFolder) -> None:
     if source.shape.head_dim % _HEAD_MULTIPLE:
         raise InputError(
             f"{source.path} has heads of {source.shape.head_dim} numbers, expected a multiple of {_HEAD_MULTIPLE}, as "
-            "onnxruntime's attention on a CPU; export it to GGUF"
+            "onnxruntime's attention on a CPU; export it to GGUF, if its tokenizer is byte-level BPE"
         )
 
 

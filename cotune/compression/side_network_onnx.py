@@ -5,10 +5,11 @@
     h    = B_i relu(A'_i r + b1_i) + (r + u_i)     with r = relu(h): two Gemm, two Relu and an Add for each rung
     c    = R s + r                             float32 (1, basis_dim), which the caller quantises
 
-It is a choice, not the default. Measured on one x86 core with one thread, from int8 taps to the quantised correction,
-it takes about 0.85 of NumPy's time for the ladder of `starter` (7 taps: 44 against 53 microseconds), 0.7 of it for 33
-taps (128 against 177), and the same where the weights no longer fit the cache. That is little beside a network's round
-trip, and costs 40 MB of onnxruntime. An attention ladder has no graph here.
+`cotune.device.onnx_side_network` runs it, without PyTorch. It is a choice, not the default. Measured on one x86 core
+with one thread, from int8 taps to the quantised correction, it takes about 0.85 of NumPy's time for the ladder of
+`starter` (7 taps: 44 against 53 microseconds), 0.7 of it for 33 taps (128 against 177), and the same where the weights
+no longer fit the cache. That is little beside a network's round trip, and costs 40 MB of onnxruntime. An attention
+ladder has no graph here.
 """
 
 from __future__ import annotations
@@ -19,13 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.compression.onnx_export import check_onnx
-from cotune.device.offline.onnx_session import open_session
 from cotune.errors import InputError
-from cotune.generation.protocols import Correction
-from cotune.generation.side_state import StatelessCorrector
 from cotune.models import load_side_network
 from cotune.plugin import Plugin
-from cotune.wire.codec import quantise
 
 KINDS = ("tap_ladder", "spa_ladder")
 """Kinds of side networks that have a graph."""
@@ -43,7 +40,7 @@ def side_network_graph(plugin: Plugin) -> bytes:
         InputError: it has another side network, tensors that do not fit its config, or onnx is not installed.
 
     Example:
-        >>> network = OnnxSideNetwork(side_network_graph(Plugin.load(Path("my-plugin"))))  # doctest: +SKIP
+        >>> Path("side.onnx").write_bytes(side_network_graph(Plugin.load(Path("my-plugin"))))  # doctest: +SKIP
     """
     check_onnx()
     if plugin.kind not in KINDS:
@@ -94,55 +91,3 @@ def _ladder(tensors: dict[str, NDArray[np.float32]]) -> Any:
     head = [parts.tensor(name, tensors[name]) for name in ("head_weight", "head_bias")]
     parts.node("Gemm", [s, *head], "correction", transB=1)
     return parts.model("side network", {})
-
-
-class OnnxSideNetwork(StatelessCorrector):
-    """A graph of `side_network_graph`, ready to run. Fits `Corrector`.
-
-    It keeps working memory between calls: use one object in one thread.
-
-    Attributes:
-        num_taps, tap_dim: shape of the taps that it reads.
-        basis_dim: length of its corrections.
-
-    Raises:
-        InputError: onnxruntime is not installed, or does not take the graph.
-    """
-
-    def __init__(self, graph: bytes) -> None:
-        self._session = open_session(graph, name="the side network's graph", num_threads=1)
-        shapes = {one.name: one.shape for one in (*self._session.get_inputs(), *self._session.get_outputs())}
-        if not {"codes", "correction"} <= shapes.keys():
-            raise InputError(f"the graph has {', '.join(sorted(shapes))}, expected codes, scales and correction")
-        self.num_taps, _, self.tap_dim = shapes["codes"]
-        _, self.basis_dim = shapes["correction"]
-        self._codes = np.empty((self.num_taps, 1, self.tap_dim), np.int8)
-        self._scales = np.empty((self.num_taps, 1, 1), np.float16)
-        self._correction = np.empty((1, self.basis_dim), np.float32)
-        self._binding = self._session.io_binding()
-        for name, array in (("codes", self._codes), ("scales", self._scales)):
-            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        output = self._correction
-        self._binding.bind_output("correction", "cpu", 0, output.dtype.type, output.shape, output.ctypes.data)
-
-    def correct(self, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> Correction:
-        """Correction for one position from int8 (taps, tap_dim) codes and float16 (taps,) scales.
-
-        Raises:
-            InputError: the taps have another shape than the plugin was tuned for.
-        """
-        codes, scale = quantise(self.correct_exactly(tap_codes, tap_scales))
-        return Correction(codes=codes, scale=np.float16(scale))
-
-    def correct_exactly(self, tap_codes: NDArray[np.int8], tap_scales: NDArray[np.float16]) -> NDArray[np.float32]:
-        """c = R s + r, float32 (basis_dim,), before quantisation."""
-        if tap_codes.shape != (self.num_taps, self.tap_dim) or tap_scales.shape != (self.num_taps,):
-            raise InputError(
-                f"the taps have shapes {tap_codes.shape} and {tap_scales.shape}, expected "
-                f"({self.num_taps}, {self.tap_dim}) and ({self.num_taps},) for this plugin"
-            )
-        self._codes[:, 0] = tap_codes
-        self._scales[:, 0, 0] = tap_scales
-        self._session.run_with_iobinding(self._binding)
-        correction: NDArray[np.float32] = self._correction[0].copy()
-        return correction

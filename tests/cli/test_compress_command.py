@@ -149,12 +149,27 @@ def test_a_teacher_behind_a_cloud(run: Run, model: Path, texts: Path, tmp_path: 
         (("--export", "tflite"), "--export tflite: export is 'tflite', expected onnx or gguf"),
         (("--quantize", "rtn:4", "--teacher", "starter"), "--teacher is given without --distill"),
         (("--quantize", "rtn:4", "--rounds", 1), "--rounds is 1, expected at least 2, or 0"),
+        (("--quantize", "rtn:4", "--threads", 0), "--threads is 0, expected at least 1"),
+        (("--quantize", "rtn:4", "--calibration-length", -1), "--calibration-length is -1, expected at least 1"),
         (("--quantize", "rtn:4", "--labels", "a,b"), "--labels are given without --data"),
         (("--quantize", "rtn:4", "--calibration", "none.jsonl"), "there is no such file"),
     ],
 )
 def test_refusals_leave_nothing(run: Run, model: Path, tmp_path: Path, options: tuple[object, ...], words: str) -> None:
     run("compress", model, "--out", tmp_path / "small", *options).check_refusal(words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_measured(
+    run: Run, model: Path, texts: Path, tmp_path: Path, cloud: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotune.cli.compress_card.ReportCard.add_source", lambda *_: pytest.fail("it was measured"))
+    words = ("compress", model, "--out", tmp_path / "small", "--distill", "js:2", "--train-data", texts, *QUICK)
+    same = ", expected the same; take a model with the teacher's tokenizer.json"
+    run(*words, "--teacher", "starter").check_refusal(same)
+    assert run(*words, "--teacher", "ws://127.0.0.1:1").err.startswith("error: no cloud answers at ws://127.0.0.1:1")
+    run("compress", "starter", *words[2:], "--teacher", cloud).check_refusal(same)
+    run(*words, "--teacher", tmp_path / "nowhere").check_refusal("is no folder")
     assert list(tmp_path.iterdir()) == []
 
 

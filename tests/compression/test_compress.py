@@ -179,7 +179,7 @@ def test_a_bad_model_is_refused_before_anything_is_done(source: Path, straight: 
     def check(model: Path, stages: list[Stage], words: str) -> None:
         with pytest.raises(InputError, match=words):
             run(model, tmp_path / "new", stages)
-        assert not (tmp_path / "new" / "out").exists()
+        assert not (tmp_path / "new").exists()
 
     check(tmp_path / "nowhere", prune, "no folder")
     save_llama(tmp_path / "qwen3", "qwen3")
@@ -193,6 +193,12 @@ def test_a_bad_model_is_refused_before_anything_is_done(source: Path, straight: 
     whole = (source / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:-100])
     check(tmp_path / "cut", prune, "is no safetensors file")
+    shutil.copytree(source, tmp_path / "fallback")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["byte_fallback"] = True
+    (tmp_path / "fallback" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    check(tmp_path / "fallback", [*prune, parse_stage("export", "gguf:F16")], "BPE model with byte fallback")
     run(source, tmp_path / "packed", [parse_stage("quantise", "rtn:4")])
     check(tmp_path / "packed" / "out", prune, "has quantised weights")
     with pytest.raises(InputError, match="out is there already"):

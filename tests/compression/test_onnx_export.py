@@ -106,6 +106,7 @@ def test_whole_weights_give_the_source_s_logits(kind: str, changes: dict[str, An
         Rounding(bits=8),
         Rounding(bits=4, embedding_bits=8),
         Rounding(bits=8, embedding_bits=32),
+        Rounding(bits=4, group_size=32),
         Rounding(bits=4, is_symmetric=False),
         Rounding(bits=8, is_symmetric=False, group_size=None),
     ],
@@ -274,7 +275,7 @@ def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rounding", "tied"),
-    [(Rounding(bits=4), True), (Rounding(bits=4, is_symmetric=False), False), (Rounding(bits=32), True)],
+    [(Rounding(bits=4), True), (Rounding(bits=4, group_size=32, is_symmetric=False), False), (Rounding(bits=32), True)],
 )
 def test_its_size_is_known_before_it_is_written(rounding: Rounding, tied: bool, tmp_path: Path) -> None:
     save_llama(tmp_path / "source", hidden_size=96, intermediate_size=800, vocab_size=9000, tie_word_embeddings=tied)

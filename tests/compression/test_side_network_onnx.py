@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 import torch
 from toy_plugin import toy_plugin
 
-from cotune.compression.side_network_onnx import OnnxSideNetwork, side_network_graph
+from cotune.compression.side_network_onnx import side_network_graph
+from cotune.device.onnx_side_network import OnnxSideNetwork
 from cotune.device.side_network import SideNetwork
 from cotune.errors import InputError
 from cotune.models import SIDE_NETWORKS
@@ -60,37 +60,9 @@ def test_it_is_the_numpy_ladder(kind: str, config: dict[str, Any]) -> None:
         assert correction.scale == quantise(exact)[1]
 
 
-def test_its_answers_are_its_caller_s_to_keep() -> None:
-    plugin = trained("tap_ladder", {"num_taps": 2, "tap_dim": 3, "basis_dim": 4})
-    network = OnnxSideNetwork(side_network_graph(plugin))
-    codes, scales = np.ones((2, 3), np.int8), np.ones(2, np.float16)
-    first = network.correct_exactly(codes, scales)
-    kept = first.copy()
-    assert not np.array_equal(network.correct_exactly(-codes, scales), kept)
-    np.testing.assert_array_equal(first, kept)
-
-
-def test_taps_of_another_shape_are_refused() -> None:
-    plugin = trained("tap_ladder", {"num_taps": 2, "tap_dim": 3, "basis_dim": 4})
-    network = OnnxSideNetwork(side_network_graph(plugin))
-    with pytest.raises(InputError, match=r"shapes \(3, 3\) and \(2,\), expected \(2, 3\) and \(2,\)"):
-        network.correct(np.zeros((3, 3), np.int8), np.ones(2, np.float16))
-
-
 def test_a_network_with_a_memory_is_refused() -> None:
     plugin = trained("attention_ladder", {"num_taps": 3, "tap_dim": 4, "basis_dim": 5, "side_width": 16, "head_dim": 8})
     with pytest.raises(
         InputError, match="is of kind attention_ladder, expected one of tap_ladder, spa_ladder; run it in"
     ):
         side_network_graph(plugin)
-
-
-def test_a_foreign_graph_is_refused() -> None:
-    with pytest.raises(InputError, match="the side network's graph is no model that onnxruntime"):
-        OnnxSideNetwork(b"no graph")
-
-
-def test_without_onnxruntime_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match=r"side network's graph needs onnxruntime .*cotune\[edge\]"):
-        OnnxSideNetwork(b"")

@@ -74,7 +74,7 @@ def test_bits_of_a_quantised_folder(bits: int, rounding: Rounding, linear: int, 
 def test_rounding_piece_by_piece_is_rounding_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save_llama(tmp_path)
     monkeypatch.setattr(written_weights, "_ROWS_AT_A_TIME", 7)
-    rounding = Rounding(bits=4, is_symmetric=False)
+    rounding = Rounding(bits=4, group_size=32, is_symmetric=False)
     found = WrittenWeights(LlamaFolder(tmp_path), rounding).weight(DOWN)
     expected = round_to_nearest(model.get_parameter(f"{DOWN}.weight"), Grid(bits=4))
     assert isinstance(found, PackedWeight)

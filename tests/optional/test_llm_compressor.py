@@ -1,8 +1,14 @@
 """GPTQ against llm-compressor's, in an environment that has it.
 
 It asks for older versions of transformers and huggingface_hub than this project runs on, so it is no dependency and no
-part of CI: make an environment with `pip install llmcompressor datasets` and this package, and run this file there. It
-was written after llm-compressor 0.14 and its documentation.
+part of CI. Make an environment with `pip install llmcompressor datasets` and this package, or put what it lacks beside
+this one's packages, and run this file:
+
+    pip install --no-deps --target beside llmcompressor==0.14.0.1 compressed-tensors==0.19.0 auto-round==0.15.1 loguru
+    PYTHONPATH=beside python -m pytest -n 0 tests/optional/test_llm_compressor.py
+
+So it passed with transformers 5.23. The shares of equal codes were 0.985 to 1 at 4 bits and 0.928 to 0.984 at 8, where
+our float16 scales count for more; without the order by activation, or rounded to nearest, they are 0.67 to 0.85.
 """
 
 from __future__ import annotations
@@ -26,8 +32,8 @@ GROUP_SIZE = 32
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_first_block_has_the_same_codes_but_for_rounding(bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "least"), [(8, 0.9), (4, 0.97)])
+def test_the_first_block_has_the_same_codes_but_for_rounding(bits: int, least: float, tmp_path: Path) -> None:
     """Activation order with scales of the weights as they were, which is its default; its scales stay float32.
 
     Later blocks read what the first one puts out, where one code that fell otherwise changes all that follow.
@@ -44,7 +50,7 @@ def test_the_first_block_has_the_same_codes_but_for_rounding(bits: int, tmp_path
         ours = torch.from_numpy(packed[name].dequantised())
         step = torch.from_numpy(packed[name].scales).repeat_interleave(packed[name].group_size, dim=1)
         same = ((ours - theirs.get_submodule(name).weight.detach()).abs() < 0.2 * step).float().mean()
-        assert float(same) > 0.97, name
+        assert float(same) > least, name
 
 
 def _quantise(model: torch.nn.Module, ids: torch.Tensor, bits: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.device.offline.folder import OfflineDescription, OfflineFolder
+from cotune.device.offline.huge_pages import huge_pages
 from cotune.device.offline.lora_adapter import LoraAdapter
 from cotune.device.offline.model import Adapter, OfflineSettings, check_extension, check_truncation
 from cotune.device.offline.onnx_session import open_session
@@ -106,12 +107,14 @@ class OnnxModel:
         if self._is_closed:
             raise InputError("the offline model is closed, expected an open one; load it again")
         if name not in self._graphs:
-            session = open_session(
-                self._other_graph or self.folder.path / name,
-                name=str(self.folder.path / name),
-                num_threads=self._num_threads,
-                weights=self.folder.path,
-            )
+            # onnxruntime lays the weights out anew while it opens a graph, in memory of its own.
+            with huge_pages():
+                session = open_session(
+                    self._other_graph or self.folder.path / name,
+                    name=str(self.folder.path / name),
+                    num_threads=self._num_threads,
+                    weights=self.folder.path,
+                )
             self._graphs[name] = _checked(session, self.folder, name)
         return self._graphs[name]
 
