@@ -1,4 +1,4 @@
-"""For all tests: products that do not depend on threads, as the `cotune` command asks for too."""
+"""For all tests: products that do not depend on threads, as the `cotune` command asks for too, and one thread."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import pytest
 
 # Before PyTorch is loaded; see `cotune.models.row_invariance`.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Several workers run beside each other. With as many threads each as there are cores, threads wait for threads that
+# wait for a core, and a test of one second took two minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
