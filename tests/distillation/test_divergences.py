@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -239,11 +239,13 @@ def test_what_the_lump_loses_is_what_differs_inside_of_it() -> None:
 
 @EACH
 @given(teacher=st.lists(st.floats(-40, 40), min_size=6, max_size=6), shift=st.floats(-5, 5), k=st.integers(1, 5))
+@example(teacher=[0.0, 38.5, 0.0, 0.0, 26.0, 0.0], shift=0.0, k=1)
 @settings(max_examples=30, deadline=None)
 def test_a_lump_is_bounded_by_the_whole_and_zero_between_equals(
     divergence: Divergence, teacher: list[float], shift: float, k: int
 ) -> None:
-    logits = torch.tensor([teacher])
+    # In float32 a rest of a few millionths is known to a few per cent, and the bound holds as far.
+    logits = torch.tensor([teacher], dtype=torch.float64)
     student = logits.flip(1) * 0.5
     top = TopLogProbs.of_logits(logits, k)
     lumped = float(divergence_of_top(divergence, top, student))
