@@ -298,6 +298,7 @@ def build(study: Study) -> Page:
     seconds: dict[str, dict[str, float]] = {task: {} for task in study.tasks}
     rates: dict[str, dict[str, list[int]]] = {task: {} for task in study.tasks}
     memory: dict[str, dict[str, float]] = {task: {} for task in study.tasks}
+    fitting: dict[str, list[int]] = {}
     unfinished = []
     for task in study.tasks:
         for method in methods:
@@ -307,7 +308,9 @@ def build(study: Study) -> Page:
                 if method in LEARNERS:
                     seconds[task][method] = sum(run["train_s"] for run in runs) / len(runs)
                     rates[task][method] = [run["best_check"] for run in runs]
-                if method != "icl":
+                if method == "icl":
+                    fitting[task] = [run["demonstrations"] for run in runs]
+                else:
                     memory[task][method] = study.memory(task, method)["peak_bytes"] / 1e6
             except OutOfTimeError:
                 unfinished.append(f"{method} on {task}")
@@ -343,6 +346,16 @@ def build(study: Study) -> Page:
                         [f"{first} to {second}" for first, second in PAIRS],
                         {task: [_pair(orders[task], first) for first in ORDER[:-1]] for task in percent},
                     )
+                    + (
+                        grid(
+                            "Demonstrations that fit beside the longest question; without any it is zero-shot",
+                            "",
+                            ["of each draw"],
+                            {task: [", ".join(map(str, numbers))] for task, numbers in fitting.items()},
+                        )
+                        if fitting
+                        else ""
+                    )
                 ),
             ),
             Section(
@@ -373,6 +386,7 @@ def build(study: Study) -> Page:
             "accuracy": percent,
             "order": orders,
             "memory_mb": memory,
+            "demonstrations": fitting,
             "train_s": seconds,
             "best_check": rates,
         },

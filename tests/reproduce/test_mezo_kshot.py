@@ -208,6 +208,7 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(
     assert measured["accuracy"]["made"]["mezo"]["num"] == 2
     assert [one["worse"] for one in measured["order"]["made"]] == ["zero_shot", "icl"]
     assert measured["memory_mb"]["made"] == {"zero_shot": 5, "mezo": 5}
+    assert len(measured["demonstrations"]["made"]) == 2
     assert [one[one.index("--measure") + 1] for one in measured_here] == ["zero_shot", "mezo"]
     assert "The order" in (tmp_path / "out" / "report.html").read_text()
     cells = (tmp_path / "cells" / "tiny-kshot-made.jsonl").read_text()
