@@ -75,15 +75,25 @@ def whole_lines(path: Path, *, max_bytes: int) -> list[bytes]:
     try:
         if not path.exists():
             return []
-        if path.stat().st_size > max_bytes:
-            raise DataError(f"has more than {max_bytes} bytes, expected at most that; move it away", path=path)
-        data = path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
+        lines = finished_lines(path, max_bytes=max_bytes)
+        end = sum(len(line) + 1 for line in lines)
+        if end < path.stat().st_size:
             os.truncate(path, end)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", path=path) from None
-    return data[:end].split(b"\n")[:-1]
+    return lines
+
+
+def finished_lines(path: Path, *, max_bytes: int) -> list[bytes]:
+    """The same of a file that another process may be writing: nothing is cut, what has no end yet is left out.
+
+    Raises:
+        DataError: it is too large.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > max_bytes:
+        raise DataError(f"has more than {max_bytes} bytes, expected at most that; move it away", path=path)
+    return path.read_bytes().split(b"\n")[:-1]
 
 
 def write_new(path: Path, data: bytes, *, mode: int = OWNER_ONLY) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
+from cotune.malloc import map_blocks
 
-# glibc's numbers of the settings. Blocks from the first size on get pages of their own, which go when they are freed;
-# so does what is free at the end of the heap from the second size on.
-_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 2**20
-_M_TRIM_THRESHOLD, _TRIM_BYTES = -1, 2**20
+_LARGE_BYTES = 2**20
 
 
 def give_back_freed_memory() -> bool:
@@ -20,8 +17,4 @@ def give_back_freed_memory() -> bool:
     Returns:
         Whether it did; False where the C library has no such setting.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES) and mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES))
+    return map_blocks(_LARGE_BYTES, keep_bytes=_LARGE_BYTES)

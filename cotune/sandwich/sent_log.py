@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Self, TextIO
 
-from cotune.durable import whole_lines
+from cotune.durable import finished_lines, whole_lines
 from cotune.errors import DataError, InputError
 
 MAX_LOG_BYTES = 4 << 30
@@ -84,9 +84,7 @@ def read_sent(path: Path) -> list[str]:
         DataError: the file cannot be read, or is no such log.
     """
     try:
-        if path.stat().st_size > MAX_LOG_BYTES:
-            raise DataError(f"has more than {MAX_LOG_BYTES} bytes, expected at most that", path=path)
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = finished_lines(path, max_bytes=MAX_LOG_BYTES)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}; give the sent.jsonl of a run", path=path) from None
     return [_sent(line, path, number)[1] for number, line in enumerate(lines, start=1)]

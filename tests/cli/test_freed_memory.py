@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from cotune import malloc
 from cotune.cli import freed_memory
 
 # The first block teaches glibc to keep what is smaller; the last one stands behind the others and holds them there.
@@ -43,5 +44,5 @@ def test_large_blocks_go_when_they_are_freed(asked: bool) -> None:
 
 
 def test_a_system_without_the_setting_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: object())
     assert not freed_memory.give_back_freed_memory()

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cotune.malloc import map_blocks
+
 _SETTINGS = "sys/kernel/mm/transparent_hugepage"
 # Of linux/mman.h: large pages from now on, and for what is there already.
 _ADVICE = (14, 25)
-# Of malloc.h: how much free memory at the heap's end is kept, and from which size on a piece is mapped by itself.
-_KEPT_BYTES, _MAPPED_BYTES = -1, -3
 _LARGEST_HEAP_PIECE, _USUAL_HEAP_PIECE = 32 * 2**20, 256 * 2**10
 
 Region = tuple[int, int]
@@ -110,10 +110,7 @@ def _regions(root: Path) -> list[Region]:
 
 def _take_from_heap(below_bytes: int) -> None:
     """Let malloc map larger pieces alone; other libraries than glibc have no such setting."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MAPPED_BYTES, below_bytes)
-        mallopt(_KEPT_BYTES, 2 * below_bytes)
+    map_blocks(below_bytes, keep_bytes=2 * below_bytes)
 
 
 def _advise(region: Region) -> None:
