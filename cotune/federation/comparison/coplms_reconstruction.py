@@ -60,13 +60,7 @@ class CoPlmsReconstruction:
     def rounds(self, scene: Scene, account: Account) -> Iterator[Mapping[str, Party]]:
         """As `Contestant`."""
         algorithm, parties, proxy = FedIT(), scene.start(), scene.fresh(scene.proxy)
-        saml = scene.saml(
-            mix=self.mix,
-            proxy_mix=self.mix,
-            temperature=self.temperature,
-            top_k=len(scene.proxy.reader.table),
-            told_weight=0.0,
-        )
+        saml = scene.plain_saml(mix=self.mix, temperature=self.temperature)
         devices = {name: _Device.of(scene, site) for name, site in scene.sites.items()}
         private = {
             name: fresh_adapter(proxy.adapter, self.private_rank, scene.seed_of(0, name)) for name in scene.sites

@@ -39,14 +39,7 @@ class FedCoLlm:
     def rounds(self, scene: Scene, account: Account) -> Iterator[Mapping[str, Party]]:
         """As `Contestant`."""
         algorithm, proxy, cloud = FedIT(), scene.fresh(scene.proxy), scene.start()[CLOUD]
-        # Every token counts for itself: k is the vocabulary.
-        saml = scene.saml(
-            mix=self.mix,
-            proxy_mix=self.mix,
-            temperature=self.temperature,
-            top_k=len(scene.proxy.reader.table),
-            told_weight=0.0,
-        )
+        saml = scene.plain_saml(mix=self.mix, temperature=self.temperature)
         state, texts = algorithm.start(proxy.adapter), proxy_texts(scene, account, proxy)
         yield dict.fromkeys(scene.sites, proxy) | {CLOUD: cloud}
         for number in range(1, scene.num_rounds + 1):

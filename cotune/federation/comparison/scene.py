@@ -132,6 +132,11 @@ class Scene:
             seed=self.seed,
         )
 
+    def plain_saml(self, *, mix: float, temperature: float) -> CloudSaml:
+        """As `saml`, with KL over the whole vocabulary at one share on both sides, and nothing that devices told."""
+        vocab_size = len(self.proxy.reader.table)
+        return self.saml(mix=mix, proxy_mix=mix, temperature=temperature, top_k=vocab_size, told_weight=0.0)
+
 
 class Contestant(Protocol):
     """A method."""
