@@ -25,11 +25,11 @@ from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import BackboneModel, ResidentBackbone
 from cotune.federation.coordinator import Coordinator
 from cotune.federation.device_agent import DeviceAgent
+from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.run_parts import rule_of
 from cotune.federation.signing import DeviceKey, Registry
 from cotune.federation.simulation import start_of
-from cotune.models.adapters import LoraAdapter, LoraShape
 
 NAME = "federated_memory"
 TIMEOUT_S = 1800.0
@@ -92,9 +92,9 @@ def measure(study: FederatedStudy, name: str) -> dict[str, int]:
     """Bytes above what is held before. In a child only."""
     args = study.args
     texts = sorted(study.encode(study.texts.devices), key=lambda one: -len(one.input_ids))[: args.batch_size]
-    shape = LoraShape(rank=args.rank, alpha=2.0 * args.rank)
-    with ResidentBackbone(study.backbone, LoraAdapter.fresh(study.backbone.model, shape, seed=0)) as resident:
-        start = start_of(resident.arrays, study.settings(seed=0))
+    settings = study.settings(seed=0, algorithm=name)
+    with ResidentBackbone(study.backbone, fresh_adapter(settings.adapter, study.backbone, seed=0)) as resident:
+        start = start_of(resident.arrays, settings)
         short = resident.with_texts([shortened(one) for one in texts])
         short.evaluate(start)
         first_round(study, name, short, start)()
@@ -122,7 +122,7 @@ def shortened(one: EncodedExample) -> EncodedExample:
 def first_round(study: FederatedStudy, name: str, model: BackboneModel, start: Arrays) -> Callable[[], bytes]:
     """A device's first task, ready to be done; the server's half is done before."""
     secret, key = secret_of(0), DeviceKey.generate()
-    settings, digest = study.settings(seed=0), study.backbone.spec.backbone_digest
+    settings, digest = study.settings(seed=0, algorithm=name), study.backbone.spec.backbone_digest
     agent = DeviceAgent(DEVICE, model, base_digest=digest, secret=secret, key=key)
     coordinator = Coordinator(
         study.algorithm(name, 1.0, secret),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from adaptation_study import worded
 from cells import Cells, OutOfTimeError, Value
-from federated_study import NOT_ON_LORA, options_at
+from federated_study import options_at
 from lora_init import plots_of
 from mean import Mean
 from page import Page, about_run
@@ -33,11 +33,12 @@ from cotune.evaluation.markup import Html, bullets, join
 from cotune.evaluation.measured_memory import run_measured
 from cotune.evaluation.report import Section
 from cotune.federation.algorithm import Algorithm, Combine, Plan, Update
-from cotune.federation.algorithms import ALGORITHMS, algorithm_named
+from cotune.federation.algorithms import ALGORITHMS, KINDS, algorithm_named
 from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import ResidentBackbone
 from cotune.federation.coordinator import Coordinator, Progress, RoundRules
 from cotune.federation.device_agent import DeviceAgent
+from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.local_model import LocalModel
 from cotune.federation.progress_checkpoint import save_progress
@@ -46,7 +47,6 @@ from cotune.federation.run_secret import RunSecret, direction_seed
 from cotune.federation.settings import AdapterSettings, DataSettings, FederationSettings
 from cotune.federation.signing import DeviceKey, Registry
 from cotune.federation.simulation import start_of
-from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
 from cotune.tuning.personal import encode_examples
 
@@ -171,22 +171,26 @@ def measure(args: argparse.Namespace, model: str, name: str, num_devices: int, s
         InputError: it cannot be run.
     """
     torch.set_num_threads(args.threads)
-    if name in NOT_ON_LORA:
-        raise InputError(NOT_ON_LORA[name])
     backbone = Backbone.from_pretrained(model, dtype=args.dtype, device=args.device)
     secret, clock = RunSecret(bytes([seed % 256] * 32)), Clock()
     timed = Timed(
-        algorithm_named(name, options_of(name, args), seeds=lambda number, k: direction_seed(secret, number, k))
+        algorithm_named(
+            name,
+            options_of(name, args),
+            seeds=lambda number, k: direction_seed(secret, number, k),
+            num_layers=backbone.spec.num_layers,
+        )
     )
     texts, _ = persona_texts(DIFFERENT_TEXTS, 1)
     longest = min(args.max_length, backbone.spec.max_context)
     encoded = encode_examples(backbone.tokenizer_json, texts, backbone.description, longest)
-    adapter = LoraAdapter.fresh(backbone.model, LoraShape(rank=args.rank, alpha=2.0 * args.rank), seed=seed)
     settings = FederationSettings(
+        algorithm=name,
         seed=seed,
         data=DataSettings(num_devices=num_devices),
-        adapter=AdapterSettings(rank=args.rank, alpha=2.0 * args.rank),
+        adapter=AdapterSettings(kind=KINDS.get(name, "lora"), rank=args.rank, alpha=2.0 * args.rank),
     )
+    adapter = fresh_adapter(settings.adapter, backbone, seed=seed)
     digest = backbone.spec.backbone_digest
     with ResidentBackbone(backbone, adapter) as resident, TemporaryDirectory() as folder:
         names = [f"device-{index:03d}" for index in range(num_devices)]

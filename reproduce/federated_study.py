@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from cells import Value
-from federated_texts import IID, PERSONA, StudyTexts, read_texts, split_texts
+from federated_texts import IID, PERSONA, StudyTexts, device_names, read_texts, split_texts
 from page import Page, about_run
 from study_options import add_run_options, at_least_one, open_cells, plain_endings, positive, results_of, study_parser
 
@@ -29,13 +29,15 @@ from cotune.data.batches import EncodedExample
 from cotune.data.templates import Example
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.federation.algorithm import Algorithm, Combine
-from cotune.federation.algorithms import ALGORITHMS, algorithm_named
+from cotune.federation.algorithms import ALGORITHMS, KINDS, algorithm_named
 from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import ResidentBackbone
 from cotune.federation.coordinator import Coordinator, FederationError, Progress, RoundRules
 from cotune.federation.device_agent import DeviceAgent
+from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.local_model import LocalModel, LocalSteps
+from cotune.federation.mixed import SEED, Mixed, SeedSteps
 from cotune.federation.run_parts import rule_of, with_start
 from cotune.federation.run_secret import RunSecret, direction_seed
 from cotune.federation.settings import AdapterSettings, DataSettings, FederationSettings
@@ -43,18 +45,21 @@ from cotune.federation.signing import DeviceKey, Registry
 from cotune.federation.simulation import mean_loss, start_of
 from cotune.federation.start_first import StartFirst
 from cotune.federation.transport import Arrival, Transport
-from cotune.models.adapters import LoraAdapter, LoraShape
+from cotune.models.adapters import LoraShape
 from cotune.models.backbone import Backbone
 from cotune.models.residual_lora import ResidualLora
+from cotune.tuning.attached import Tunable
 from cotune.tuning.lora_init import initial_lora
 from cotune.tuning.personal import encode_examples
 
 # The meaning of a cell: one more, and all are run again.
 PROTOCOL = 1
 RATE_FACTORS = (0.3, 1.0, 3.0, 10.0, 30.0)
-NOT_ON_LORA = {"fedpeptao": "it tunes a prompt, and the devices of this study hold a LoRA adapter"}
-"""Why an algorithm is not run; all others say themselves what they cannot do."""
 PISSA = "pissa"
+MIXED = "mixed"
+SEED_RATE_SHARE = 0.1
+"""Of `mixed`: the multiple of the seed devices' learning rate, of that of the lora devices. Alone, seed mode's best
+multiple is a tenth of FFA-LoRA's, so that no single one suits both."""
 STRAGGLERS, LOST = "stragglers", "lost replies"
 FAULT_SHARE = 0.2
 WORK_S = 1.0
@@ -157,6 +162,20 @@ def options_at(kind: type, factor: float, sizes: Mapping[str, int]) -> dict[str,
     return found
 
 
+def mixed_options(factor: float, sizes: Mapping[str, int], num_devices: int) -> dict[str, Any]:
+    """Of `mixed`: the second half of the devices has room for inference only.
+
+    Example:
+        >>> sizes = {"local_steps": 4, "directions": 16, "pool": 32, "batch_size": 2}
+        >>> made = mixed_options(3.0, sizes, 4)
+        >>> made["classes"], round(made["seed_mode"]["learning_rate"], 6), made["steps"]["learning_rate"]
+        ({'device-2': 'seed', 'device-3': 'seed'}, 0.0003, 0.003)
+    """
+    made = options_at(Mixed, factor, sizes)
+    made["seed_mode"] = options_at(SeedSteps, factor * SEED_RATE_SHARE, sizes)
+    return made | {"classes": dict.fromkeys(device_names(num_devices)[num_devices // 2 :], SEED)}
+
+
 class Watched:
     """A device's model that counts what an algorithm does with it. All else is the model's.
 
@@ -246,16 +265,16 @@ class Start:
     method: str = "orthonormal"
     scale: str = "lora"
 
-    def settings(self, rank: int) -> AdapterSettings:
+    def settings(self, rank: int, kind: str = "lora") -> AdapterSettings:
         """The product's; PiSSA begins where its arrays are, as `random` does."""
         method = "random" if self.method == PISSA else self.method
-        return AdapterSettings(rank=rank, alpha=2.0 * rank, start=method, scale=self.scale)
+        return AdapterSettings(kind=kind, rank=rank, alpha=2.0 * rank, start=method, scale=self.scale)
 
-    def adapter(self, backbone: Backbone, shape: LoraShape, *, seed: int) -> LoraAdapter | ResidualLora:
+    def adapter(self, backbone: Backbone, own: AdapterSettings, *, seed: int) -> Tunable:
         """What the devices hold before anybody tells them where A begins."""
-        shape = replace(shape, use_rslora=self.scale == "rslora")
         if self.method != PISSA:
-            return LoraAdapter.fresh(backbone.model, shape, seed=seed)
+            return fresh_adapter(own, backbone, seed=seed)
+        shape = LoraShape(rank=own.rank, alpha=own.alpha, use_rslora=own.scale == "rslora")
         made = initial_lora(backbone, shape, PISSA, (), seed=seed)
         assert isinstance(made, ResidualLora)
         return made
@@ -358,36 +377,43 @@ class FederatedStudy:
         Raises:
             InputError: it cannot be run here; says why.
         """
-        if name in NOT_ON_LORA:
-            raise InputError(NOT_ON_LORA[name])
         if name not in ALGORITHMS:
             raise InputError(f"algorithm is {name!r}, expected one of {', '.join(ALGORITHMS)}")
         kind: Any = ALGORITHMS[name]
-        options = options_at(kind, factor, {one: getattr(self.args, one) for one in SIZES})
-        return algorithm_named(name, options, seeds=lambda number, index: direction_seed(secret, number, index))
+        sizes = {one: getattr(self.args, one) for one in SIZES}
+        return algorithm_named(
+            name,
+            mixed_options(factor, sizes, self.args.devices) if name == MIXED else options_at(kind, factor, sizes),
+            seeds=lambda number, index: direction_seed(secret, number, index),
+            num_layers=self.backbone.spec.num_layers,
+        )
 
-    def settings(self, *, seed: int, num_rounds: int | None = None, start: Start | None = None) -> FederationSettings:
-        """The product's, as far as rules and starts need them."""
+    def settings(
+        self, *, seed: int, algorithm: str | None = None, num_rounds: int | None = None, start: Start | None = None
+    ) -> FederationSettings:
+        """The product's, as far as rules and starts need them; the usual rule depends on the algorithm."""
         args = self.args
         return FederationSettings(
+            algorithm=algorithm or FederationSettings.algorithm,
             seed=seed,
             data=DataSettings(num_devices=args.devices),
-            adapter=(start or Start()).settings(args.rank),
+            adapter=(start or Start()).settings(args.rank, KINDS.get(algorithm or "", "lora")),
             rounds=RoundRules(num_rounds=num_rounds or args.rounds, seed=seed),
         )
 
     @contextmanager
-    def stage(self, split: str, seed: int, start: Start | None = None) -> Iterator[Stage]:
-        """An adapter on the backbone and the devices' models.
+    def stage(
+        self, split: str, seed: int, start: Start | None = None, *, algorithm: str | None = None
+    ) -> Iterator[Stage]:
+        """An adapter on the backbone, of the kind that the algorithm needs, and the devices' models.
 
         Raises:
             InputError: the texts cannot be split in this way.
         """
         parts = split_texts(self.texts, split, num_devices=self.args.devices, seed=seed)
         start, passes = start or Start(), Counter[str]()
-        settings = self.settings(seed=seed, start=start)
-        shape = LoraShape(rank=settings.adapter.rank, alpha=settings.adapter.alpha)
-        with ResidentBackbone(self.backbone, start.adapter(self.backbone, shape, seed=seed)) as resident:
+        settings = self.settings(seed=seed, algorithm=algorithm, start=start)
+        with ResidentBackbone(self.backbone, start.adapter(self.backbone, settings.adapter, seed=seed)) as resident:
             yield Stage(
                 start=start_of(resident.arrays, settings),
                 models={
@@ -466,8 +492,8 @@ class FederatedStudy:
             in bytes of one device, `device_s` and `server_s`; `passes` of batches per device and round.
         """
         secret = secret_of(scene.seed)
-        with self.stage(scene.split, scene.seed, scene.start) as stage:
-            settings = self.settings(seed=scene.seed, start=scene.start)
+        with self.stage(scene.split, scene.seed, scene.start, algorithm=scene.algorithm) as stage:
+            settings = self.settings(seed=scene.seed, algorithm=scene.algorithm, start=scene.start)
             algorithm = with_start(self.algorithm(scene.algorithm, scene.factor, secret), settings)
             first = algorithm.method.num_rounds if isinstance(algorithm, StartFirst) else 0
             rules = replace(settings.rounds, num_rounds=settings.rounds.num_rounds + first)

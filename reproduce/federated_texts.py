@@ -81,6 +81,16 @@ def read_texts(
     return StudyTexts(devices=devices, labels=labels, server=server, test=test)
 
 
+def device_names(num: int) -> list[str]:
+    """Of `num` devices.
+
+    Example:
+        >>> device_names(2)
+        ['device-0', 'device-1']
+    """
+    return [f"device-{index:0{len(str(num - 1))}d}" for index in range(num)]
+
+
 def split_texts(texts: StudyTexts, split: str, *, num_devices: int, seed: int) -> dict[str, list[Example]]:
     """The texts of each device by its name.
 
@@ -96,7 +106,7 @@ def split_texts(texts: StudyTexts, split: str, *, num_devices: int, seed: int) -
         ...     own, "domains", num_devices=2, seed=0).items()}
         {'device-0': ['a?'], 'device-1': ['b?']}
     """
-    names = [f"device-{index:0{len(str(num_devices - 1))}d}" for index in range(num_devices)]
+    names = device_names(num_devices)
     kinds = sorted(set(texts.labels))
     if split != IID and len(kinds) > (num_devices if split == DOMAINS else MAX_LABELS):
         most = f"{num_devices}, one device for each" if split == DOMAINS else str(MAX_LABELS)

@@ -88,6 +88,21 @@ def test_a_search_ends_where_round_after_round_is_rejected(
     assert (whole["num_rejected"], len(whole["curve"])) == (5, 6)
 
 
+def test_prompts_and_classes_of_devices_are_tuned_as_well(tiny_model: Path, tmp_path: Path) -> None:
+    args = parser().parse_args(
+        f"--model {tiny_model} --num-train 8 --num-server 4 --num-test 4 --devices 4 --rounds 2 --local-steps 2 "
+        f"--directions 3 --batch-size 2 --max-length 48 --rank 2 --cells {tmp_path}".split()
+    )
+    study = FederatedStudy("kinds", args)
+    prompts, mixed = (study.federate(Scene(algorithm=name, factor=3.0)) for name in ("fedpeptao", "mixed"))
+    # Scores first, which change nothing.
+    losses = [point["loss"] for point in prompts["curve"]]
+    assert losses[0] == losses[1] != losses[2] and prompts["num_void"] == 0
+    # Two of four devices go backwards, twice a round; the others forwards alone, six times.
+    assert mixed["passes"] == {"backward": 1.0, "forward": 4.0} and mixed["num_void"] == 0
+    assert mixed["num_counted"] == 8 and mixed["curve"][-1]["loss"] != mixed["curve"][0]["loss"]
+
+
 @pytest.mark.integration
 def test_the_command_writes_its_folder_and_never_repeats_a_cell(
     tmp_path: Path, tiny_model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
