@@ -16,7 +16,7 @@ import numpy as np
 from adaptation_study import best_rate, edge_notes, worded
 from cells import OutOfTimeError, Value
 from federated_memory import measured_memory, predicted_bytes
-from federated_study import LOST, STRAGGLERS, FederatedStudy, Scene, make_parser, run_study
+from federated_study import LOST, STRAGGLERS, FederatedStudy, Scene, make_parser, run_study, upwards
 from federated_texts import ALPHA, IID, SPLITS
 from lora_init import plots_of
 from mean import Mean
@@ -197,14 +197,15 @@ class Runs:
 
     def search_bound(self, name: str) -> dict[float, float | None]:
         """As `FederatedStudy.search`."""
-        found: dict[float, float | None] = {}
-        for factor in self.study.args.rate_factors:
+
+        def nats(factor: float) -> float | None:
             value = self.study.cell(
                 {"what": "search", "bound": name, "factor": factor},
-                lambda factor=factor: self._bound(name, factor, IID, 0, on_test=False),
+                lambda: self._bound(name, factor, IID, 0, on_test=False),
             )
-            found[factor] = None if value["diverged"] else value["curve"][-1]["server"]
-        return found
+            return None if value["diverged"] else float(value["curve"][-1]["server"])
+
+        return upwards(self.study.args.rate_factors, nats)
 
     def final_bound(self, name: str, factor: float, split: str) -> list[Value]:
         """One for each seed."""

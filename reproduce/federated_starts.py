@@ -259,7 +259,8 @@ def by_rate(table: Table) -> Html:
     )
     columns = {
         f"{rate:g}": [
-            "diverged" if (nats := found[rate]) is None else f"{nats:.3f}" for found in table.searched.values()
+            "" if rate not in found else "diverged" if (nats := found[rate]) is None else f"{nats:.3f}"
+            for found in table.searched.values()
         ]
         for rate in table.study.args.rate_factors
     }

@@ -70,7 +70,8 @@ DEVIATIONS = (
     "Devices take turns in one process and their clock is simulated; bytes are those of real signed messages, without "
     "what a transport adds.",
     "The learning rate of each method is a multiple of the product's own, the one with the least loss on the server's "
-    "texts after the last round of a search with seed 0 on the IID split; all splits and seeds use it.",
+    "texts after the last round of a search with seed 0 on the IID split, which goes up from the smallest and ends at "
+    "the first that is worse than the one before; all splits and seeds use it.",
 )
 
 
@@ -558,13 +559,15 @@ class FederatedStudy:
         Raises:
             InputError: no run was finished.
         """
-        found: dict[float, float | None] = {}
         refused = ""
-        for factor in self.args.rate_factors:
+
+        def nats(factor: float) -> float | None:
+            nonlocal refused
             value = run(factor)
-            is_lost = value["diverged"] or value["remark"]
-            found[factor] = None if is_lost else value["curve"][-1]["server"]
             refused = value.get("refused") or value.get("remark") or refused
+            return None if value["diverged"] or value["remark"] else float(value["curve"][-1]["server"])
+
+        found = upwards(self.args.rate_factors, nats)
         if all(one is None for one in found.values()):
             raise InputError(f"no run was finished at any learning rate: {refused or 'the loss was not finite'}")
         return found
@@ -617,6 +620,31 @@ def _point(
         if value is not None and not math.isfinite(value):
             raise NonFiniteLossError(0, value)
     return {"server": server, "loss": loss, "up": up, "down": down, "device_s": device_s, "server_s": server_s}
+
+
+def upwards(factors: Sequence[float], nats: Callable[[float], float | None]) -> dict[float, float | None]:
+    """What `nats` says of learning rates, from the smallest up to the first that is worse than the one before it.
+
+    Past the best rate more is only worse, and with forward passes alone each run is dear.
+
+    Args:
+        factors: of learning rates, in any order.
+        nats: of one; None where it diverged.
+
+    Example:
+        >>> upwards([1, 10, 0.1, 100], {0.1: 3.0, 1: 2.0, 10: 2.5, 100: 9.0}.get)
+        {0.1: 3.0, 1: 2.0, 10: 2.5}
+        >>> upwards([1, 10], lambda factor: None)
+        {1: None}
+    """
+    found: dict[float, float | None] = {}
+    least = math.inf
+    for factor in sorted(factors):
+        found[factor] = value = nats(factor)
+        if value is None or value > least:
+            break
+        least = value
+    return found
 
 
 def secret_of(seed: int) -> RunSecret:
