@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from cotune.evaluation import plots
 from cotune.evaluation.coloured_text import coloured_text, decision_bar, legend
 from cotune.evaluation.generation_metrics import GenerationMetrics
@@ -112,7 +114,7 @@ def _few_thresholds(points: Sequence[GatePoint]) -> list[GatePoint]:
         return list(points)
     trips = [point["M"] for point in points]
     wanted = [min(trips) + (max(trips) - min(trips)) * step / (MAX_GATE_ROWS - 2) for step in range(MAX_GATE_ROWS - 1)]
-    nearest = {min(range(len(points)), key=lambda index, at=at: abs(trips[index] - at)) for at in wanted}
+    nearest = {int(np.abs(np.subtract(trips, at)).argmin()) for at in wanted}
     return [point for index, point in enumerate(points) if index in nearest or point.get("chosen")]
 
 
