@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from cotune.evaluation import plots
 from cotune.evaluation.coloured_text import coloured_text, decision_bar, legend
 from cotune.evaluation.generation_metrics import GenerationMetrics
 from cotune.evaluation.markup import Html, bullets, dotted, escape, facts, figure, fold, join, paragraph
-from cotune.evaluation.report_schema import Example, ReportMetrics, SectionName, TrainingCurve
+from cotune.evaluation.report_schema import Example, GatePoint, ReportMetrics, SectionName, TrainingCurve
 from cotune.evaluation.report_tables import (
     bytes_table,
     egress_table,
@@ -25,6 +27,8 @@ _GLOSSARY = (
     "M: blocking round trips per token. q: share of tokens where the personal and the base token differ. "
     "c: seconds per cloud step. R: round trip and device time."
 )
+MAX_GATE_ROWS = 12
+"""Of the table beside the gate's plot; a threshold for each held-out token is a page of its own."""
 
 
 def story_section(report: ReportMetrics) -> Html | None:
@@ -99,8 +103,19 @@ def gate_section(report: ReportMetrics) -> Html | None:
     if not points:
         return None
     caption = "What each blocking round trip buys: quality on the held-out texts against M."
-    plot = figure(plots.plot_gate(points), caption)
-    return Html(f'<div class="grid">{plot}<div>{gate_table(points)}</div></div>')
+    plot, few = figure(plots.plot_gate(points), caption), _few_thresholds(points)
+    grid = Html(f'<div class="grid">{plot}<div>{gate_table(few)}</div></div>')
+    return join([grid, fold("All thresholds", gate_table(points))]) if len(few) < len(points) else grid
+
+
+def _few_thresholds(points: Sequence[GatePoint]) -> list[GatePoint]:
+    """The chosen one, and others at about equal steps of M: as many rows as the plot beside them is high."""
+    if len(points) <= MAX_GATE_ROWS:
+        return list(points)
+    trips = [point["M"] for point in points]
+    wanted = [min(trips) + (max(trips) - min(trips)) * step / (MAX_GATE_ROWS - 2) for step in range(MAX_GATE_ROWS - 1)]
+    nearest = {int(np.abs(np.subtract(trips, at)).argmin()) for at in wanted}
+    return [point for index, point in enumerate(points) if index in nearest or point.get("chosen")]
 
 
 def egress_section(report: ReportMetrics) -> Html | None:

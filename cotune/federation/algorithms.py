@@ -56,6 +56,8 @@ HALVING = frozenset({"fwdllm"})
 """Algorithms that show a rule one half of a round's replies, and then the other."""
 IN_PARTS = HALVING | {"mixed"}
 """Algorithms that show a rule parts of a round's replies: halves, or classes of devices."""
+REPLAYED = frozenset({"seed", "fedkseed", "fedkseed_pro"})
+"""Algorithms whose devices replay the steps of earlier rounds, all with one learning rate."""
 # The field that no configuration gives: directions come from the run's secret.
 SEEDS = "seeds"
 # Likewise: models at work, which `cotune.federation.co_tuning_parts` puts in.

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm, Combine
-from cotune.federation.algorithms import ALGORITHMS, HALVING, IN_PARTS, algorithm_named, check_kind
+from cotune.federation.algorithms import ALGORITHMS, HALVING, IN_PARTS, REPLAYED, algorithm_named, check_kind
+from cotune.federation.annealed import Annealed
 from cotune.federation.coplms import CoPlms
 from cotune.federation.eva_start import EvaStart
 from cotune.federation.gradient_start import GradientStart
@@ -52,7 +53,25 @@ def algorithm_of(settings: FederationSettings, secret: RunSecret, *, num_layers:
         num_layers=num_layers,
     )
     check_kind(settings.algorithm, settings.adapter.kind)
-    return with_start(algorithm, settings)
+    return with_start(with_schedule(algorithm, settings), settings)
+
+
+def with_schedule(algorithm: Algorithm, settings: FederationSettings) -> Algorithm:
+    """The algorithm with the schedule of learning rates around it that the settings name.
+
+    Raises:
+        InputError: it has one learning rate for all rounds.
+    """
+    own = settings.schedule
+    if own.kind == "constant":
+        return algorithm
+    if settings.algorithm in REPLAYED or isinstance(algorithm, CoPlms):
+        why = "replays earlier steps with one learning rate" if settings.algorithm in REPLAYED else "has several rates"
+        raise InputError(
+            f"schedule.kind is {own.kind!r}, expected 'constant' for {settings.algorithm}, which {why}; leave "
+            "[schedule] out"
+        )
+    return Annealed(inner=algorithm, num_rounds=settings.rounds.num_rounds, least=own.least)
 
 
 def with_start(algorithm: Algorithm, settings: FederationSettings) -> Algorithm:

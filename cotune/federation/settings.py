@@ -37,6 +37,7 @@ SPLITS = ("iid", "dirichlet", "domains", "sizes")
 KINDS = ("lora", "prefix")
 STARTS = ("orthonormal", "random", "eva", "lora_ga", "update_svd")
 SCALES = ("lora", "rslora")
+SCHEDULES = ("constant", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,23 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """How learning rates change from round to round; see `cotune.federation.annealed`."""
+
+    kind: str = "constant"
+    """`constant`; or `cosine`, which falls until round `num_rounds`. With more rounds than that, a run goes on along
+    the longer cosine."""
+    least: float = 0.1
+    """Share of each learning rate that is left at the end of a cosine."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise InputError(f"kind is {self.kind!r}, expected one of {', '.join(SCHEDULES)}")
+        if not 0 < self.least <= 1:
+            raise InputError(f"least is {self.least}, expected a share above 0 and at most 1 of the learning rate")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CombineSettings:
     """How the replies of a round become one."""
 
@@ -176,6 +194,7 @@ class FederationSettings:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     steps: LocalSteps = field(default_factory=LocalSteps)
     rounds: RoundRules = field(default_factory=RoundRules)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     combine: CombineSettings = field(default_factory=CombineSettings)
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
