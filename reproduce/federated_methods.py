@@ -226,16 +226,15 @@ class Runs:
             judge = stage.test if on_test else stage.server
             if name == CENTRAL:
                 machines: list[Any] = [stage.resident.with_texts(study.encode(study.texts.devices))]
-                steps = LocalSteps(
-                    num_steps=base.num_steps * len(stage.models), batch_size=base.batch_size, learning_rate=rate
-                )
+                num_steps = base.num_steps * len(stage.models)
             else:
-                machines = list(stage.models.values())
-                steps = LocalSteps(num_steps=base.num_steps, batch_size=base.batch_size, learning_rate=rate)
+                machines, num_steps = list(stage.models.values()), base.num_steps
             adapters: list[Arrays] = [stage.start for _ in machines]
             curve, device_s = [self._point(judge, adapters, 0.0, on_test)], 0.0
             for number in range(1, args.rounds + 1):
                 begun_s = time.perf_counter()
+                now = rate * study.rate_share(number)
+                steps = LocalSteps(num_steps=num_steps, batch_size=base.batch_size, learning_rate=now)
                 for place, machine in enumerate(machines):
                     seed_of = hash_seed(seed, place, number)
                     adapters[place] = machine.descend(adapters[place], sorted(stage.start), steps, seed=seed_of).arrays

@@ -30,6 +30,7 @@ from cotune.data.templates import Example
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.federation.algorithm import Algorithm, Combine
 from cotune.federation.algorithms import ALGORITHMS, KINDS, algorithm_named
+from cotune.federation.annealed import cosine_share
 from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import ResidentBackbone
 from cotune.federation.coordinator import Coordinator, FederationError, Progress, RoundRules
@@ -38,9 +39,16 @@ from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.local_model import LocalModel, LocalSteps
 from cotune.federation.mixed import SEED, Mixed, SeedSteps
-from cotune.federation.run_parts import rule_of, with_start
+from cotune.federation.run_parts import rule_of, with_schedule, with_start
 from cotune.federation.run_secret import RunSecret, direction_seed
-from cotune.federation.settings import AdapterSettings, DataSettings, FederationSettings
+from cotune.federation.settings import (
+    CONSTANT,
+    SCHEDULES,
+    AdapterSettings,
+    DataSettings,
+    FederationSettings,
+    ScheduleSettings,
+)
 from cotune.federation.signing import DeviceKey, Registry
 from cotune.federation.simulation import mean_loss, start_of
 from cotune.federation.start_first import StartFirst
@@ -120,6 +128,12 @@ def make_parser(name: str, description: str, *, examples: Sequence[str] = ()) ->
         "--max-length", type=at_least_one, default=256, help="tokens of one text (default: %(default)s)"
     )
     parser.add_argument("--rank", type=at_least_one, default=8, help="of LoRA (default: %(default)s)")
+    parser.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default=CONSTANT,
+        help="of learning rates over rounds, for the algorithms that know one (default: %(default)s)",
+    )
     parser.add_argument(
         "--rate-factors",
         type=positive,
@@ -361,6 +375,7 @@ class FederatedStudy:
             **key,
             "protocol": PROTOCOL,
             **{name: getattr(args, name) for name in (*shared, *sizes)},
+            **({} if args.schedule == CONSTANT else {"schedule": args.schedule}),
             "backbone": self.backbone.spec.backbone_digest[:16],
         }
 
@@ -389,6 +404,11 @@ class FederatedStudy:
             num_layers=self.backbone.spec.num_layers,
         )
 
+    def rate_share(self, round_number: int) -> float:
+        """Of the learning rate in a round, counted from 1, by the schedule."""
+        own = ScheduleSettings(kind=self.args.schedule)
+        return 1.0 if own.kind == CONSTANT else cosine_share(round_number, self.args.rounds, own.least)
+
     def settings(
         self, *, seed: int, algorithm: str | None = None, num_rounds: int | None = None, start: Start | None = None
     ) -> FederationSettings:
@@ -400,6 +420,7 @@ class FederatedStudy:
             data=DataSettings(num_devices=args.devices),
             adapter=(start or Start()).settings(args.rank, KINDS.get(algorithm or "", "lora")),
             rounds=RoundRules(num_rounds=num_rounds or args.rounds, seed=seed),
+            schedule=ScheduleSettings(kind=args.schedule),
         )
 
     @contextmanager
@@ -495,7 +516,8 @@ class FederatedStudy:
         secret = secret_of(scene.seed)
         with self.stage(scene.split, scene.seed, scene.start, algorithm=scene.algorithm) as stage:
             settings = self.settings(seed=scene.seed, algorithm=scene.algorithm, start=scene.start)
-            algorithm = with_start(self.algorithm(scene.algorithm, scene.factor, secret), settings)
+            algorithm = self.algorithm(scene.algorithm, scene.factor, secret)
+            algorithm = with_start(with_schedule(algorithm, settings), settings)
             first = algorithm.method.num_rounds if isinstance(algorithm, StartFirst) else 0
             rules = replace(settings.rounds, num_rounds=settings.rounds.num_rounds + first)
             coordinator = self.coordinator(

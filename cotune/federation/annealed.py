@@ -54,8 +54,7 @@ class Annealed:
 
     def share(self, round_number: int) -> float:
         """Of the learning rate in a round, counted from 1."""
-        passed = min(round_number - 1, self.num_rounds) / self.num_rounds
-        return self.least + (1 - self.least) * (1 + math.cos(math.pi * passed)) / 2
+        return cosine_share(round_number, self.num_rounds, self.least)
 
     def start(self, adapter: Arrays) -> Arrays:
         return self.inner.start(adapter)
@@ -71,6 +70,17 @@ class Annealed:
 
     def _in(self, round_number: int) -> Algorithm:
         return at_rate(self.inner, self.share(round_number))
+
+
+def cosine_share(round_number: int, num_rounds: int, least: float) -> float:
+    """lr_t / lr, with the symbols above.
+
+    Example:
+        >>> [round(cosine_share(number, 4, 0.0), 3) for number in (1, 2, 3, 4, 5)]
+        [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    passed = min(round_number - 1, num_rounds) / num_rounds
+    return least + (1 - least) * (1 + math.cos(math.pi * passed)) / 2
 
 
 def at_rate(kind: T, share: float) -> T:

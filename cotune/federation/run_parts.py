@@ -18,7 +18,7 @@ from cotune.federation.robust.rules import rule_named
 from cotune.federation.robust.usual_rule import UsualRule, usual_rule
 from cotune.federation.run_privacy import check_privacy, private_mean
 from cotune.federation.run_secret import RunSecret, direction_seed
-from cotune.federation.settings import FederationSettings
+from cotune.federation.settings import CONSTANT, FederationSettings
 from cotune.federation.start_first import StartFirst
 from cotune.federation.update_svd import UpdateSvd
 
@@ -63,12 +63,12 @@ def with_schedule(algorithm: Algorithm, settings: FederationSettings) -> Algorit
         InputError: it has one learning rate for all rounds.
     """
     own = settings.schedule
-    if own.kind == "constant":
+    if own.kind == CONSTANT:
         return algorithm
     if settings.algorithm in REPLAYED or isinstance(algorithm, CoPlms):
         why = "replays earlier steps with one learning rate" if settings.algorithm in REPLAYED else "has several rates"
         raise InputError(
-            f"schedule.kind is {own.kind!r}, expected 'constant' for {settings.algorithm}, which {why}; leave "
+            f"schedule.kind is {own.kind!r}, expected {CONSTANT!r} for {settings.algorithm}, which {why}; leave "
             "[schedule] out"
         )
     return Annealed(inner=algorithm, num_rounds=settings.rounds.num_rounds, least=own.least)

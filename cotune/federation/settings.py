@@ -37,7 +37,8 @@ SPLITS = ("iid", "dirichlet", "domains", "sizes")
 KINDS = ("lora", "prefix")
 STARTS = ("orthonormal", "random", "eva", "lora_ga", "update_svd")
 SCALES = ("lora", "rslora")
-SCHEDULES = ("constant", "cosine")
+CONSTANT, COSINE = "constant", "cosine"
+SCHEDULES = (CONSTANT, COSINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class AdapterSettings:
 class ScheduleSettings:
     """How learning rates change from round to round; see `cotune.federation.annealed`."""
 
-    kind: str = "constant"
+    kind: str = CONSTANT
     """`constant`; or `cosine`, which falls until round `num_rounds`. With more rounds than that, a run goes on along
     the longer cosine."""
     least: float = 0.1

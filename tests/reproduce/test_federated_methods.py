@@ -88,6 +88,27 @@ def test_a_search_ends_where_round_after_round_is_rejected(
     assert (whole["num_rejected"], len(whole["curve"])) == (5, 6)
 
 
+def test_a_schedule_is_a_setting_of_every_cell_that_has_one(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = f"--model {tiny_model} --num-train 8 --num-server 4 --num-test 4 --devices 2 --rounds 3 --local-steps 1 "
+    options += f"--batch-size 2 --max-length 48 --rank 2 --cells {tmp_path}"
+    constant, cosine = (
+        FederatedStudy("schedule", parser().parse_args([*options.split(), "--schedule", kind]))
+        for kind in ("constant", "cosine")
+    )
+    assert [constant.rate_share(number) for number in (1, 2, 3)] == [1.0, 1.0, 1.0]
+    assert [cosine.rate_share(number) for number in (1, 2, 3)] == pytest.approx([1.0, 0.775, 0.325])
+    scene = Scene(algorithm="fedit", factor=3.0)
+    curves = [[point["loss"] for point in study.federate(scene)["curve"]] for study in (constant, cosine)]
+    assert curves[0][:2] == curves[1][:2] and curves[0][2] != curves[1][2]
+    keys: list[dict[str, Any]] = []
+    for study in (constant, cosine):
+        monkeypatch.setattr(study.cells, "get", lambda group, key, run: keys.append(key))
+        study.cell({"what": "x"}, dict)
+    assert "schedule" not in keys[0] and keys[1] == keys[0] | {"schedule": "cosine"}
+
+
 def test_prompts_and_classes_of_devices_are_tuned_as_well(tiny_model: Path, tmp_path: Path) -> None:
     args = parser().parse_args(
         f"--model {tiny_model} --num-train 8 --num-server 4 --num-test 4 --devices 4 --rounds 2 --local-steps 2 "
