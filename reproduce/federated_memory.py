@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from federated_study import FederatedStudy, make_parser, secret_of
 
 from cotune.data.batches import EncodedExample
@@ -33,6 +34,8 @@ from cotune.federation.simulation import start_of
 
 NAME = "federated_memory"
 TIMEOUT_S = 1800.0
+# Of a few MB, what a process touches for the first time by chance can be a third.
+NUM_CHILDREN = 3
 DEVICE = "device-0"
 # Of the child's first work, after which all libraries are loaded.
 WARM_TOKENS = 8
@@ -75,7 +78,7 @@ def predicted_bytes(study: FederatedStudy, *, first_order: bool) -> float | None
 
 
 def measured_memory(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """What a child measures: `peak_bytes` of a device's first round, `inference_bytes` of judging the same texts.
+    """Medians over children: `peak_bytes` of a device's first round, `inference_bytes` of judging the same texts.
 
     Raises:
         CotuneError: the child failed.
@@ -85,7 +88,8 @@ def measured_memory(args: argparse.Namespace, name: str) -> dict[str, Any]:
         options += [f"--{word.replace('_', '-')}", str(getattr(args, word))]
     if args.data_root:
         options += ["--data-root", str(args.data_root)]
-    return run_measured([str(Path(__file__)), *options], timeout_s=TIMEOUT_S)
+    found = [run_measured([str(Path(__file__)), *options], timeout_s=TIMEOUT_S) for _ in range(NUM_CHILDREN)]
+    return {what: float(np.median([one[what] for one in found])) for what in found[0]}
 
 
 def measure(study: FederatedStudy, name: str) -> dict[str, int]:

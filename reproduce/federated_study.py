@@ -357,6 +357,11 @@ class FederatedStudy:
         )
         self.backbone = Backbone.from_pretrained(args.model, dtype=args.dtype, device=args.device)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the backbone."""
+        return sum(one.numel() * one.element_size() for one in self.backbone.model.parameters())
+
     def encode(self, texts: Sequence[Example]) -> list[EncodedExample]:
         """Token ids within the context."""
         longest = min(self.args.max_length, self.backbone.spec.max_context)
