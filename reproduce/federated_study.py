@@ -35,6 +35,7 @@ from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import ResidentBackbone
 from cotune.federation.coordinator import Coordinator, FederationError, Progress, RoundRules
 from cotune.federation.device_agent import DeviceAgent
+from cotune.federation.ferret import Ferret
 from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.local_model import LocalModel, LocalSteps
@@ -165,6 +166,9 @@ def options_at(kind: type, factor: float, sizes: Mapping[str, int]) -> dict[str,
         "num_seeds": sizes["pool"],
         "batch_size": sizes["batch_size"],
     }
+    if kind is Ferret:
+        # Not of forward passes: how many numbers a step of back-propagation is sent as.
+        del amounts["num_directions"]
     found: dict[str, Any] = {}
     for one in fields(kind):
         default = one.default_factory() if one.default_factory is not MISSING else one.default

@@ -12,6 +12,7 @@ from toy_federation import ToyModel, toy_adapter
 
 from cotune.federation.algorithms import ALGORITHMS, algorithm_named
 from cotune.federation.fedkseed_pro import FedKSeedPro
+from cotune.federation.ferret import Ferret
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.seed import SeedMode
 from cotune.federation.transport import Arrival
@@ -23,6 +24,7 @@ def test_options_multiply_every_learning_rate_and_set_the_work() -> None:
     assert options_at(SeedMode, 10.0, SIZES) == {"num_directions": 6, "learning_rate": 1e-2, "batch_size": 2}
     pool = {"num_seeds": 32, "num_steps": 6, "learning_rate": 3e-3, "batch_size": 2}
     assert options_at(FedKSeedPro, 3.0, SIZES) == {"pool": pool}
+    assert options_at(Ferret, 1.0, SIZES).keys() == {"steps"}
 
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
