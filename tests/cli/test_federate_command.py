@@ -17,7 +17,7 @@ import pytest
 from co_tuning import domain_texts, model_folder, write_texts
 from tiny_models import tiny_backbone, tokenizer_json
 
-from cotune.cli.federate_command import with_needs
+from cotune.cli.mixed_needs import with_needs
 from cotune.federation.settings import FederationSettings
 from cotune.federation.user_privacy import UserPrivacyAccount
 
