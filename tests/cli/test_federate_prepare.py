@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[flower]'")
 
-from tiny_models import tiny_backbone, tokenizer_json
+from tiny_models import save_tiny, tiny_backbone
 
 from cotune.cli.mixed_needs import with_needs
 from cotune.federation.flower.server_folder import ServerFolder
@@ -50,10 +50,7 @@ batch_size = 1
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny"
-    tiny_backbone("llama").model.save_pretrained(path)
-    (path / "tokenizer.json").write_bytes(tokenizer_json())
-    return path
+    return save_tiny(tmp_path / "tiny")
 
 
 @pytest.fixture
@@ -64,10 +61,14 @@ def given(tmp_path: Path) -> tuple[Path | str, ...]:
 
 
 def test_layers_are_looked_up_and_the_run_begins_and_ends_without_anything_by_hand(
-    tmp_path: Path, model: Path, given: tuple[Path | str, ...], run: Any
+    tmp_path: Path, model: Path, given: tuple[Path | str, ...], run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, folder, app = tmp_path / "c.toml", tmp_path / "run-1", tmp_path / "app"
     config.write_text(PREFIX.format(model=model))
+    load, dtypes = Backbone.from_pretrained, []
+    monkeypatch.setattr(
+        Backbone, "from_pretrained", lambda *names, **how: dtypes.append(how["dtype"]) or load(*names, **how)
+    )
     outcome = run("federate", "prepare", config, folder, *given, "--app", app, "--dtype", "bfloat16", "--json")
     assert outcome.status == 0, outcome.err
     told = json.loads(outcome.out)
@@ -88,6 +89,8 @@ def test_layers_are_looked_up_and_the_run_begins_and_ends_without_anything_by_ha
         assert again.state.keys() == start.state.keys(), "it goes on from its checkpoint"
     outcome = run("federate", "result", folder, "--out", tmp_path / "out", "--json")
     assert outcome.status == 0 and (tmp_path / "out" / "adapter_config.json").is_file(), outcome.err
+    # To prepare, to judge twice, and for the result.
+    assert dtypes == ["bfloat16"] * 4
 
 
 def test_what_both_classes_of_mixed_need_is_kept_with_the_run(

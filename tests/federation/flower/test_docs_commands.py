@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[flower]'")
 
-from tiny_models import tiny_backbone, tokenizer_json
+from tiny_models import save_tiny
 
 from cotune.cli.federate_keys import next_steps
 from cotune.cli.main import main
@@ -47,8 +47,7 @@ def test_keys_run_and_app_are_made_by_the_pages_own_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_backbone("llama").model.save_pretrained("tiny")
-    Path("tiny/tokenizer.json").write_bytes(tokenizer_json())
+    save_tiny(Path("tiny"))
     Path("federation.toml").write_text('model = "tiny"\n[data]\nnum_judge = 0\n[adapter]\nrank = 2\n')
     (own,), (identities,), (prepare,) = (
         commands(f"cotune federate {name}") for name in ("device-key", "identities", "prepare")

@@ -183,6 +183,16 @@ def test_start_and_judge_are_those_of_a_simulation(tmp_path: Path, federation: T
         pass
 
 
+def test_what_python_does_not_look_up_is_asked_for_before_anything_is_written(
+    tmp_path: Path, federation: ToyFederation
+) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text('algorithm = "mixed"' + JUDGED + "[options.mixed]\nmemory_bytes = { d0 = 3 }\n")
+    with pytest.raises(InputError, match="lora_bytes or seed_bytes is not; add what both need"):
+        ServerFolder.prepare_from_model(tmp_path / "run", settings, registry=federation.registry, secret=SECRET)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("folder", ["", 3, None])
 def test_a_run_config_without_a_folder_is_refused(folder: object) -> None:
     context = Context(
