@@ -60,7 +60,6 @@ REPLAYED = frozenset({"seed", "fedkseed", "fedkseed_pro"})
 """Algorithms whose devices replay the steps of earlier rounds, all with one learning rate."""
 # The field that no configuration gives: directions come from the run's secret.
 SEEDS = "seeds"
-STEPS = "steps"
 # Likewise: models at work, which `cotune.federation.co_tuning_parts` puts in.
 CLOUD_HALF = "cloud_half"
 
@@ -71,6 +70,7 @@ def algorithm_named(
     *,
     seeds: DirectionSeeds,
     steps: LocalSteps | None = None,
+    num_layers: int | None = None,
 ) -> Algorithm:
     """Make an algorithm, as a configuration names it.
 
@@ -79,6 +79,7 @@ def algorithm_named(
         options: its settings.
         seeds: of directions, for those algorithms that take them from the run's secret.
         steps: local steps, for those that have them and whose options say nothing of them.
+        num_layers: of the model, likewise.
 
     Raises:
         InputError: an unknown name or option, or a bad value.
@@ -95,7 +96,8 @@ def algorithm_named(
     given: dict[str, Any] = {SEEDS: seeds} if SEEDS in own else {}
     if CLOUD_HALF in own:
         given[CLOUD_HALF] = None
-    usual = {STEPS: steps} if STEPS in own and steps is not None else {}
+    known = {"steps": steps, "num_layers": num_layers}
+    usual = {field: value for field, value in known.items() if field in own and value is not None}
     made: Algorithm = from_table(kind, table, where=f"options.{name}.", given=given, usual=usual)
     return made
 
