@@ -261,7 +261,7 @@ def _key(name: str) -> str:
 
 
 def _text(value: str) -> str:
-    # As JSON has it, but for what TOML forbids: halves of characters beyond 16 bits, and a bare DEL.
+    # As JSON has it, but for what TOML forbids: surrogate pairs, and a bare DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
