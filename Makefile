@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev
 # Real SuperLink and SuperNodes, in an environment of their own.
 test-flower:
 	$(MAKE) VENV=.venv-flower .venv-flower/.installed-flower
-	.venv-flower/bin/pytest tests/federation/flower tests/cli/test_federate_keys.py tests/cli/test_federate_result.py tests/integration/test_flower.py tests/cli/test_errors.py::test_a_wrong_token
+	.venv-flower/bin/pytest tests/federation/flower tests/cli/test_federate_keys.py tests/cli/test_federate_prepare.py tests/cli/test_federate_result.py tests/integration/test_flower.py tests/cli/test_errors.py::test_a_wrong_token
 
 # All in one step, so that one set of versions suits both: Flower's old typer needs an older transformers.
 $(VENV)/.installed-flower: pyproject.toml constraints-flower.txt | $(VENV)/bin/python

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from federated import SECRET
 from numpy.typing import NDArray
-from toy_federation import B, ToyModel, ToyPrefixModel, ToyWalk
+from toy_federation import B, ToyModel, ToyPrefixModel, ToyWalk, toy_adapter, toy_prefix
 
 from cotune.federation.algorithm import Algorithm, Plan, Update
-from cotune.federation.algorithms import algorithm_named
+from cotune.federation.algorithms import KINDS, algorithm_named
 from cotune.federation.arrays import Arrays
 from cotune.federation.local_model import LocalSteps, Trained
 from cotune.federation.run_secret import direction_seed
@@ -45,6 +45,11 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 def made(name: str) -> Algorithm:
     return algorithm_named(name, OPTIONS[name], seeds=lambda r, k: direction_seed(SECRET, r, k))
+
+
+def start_of(name: str) -> Arrays:
+    """An adapter of the kind that the algorithm needs."""
+    return toy_prefix() if KINDS.get(name) == "prefix" else toy_adapter(3, 3, 2)
 
 
 class Watched(ToyModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,13 @@ def tiny_backbone(architecture: str, seed: int = 0) -> Backbone:
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
     return Backbone.from_model(model, tokenizer_json())
+
+
+def save_tiny(folder: Path) -> Path:
+    """A tiny Llama with its tokenizer in a folder, as a user has a model."""
+    tiny_backbone("llama").model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_json())
+    return folder
 
 
 def untrained_ladder(backbone: Backbone, seed: int = 0) -> TapLadder:

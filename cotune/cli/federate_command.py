@@ -1,4 +1,7 @@
-"""`cotune federate`: many devices tune one adapter together, here as a simulation in one process."""
+"""`cotune federate`: many devices tune one adapter together, here as a simulation in one process.
+
+Its other commands prepare the same over Flower (`federate_identities`, `federate_prepare`) and read what came of it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,11 @@ import typer
 from rich.markup import escape
 
 from cotune.cli.default_group import group_with_default
+from cotune.cli.federate_identities import device_key, identities
 from cotune.cli.federate_keys import certificates, check_cryptography, key
+from cotune.cli.federate_prepare import prepare
 from cotune.cli.federate_result import check_out, print_summary, result, summary_of, write_result, write_rounds
+from cotune.cli.mixed_needs import with_needs
 from cotune.cli.output import print_json, progress, stderr
 from cotune.cli.run_folder import plain, run_folder, write_json
 from cotune.errors import InputError
@@ -39,9 +45,8 @@ federate = typer.Typer(
     no_args_is_help=True,
     help="Many devices tune one adapter together: `cotune federate CONFIG.toml --out DIR`.",
 )
-federate.command()(key)
-federate.command()(certificates)
-federate.command()(result)
+for _command in (key, certificates, identities, device_key, prepare, result):
+    federate.command()(_command)
 
 
 @federate.command()
@@ -127,40 +132,6 @@ def example() -> None:
     from cotune.federation.settings import FederationSettings, as_toml
 
     typer.echo(as_toml(FederationSettings()), nl=False)
-
-
-def with_needs(settings: FederationSettings, backbone: Any, dtype: str) -> FederationSettings:
-    """The settings with what both classes of `mixed` need of this model, where they give the devices' memory alone.
-
-    Raises:
-        InputError: the model's memory cannot be predicted.
-    """
-    own = settings.options.get("mixed")
-    if not isinstance(own, Mapping) or "memory_bytes" not in own or {"lora_bytes", "seed_bytes"} <= own.keys():
-        return settings
-    from cotune.evaluation.method_cost import MethodSettings, predict_cost
-    from cotune.evaluation.model_shape import ModelShape
-    from cotune.evaluation.plan import RUNTIME_BYTES
-    from cotune.evaluation.workload import Workload
-
-    shape = ModelShape.from_config(backbone.model.config.to_dict())
-    sizes = MethodSettings(rank=settings.adapter.rank, num_blocks=1)
-    needs = {}
-    for name, method, batch in (
-        ("lora_bytes", "lora", settings.steps.batch_size),
-        ("seed_bytes", "zeroth_order_lora", _seed_batch(own)),
-    ):
-        load = Workload(batch=batch, length=settings.data.max_length, dtype=dtype)
-        needs[name] = predict_cost(shape, method, load, sizes).peak + RUNTIME_BYTES
-    return replace(settings, options={**settings.options, "mixed": {**needs, **own}})
-
-
-def _seed_batch(own: Mapping[str, Any]) -> int:
-    """Texts of a seed device's step."""
-    from cotune.federation.mixed import SeedSteps
-
-    table = own.get("seed_mode", {})
-    return int(table.get("batch_size", SeedSteps.batch_size)) if isinstance(table, Mapping) else SeedSteps.batch_size
 
 
 def _with_options(

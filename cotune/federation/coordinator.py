@@ -414,7 +414,8 @@ class _OpenRound:
         self, verdict: str, remark: str, heldout_loss: float | None, seconds: float, shown: dict[str, float]
     ) -> RoundRecord:
         """What happened."""
-        metrics = [reply.metrics for reply in self.counted.values()]
+        # In order of names, not of arrival: a mean's last bit would depend on it.
+        metrics = [self.counted[name].metrics for name in sorted(self.counted)]
         losses = [one["loss"] for one in metrics if math.isfinite(one.get("loss", math.nan))]
         times = [one["seconds"] for one in metrics if "seconds" in one]
         peaks = [one["peak_bytes"] for one in metrics if "peak_bytes" in one]

@@ -57,7 +57,7 @@ class FedPepTAO:
     steps: LocalSteps = field(default_factory=LocalSteps)
     """Of each device in each round."""
     num_layers: int = 0
-    """L, of the model; `cotune federate` looks it up."""
+    """L, of the model; `cotune federate` and `cotune federate prepare` look it up."""
     budget_bytes: int | None = None
     """What a device may send in a round; left out: half of all layers."""
     score_batch_size: int = 8
@@ -88,7 +88,7 @@ class FedPepTAO:
         if self.num_layers < 1 or width % self.num_layers:
             raise InputError(
                 f"num_layers is {self.num_layers} and the prefix has {width} columns, expected the model's number of "
-                "layers, which divides them"
+                "layers, which divides them; give it, or prepare the run anew, which looks it up"
             )
         prompts = split_prompts(adapter[PREFIX], self.num_layers)
         one = prompts[layer_name(0)].nbytes

@@ -12,7 +12,7 @@ the round is that of `ffa_lora` or of `seed`. A rule is used within each class, 
 usual one suits itself to the size of the class; one that is named has to bear the smaller class, or the round is void.
 
 Who is what: `classes` by the device's name; for those that no pattern fits, `memory_bytes` by name against what the
-methods need, `lora_bytes` and `seed_bytes`, from `cotune plan` for the model at hand. A device of neither is `lora`.
+methods need, `lora_bytes` and `seed_bytes`, which the commands look up for the model. A device of neither is `lora`.
 
 Wire: 4 r m bytes down for each layer, to both classes, as no K numbers tell a step of back-propagation; A once. Up
 4 r m of a lora device, 4 K of a seed device. Memory: that of LoRA with B's optimiser state, and that of inference.
@@ -131,10 +131,11 @@ class Mixed:
         return LORA
 
     def start(self, adapter: Arrays) -> Arrays:
-        # Not earlier: `cotune federate` knows what both need only when it has read the model.
+        # Not earlier: what both need is known only when the model was read.
         if self.memory_bytes and (self.lora_bytes is None or self.seed_bytes is None):
             raise InputError(
-                "memory_bytes is given and lora_bytes or seed_bytes is not; add what both need, from cotune plan"
+                "memory_bytes is given and lora_bytes or seed_bytes is not; add what both need, from cotune plan, or "
+                "prepare the run with `cotune federate prepare`, which looks it up"
             )
         names_like(adapter, TRAINED)
         return dict(adapter)

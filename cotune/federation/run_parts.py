@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm, Combine
@@ -24,15 +25,15 @@ from cotune.federation.update_svd import UpdateSvd
 
 PLAIN_STARTS = ("orthonormal", "random")
 USUAL = "auto"
+NUM_LAYERS = "num_layers"
 
 
-def algorithm_of(settings: FederationSettings, secret: RunSecret, *, num_layers: int | None = None) -> Algorithm:
+def algorithm_of(settings: FederationSettings, secret: RunSecret) -> Algorithm:
     """The server half that the settings name.
 
     Args:
         settings: of the run.
         secret: directions come from it.
-        num_layers: of the model, for algorithms that ask for it.
 
     Raises:
         InputError: there is no such algorithm, it does not take its options, or it needs another kind of adapter.
@@ -50,7 +51,6 @@ def algorithm_of(settings: FederationSettings, secret: RunSecret, *, num_layers:
         own,
         seeds=lambda round_number, index: direction_seed(secret, round_number, index),
         steps=settings.steps,
-        num_layers=num_layers,
     )
     check_kind(settings.algorithm, settings.adapter.kind)
     return with_start(with_schedule(algorithm, settings), settings)
@@ -72,6 +72,24 @@ def with_schedule(algorithm: Algorithm, settings: FederationSettings) -> Algorit
             "[schedule] out"
         )
     return Annealed(inner=algorithm, num_rounds=settings.rounds.num_rounds, least=own.least)
+
+
+def with_num_layers(settings: FederationSettings, num_layers: int) -> FederationSettings:
+    """The settings with the model's number of layers, where the algorithm asks for it and its options do not say it.
+
+    What is wrong in them stays as it is: `algorithm_of` refuses that.
+
+    Example:
+        >>> with_num_layers(FederationSettings(algorithm="fedpeptao"), 3).options
+        {'fedpeptao': {'num_layers': 3}}
+        >>> with_num_layers(FederationSettings(algorithm="rolora"), 3).options
+        {}
+    """
+    kind: Any = ALGORITHMS.get(settings.algorithm)
+    own = settings.options.get(settings.algorithm, {})
+    if kind is None or not isinstance(own, Mapping) or NUM_LAYERS not in {one.name for one in fields(kind)}:
+        return settings
+    return replace(settings, options={**settings.options, settings.algorithm: {NUM_LAYERS: num_layers, **own}})
 
 
 def with_start(algorithm: Algorithm, settings: FederationSettings) -> Algorithm:

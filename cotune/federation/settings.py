@@ -23,8 +23,10 @@ Tables and keys that are left out have their defaults.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import date, time
 from pathlib import Path
 
 from cotune.errors import InputError
@@ -39,6 +41,7 @@ STARTS = ("orthonormal", "random", "eva", "lora_ga", "update_svd")
 SCALES = ("lora", "rslora")
 CONSTANT, COSINE = "constant", "cosine"
 SCHEDULES = (CONSTANT, COSINE)
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +219,14 @@ class FederationSettings:
 
 
 def as_toml(settings: FederationSettings) -> str:
-    """All settings as a file that `FederationSettings.read` takes; those without a default stand as comments."""
+    """All settings as a file that `FederationSettings.read` takes; those without a value stand as comments.
+
+    Example:
+        >>> print(as_toml(FederationSettings(options={"mixed": {"classes": {"phone-*": "seed"}}})).partition("[opt")[2])
+        ions.mixed]
+        classes = { "phone-*" = "seed" }
+        <BLANKLINE>
+    """
     plain, tables = [], []
     for one in fields(settings):
         value = getattr(settings, one.name)
@@ -225,12 +235,34 @@ def as_toml(settings: FederationSettings) -> str:
             tables.append("\n".join([f"[{one.name}]", *rows]))
         elif not isinstance(value, Mapping):
             plain.append(_toml_line(one.name, value))
-    tables.append("# Settings of an algorithm stand under its name.\n# [options.seed]\n# num_directions = 32")
+    tables += _option_tables(settings.options)
     return "\n".join(plain) + "\n\n" + "\n\n".join(tables) + "\n"
 
 
+def _option_tables(options: Mapping[str, object]) -> list[str]:
+    """A table for each algorithm."""
+    if not options:
+        return ["# Settings of an algorithm stand under its name.\n# [options.seed]\n# num_directions = 32"]
+    tables = []
+    for name, own in options.items():
+        if not isinstance(own, Mapping):
+            raise InputError(f"options.{name} is {own!r:.40}, expected a table of settings")
+        rows = [_toml_line(key, value) for key, value in own.items()]
+        tables.append("\n".join([f"[options.{_key(name)}]", *rows]))
+    return tables
+
+
 def _toml_line(name: str, value: object) -> str:
-    return f"# {name} =" if value is None else f"{name} = {_toml(value)}"
+    return f"# {name} =" if value is None else f"{_key(name)} = {_toml(value)}"
+
+
+def _key(name: str) -> str:
+    return name if _BARE_KEY.fullmatch(name) else _text(name)
+
+
+def _text(value: str) -> str:
+    # As JSON has it, but for what TOML forbids: surrogate pairs, and a bare DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml(value: object) -> str:
@@ -238,9 +270,11 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value)
+        return _text(value)
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }" if value else "{}"
+        return "{ " + ", ".join(f"{_key(key)} = {_toml(one)}" for key, one in value.items()) + " }" if value else "{}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(one) for one in value) + "]"
+    if isinstance(value, date | time):
+        return value.isoformat()
     return repr(value)

@@ -26,7 +26,7 @@ from cotune.federation.device_agent import DeviceAgent
 from cotune.federation.fresh_adapter import fresh_adapter, trained_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.orthonormal_rows import orthonormal_rows
-from cotune.federation.run_parts import algorithm_of, combine_of, run_id
+from cotune.federation.run_parts import algorithm_of, combine_of, run_id, with_num_layers
 from cotune.federation.run_privacy import check_privacy
 from cotune.federation.run_secret import RunSecret, direction_seed
 from cotune.federation.settings import DataSettings, FederationSettings
@@ -141,7 +141,7 @@ def simulate(
     """
     check_privacy(settings)
     shards = shards or read_shards(settings)
-    algorithm = algorithm_of(settings, secret, num_layers=backbone.spec.num_layers)
+    algorithm = algorithm_of(with_num_layers(settings, backbone.spec.num_layers), secret)
     fresh = fresh_adapter(settings.adapter, backbone, seed=settings.seed)
 
     def encode(texts: Sequence[Example]) -> list[EncodedExample]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from co_tuning import domain_texts, model_folder, write_texts
-from tiny_models import tiny_backbone, tokenizer_json
+from tiny_models import save_tiny, tiny_backbone
 
-from cotune.cli.federate_command import with_needs
+from cotune.cli.mixed_needs import with_needs
 from cotune.federation.settings import FederationSettings
 from cotune.federation.user_privacy import UserPrivacyAccount
 
@@ -47,10 +47,7 @@ num_rounds = {num_rounds}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_backbone("llama").model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(tokenizer_json())
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def config(tmp_path: Path, model: Path, *, algorithm: str = "rolora", num_rounds: int = 3) -> Path:

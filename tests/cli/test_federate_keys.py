@@ -93,5 +93,7 @@ def test_a_missing_package_is_named(tmp_path: Path, run: Any, monkeypatch: pytes
     words = "needs the package cryptography, which is not installed; run: pip install"
     run("federate", "key", tmp_path / "k").check_refusal(words)
     run("federate", "certificates", tmp_path / "c").check_refusal(words)
+    run("federate", "identities", tmp_path / "i", "--device", "a").check_refusal(words)
+    run("federate", "device-key", tmp_path / "d").check_refusal(words)
     run("federate", tmp_path / "c.toml", "--out", tmp_path / "out").check_refusal(words)
     assert list(tmp_path.iterdir()) == []

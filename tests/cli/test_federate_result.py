@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[flower]'")
 
 from federated import SECRET
-from tiny_models import tiny_backbone, tokenizer_json
+from tiny_models import save_tiny
 
 from cotune.federation.flower.server_folder import CHECKPOINTS, ServerFolder
 from cotune.federation.progress_checkpoint import save_progress
@@ -40,9 +40,7 @@ num_rounds = 2
 
 
 def test_a_run_over_flower_ends_as_an_adapter_and_a_report(tmp_path: Path, run: Any) -> None:
-    model, settings, out = tmp_path / "tiny", tmp_path / "settings.toml", tmp_path / "out"
-    tiny_backbone("llama").model.save_pretrained(model)
-    (model / "tokenizer.json").write_bytes(tokenizer_json())
+    model, settings, out = save_tiny(tmp_path / "tiny"), tmp_path / "settings.toml", tmp_path / "out"
     settings.write_text(SETTINGS.format(model=model))
     registry = Registry({name: DeviceKey.generate().public_key for name in ("kitchen", "office", "garage")})
     folder = ServerFolder.prepare_from_model(tmp_path / "run", settings, registry=registry, secret=SECRET)

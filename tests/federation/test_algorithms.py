@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from algorithm_cases import OPTIONS, K, Watched, WatchedPrefix, made, updates_of
+from algorithm_cases import OPTIONS, K, Watched, WatchedPrefix, made, start_of, updates_of
 from federated import ToyFederation, same_arrays
-from toy_federation import A, B, ToyModel, ToyPrefixModel, toy_adapter, toy_prefix
+from toy_federation import A, B, ToyModel, ToyPrefixModel, toy_adapter
 
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm
@@ -39,11 +39,6 @@ BYTES = {
     "fedpeptao": (4 * 18, 4 * 18),  # all three layers, which the budget allows
     "coplms": (4 * (NUM_A + NUM_B), 4 * (NUM_A + NUM_B)),  # in float32
 }
-
-
-def start_of(name: str) -> Arrays:
-    """An adapter of the kind that the algorithm needs."""
-    return toy_prefix() if KINDS.get(name) == "prefix" else toy_adapter(3, 3, 2)
 
 
 def after_rounds(name: str, algorithm: Algorithm, num: int) -> Arrays:

@@ -83,9 +83,9 @@ def test_every_algorithm_is_annealed_or_refused(name: str) -> None:
     secret = RunSecret(bytes(32))
     if name in REPLAYED or name == "coplms":
         with pytest.raises(InputError, match=rf"schedule\.kind is 'cosine', expected 'constant' for {name}"):
-            algorithm_of(settings, secret, num_layers=2)
+            algorithm_of(settings, secret)
         return
-    made = algorithm_of(settings, secret, num_layers=2)
+    made = algorithm_of(settings, secret)
     assert isinstance(made, Annealed) and (made.num_rounds, made.least) == (6, 0.3)
     # Something does fall.
     assert at_rate(made.inner, 0.5) != made.inner

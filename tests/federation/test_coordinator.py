@@ -36,6 +36,15 @@ ALGORITHMS: dict[str, Callable[[], Algorithm]] = {
 }
 
 
+def test_what_is_recorded_does_not_depend_on_who_answers_first() -> None:
+    first, *others = (
+        ToyFederation(num_devices=7, rules=RoundRules(num_rounds=3), devices={slow: {"latency_s": 0.5}}).run()
+        for slow in ("d6", "d3", "d0")
+    )
+    for other in others:
+        assert [one.loss for one in first.records] == [one.loss for one in other.records]
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_devices_learn_together_and_every_byte_is_counted(name: str) -> None:
     federation = ToyFederation(algorithm=ALGORITHMS[name](), rules=RoundRules(num_rounds=6))

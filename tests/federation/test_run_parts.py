@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cotune.errors import InputError
@@ -9,7 +11,7 @@ from cotune.federation.coordinator import RoundRules
 from cotune.federation.robust.mean import Mean
 from cotune.federation.robust.median import Median
 from cotune.federation.robust.usual_rule import UsualRule
-from cotune.federation.run_parts import algorithm_of, combine_of, rule_of
+from cotune.federation.run_parts import algorithm_of, combine_of, rule_of, with_num_layers
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import CombineSettings, FederationSettings
 
@@ -66,6 +68,17 @@ def test_a_rule_that_no_round_could_satisfy_is_refused_at_once() -> None:
     krum = CombineSettings(rule="multi_krum", options={"num_byzantine": 2})
     with pytest.raises(InputError, match=r"multi_krum needs at least \d+ replies and 3 devices"):
         rule_of(FederationSettings(combine=krum), num_devices=3)
+
+
+def test_the_models_layers_are_told_to_those_who_ask_and_what_is_given_stays() -> None:
+    asks = FederationSettings(algorithm="fedpeptao", options={"seed": {}})
+    told = with_num_layers(asks, 5)
+    assert told.options == {"seed": {}, "fedpeptao": {"num_layers": 5}} and asks.options == {"seed": {}}
+    given = FederationSettings(algorithm="fedpeptao", options={"fedpeptao": {"num_layers": 2, "beta": 0.5}})
+    assert with_num_layers(given, 5) == given
+    # Others do not know the word, and what is wrong is refused where an algorithm is made.
+    for other in (FederationSettings(), FederationSettings(algorithm="x"), replace(asks, options={"fedpeptao": 3})):
+        assert with_num_layers(other, 5) is other
 
 
 def test_an_algorithm_takes_its_own_table_alone() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
+from datetime import UTC
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cotune.errors import InputError
-from cotune.federation.settings import FederationSettings, as_toml
+from cotune.federation.settings import DataSettings, FederationSettings, as_toml
+from cotune.federation.tables import from_table
 
 
 def read(tmp_path: Path, text: str) -> FederationSettings:
@@ -31,6 +36,39 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
 
 def test_the_example_is_the_defaults(tmp_path: Path) -> None:
     assert read(tmp_path, as_toml(FederationSettings())) == FederationSettings()
+
+
+# As TOML may have them, in what an algorithm is told.
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+PLAIN = (
+    NAMES
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | st.datetimes(timezones=st.none() | st.just(UTC))
+    | st.dates()
+    | st.times()
+)
+VALUES = st.recursive(
+    PLAIN, lambda own: st.lists(own, max_size=2) | st.dictionaries(NAMES, own, max_size=2), max_leaves=4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(options=st.dictionaries(NAMES, st.dictionaries(NAMES, VALUES, max_size=3), max_size=2), path=NAMES)
+def test_what_is_written_is_read_again(options: dict[str, dict[str, object]], path: str) -> None:
+    asked = FederationSettings(data=DataSettings(path=path, limit=90), options=options)
+    assert from_table(FederationSettings, tomllib.loads(as_toml(asked))) == asked
+
+
+def test_options_are_tables() -> None:
+    with pytest.raises(InputError, match=r"options\.seed is 3, expected a table"):
+        as_toml(FederationSettings(options={"seed": 3}))
+    tables = {"seed": {"gate": 2, "learning_rate": 1e-05}, "mixed": {"seed_mode": {"batch_size": 1}}}
+    written = as_toml(FederationSettings(options=tables))
+    assert written.endswith(
+        "\n[options.seed]\ngate = 2\nlearning_rate = 1e-05\n\n[options.mixed]\nseed_mode = { batch_size = 1 }\n"
+    )
 
 
 @pytest.mark.parametrize(

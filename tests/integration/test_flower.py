@@ -1,7 +1,8 @@
 """A federation over a real SuperLink with TLS and node authentication, three SuperNodes and three resident trainers.
 
 One run of four rounds tells the whole story, since Flower takes about 6 seconds for a round: the coordinator is killed
-in round 2 and goes on, and a SuperNode is killed in round 3. The same run in one process gives the same bits.
+in round 2 and goes on, and a SuperNode is killed in round 3. The same run in one process gives the same bits, and so
+does a second one, of another algorithm, on what is left of the deployment. `test_same_weights.py` has all others.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[flower]'")
 
-from federated import BASE, SECRET, ToyFederation, same_arrays
+from federated import BASE, SECRET, STEPS, ToyFederation, same_arrays
 from flower_deployment import FlowerDeployment, as_toml, deployment
 from toy_federation import toy_adapter
 
@@ -25,6 +26,7 @@ from cotune.federation.coordinator import Progress, RoundRules
 from cotune.federation.flower.app_folder import AppConfig, write_app
 from cotune.federation.flower.server_folder import CHECKPOINTS, ServerFolder
 from cotune.federation.progress_checkpoint import load_progress
+from cotune.federation.rolora import RoLora
 from cotune.federation.run_secret import direction_seed
 from cotune.federation.seed import SeedMode
 
@@ -53,6 +55,8 @@ class Story:
     """Flower's own verdict on the run that went on."""
     printed: str
     """By its coordinator."""
+    second: tuple[Progress, Progress]
+    """A run of rolora afterwards: in one process, and deployed."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,13 @@ def tell(root: Path, flower: FlowerDeployment) -> Story:
         flower.start_node(name)
     # A round ends with its last reply, so a long deadline costs nothing until a node is lost.
     deadline_s = max(30.0, 12 * flower.command_s)
-    folder = prepare(root, simulated, deadline_s)
+    tables = {
+        "data": {"num_judge": 0},
+        "options.seed": SEED_MODE,
+        "rounds": {"num_rounds": NUM_ROUNDS, "deadline_s": deadline_s, "min_devices": 2},
+        "combine": {"rule": "mean"},
+    }
+    folder = prepare(root / "run", simulated, as_toml(tables, algorithm="seed"))
     write_app(root / "app", AppConfig(folder=str(folder.path)))
     for name in NAMES:
         flower.came_up(name)
@@ -99,7 +109,29 @@ def tell(root: Path, flower: FlowerDeployment) -> Story:
     flower.expect(lambda: flower.status(second).startswith("finished"), "the run ends", *logs)
     deployed = load_progress(folder.path / CHECKPOINTS, run_id=folder.run_id, base_digest=BASE)
     status, printed = flower.status(second), flower.printed(second)
-    return Story(flower, simulated.run(), deployed, rounds_at_kill, status, printed)
+    again = run_again(root, flower, simulated, deadline_s)
+    return Story(flower, simulated.run(), deployed, rounds_at_kill, status, printed, again)
+
+
+def run_again(
+    root: Path, flower: FlowerDeployment, first: ToyFederation, deadline_s: float
+) -> tuple[Progress, Progress]:
+    """Two rounds of rolora, one for each factor, with the two nodes that are left and their trainers, as they are."""
+    simulated = ToyFederation(
+        num_devices=2, algorithm=RoLora(steps=STEPS), rules=RoundRules(num_rounds=2), judges=False
+    )
+    tables = {
+        "data": {"num_judge": 0},
+        "steps": asdict(STEPS),
+        "rounds": {"num_rounds": 2, "deadline_s": deadline_s, "min_devices": 2},
+        "combine": {"rule": "mean"},
+    }
+    folder = prepare(root / "run-rolora", first, as_toml(tables, algorithm="rolora"))
+    write_app(root / "app-rolora", AppConfig(folder=str(folder.path)))
+    started = flower.run(root / "app-rolora")
+    flower.expect(lambda: last_round(folder) == 2, "all rounds of rolora end", "link", *NAMES, "trainers")
+    flower.expect(lambda: flower.status(started).startswith("finished"), "rolora's run ends", "link")
+    return simulated.run(), load_progress(folder.path / CHECKPOINTS, run_id=folder.run_id, base_digest=BASE)
 
 
 def simulation() -> ToyFederation:
@@ -116,18 +148,12 @@ def simulation() -> ToyFederation:
     )
 
 
-def prepare(root: Path, simulated: ToyFederation, deadline_s: float) -> ServerFolder:
-    settings = root / "settings.toml"
-    tables = {
-        "data": {"num_judge": 0},
-        "options.seed": SEED_MODE,
-        "rounds": {"num_rounds": NUM_ROUNDS, "deadline_s": deadline_s, "min_devices": 2},
-        "combine": {"rule": "mean"},
-    }
-    settings.write_text(as_toml(tables, algorithm="seed") + "options = {}\n")
+def prepare(path: Path, simulated: ToyFederation, settings: str) -> ServerFolder:
+    file = path.with_suffix(".toml")
+    file.write_text(settings + "options = {}\n")
     return ServerFolder.prepare(
-        root / "run",
-        settings,
+        path,
+        file,
         registry=simulated.registry,
         secret=SECRET,
         start=toy_adapter(3, 3, 2),
@@ -148,6 +174,13 @@ def test_over_flower_the_arrays_are_those_of_one_process_bit_for_bit(story: Stor
     assert same_arrays(story.deployed.state, story.simulated.state)
     assert [one.loss for one in story.deployed.records] == [one.loss for one in story.simulated.records]
     assert [one.verdict for one in story.deployed.records] == ["accepted"] * NUM_ROUNDS
+
+
+def test_another_algorithm_on_the_same_nodes_gives_the_bits_of_one_process_too(story: Story) -> None:
+    simulated, deployed = story.second
+    assert same_arrays(deployed.state, simulated.state)
+    assert [(one.verdict, one.counted) for one in deployed.records] == [("accepted", ["d0", "d1"])] * 2
+    assert [one.loss for one in deployed.records] == [one.loss for one in simulated.records]
 
 
 def test_a_coordinator_that_was_killed_goes_on_along_the_same_curve(story: Story) -> None:

@@ -58,7 +58,7 @@ def write_app(folder: Path | str, config: AppConfig | None = None) -> list[Path]
         The files.
 
     Raises:
-        InputError: the disk refuses, or there is a `pyproject.toml` that is not ours.
+        InputError: as `check_app_folder`, or the disk refuses.
 
     Example:
         >>> import tempfile
@@ -66,23 +66,35 @@ def write_app(folder: Path | str, config: AppConfig | None = None) -> list[Path]
         ['pyproject.toml', 'environment.env']
     """
     folder, config = Path(folder), config or AppConfig()
-    if not _FOLDER_NAME.fullmatch(folder.name):
-        # Flower refuses others, with `flwr build`.
-        raise InputError(
-            f"the folder is called {folder.name!r:.80}, expected at most 32 letters, digits and dashes, a letter first"
-        )
+    check_app_folder(folder)
     files = {PYPROJECT: _pyproject(config), ENVIRONMENT: _environment(QUIET)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pyproject = folder / PYPROJECT
-        if pyproject.exists() and SERVER_APP not in pyproject.read_text(errors="replace"):
-            raise InputError(f"{pyproject} is of something else; give another folder")
         for name, text in files.items():
             with replacing(folder / name, mode=PUBLIC_MODE) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
     return [folder / name for name in files]
+
+
+def check_app_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be the app's.
+
+    Raises:
+        InputError: Flower does not take its name, or there is a `pyproject.toml` that is not ours.
+    """
+    if not _FOLDER_NAME.fullmatch(folder.name):
+        # Flower refuses others, with `flwr build`.
+        raise InputError(
+            f"the folder is called {folder.name!r:.80}, expected at most 32 letters, digits and dashes, a letter first"
+        )
+    pyproject = folder / PYPROJECT
+    try:
+        if pyproject.exists() and SERVER_APP not in pyproject.read_text(errors="replace"):
+            raise InputError(f"{pyproject} is of something else; give another folder")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror or error}") from None
 
 
 def _pyproject(config: AppConfig) -> str:

@@ -1,10 +1,10 @@
 """What a run needs on the machine of the SuperLink: one folder, whose path is all that `flwr run` passes on.
 
-    federation.toml     settings, as `cotune federate` takes them
+    federation.toml     all settings, as `cotune federate` takes them; options that the model decides are filled in
     registry.json       public keys of the devices
     run.secret          mode 0600; directions come from it, the devices have the same
     start.safetensors   the adapter before round 1
-    server.json         format and digest of the backbone
+    server.json         format, digest of the backbone, and the type of its numbers here
     checkpoints/        written by the run; where there are some, the run goes on after the last one
 
 `[data]` of the settings is about the texts of the server alone: of them, the `num_judge` that a simulation of the same
@@ -14,13 +14,13 @@ settings would hold out judge each round. With 0 of them no backbone is loaded h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cotune.durable import write_new
+from cotune.durable import new_folder, write_new
 from cotune.errors import CotuneError, InputError, MismatchError
 from cotune.federation.algorithm import Algorithm
 from cotune.federation.arrays import Arrays, check_arrays, shapes_of
@@ -28,19 +28,24 @@ from cotune.federation.coordinator import Coordinator, Judge, Progress
 from cotune.federation.coplms import CoPlms
 from cotune.federation.packing import MAX_BLOCK_BYTES, pack, unpack
 from cotune.federation.progress_checkpoint import load_progress, save_progress
-from cotune.federation.run_parts import algorithm_of, combine_of, run_id
+from cotune.federation.run_parts import algorithm_of, combine_of, run_id, with_num_layers
 from cotune.federation.run_secret import RunSecret
-from cotune.federation.settings import FederationSettings
+from cotune.federation.settings import FederationSettings, as_toml
 from cotune.federation.signing import Registry
 from cotune.federation.transport import Transport
 
 if TYPE_CHECKING:
     from cotune.models.backbone import Backbone
 
-FORMAT = "cotune federation server 1"
+FORMAT = "cotune federation server 2"
+FORMER_FORMAT = "cotune federation server 1"
+"""Of folders that say no type: it was float32 in all of them."""
 SETTINGS, REGISTRY, SECRET = "federation.toml", "registry.json", "run.secret"
 START, SERVER, CHECKPOINTS = "start.safetensors", "server.json", "checkpoints"
+DTYPE = "float32"
 MAX_SERVER_BYTES = 65536
+# Settings, and the model that they name, give settings.
+Complete = Callable[[FederationSettings, "Backbone"], FederationSettings]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,7 @@ class ServerFolder:
         secret: of the run.
         start: the adapter before round 1.
         base_digest: of the backbone.
+        dtype: of the backbone's numbers, where it judges.
     """
 
     path: Path
@@ -62,42 +68,43 @@ class ServerFolder:
     secret: RunSecret
     start: Arrays
     base_digest: str
+    dtype: str = DTYPE
 
     @classmethod
     def prepare(
         cls,
         path: Path | str,
-        settings: Path | str,
+        settings: Path | str | FederationSettings,
         *,
         registry: Registry,
         secret: RunSecret,
         start: Arrays,
         base_digest: str,
+        dtype: str = DTYPE,
     ) -> ServerFolder:
-        """Write the folder.
+        """Write the folder, whole or not at all.
 
         Args:
             path: does not exist yet, or is empty.
-            settings: a TOML file.
-            registry, secret, start, base_digest: see above.
+            settings: as they are, or a TOML file of them.
+            registry, secret, start, base_digest, dtype: see above.
 
         Raises:
             InputError: the folder holds something, the settings are wrong, or the disk refuses.
         """
-        path, text = Path(path), Path(settings)
-        FederationSettings.read(text)
-        server = json.dumps({"format": FORMAT, "base_digest": base_digest}, indent=2) + "\n"
+        path, found = Path(path), _settings(settings)
+        server = json.dumps({"format": FORMAT, "base_digest": base_digest, "dtype": dtype}, indent=2) + "\n"
+        check_new(path)
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise InputError(f"{path} holds something already; give a new folder for a new run")
-            write_new(path / SETTINGS, text.read_bytes())
-            write_new(path / START, pack(start, {}, START))
-            write_new(path / SERVER, server.encode())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_folder(path) as unfinished:
+                write_new(unfinished / SETTINGS, as_toml(found).encode())
+                write_new(unfinished / START, pack(start, {}, START))
+                write_new(unfinished / SERVER, server.encode())
+                registry.save(unfinished / REGISTRY)
+                secret.save(unfinished / SECRET)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
-        registry.save(path / REGISTRY)
-        secret.save(path / SECRET)
         return cls.read(path)
 
     @classmethod
@@ -113,8 +120,11 @@ class ServerFolder:
                 server = json.loads(file.read(MAX_SERVER_BYTES))
             with (path / START).open("rb") as file:
                 start, _ = unpack(file.read(MAX_BLOCK_BYTES), START)
-            if server["format"] != FORMAT or not isinstance(server["base_digest"], str):
+            if server["format"] not in (FORMAT, FORMER_FORMAT) or not isinstance(server["base_digest"], str):
                 raise ValueError(f"expected format {FORMAT!r}; use the cotune that wrote it")
+            dtype = DTYPE if server["format"] == FORMER_FORMAT else server["dtype"]
+            if not isinstance(dtype, str):
+                raise ValueError("its dtype is no text; prepare it anew")
         except OSError as error:
             raise InputError(f"{path} is no folder of a run ({error.strerror or error}); prepare one first") from None
         except (ValueError, TypeError, KeyError, RecursionError, CotuneError) as error:
@@ -127,28 +137,57 @@ class ServerFolder:
             secret=RunSecret.load(path / SECRET),
             start=start,
             base_digest=server["base_digest"],
+            dtype=dtype,
         )
 
     @classmethod
     def prepare_from_model(
-        cls, path: Path | str, settings: Path | str, *, registry: Registry, secret: RunSecret
+        cls,
+        path: Path | str,
+        settings: Path | str | FederationSettings,
+        *,
+        registry: Registry,
+        secret: RunSecret,
+        dtype: str = DTYPE,
+        complete: Complete = lambda settings, backbone: settings,
     ) -> ServerFolder:
         """Write the folder of a run that begins with a fresh adapter on the backbone that the settings name.
 
+        What the run could not begin with is refused, most of it before the model is loaded.
+
+        Args:
+            path, settings, registry, secret, dtype: as for `prepare`.
+            complete: fills in what else the model decides; its number of layers is filled in here.
+
         Raises:
-            InputError: as for `prepare`, or the model or the adapter does not fit.
+            InputError: as for `prepare`, or the model, the adapter, the devices or the judge's texts do not fit.
         """
         # Only now: these load PyTorch and a backbone.
         from cotune.federation.backbone_model import ResidentBackbone
         from cotune.federation.fresh_adapter import fresh_adapter
-        from cotune.federation.simulation import start_of
+        from cotune.federation.simulation import check_tasks, read_shards, start_of
 
-        read = FederationSettings.read(settings)
-        backbone = _load_backbone(read)
-        with ResidentBackbone(backbone, fresh_adapter(read.adapter, backbone, seed=read.seed)) as resident:
-            start = start_of(resident.arrays, read)
-        digest = backbone.spec.backbone_digest
-        return cls.prepare(path, settings, registry=registry, secret=secret, start=start, base_digest=digest)
+        found = _settings(settings)
+        check_new(Path(path))
+        check_servable(found, secret, registry)
+        if found.data.num_judge:
+            read_shards(found)
+        backbone = _load_backbone(found, dtype)
+        found = complete(with_num_layers(found, backbone.spec.num_layers), backbone)
+        with ResidentBackbone(backbone, fresh_adapter(found.adapter, backbone, seed=found.seed)) as resident:
+            start = start_of(resident.arrays, found)
+        algorithm = algorithm_of(found, secret)
+        # A cloud's half, which makes tasks for small devices, is a model at work.
+        check_tasks(algorithm, start, [] if isinstance(algorithm, CoPlms) else sorted(registry.devices))
+        return cls.prepare(
+            path,
+            found,
+            registry=registry,
+            secret=secret,
+            start=start,
+            base_digest=backbone.spec.backbone_digest,
+            dtype=dtype,
+        )
 
     @property
     def run_id(self) -> str:
@@ -190,11 +229,7 @@ class ServerFolder:
             MismatchError: the checkpoints, or the backbone of the judge, are of another run.
         """
         checkpoints = self.path / CHECKPOINTS
-        if self.settings.audit.num_canaries:
-            raise InputError(
-                f"audit.num_canaries is {self.settings.audit.num_canaries}, expected 0: made-up devices take part in "
-                "simulations only; run `cotune federate` with these settings, or leave [audit] out"
-            )
+        check_servable(self.settings, self.secret, self.registry)
 
         def save(at: Progress) -> None:
             save_progress(checkpoints, at, run_id=self.run_id, base_digest=self.base_digest)
@@ -227,7 +262,7 @@ class ServerFolder:
         from cotune.federation.causal_model import CausalModel
         from cotune.federation.co_tuning_parts import with_cloud
 
-        return with_cloud(algorithm, self.settings, CausalModel(self.settings.model))
+        return with_cloud(algorithm, self.settings, CausalModel(self.settings.model, self.dtype))
 
     @contextmanager
     def _judge(self) -> Iterator[Judge | None]:
@@ -254,7 +289,7 @@ class ServerFolder:
             yield mean_loss(resident.with_texts(encoded))
 
     def _backbone(self) -> Backbone:
-        backbone = _load_backbone(self.settings)
+        backbone = _load_backbone(self.settings, self.dtype)
         if backbone.spec.backbone_digest != self.base_digest:
             raise MismatchError(
                 f"{self.settings.model} is the backbone {backbone.spec.backbone_digest[:16]}, expected "
@@ -263,7 +298,37 @@ class ServerFolder:
         return backbone
 
 
-def _load_backbone(settings: FederationSettings) -> Backbone:
+def check_new(path: Path) -> None:
+    """Refuse to write a run where something is.
+
+    Raises:
+        InputError: `path` is no empty folder.
+    """
+    is_empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if path.is_symlink() or not is_empty:
+        raise InputError(f"{path} holds something already; give a new folder for a new run")
+
+
+def check_servable(settings: FederationSettings, secret: RunSecret, registry: Registry) -> None:
+    """Refuse what no server could run, as far as it is seen without a model.
+
+    Raises:
+        InputError: the settings ask for made-up devices, do not fit together, or do not fit so many devices.
+    """
+    if settings.audit.num_canaries:
+        raise InputError(
+            f"audit.num_canaries is {settings.audit.num_canaries}, expected 0: made-up devices take part in "
+            "simulations only; run `cotune federate` with these settings, or leave [audit] out"
+        )
+    algorithm_of(settings, secret)
+    combine_of(settings, num_devices=len(registry.devices))
+
+
+def _settings(settings: Path | str | FederationSettings) -> FederationSettings:
+    return settings if isinstance(settings, FederationSettings) else FederationSettings.read(settings)
+
+
+def _load_backbone(settings: FederationSettings, dtype: str) -> Backbone:
     from cotune.models.backbone import Backbone
 
-    return Backbone.from_pretrained(settings.model, dtype="float32", device="cpu")
+    return Backbone.from_pretrained(settings.model, dtype=dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""The commands of docs/federated.md, in their order: what is Python runs, and Flower's programs know every option."""
+"""The commands of docs/federated.md, in their order: cotune's are run, and Flower's programs know every option."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[flower]'")
 
-from tiny_models import tiny_backbone, tokenizer_json
+from tiny_models import save_tiny
 
 from cotune.cli.federate_keys import next_steps
+from cotune.cli.main import main
 from cotune.federation.flower.server_folder import ServerFolder
+from cotune.federation.run_secret import RunSecret
 from cotune.federation.signing import DeviceKey
 
 PAGE = (Path(__file__).parents[3] / "docs" / "federated.md").read_text(encoding="utf-8")
@@ -32,22 +35,42 @@ def commands(program: str) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(rf"^    ({program} \S[^\n]*)$", whole, re.MULTILINE)]
 
 
-def test_keys_run_and_app_are_made_by_the_pages_own_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cotune(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the installed command, which ends with status 0."""
+    monkeypatch.setattr(sys, "argv", ["cotune", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code, arguments
+
+
+def test_keys_run_and_app_are_made_by_the_pages_own_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_backbone("llama").model.save_pretrained("tiny")
-    Path("tiny/tokenizer.json").write_bytes(tokenizer_json())
+    save_tiny(Path("tiny"))
     Path("federation.toml").write_text('model = "tiny"\n[data]\nnum_judge = 0\n[adapter]\nrank = 2\n')
-    first, second = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    for block in (first, second):
-        exec(compile(block, "docs/federated.md", "exec"), {})  # noqa: S102  our own page
+    (own,), (identities,), (prepare,) = (
+        commands(f"cotune federate {name}") for name in ("device-key", "identities", "prepare")
+    )
+    capsys.readouterr()
+    cotune(own[1:], monkeypatch)
+    public_key = capsys.readouterr().out.strip()
+    cotune([word.replace("$GARAGE", public_key) for word in identities[1:]], monkeypatch)
+    cotune(prepare[1:], monkeypatch)
+    told = capsys.readouterr().err
     run = ServerFolder.read("run-1")
     assert run.registry.devices.keys() == set(NODES)
-    assert DeviceKey.load("garage.key").public_key == run.registry.devices["garage"]
+    for name, folder in (("garage", "."), ("kitchen", "identities"), ("office", "identities")):
+        assert DeviceKey.load(Path(folder) / f"{name}.key").public_key == run.registry.devices[name]
+    assert run.secret == RunSecret.load("identities/run.secret")
     app = tomllib.loads(Path("app/pyproject.toml").read_text())
     assert app["tool"]["flwr"]["app"]["config"]["folder"] == str(tmp_path / "run-1")
     exported = Path("app/environment.env").read_text()
     (line,) = re.findall(r"^    export (.*)$", PAGE, re.MULTILINE)
     assert set(line.split()) == set(exported.split())
+    # What it says comes next is what the page says.
+    (start,), (result,) = commands("flwr run"), commands("cotune federate result")
+    assert shlex.join(start).replace(" here ", " CONNECTION ") in told and shlex.join(result) in told
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

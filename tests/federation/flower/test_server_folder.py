@@ -13,7 +13,7 @@ pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[f
 
 from federated import BASE, SECRET, ToyFederation, same_arrays
 from flwr.app import Context, RecordDict
-from toy_federation import toy_adapter
+from toy_federation import toy_adapter, toy_prefix
 
 from cotune.errors import InputError, MismatchError
 from cotune.federation.flower.server_app import as_line, serve
@@ -100,6 +100,54 @@ def test_a_file_that_is_missing_or_wrong_is_named(
         ServerFolder.read(tmp_path / "run")
 
 
+def test_a_folder_of_the_older_format_is_read_and_its_model_judges_in_float32(
+    tmp_path: Path, federation: ToyFederation
+) -> None:
+    made = prepare(tmp_path / "run", federation)
+    older = {"format": "cotune federation server 1", "base_digest": BASE}
+    (tmp_path / "run" / "server.json").write_text(json.dumps(older))
+    (tmp_path / "run" / "federation.toml").write_text(SETTINGS)
+    found = ServerFolder.read(tmp_path / "run")
+    assert found.settings == made.settings and found.dtype == "float32" and found.run_id == made.run_id
+    newer = older | {"format": "cotune federation server 3"}
+    (tmp_path / "run" / "server.json").write_text(json.dumps(newer))
+    with pytest.raises(InputError, match="expected format 'cotune federation server 2'; use the cotune that wrote it"):
+        ServerFolder.read(tmp_path / "run")
+
+
+def test_a_folder_is_there_whole_or_not_at_all(
+    tmp_path: Path, federation: ToyFederation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, path: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="cannot be written: No space left"):
+        patched.setattr(type(SECRET), "save", full)
+        prepare(tmp_path / "run", federation)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.toml"]
+    (tmp_path / "run").mkdir()
+    assert prepare(tmp_path / "run", federation).run_id, "an empty folder is as good as none"
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
+
+
+def test_a_run_that_was_never_told_its_layers_says_what_to_do(tmp_path: Path, federation: ToyFederation) -> None:
+    text = SETTINGS.replace("ffa_lora", "fedpeptao") + '[adapter]\nkind = "prefix"\n'
+    (tmp_path / "settings.toml").write_text(text)
+    folder = ServerFolder.prepare(
+        tmp_path / "run",
+        tmp_path / "settings.toml",
+        registry=federation.registry,
+        secret=SECRET,
+        start=toy_prefix(),
+        base_digest=BASE,
+    )
+    with (
+        pytest.raises(InputError, match=r"num_layers is 0 .* or prepare the run anew, which looks it up"),
+        folder.coordinator(federation.transport),
+    ):
+        pass
+
+
 def test_settings_are_checked_before_anything_is_written(tmp_path: Path, federation: ToyFederation) -> None:
     with pytest.raises(InputError, match="num_devicez"):
         prepare(tmp_path / "run", federation, "[data]\nnum_devicez = 3\n")
@@ -133,6 +181,16 @@ def test_start_and_judge_are_those_of_a_simulation(tmp_path: Path, federation: T
         replace(run, base_digest=BASE).coordinator(federation.transport),
     ):
         pass
+
+
+def test_what_python_does_not_look_up_is_asked_for_before_anything_is_written(
+    tmp_path: Path, federation: ToyFederation
+) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text('algorithm = "mixed"' + JUDGED + "[options.mixed]\nmemory_bytes = { d0 = 3 }\n")
+    with pytest.raises(InputError, match="lora_bytes or seed_bytes is not; add what both need"):
+        ServerFolder.prepare_from_model(tmp_path / "run", settings, registry=federation.registry, secret=SECRET)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("folder", ["", 3, None])
