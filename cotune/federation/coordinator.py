@@ -258,6 +258,8 @@ class Coordinator:
             settings={SINCE: NEW if since is None else since, **self._news(plan, device, since)},
             base_digest=self._base_digest,
         )
+        # Until it answers, nobody knows whether it has taken these settings over: one whose reply is lost has.
+        self._known.pop(device, None)
         return plan, encode(task)
 
     def told(self, device: str, plan: Plan) -> None:

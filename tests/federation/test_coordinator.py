@@ -120,6 +120,25 @@ def test_stragglers_and_lost_devices_cost_a_deadline_and_no_more(name: str) -> N
     assert end.offences == {}
 
 
+def test_a_device_whose_reply_was_lost_does_the_next_round_as_it_is_asked() -> None:
+    """It has taken over the settings of a round that nobody knows it did, and rolora's alternate."""
+    num_replies = 0
+
+    def lose(device: str, data: bytes) -> bytes:
+        nonlocal num_replies
+        num_replies += device == "d1"
+        return b"" if (device, num_replies) == ("d1", 2) else data
+
+    federation = ToyFederation(algorithm=ALGORITHMS["rolora"](), rules=RoundRules(num_rounds=4), tamper=lose)
+    end = federation.run()
+    assert [sorted(one.refused) for one in end.records] == [[], ["d1"], [], []]
+    assert [one.counted for one in end.records[2:]] == [federation.names] * 2
+    assert end.offences == {}
+    # Known again, they are not sent again.
+    framing = [one.bytes_down["framing"] for one in end.records]
+    assert framing[3] < framing[2]
+
+
 def test_too_few_replies_leave_the_state_as_it_is() -> None:
     federation = ToyFederation(
         rules=RoundRules(num_rounds=8, deadline_s=5, quorum=0.75, max_void_rounds=3),
