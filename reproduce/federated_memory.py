@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from federated_study import FederatedStudy, make_parser, secret_of
 
 from cotune.data.batches import EncodedExample
@@ -78,7 +77,8 @@ def predicted_bytes(study: FederatedStudy, *, first_order: bool) -> float | None
 
 
 def measured_memory(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Medians over children: `peak_bytes` of a device's first round, `inference_bytes` of judging the same texts.
+    """Of the middle one of some children, by their difference: `peak_bytes` of a device's first round, and
+    `inference_bytes` of judging the same texts.
 
     Raises:
         CotuneError: the child failed.
@@ -89,7 +89,7 @@ def measured_memory(args: argparse.Namespace, name: str) -> dict[str, Any]:
     if args.data_root:
         options += ["--data-root", str(args.data_root)]
     found = [run_measured([str(Path(__file__)), *options], timeout_s=TIMEOUT_S) for _ in range(NUM_CHILDREN)]
-    return {what: float(np.median([one[what] for one in found])) for what in found[0]}
+    return sorted(found, key=lambda one: one["peak_bytes"] - one["inference_bytes"])[NUM_CHILDREN // 2]
 
 
 def measure(study: FederatedStudy, name: str) -> dict[str, int]:
@@ -114,8 +114,7 @@ def shortened(one: EncodedExample) -> EncodedExample:
     """The end of a text, with at least one token before its answer.
 
     Example:
-        >>> import numpy as np
-        >>> short = shortened(EncodedExample(np.arange(20), 15))
+        >>>         >>> short = shortened(EncodedExample(np.arange(20), 15))
         >>> short.input_ids.tolist(), short.first_target
         ([12, 13, 14, 15, 16, 17, 18, 19], 3)
     """
