@@ -75,13 +75,13 @@ def whole_lines(path: Path, *, max_bytes: int) -> list[bytes]:
     try:
         if not path.exists():
             return []
-        lines = finished_lines(path, max_bytes=max_bytes)
-        end = sum(len(line) + 1 for line in lines)
-        if end < path.stat().st_size:
+        data = _read_bounded(path, max_bytes)
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
             os.truncate(path, end)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", path=path) from None
-    return lines
+    return data.split(b"\n")[:-1]
 
 
 def finished_lines(path: Path, *, max_bytes: int) -> list[bytes]:
@@ -91,9 +91,13 @@ def finished_lines(path: Path, *, max_bytes: int) -> list[bytes]:
         DataError: it is too large.
         OSError: it cannot be read.
     """
+    return _read_bounded(path, max_bytes).split(b"\n")[:-1]
+
+
+def _read_bounded(path: Path, max_bytes: int) -> bytes:
     if path.stat().st_size > max_bytes:
         raise DataError(f"has more than {max_bytes} bytes, expected at most that; move it away", path=path)
-    return path.read_bytes().split(b"\n")[:-1]
+    return path.read_bytes()
 
 
 def write_new(path: Path, data: bytes, *, mode: int = OWNER_ONLY) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from cells import Value
@@ -23,7 +23,11 @@ from cotune.data.batches import EncodedExample
 from cotune.data.templates import Example
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.models.backbone import Backbone
+from cotune.models.low_bit import is_low_bit
 from cotune.tuning.personal import encode_examples, split_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HERE = Path(__file__).parent
 PERSONA = "persona"
@@ -161,6 +165,16 @@ class AdaptationStudy:
         splits = read_splits(folder, seed=1)
         train, test = with_training_texts(splits.train, splits.test)
         return train[: args.num_train], test[: args.num_test]
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Of the parameters and buffers, with the scales of 4-bit blocks, which bitsandbytes keeps beside them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if is_low_bit(model):
+        import bitsandbytes as bnb
+
+        tensors += [one.quant_state.absmax for one in model.parameters() if isinstance(one, bnb.nn.Params4bit)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def best_rate(nats: Mapping[float, float | None]) -> float:

@@ -230,11 +230,11 @@ class Runs:
 
     def _attacked(self, name: str, factor: float, rule: Rule, attack: Attack, seed: int) -> Value:
         study, args, secret = self.study, self.study.args, secret_of(seed)
-        with study.stage(args.split, seed) as stage:
+        with study.stage(args.split, seed, algorithm=name) as stage:
             keys = {device: DeviceKey.generate() for device in stage.models}
             liars = liars_of(list(stage.models), args.liars, seed)
             tamper = None if attack.lie is None else tampering(attack.lie, {one: keys[one] for one in liars}, seed)
-            algorithm = study.algorithm(name, factor, secret)
+            algorithm = study.algorithm(name, factor, secret, seed=seed)
             coordinator = study.coordinator(
                 stage,
                 algorithm,
@@ -279,8 +279,8 @@ class Runs:
     def _overheard(self, name: str, factor: float, seed: int) -> Value:
         study, args, secret = self.study, self.study.args, secret_of(seed)
         rounds, digest = args.rounds, study.backbone.spec.backbone_digest
-        with study.stage(args.split, seed) as stage:
-            algorithm, mean = study.algorithm(name, factor, secret), rule_named("mean")
+        with study.stage(args.split, seed, algorithm=name) as stage:
+            algorithm, mean = study.algorithm(name, factor, secret, seed=seed), rule_named("mean")
             progress, tap = run_tapped(
                 algorithm, mean, stage.models, stage.start, secret, num_rounds=rounds, base_digest=digest
             )
@@ -296,7 +296,7 @@ class Runs:
             poisoned = {}
             for what, who in (("honest", []), ("poisoned", liars)):
                 reached, _ = run_tapped(
-                    study.algorithm(name, factor, secret),
+                    study.algorithm(name, factor, secret, seed=seed),
                     median,
                     stage.models,
                     stage.start,

@@ -114,7 +114,8 @@ def shortened(one: EncodedExample) -> EncodedExample:
     """The end of a text, with at least one token before its answer.
 
     Example:
-        >>>         >>> short = shortened(EncodedExample(np.arange(20), 15))
+        >>> import numpy as np
+        >>> short = shortened(EncodedExample(np.arange(20), 15))
         >>> short.input_ids.tolist(), short.first_target
         ([12, 13, 14, 15, 16, 17, 18, 19], 3)
     """

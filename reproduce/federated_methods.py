@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from adaptation_study import best_rate, edge_notes, worded
+from adaptation_study import best_rate, edge_notes, weight_bytes, worded
 from cells import OutOfTimeError, Value
 from federated_memory import measured_memory, predicted_bytes
 from federated_study import LOST, STRAGGLERS, FederatedStudy, Scene, make_parser, run_study, upwards
@@ -141,14 +141,14 @@ def cost_to(curves: Sequence[Sequence[Mapping[str, Any]]], target: float) -> dic
     }
 
 
-def above_inference(weight_bytes: int, measured: Mapping[str, float]) -> float:
+def above_inference(weights: int, measured: Mapping[str, float]) -> float:
     """What a device's round takes beyond inference, as a share of inference, weights and all.
 
     Example:
         >>> above_inference(80, {"inference_bytes": 20, "peak_bytes": 25})
         0.05
     """
-    return (measured["peak_bytes"] - measured["inference_bytes"]) / (weight_bytes + measured["inference_bytes"])
+    return (measured["peak_bytes"] - measured["inference_bytes"]) / (weights + measured["inference_bytes"])
 
 
 def memory_goal(memory: Mapping[str, Mapping[str, float | None]]) -> list[str]:
@@ -370,11 +370,12 @@ class Table:
         if self.study.args.measure_memory and name not in BOUNDS:
             key = {"what": "memory", "algorithm": name}
             measured = self.study.cell(key, lambda: measured_memory(self.study.args, name))
+        weights = weight_bytes(self.study.backbone.model)
         self.memory[name] = {
             "predicted_mb": None if predicted is None else predicted / MB,
             "measured_mb": measured["peak_bytes"] / MB if measured else None,
             "inference_mb": measured["inference_bytes"] / MB if measured else None,
-            "more_than_inference": above_inference(self.study.weight_bytes, measured) if measured else None,
+            "more_than_inference": above_inference(weights, measured) if measured else None,
         }
 
 

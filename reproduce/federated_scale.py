@@ -33,7 +33,7 @@ from cotune.evaluation.markup import Html, bullets, join
 from cotune.evaluation.measured_memory import run_measured
 from cotune.evaluation.report import Section
 from cotune.federation.algorithm import Algorithm, Combine, Plan, Update
-from cotune.federation.algorithms import ALGORITHMS, KINDS, algorithm_named
+from cotune.federation.algorithms import ALGORITHMS, KINDS
 from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import ResidentBackbone
 from cotune.federation.coordinator import Coordinator, Progress, RoundRules
@@ -42,8 +42,8 @@ from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.local_model import LocalModel
 from cotune.federation.progress_checkpoint import save_progress
-from cotune.federation.run_parts import rule_of
-from cotune.federation.run_secret import RunSecret, direction_seed
+from cotune.federation.run_parts import algorithm_of, rule_of, with_num_layers
+from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import AdapterSettings, DataSettings, FederationSettings
 from cotune.federation.signing import DeviceKey, Registry
 from cotune.federation.simulation import start_of
@@ -173,14 +173,6 @@ def measure(args: argparse.Namespace, model: str, name: str, num_devices: int, s
     torch.set_num_threads(args.threads)
     backbone = Backbone.from_pretrained(model, dtype=args.dtype, device=args.device)
     secret, clock = RunSecret(bytes([seed % 256] * 32)), Clock()
-    timed = Timed(
-        algorithm_named(
-            name,
-            options_of(name, args),
-            seeds=lambda number, k: direction_seed(secret, number, k),
-            num_layers=backbone.spec.num_layers,
-        )
-    )
     texts, _ = persona_texts(DIFFERENT_TEXTS, 1)
     longest = min(args.max_length, backbone.spec.max_context)
     encoded = encode_examples(backbone.tokenizer_json, texts, backbone.description, longest)
@@ -189,7 +181,9 @@ def measure(args: argparse.Namespace, model: str, name: str, num_devices: int, s
         seed=seed,
         data=DataSettings(num_devices=num_devices),
         adapter=AdapterSettings(kind=KINDS.get(name, "lora"), rank=args.rank, alpha=2.0 * args.rank),
+        options={name: options_of(name, args)},
     )
+    timed = Timed(algorithm_of(with_num_layers(settings, backbone.spec.num_layers), secret))
     adapter = fresh_adapter(settings.adapter, backbone, seed=seed)
     digest = backbone.spec.backbone_digest
     with ResidentBackbone(backbone, adapter) as resident, TemporaryDirectory() as folder:

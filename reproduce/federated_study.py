@@ -29,7 +29,7 @@ from cotune.data.batches import EncodedExample
 from cotune.data.templates import Example
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.federation.algorithm import Algorithm, Combine
-from cotune.federation.algorithms import ALGORITHMS, KINDS, algorithm_named
+from cotune.federation.algorithms import ALGORITHMS, KINDS
 from cotune.federation.annealed import cosine_share
 from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import ResidentBackbone
@@ -40,8 +40,8 @@ from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.local_model import LocalModel, LocalSteps
 from cotune.federation.mixed import SEED, Mixed, SeedSteps
-from cotune.federation.run_parts import rule_of, with_schedule, with_start
-from cotune.federation.run_secret import RunSecret, direction_seed
+from cotune.federation.run_parts import algorithm_of, rule_of, with_num_layers
+from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import (
     CONSTANT,
     SCHEDULES,
@@ -361,11 +361,6 @@ class FederatedStudy:
         )
         self.backbone = Backbone.from_pretrained(args.model, dtype=args.dtype, device=args.device)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of the backbone."""
-        return sum(one.numel() * one.element_size() for one in self.backbone.model.parameters())
-
     def encode(self, texts: Sequence[Example]) -> list[EncodedExample]:
         """Token ids within the context."""
         longest = min(self.args.max_length, self.backbone.spec.max_context)
@@ -396,31 +391,28 @@ class FederatedStudy:
 
         return self.cells.get(f"{self.name}-{self.model_name}-{'+'.join(args.datasets)}", whole, measured)
 
-    def algorithm(self, name: str, factor: float, secret: RunSecret) -> Algorithm:
-        """The server's half.
+    def algorithm(
+        self, name: str, factor: float, secret: RunSecret, *, seed: int = 0, start: Start | None = None
+    ) -> Algorithm:
+        """The server's half, with its start and its schedule around it.
 
         Raises:
             InputError: it cannot be run here; says why.
         """
         if name not in ALGORITHMS:
             raise InputError(f"algorithm is {name!r}, expected one of {', '.join(ALGORITHMS)}")
-        kind: Any = ALGORITHMS[name]
         sizes = {one: getattr(self.args, one) for one in SIZES}
-        return algorithm_named(
-            name,
-            mixed_options(factor, sizes, self.args.devices) if name == MIXED else options_at(kind, factor, sizes),
-            seeds=lambda number, index: direction_seed(secret, number, index),
-            num_layers=self.backbone.spec.num_layers,
-        )
+        kind: Any = ALGORITHMS[name]
+        own = mixed_options(factor, sizes, self.args.devices) if name == MIXED else options_at(kind, factor, sizes)
+        settings = replace(self.settings(seed=seed, algorithm=name, start=start), options={name: own})
+        return algorithm_of(with_num_layers(settings, self.backbone.spec.num_layers), secret)
 
     def rate_share(self, round_number: int) -> float:
         """Of the learning rate in a round, counted from 1, by the schedule."""
         own = ScheduleSettings(kind=self.args.schedule)
         return 1.0 if own.kind == CONSTANT else cosine_share(round_number, self.args.rounds, own.least)
 
-    def settings(
-        self, *, seed: int, algorithm: str | None = None, num_rounds: int | None = None, start: Start | None = None
-    ) -> FederationSettings:
+    def settings(self, *, seed: int, algorithm: str | None = None, start: Start | None = None) -> FederationSettings:
         """The product's, as far as rules and starts need them; the usual rule depends on the algorithm."""
         args = self.args
         return FederationSettings(
@@ -428,7 +420,7 @@ class FederatedStudy:
             seed=seed,
             data=DataSettings(num_devices=args.devices),
             adapter=(start or Start()).settings(args.rank, KINDS.get(algorithm or "", "lora")),
-            rounds=RoundRules(num_rounds=num_rounds or args.rounds, seed=seed),
+            rounds=RoundRules(num_rounds=args.rounds, seed=seed),
             schedule=ScheduleSettings(kind=args.schedule),
         )
 
@@ -525,8 +517,7 @@ class FederatedStudy:
         secret = secret_of(scene.seed)
         with self.stage(scene.split, scene.seed, scene.start, algorithm=scene.algorithm) as stage:
             settings = self.settings(seed=scene.seed, algorithm=scene.algorithm, start=scene.start)
-            algorithm = self.algorithm(scene.algorithm, scene.factor, secret)
-            algorithm = with_start(with_schedule(algorithm, settings), settings)
+            algorithm = self.algorithm(scene.algorithm, scene.factor, secret, seed=scene.seed, start=scene.start)
             first = algorithm.method.num_rounds if isinstance(algorithm, StartFirst) else 0
             rules = replace(settings.rounds, num_rounds=settings.rounds.num_rounds + first)
             coordinator = self.coordinator(

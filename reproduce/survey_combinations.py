@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from adaptation_study import AdaptationStudy, best_rate, edge_notes, make_parser, run_study, worded
+from adaptation_study import AdaptationStudy, best_rate, edge_notes, make_parser, run_study, weight_bytes, worded
 from cells import OutOfTimeError, Value
 from mean import Mean
 from page import Page
@@ -32,7 +32,6 @@ from cotune.evaluation.measured_memory import peak_bytes, run_measured
 from cotune.evaluation.report import Section
 from cotune.evaluation.svg import INK, render_svg, series_colour
 from cotune.models.backbone import Backbone
-from cotune.models.low_bit import is_low_bit
 from cotune.tuning.adaptations import ADAPTATIONS, AdaptationOptions
 from cotune.tuning.estimators import BackPropagation, Estimator, ForwardGradient, ZerothOrder
 from cotune.tuning.loop import LoopConfig, LoopProgress
@@ -40,7 +39,6 @@ from cotune.tuning.tune import TuneConfig, tune
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from transformers import PreTrainedModel
 
 NAME = "survey_combinations"
 WHAT = ("full", "lora", "adapter", "soft_prompt", "bias")
@@ -265,16 +263,6 @@ def measure_memory(one: Combination, args: argparse.Namespace) -> Value:
     work(1, 4)
     above = peak_bytes(lambda: work(MEMORY_STEPS * args.batch_size, length - 1), args.device)
     return {"above_bytes": above, "weight_bytes": weight_bytes(backbone.model), "length": length}
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Of the parameters and buffers, with the scales of 4-bit blocks, which bitsandbytes keeps beside them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if is_low_bit(model):
-        import bitsandbytes as bnb
-
-        tensors += [one.quant_state.absmax for one in model.parameters() if isinstance(one, bnb.nn.Params4bit)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Runs:

@@ -113,7 +113,7 @@ def _few_thresholds(points: Sequence[GatePoint]) -> list[GatePoint]:
     if len(points) <= MAX_GATE_ROWS:
         return list(points)
     trips = [point["M"] for point in points]
-    wanted = [min(trips) + (max(trips) - min(trips)) * step / (MAX_GATE_ROWS - 2) for step in range(MAX_GATE_ROWS - 1)]
+    wanted = np.linspace(min(trips), max(trips), MAX_GATE_ROWS - 1)
     nearest = {int(np.abs(np.subtract(trips, at)).argmin()) for at in wanted}
     return [point for index, point in enumerate(points) if index in nearest or point.get("chosen")]
 

@@ -70,7 +70,6 @@ def algorithm_named(
     *,
     seeds: DirectionSeeds,
     steps: LocalSteps | None = None,
-    num_layers: int | None = None,
 ) -> Algorithm:
     """Make an algorithm, as a configuration names it.
 
@@ -79,7 +78,6 @@ def algorithm_named(
         options: its settings.
         seeds: of directions, for those algorithms that take them from the run's secret.
         steps: local steps, for those that have them and whose options say nothing of them.
-        num_layers: of the model, likewise.
 
     Raises:
         InputError: an unknown name or option, or a bad value.
@@ -96,8 +94,7 @@ def algorithm_named(
     given: dict[str, Any] = {SEEDS: seeds} if SEEDS in own else {}
     if CLOUD_HALF in own:
         given[CLOUD_HALF] = None
-    known = {"steps": steps, "num_layers": num_layers}
-    usual = {field: value for field, value in known.items() if field in own and value is not None}
+    usual = {"steps": steps} if "steps" in own and steps is not None else {}
     made: Algorithm = from_table(kind, table, where=f"options.{name}.", given=given, usual=usual)
     return made
 

@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm, Combine, Plan, Update
 from cotune.federation.arrays import Arrays
-from cotune.federation.number_ranges import check_at_least
+from cotune.federation.number_ranges import check_at_least, check_share
 
 T = TypeVar("T")
 
@@ -49,8 +48,7 @@ class Annealed:
 
     def __post_init__(self) -> None:
         check_at_least(1, num_rounds=self.num_rounds)
-        if not 0 < self.least <= 1:
-            raise InputError(f"least is {self.least}, expected a share above 0 and at most 1 of the learning rate")
+        check_share(least=self.least)
 
     def share(self, round_number: int) -> float:
         """Of the learning rate in a round, counted from 1."""

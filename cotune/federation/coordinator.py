@@ -26,7 +26,7 @@ from cotune.errors import CotuneError, InputError, WireError
 from cotune.federation.algorithm import NEW, ROUND, SINCE, Algorithm, Combine, Plan, Setting, Update, shown_in
 from cotune.federation.arrays import AnyArrays, Arrays, check_arrays, norm, num_bytes, shapes_of
 from cotune.federation.messages import Reply, Task, decode, encode
-from cotune.federation.number_ranges import check_at_least, check_positive
+from cotune.federation.number_ranges import check_at_least, check_positive, check_share
 from cotune.federation.signing import Registry, verify
 from cotune.federation.transport import Arrival, Transport
 
@@ -79,8 +79,7 @@ class RoundRules:
         )
         if self.num_devices_per_round is not None:
             check_at_least(1, num_devices_per_round=self.num_devices_per_round)
-        if not 0 < self.quorum <= 1:
-            raise InputError(f"quorum is {self.quorum}, expected above 0 and at most 1")
+        check_share(quorum=self.quorum)
         check_positive(deadline_s=self.deadline_s, gather_s=self.gather_s)
         if self.max_update_norm is not None and not self.max_update_norm > 0:
             raise InputError(f"max_update_norm is {self.max_update_norm}, expected a positive number or none")

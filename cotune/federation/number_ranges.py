@@ -54,3 +54,20 @@ def check_positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if not 0 < number < float("inf"):
             raise InputError(f"{name} is {number}, expected a positive number")
+
+
+def check_share(**numbers: float) -> None:
+    """Refuse the first number that is not above 0 and at most 1.
+
+    Raises:
+        InputError: there is one; names it.
+
+    Example:
+        >>> check_share(quorum=1.0, least=1.5)
+        Traceback (most recent call last):
+        ...
+        cotune.errors.InputError: least is 1.5, expected above 0 and at most 1
+    """
+    for name, number in numbers.items():
+        if not 0 < number <= 1:
+            raise InputError(f"{name} is {number}, expected above 0 and at most 1")

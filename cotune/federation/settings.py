@@ -32,7 +32,7 @@ from pathlib import Path
 from cotune.errors import InputError
 from cotune.federation.coordinator import RoundRules
 from cotune.federation.local_model import LocalSteps
-from cotune.federation.number_ranges import check_at_least, check_positive
+from cotune.federation.number_ranges import check_at_least, check_positive, check_share
 from cotune.federation.tables import read_toml
 
 SPLITS = ("iid", "dirichlet", "domains", "sizes")
@@ -132,8 +132,7 @@ class ScheduleSettings:
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise InputError(f"kind is {self.kind!r}, expected one of {', '.join(SCHEDULES)}")
-        if not 0 < self.least <= 1:
-            raise InputError(f"least is {self.least}, expected a share above 0 and at most 1 of the learning rate")
+        check_share(least=self.least)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.federation.gaussian_privacy import Gaussian, epsilon_between
-from cotune.federation.number_ranges import check_at_least, check_positive
+from cotune.federation.number_ranges import check_at_least, check_positive, check_share
 from cotune.federation.robust.votes import read_votes
 
 _ENTROPY_BYTES = 32
@@ -154,8 +154,7 @@ class UserPrivacyAccount:
         check_at_least(0, num_rounds=self.num_rounds)
         if not 0 < self.delta < 1:
             raise InputError(f"delta is {self.delta}, expected above 0 and below 1")
-        if not 0 < self.sample_rate <= 1:
-            raise InputError(f"sample_rate is {self.sample_rate}, expected above 0 and at most 1")
+        check_share(sample_rate=self.sample_rate)
 
     @property
     def epsilon(self) -> float:

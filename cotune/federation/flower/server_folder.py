@@ -26,6 +26,7 @@ from cotune.federation.algorithm import Algorithm
 from cotune.federation.arrays import Arrays, check_arrays, shapes_of
 from cotune.federation.coordinator import Coordinator, Judge, Progress
 from cotune.federation.coplms import CoPlms
+from cotune.federation.identities import REGISTRY_FILE, SECRET_FILE
 from cotune.federation.packing import MAX_BLOCK_BYTES, pack, unpack
 from cotune.federation.progress_checkpoint import load_progress, save_progress
 from cotune.federation.run_parts import algorithm_of, combine_of, run_id, with_num_layers
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
 FORMAT = "cotune federation server 2"
 FORMER_FORMAT = "cotune federation server 1"
 """Of folders that say no type: it was float32 in all of them."""
-SETTINGS, REGISTRY, SECRET = "federation.toml", "registry.json", "run.secret"
-START, SERVER, CHECKPOINTS = "start.safetensors", "server.json", "checkpoints"
+SETTINGS, START, SERVER, CHECKPOINTS = "federation.toml", "start.safetensors", "server.json", "checkpoints"
 DTYPE = "float32"
 MAX_SERVER_BYTES = 65536
 # Settings, and the model that they name, give settings.
@@ -101,8 +101,8 @@ class ServerFolder:
                 write_new(unfinished / SETTINGS, as_toml(found).encode())
                 write_new(unfinished / START, pack(start, {}, START))
                 write_new(unfinished / SERVER, server.encode())
-                registry.save(unfinished / REGISTRY)
-                secret.save(unfinished / SECRET)
+                registry.save(unfinished / REGISTRY_FILE)
+                secret.save(unfinished / SECRET_FILE)
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
         return cls.read(path)
@@ -133,8 +133,8 @@ class ServerFolder:
         return cls(
             path=path,
             settings=FederationSettings.read(path / SETTINGS),
-            registry=Registry.load(path / REGISTRY),
-            secret=RunSecret.load(path / SECRET),
+            registry=Registry.load(path / REGISTRY_FILE),
+            secret=RunSecret.load(path / SECRET_FILE),
             start=start,
             base_digest=server["base_digest"],
             dtype=dtype,
