@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from cotune.errors import InputError
@@ -26,6 +27,9 @@ from cotune.federation.update_svd import UpdateSvd
 PLAIN_STARTS = ("orthonormal", "random")
 USUAL = "auto"
 NUM_LAYERS = "num_layers"
+CO_TUNING, CLOUD_PATHS = "coplms", ("model", "public")
+BUILT_IN = ("", "starter", "persona")
+"""No paths, whatever is in the folder that a command runs in."""
 
 
 def algorithm_of(settings: FederationSettings, secret: RunSecret) -> Algorithm:
@@ -90,6 +94,32 @@ def with_num_layers(settings: FederationSettings, num_layers: int) -> Federation
     if kind is None or not isinstance(own, Mapping) or NUM_LAYERS not in {one.name for one in fields(kind)}:
         return settings
     return replace(settings, options={**settings.options, settings.algorithm: {NUM_LAYERS: num_layers, **own}})
+
+
+def with_whole_paths(settings: FederationSettings) -> FederationSettings:
+    """The settings with folders and files that are there named from the root, so that they are found from anywhere.
+
+    Names that are no path here, of the Hub or of what cotune has itself, stay as they are.
+
+    Example:
+        >>> settings = FederationSettings(model="starter", options={"coplms": {"cloud": {"model": "no-such-folder"}}})
+        >>> with_whole_paths(settings) == settings
+        True
+    """
+    found = replace(
+        settings, model=_whole(settings.model), data=replace(settings.data, path=_whole(settings.data.path))
+    )
+    own = found.options.get(CO_TUNING)
+    cloud = own.get("cloud") if isinstance(own, Mapping) else None
+    if not isinstance(own, Mapping) or not isinstance(cloud, Mapping):
+        return found
+    told = {name: _whole(value) if name in CLOUD_PATHS else value for name, value in cloud.items()}
+    return replace(found, options={**found.options, CO_TUNING: {**own, "cloud": told}})
+
+
+def _whole(name: Any) -> Any:
+    is_path = isinstance(name, str) and name not in BUILT_IN and Path(name).exists()
+    return str(Path(name).absolute()) if is_path else name
 
 
 def with_start(algorithm: Algorithm, settings: FederationSettings) -> Algorithm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,9 @@ from cotune.federation.coordinator import RoundRules
 from cotune.federation.robust.mean import Mean
 from cotune.federation.robust.median import Median
 from cotune.federation.robust.usual_rule import UsualRule
-from cotune.federation.run_parts import algorithm_of, combine_of, rule_of, with_num_layers
+from cotune.federation.run_parts import algorithm_of, combine_of, rule_of, with_num_layers, with_whole_paths
 from cotune.federation.run_secret import RunSecret
-from cotune.federation.settings import CombineSettings, FederationSettings
+from cotune.federation.settings import CombineSettings, DataSettings, FederationSettings
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,28 @@ def test_the_models_layers_are_told_to_those_who_ask_and_what_is_given_stays() -
     # Others do not know the word, and what is wrong is refused where an algorithm is made.
     for other in (FederationSettings(), FederationSettings(algorithm="x"), replace(asks, options={"fedpeptao": 3})):
         assert with_num_layers(other, 5) is other
+
+
+def test_what_is_there_is_named_from_the_root_and_other_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "starter", "persona", "cloud"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "texts.jsonl").touch()
+    cloud = {"model": "cloud", "public": "texts.jsonl", "top_k": 3}
+    relative = FederationSettings(
+        model="model", data=DataSettings(path="texts.jsonl"), options={"seed": {}, "coplms": {"cloud": cloud}}
+    )
+    whole = with_whole_paths(relative)
+    assert whole.model == str(tmp_path / "model") and whole.data.path == str(tmp_path / "texts.jsonl")
+    told = {"model": str(tmp_path / "cloud"), "public": str(tmp_path / "texts.jsonl"), "top_k": 3}
+    assert whole.options == {"seed": {}, "coplms": {"cloud": told}}
+    assert with_whole_paths(whole) == whole
+    # Of cotune itself, of the Hub, and wrong ones, which are refused where an algorithm is made.
+    for options in ({}, {"coplms": 3}, {"coplms": {"cloud": 3}}, {"coplms": {"cloud": {"model": 4}}}):
+        for other in (FederationSettings(options=options), FederationSettings(model="some/model", options=options)):
+            assert with_whole_paths(other) == other
 
 
 def test_an_algorithm_takes_its_own_table_alone() -> None:

@@ -29,7 +29,7 @@ from cotune.federation.coplms import CoPlms
 from cotune.federation.identities import REGISTRY_FILE, SECRET_FILE
 from cotune.federation.packing import MAX_BLOCK_BYTES, pack, unpack
 from cotune.federation.progress_checkpoint import load_progress, save_progress
-from cotune.federation.run_parts import algorithm_of, combine_of, run_id, with_num_layers
+from cotune.federation.run_parts import algorithm_of, combine_of, run_id, with_num_layers, with_whole_paths
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import FederationSettings, as_toml
 from cotune.federation.signing import Registry
@@ -167,7 +167,8 @@ class ServerFolder:
         from cotune.federation.fresh_adapter import fresh_adapter
         from cotune.federation.simulation import check_tasks, read_shards, start_of
 
-        found = _settings(settings)
+        # The SuperLink is started somewhere else.
+        found = with_whole_paths(_settings(settings))
         check_new(Path(path))
         check_servable(found, secret, registry)
         if found.data.num_judge:
