@@ -46,7 +46,7 @@ NAME = "survey_compression"
 BASE, TUNED = "model as it was", "tuned, not compressed"
 ORDERS = ("tuned, then compressed", "compressed, then tuned")
 # In a model this small the embedding has to shrink too, and scales count.
-GOAL_RECIPE, GOAL_LOSS, GOAL_SIZE = "gptq:4,group_size=64,embedding_bits=4", 0.02, 0.30
+GOAL_RECIPE, GOAL_LOSS, GOAL_SIZE = "gptq:4,orders_by_activation=true,embedding_bits=4", 0.02, 0.30
 RECIPES = (
     *("depth:2", "channels:0.25", "magnitude:0.5", "wanda:0.5", "sparse_gpt:0.5"),
     *("rtn:4", "gptq:4", GOAL_RECIPE, "awq:4", "gptq:3", "channels:0.25+gptq:4"),
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--recipes", nargs="+", type=recipe, default=list(RECIPES), help="(default: %(default)s)")
     made.add_argument("--epochs", type=at_least_one, default=3, help="of tuning (default: %(default)s)")
     made.add_argument("--rank", type=at_least_one, default=8, help="of the LoRA (default: %(default)s)")
-    made.add_argument("--learning-rates", nargs="+", type=positive, default=[2e-3, 8e-3])
+    made.add_argument("--learning-rates", nargs="+", type=positive, default=[2e-3, 8e-3, 3e-2])
     made.add_argument("--calibration-texts", type=at_least_one, default=64, help="rows (default: %(default)s)")
     made.add_argument("--calibration-length", type=at_least_one, default=128, help="tokens (default: %(default)s)")
     made.add_argument("--max-new-tokens", type=at_least_one, default=48, help="of an answer (default: %(default)s)")

@@ -94,7 +94,7 @@ class Awq:
                 weight = block.linears[name].weight
                 whole = weight.detach().float().clone()
                 clips = not name.endswith(_NEVER_CLIPPED)
-                packed[name] = self.round(whole, after.statistics[name], grid, clips=clips)
+                packed[name] = self.quantise_layer(whole, after.statistics[name], grid, clips=clips)
                 with torch.no_grad():
                     weight.copy_(torch.from_numpy(packed[name].dequantised()))
                 if on_layer is not None:
@@ -118,7 +118,9 @@ class Awq:
                 best_error, best = error, scales
         return best
 
-    def round(self, weight: Tensor, statistics: LayerStatistics, grid: Grid, *, clips: bool = True) -> PackedWeight:
+    def quantise_layer(
+        self, weight: Tensor, statistics: LayerStatistics, grid: Grid, *, clips: bool = True
+    ) -> PackedWeight:
         """Round a weight (out, in), each group with the range that gives the least error of what it adds to the output.
 
         Args:

@@ -30,6 +30,8 @@ from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
 from cotune.models.low_bit import is_low_bit
 
+HEAD = "the head"
+
 
 @dataclass(frozen=True, eq=False)
 class CalibrationTexts:
@@ -192,6 +194,17 @@ class LayerStatistics:
             raise InputError("these statistics have no Gram matrix; measure them with needs_gram=True")
         return self._gram
 
+    def with_lookups(self, share: float) -> LayerStatistics:
+        """Of a weight whose rows are also read as they are, as an embedding's: X^T X + share * its mean diagonal * I.
+
+        Example:
+            >>> LayerStatistics.of_inputs(torch.tensor([[1.0, 3.0]])).with_lookups(0.5).gram.tolist()
+            [[3.5, 3.0], [3.0, 11.5]]
+        """
+        gram = self.gram.clone()
+        gram.diagonal().add_(share * float(gram.diagonal().mean()))
+        return LayerStatistics(gram, self.num_rows)
+
     @property
     def has_gram(self) -> bool:
         """Whether the whole matrix was measured and not its diagonal alone."""
@@ -241,8 +254,7 @@ class WalkedBlock:
                 measured.end_pass()
         statistics = measured.statistics()
         for name, one in statistics.items():
-            if not bool(one.squared_norms.isfinite().all()):
-                raise InputError(f"{name} reads numbers that are not finite; load the model as float32 or bfloat16")
+            _check_finite_inputs(name, one)
         return statistics
 
     def _advance(self) -> None:
@@ -407,6 +419,28 @@ def compress_weights(
     return packed
 
 
+def head_statistics(model: PreTrainedModel, input_ids: NDArray[np.int64], *, batch_size: int = 4) -> LayerStatistics:
+    """What the head reads, with the model's weights as they are now.
+
+    Args:
+        model, input_ids, batch_size: see `walk_blocks`.
+
+    Raises:
+        InputError: as `walk_blocks`; or an input is not finite.
+    """
+    check_walk(model, input_ids, batch_size=batch_size)
+    measured = _Measured(needs_gram=True)
+    measure = measured.hook(HEAD)
+    for ids in torch.split(torch.from_numpy(input_ids).to(model.device), batch_size):
+        with torch.no_grad():
+            # Not through the head itself: logits of a whole vocabulary are large, and nobody reads them.
+            measure(model, (model.base_model(input_ids=ids, use_cache=False).last_hidden_state,))
+        measured.end_pass()
+    statistics = measured.statistics()[HEAD]
+    _check_finite_inputs(HEAD, statistics)
+    return statistics
+
+
 def reconstruction_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
     """Share of a layer's squared output that a new weight gets wrong, ||(W - W') X||^2 / ||W X||^2.
 
@@ -419,9 +453,19 @@ def reconstruction_error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
         0.1
     """
     whole, lost = weight.double(), weight.double() - new.double()
-    of_whole = float(((whole @ gram) * whole).sum())
-    of_lost = float(((lost @ gram) * lost).sum())
+    of_whole, of_lost = squared_outputs(whole, gram), squared_outputs(lost, gram)
     return of_lost / of_whole if of_whole > 0 else 0.0
+
+
+def squared_outputs(weight: Tensor, gram: Tensor) -> float:
+    """||W X||^2 of a weight (out, in) and X^T X, float64 (in, in).
+
+    Example:
+        >>> squared_outputs(torch.tensor([[3.0, 1.0]]), torch.eye(2).double())
+        10.0
+    """
+    double = weight.double()
+    return float(((double @ gram) * double).sum())
 
 
 def chosen_linears(model: PreTrainedModel, skip: Collection[str]) -> dict[str, nn.Linear]:
@@ -459,6 +503,11 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise InputError(f"{name} holds nan or inf, expected finite weights; copy the model again")
+
+
+def _check_finite_inputs(name: str, statistics: LayerStatistics) -> None:
+    if not bool(statistics.squared_norms.isfinite().all()):
+        raise InputError(f"{name} reads numbers that are not finite; load the model as float32 or bfloat16")
 
 
 def _check_model(model: PreTrainedModel) -> None:

@@ -37,6 +37,10 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> PackedWeight:
 class RoundToNearest:
     """Quantise every linear layer of a model by itself. The yardstick that others are held against."""
 
+    def quantise_layer(self, weight: Tensor, statistics: LayerStatistics, grid: Grid) -> PackedWeight:
+        """As `round_to_nearest`, whatever the layer reads."""
+        return round_to_nearest(weight, grid)
+
     def quantise_linears(
         self,
         model: PreTrainedModel,
@@ -52,6 +56,6 @@ class RoundToNearest:
             return compress_weights(model, lambda weight: round_to_nearest(weight, grid), skip=skip, on_layer=on_layer)
 
         def compress_layer(weight: Tensor, statistics: LayerStatistics) -> PackedWeight:
-            return round_to_nearest(weight, grid)
+            return self.quantise_layer(weight, statistics, grid)
 
         return compress_linears(model, input_ids, compress_layer, skip=skip, batch_size=batch_size, on_layer=on_layer)

@@ -297,7 +297,7 @@ class Quantise:
     is_symmetric: bool = False
     """Without zero points."""
     embedding_bits: int | None = 8
-    """Of embedding and head, rounded to nearest; None leaves them whole. In small models they are most of the size."""
+    """Of embedding and head; None leaves them whole. In small models they are most of the size."""
 
     def __post_init__(self) -> None:
         for bits in (self.bits, *(() if self.embedding_bits is None else (self.embedding_bits,))):

@@ -105,11 +105,4 @@ class WrittenWeights:
 
 def _rounded(weight: NDArray[np.float32], grid: Grid) -> PackedWeight:
     rows = (weight[start : start + _ROWS_AT_A_TIME] for start in range(0, len(weight), _ROWS_AT_A_TIME))
-    pieces = [round_to_nearest(torch.from_numpy(piece), grid) for piece in rows]
-    return PackedWeight(
-        codes=np.concatenate([piece.codes for piece in pieces]),
-        scales=np.concatenate([piece.scales for piece in pieces]),
-        zeros=np.concatenate([piece.zeros for piece in pieces]),
-        bits=grid.bits,
-        group_size=pieces[0].group_size,
-    )
+    return PackedWeight.of_rows([round_to_nearest(torch.from_numpy(piece), grid) for piece in rows])

@@ -6,6 +6,7 @@ one scale and one zero point, and its weights are scale * (code - zero).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,24 @@ class PackedWeight:
     zeros: NDArray[np.uint8]
     bits: int
     group_size: int
+
+    @classmethod
+    def of_rows(cls, parts: Sequence[PackedWeight]) -> PackedWeight:
+        """Weights of one grid, the outputs of each behind those of the one before.
+
+        Example:
+            >>> codes, scale = np.array([[8]], np.uint8), np.array([[0.5]], np.float32)
+            >>> row = PackedWeight(codes=codes, scales=scale, zeros=codes, bits=4, group_size=1)
+            >>> PackedWeight.of_rows([row, row]).shape
+            (2, 1)
+        """
+        return cls(
+            codes=np.concatenate([part.codes for part in parts]),
+            scales=np.concatenate([part.scales for part in parts]),
+            zeros=np.concatenate([part.zeros for part in parts]),
+            bits=parts[0].bits,
+            group_size=parts[0].group_size,
+        )
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2 or self.codes.size == 0:

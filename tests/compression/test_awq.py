@@ -113,7 +113,7 @@ def test_a_search_never_loses_more_than_rounding() -> None:
 def test_clipping_is_the_best_range_of_each_group(is_symmetric: bool) -> None:
     weight, statistics = correlated_layer(3, num_outputs=4, num_inputs=40)
     grid = Grid(bits=3, group_size=32, is_symmetric=is_symmetric)
-    packed = Awq().round(weight, statistics, grid)
+    packed = Awq().quantise_layer(weight, statistics, grid)
     for row in range(4):
         for columns in (slice(0, 32), slice(32, 40)):
             own = weight[row : row + 1, columns].double()
@@ -127,10 +127,10 @@ def test_clipping_is_the_best_range_of_each_group(is_symmetric: bool) -> None:
             lost = own - torch.from_numpy(packed.dequantised())[row : row + 1, columns]
             assert float(lost @ gram @ lost.T) == pytest.approx(min(losses), rel=1e-6)
             assert min(losses) <= losses[0]
-    whole = Awq(max_clip=0).round(weight, statistics, grid)
+    whole = Awq(max_clip=0).quantise_layer(weight, statistics, grid)
     np.testing.assert_array_equal(whole.codes, round_to_nearest(weight, grid).codes)
     assert not np.array_equal(packed.scales, whole.scales)
-    unclipped = Awq().round(weight, statistics, grid, clips=False)
+    unclipped = Awq().quantise_layer(weight, statistics, grid, clips=False)
     np.testing.assert_array_equal(unclipped.codes, whole.codes)
 
 

@@ -22,6 +22,7 @@ from cotune.compression.calibration import (
     LayerProgress,
     LayerStatistics,
     compress_linears,
+    head_statistics,
     reconstruction_error,
     walk_blocks,
     walk_bytes,
@@ -101,6 +102,24 @@ def test_what_a_walk_keeps_is_bounded(input_ids: Ids, needs_gram: bool) -> None:
     bound = walk_bytes(model, num_texts=5, length=LENGTH, needs_gram=needs_gram)
     # Query, key and value share one matrix, gate and up another.
     assert bound == used + 3 * 8 * (32 * 32 if needs_gram else 32)
+
+
+def test_a_head_s_statistics_are_those_of_a_hook_on_it(input_ids: Ids) -> None:
+    model = tiny_model()
+    seen: list[Tensor] = []
+    handle = model.lm_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][0]))
+    with torch.no_grad():
+        for ids in torch.from_numpy(input_ids):
+            model(ids[None])
+    handle.remove()
+    expected = LayerStatistics.of_inputs(torch.cat(seen))
+    found = head_statistics(model, input_ids, batch_size=2)
+    assert found.num_rows == expected.num_rows == input_ids.size
+    torch.testing.assert_close(found.gram, expected.gram, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("inf")
+    with pytest.raises(InputError, match="the head reads numbers that are not finite"):
+        head_statistics(model, input_ids)
 
 
 def test_squared_norms_can_be_had_without_gram_matrices(input_ids: Ids) -> None:

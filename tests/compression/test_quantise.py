@@ -14,11 +14,14 @@ from compressible import tiny_model as any_model
 from tiny_models import tokenizer_json
 from transformers import PreTrainedModel
 
+from cotune.compression import quantise as quantise_module
 from cotune.compression.awq import Awq
-from cotune.compression.calibration import CalibrationTexts, LayerProgress
+from cotune.compression.calibration import CalibrationTexts, LayerProgress, head_statistics, reconstruction_error
 from cotune.compression.gptq import Gptq
+from cotune.compression.grid import Grid
 from cotune.compression.quantise import QUANTISERS, QuantisationReport, quantise, quantiser_named
 from cotune.compression.quantised_folder import save_quantised
+from cotune.compression.round_to_nearest import round_to_nearest
 from cotune.errors import InputError
 from cotune.models import Backbone
 from cotune.models.packed_folder import read_packed
@@ -83,7 +86,7 @@ def test_bits_are_as_asked_for_layer_by_layer_and_come_back_the_same(
         assert torch.equal(values, torch.from_numpy(weight.dequantised()).to(values.dtype))
         for group in values.float().split(expected_size, dim=1):
             assert max(len(row.unique()) for row in group) <= 2**expected_bits
-        assert (layer.output_error is None) == (layer.name in (EMBEDDING, HEAD))
+        assert (layer.output_error is None) == (layer.name == EMBEDDING)
     changed = float((logits(model) - before).norm() / before.norm())
     assert 0 < changed < {8: 0.1, 4: 0.7, 3: 1.2}[bits]
 
@@ -190,3 +193,49 @@ def test_bad_input_is_one_clear_sentence() -> None:
         model.get_parameter(EMBEDDING)[3, 3] = torch.nan
     with pytest.raises(InputError, match=f"{EMBEDDING} holds nan or inf, expected finite weights"):
         quantise(model, "rtn")
+
+
+@pytest.mark.parametrize("how", ["gptq", "awq"])
+def test_a_head_of_its_own_is_quantised_for_what_it_reads(how: str) -> None:
+    model = tiny_model()
+    reads = head_statistics(quantised_blocks(how), TEXTS.input_ids)
+    expected = quantiser_named(how).quantise_layer(model.get_parameter(HEAD).detach().clone(), reads, Grid(bits=3))
+    report = quantise(model, how, bits=4, calibration=TEXTS, head_bits=3)
+    np.testing.assert_array_equal(report.packed[HEAD].codes, expected.codes)
+    rounded = round_to_nearest(tiny_model().get_parameter(HEAD).detach(), Grid(bits=3))
+    lost = reconstruction_error(
+        tiny_model().get_parameter(HEAD).detach(), torch.from_numpy(rounded.dequantised()), reads.gram
+    )
+    told = {each.name: each.output_error for each in report.layers}[HEAD]
+    assert told is not None and 0 < told < lost
+
+
+def quantised_blocks(how: str) -> PreTrainedModel:
+    model = tiny_model()
+    quantise(model, how, bits=4, calibration=TEXTS)
+    return model
+
+
+def test_a_head_that_is_the_embedding_keeps_its_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning from what the head reads alone, rows move far in directions that it never reads."""
+
+    def moved(share: float) -> tuple[float, float]:
+        monkeypatch.setattr(quantise_module, "LOOKUP_SHARE", share)
+        model = tiny_model(tie_word_embeddings=True)
+        before = model.get_parameter(EMBEDDING).detach().clone()
+        few = CalibrationTexts(TEXTS.input_ids[:1, :8])
+        report = quantise(model, "gptq", bits=4, calibration=few, embedding_bits=3)
+        error = {each.name: each.output_error for each in report.layers}[EMBEDDING]
+        assert error is not None
+        return float((model.get_parameter(EMBEDDING) - before).detach().norm()), error
+
+    (far, little), (near, more) = moved(0.0), moved(1.0)
+    assert near < far and little < more
+
+
+def test_rows_of_a_head_are_quantised_alike_however_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantise(tiny_model(), "gptq", calibration=TEXTS, head_bits=4).packed[HEAD]
+    monkeypatch.setattr(quantise_module, "_ROWS_AT_A_TIME", 7)
+    np.testing.assert_array_equal(
+        quantise(tiny_model(), "gptq", calibration=TEXTS, head_bits=4).packed[HEAD].codes, whole.codes
+    )
