@@ -88,6 +88,16 @@ def fit(
     race: Annotated[
         int | None, typer.Option(help="pool: first race the prompts on TRAIN until so many are left; cheaper than all.")
     ] = None,
+    grow_every: Annotated[
+        int | None,
+        typer.Option(help="pool: each so many looks, the cloud reads failures and writes 2 prompts, which race."),
+    ] = None,
+    pool_size: Annotated[
+        int | None, typer.Option(help="With --grow-every: prompts after a race; as many as in PROMPTS if left out.")
+    ] = None,
+    show_targets: Annotated[
+        bool, typer.Option("--show-targets", help="With --grow-every: targets are sent too, redacted.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="At most.")] = 60,
     x_rate: Annotated[float, typer.Option(help="Of the adapter (Adam).")] = 1e-2,
     y_rate: Annotated[float, typer.Option(help="Of the prompt.")] = 0.5,
@@ -131,6 +141,8 @@ def fit(
 
         cotune sandwich fit ... --out run --budget-usd 3 --pay --resume
 
+        cotune sandwich fit ... --prompts prompts.txt --grow-every 2 --pool-size 6 --out run --budget-calls 500 --pay
+
         cotune sandwich fit train.jsonl --validation val.jsonl --variable soft --hosted starter --out run
         --cma-evaluations 20
     """
@@ -142,6 +154,7 @@ def fit(
     from cotune.sandwich.fit import RUN_FILE, FitConfig, project
     from cotune.sandwich.fit import fit as fit_sandwich
     from cotune.sandwich.pipeline import Pipeline, PipelineConfig
+    from cotune.sandwich.prompts.growth import GrowthConfig
     from cotune.sandwich.prompts.race import RaceConfig
     from cotune.sandwich.redact import Redactor
     from cotune.sandwich.text_problem import TextProblemConfig
@@ -151,6 +164,8 @@ def fit(
         raise InputError("--pay is given without a budget, expected one such as --budget-usd 1 or --budget-calls 200")
     if pay and not resume and (out / RUN_FILE).exists():
         raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder")
+    if grow_every is None and (pool_size is not None or show_targets):
+        raise InputError("--pool-size or --show-targets is given without --grow-every, expected it too; add it")
     score = metric_named(metric)
     if (hosted is not None) != (variable == "soft"):
         raise InputError(
@@ -187,12 +202,16 @@ def fit(
             y_rate=y_rate,
             x_rule="adam",
             refresh_every=_REFRESH_EVERY,
+            grow_every=1 if grow_every is None else grow_every,
         ),
         losses=TextProblemConfig(
             num_batch_examples=batch_size, cloud_weight=cloud_weight, token_weight=token_weight, seed=seed
         ),
         certificate_share=certificate_share,
         race=None if race is None else RaceConfig(num_left=race),
+        growth=None
+        if grow_every is None
+        else GrowthConfig(max_prompts=pool_size, shows_targets=show_targets, seed=seed),
     )
     with ExitStack() as stack:
         redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))
@@ -204,7 +223,7 @@ def fit(
         )
         sizes = PipelineConfig(model=name, max_tokens=max_tokens, num_parallel=num_parallel)
         pipeline = Pipeline(redactor, gate, sizes)
-        projection = project(pipeline, learnt, judged, prompt, budget=budget, folder=out)
+        projection = project(pipeline, learnt, judged, prompt, budget=budget, folder=out, config=config)
         if not pay:
             if as_json:
                 print_json(projection.to_json())

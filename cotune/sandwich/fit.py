@@ -38,6 +38,7 @@ from cotune.sandwich.cost import Cost, shown_usd
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.leak import LeakMetrics, measure_leaks
 from cotune.sandwich.pipeline import Pipeline
+from cotune.sandwich.prompts.growth import Growth, GrowthConfig, PoolGrowth
 from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.prompts.race import Race, RaceConfig, race
 from cotune.sandwich.prompts.variable import PromptVariable
@@ -87,6 +88,8 @@ class FitConfig:
     """Of the answers on disk."""
     race: RaceConfig | None = None
     """Of a pool, before the search, on the training examples; None: every prompt sees every batch."""
+    growth: GrowthConfig | None = None
+    """Of a pool, during the search, by the cloud as the model that reflects; None: its prompts are those given."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.certificate_share < 1:
@@ -105,6 +108,8 @@ class Projection:
         at_most: of the others; no cell costs more, whatever the tokenizer, failed attempts aside.
         likely: at 4 bytes for a token and half of the longest answer.
         lacking: what of the budget that is too much for, in words; empty where it fits.
+        num_growth_calls: that the growth of a pool may take at most beyond that: for prompts, and for answers under
+            them.
     """
 
     num_cells: int
@@ -112,6 +117,7 @@ class Projection:
     at_most: Cost
     likely: Cost
     lacking: str
+    num_growth_calls: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -125,6 +131,8 @@ class Projection:
                 f"{name:<8} {cost.calls:,} calls, {cost.tokens_in:,} tokens in, {cost.tokens_out:,} out"
                 + shown_usd(cost.usd)
             )
+        if self.num_growth_calls:
+            lines.append(f"growth   up to {self.num_growth_calls:,} calls more, as far as the budget lasts")
         if self.lacking:
             lines.append(
                 f"the budget may not hold all of it ({self.lacking}): then it ends early and keeps what it has"
@@ -149,6 +157,7 @@ class FitResult:
         spent: over all runs in the folder.
         taken: by this run.
         race: how the pool was thinned before the search; None where it was not. The certificate compares who was left.
+        growths: what joined and left the pool during the search, in order; empty where it was not to grow.
     """
 
     prompt: str
@@ -163,6 +172,7 @@ class FitResult:
     spent: Cost
     taken: Taken = field(repr=False)
     race: Race | None = None
+    growths: tuple[Growth, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """All but x."""
@@ -178,6 +188,7 @@ class FitResult:
             "spent": asdict(self.spent),
             "taken": self.taken.to_json(),
             "race": None if self.race is None else asdict(self.race),
+            "growths": [asdict(each) for each in self.growths],
         }
 
     def to_text(self) -> str:
@@ -199,6 +210,7 @@ class FitResult:
                 + ("; the edge has no part in it, so the prompt was chosen first" if self.is_sequential else ""),
                 f"leaks       {leaks['leak_rate']:.2%} of {leaks['units']} marked values in all that was sent",
                 *self._race_text(),
+                *self._growth_text(),
                 f"ended       by {self.reason}, after {looks.step} steps",
                 f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens{shown_usd(self.spent.usd)}",
                 self.taken.to_text(),
@@ -212,6 +224,18 @@ class FitResult:
         return [f"race        {left} prompts left after {count} examples; the certificate compares those alone"]
 
 
+    def _growth_text(self) -> list[str]:
+        if not self.growths:
+            return []
+        written, joined, left = (
+            sum(each.num_written for each in self.growths),
+            sum(len(each.joined) for each in self.growths),
+            sum(len(each.left) for each in self.growths),
+        )
+        ended = "; then there was no room in the budget for more" if self.growths[-1].ended_by_budget else ""
+        return [f"growth      {written} prompts written, {joined} joined the pool and {left} left it{ended}"]
+
+
 def project(
     pipeline: Pipeline,
     train: Sequence[PrivateExample],
@@ -220,6 +244,7 @@ def project(
     *,
     budget: Budget | None = None,
     folder: Path | None = None,
+    config: FitConfig | None = None,
 ) -> Projection:
     """Say what a fit would cost; redacts everything and sends nothing.
 
@@ -228,6 +253,7 @@ def project(
 
     Args:
         folder: of a run that began; its answers cost nothing. None: of no run.
+        config: how the fit goes; read for what a pool that grows may ask.
 
     Raises:
         RedactionError: an example or a prompt cannot be sent.
@@ -255,7 +281,17 @@ def project(
                 likely += Cost(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, usd=usd)
     # Where all answers are there, it does not matter what of the budget they have used up.
     lacking = (budget or Budget()).missing(spent + most) if most.calls else ""
-    return Projection(num_cells=num_cells, num_paid=num_paid, at_most=most, likely=likely, lacking=lacking)
+    num_prompts = 0
+    if config is not None and config.growth is not None:
+        num_prompts = config.growth.num_new * config.solve.num_growths
+    return Projection(
+        num_cells=num_cells,
+        num_paid=num_paid,
+        at_most=most,
+        likely=likely,
+        lacking=lacking,
+        num_growth_calls=num_prompts * (1 + sum(len(each.prepared.questions) for each in examples)),
+    )
 
 
 def fit(
@@ -293,10 +329,11 @@ def fit(
         WireError: the cloud failed; run again with `resume`.
     """
     config = config or FitConfig()
-    if config.race is not None and not isinstance(variable, PromptPool):
-        raise InputError(
-            "a race is asked for and the prompt variable is no pool, expected a PromptPool; leave race out"
-        )
+    for name in ("race", "growth"):
+        if getattr(config, name) is not None and not isinstance(variable, PromptPool):
+            raise InputError(
+                f"a {name} is asked for and the prompt variable is no pool, expected a PromptPool; leave {name} out"
+            )
     num_held = round(config.certificate_share * len(train))
     if len(train) - num_held < 1 or not validation:
         raise InputError(
@@ -339,7 +376,11 @@ def fit(
             progress.flush()
             on_refresh(seen)
 
-        found = solve(problem, losses.start(), variable.start(), config.solve, on_refresh=told)
+        growth = None
+        if config.growth is not None:
+            growth = PoolGrowth(pipeline, problem, searched, config.growth, key=key)
+        found = solve(problem, losses.start(), variable.start(), config.solve, on_refresh=told, grow=growth)
+        variable = problem.variable
         prompt = variable.best(found.y)
         judge = _Judge(pipeline, edge, metric, problem.table)
         result = FitResult(
@@ -355,6 +396,7 @@ def fit(
             spent=purse.spent,
             taken=gate.account.taken(),
             race=raced,
+            growths=tuple(growth.growths) if growth else (),
         )
         with replacing(folder / RESULT_FILE) as unfinished:
             unfinished.write_text(json.dumps(result.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -151,7 +151,7 @@ class TextProblem:
 
     Args:
         pipeline: whose cloud answers.
-        variable: the prompt.
+        variable: the prompt; may be replaced by one with other places, see `Grow` of `bilevel.solve`.
         edge: the half behind the cloud.
         train, validation: examples; f reads the first, F the second.
         metric: of the cloud's answers alone, for `cloud_weight`.
@@ -168,7 +168,7 @@ class TextProblem:
         metric: Metric,
         config: TextProblemConfig,
     ) -> None:
-        self._pipeline, self._variable, self._edge, self._metric = pipeline, variable, edge, metric
+        self._pipeline, self.variable, self._edge, self._metric = pipeline, variable, edge, metric
         self._splits, self._config = {_TRAIN: train, _VALIDATION: validation, _GAP: train}, config
         self.table = AnswerTable(pipeline)
         self._memory: dict[tuple[str, int], float] = {}
@@ -185,20 +185,20 @@ class TextProblem:
 
     def respond(self, x: Vector, y: Vector, step: int) -> Vector:
         batch = self._batch(_TRAIN, step)
-        return self._variable.respond(y, lambda prompts: self.losses(x, prompts, batch).mean(1), step)
+        return self.variable.respond(y, lambda prompts: self.losses(x, prompts, batch).mean(1), step)
 
     def gaps(self, x: Vector, y: Vector, response: Vector, step: int) -> Vector:
         batch = self._batch(_GAP, step)
         sides = []
         for side in (y, response):
-            mixture = self._variable.mixture(side, step)
+            mixture = self.variable.mixture(side, step)
             weights = np.array([weight for _, weight in mixture])
             sides.append(weights @ self.losses(x, [prompt for prompt, _ in mixture], batch))
         return np.asarray(sides[0] - sides[1])
 
     def score(self, x: Vector, y: Vector) -> float:
         """F of the one prompt that would be shipped, over all validation examples."""
-        losses = self.losses(x, [self._variable.best(y)], self._splits[_VALIDATION], is_lower=False)
+        losses = self.losses(x, [self.variable.best(y)], self._splits[_VALIDATION], is_lower=False)
         return float(losses.mean()) + self._config.ridge / 2 * float(x @ x)
 
     def losses(
@@ -228,7 +228,7 @@ class TextProblem:
         return 1 + self._config.cloud_weight + self._config.token_weight
 
     def _sloped(self, x: Vector, y: Vector, batch: Sequence[FitExample], step: int, *, is_lower: bool) -> Sloped:
-        mixture = self._variable.mixture(y, step)
+        mixture = self.variable.mixture(y, step)
         prompts = [prompt for prompt, _ in mixture]
         self.table.fill(prompts, batch)
         weights = np.repeat([weight for _, weight in mixture], len(batch)) / len(batch)
@@ -238,7 +238,7 @@ class TextProblem:
         keys = [(prompt, id(example)) for prompt in prompts for example in batch]
         self._memory.update(zip(keys, losses.tolist(), strict=True))
         own = self.losses(x, prompts, batch, is_lower=is_lower)
-        grad_y = self._variable.slope(y, lambda them: self.losses(x, them, batch, is_lower=is_lower).mean(1), step)
+        grad_y = self.variable.slope(y, lambda them: self.losses(x, them, batch, is_lower=is_lower).mean(1), step)
         return Sloped(float(weights @ own.ravel()), grad_x / (self._scale if is_lower else 1.0), grad_y)
 
     def _remember(self, x: Vector) -> None:

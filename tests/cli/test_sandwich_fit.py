@@ -188,3 +188,20 @@ def test_what_is_no_fitted_sandwich_is_refused(tmp_path: Path) -> None:
         (tmp_path / "sandwich.json").write_text(text)
         with pytest.raises(DataError, match="no fitted sandwich"):
             Fitted.load(tmp_path)
+
+
+def test_a_pool_grows_where_it_is_asked_for(run: Callable[..., Any], data: Path) -> None:
+    def write_or_say(body: Mapping[str, Any]) -> str:
+        is_reflection = "Write a better instruction" in body["messages"][0]["content"]
+        return "Say the capital." if is_reflection else say(body)
+
+    (data / "prompts.txt").write_text("Be brief.\n")
+    with scripted_server(write_or_say) as server:
+        shown = run(*fit_words(data, server, "--steps", 10, "--grow-every", 1))
+        assert shown.status == 0 and "growth   up to 22 calls more" in shown.out and server.bodies == []
+        done = run(
+            *fit_words(data, server, "--pay", "--budget-calls", 40, "--steps", 10, "--grow-every", 1, "--pool-size", 2)
+        )
+        assert done.status == 0 and "'Say the capital.'" in done.out and "1 joined the pool" in done.out, done.err
+        run(*fit_words(data, server, "--pool-size", 2)).check_refusal("without --grow-every")
+    assert not any(b"ann" in body for body in server.bodies)

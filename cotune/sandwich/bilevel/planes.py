@@ -10,6 +10,7 @@ what says so the certificate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,6 +106,28 @@ class PlaneSet:
         for plane in self.planes:
             moved = plane.dual + config.dual_rate * (plane.height(x, y) - config.dual_decay * plane.dual)
             plane.dual = min(max(moved, 0.0), config.max_dual)
+
+    def follow(self, places: Sequence[int | None], y: Vector) -> None:
+        """Go over to a y with other places: zero for those that are new, and those that went stay as they were.
+
+        A plane's height at the same point is the same before and after.
+
+        Args:
+            places: for each place of the new y its old one; None for a new one.
+            y: the old one, float64 (d_y,), at whose values the places that went are held.
+
+        Example:
+            >>> planes = PlaneSet(PlaneConfig())
+            >>> planes.cut(np.zeros(1), np.zeros(2), height=1.0, a=np.zeros(1), b=np.array([3.0, 4.0]))
+            >>> planes.follow([1, None], np.array([2.0, 0.0]))
+            >>> planes.planes[0].b.tolist(), round(planes.planes[0].kappa, 6)  # 0.2, and 0.6 times 2
+            ([0.8, 0.0], 1.4)
+        """
+        kept = {place for place in places if place is not None}
+        gone = [place for place in range(len(y)) if place not in kept]
+        for plane in self.planes:
+            plane.kappa += float(plane.b[gone] @ y[gone])
+            plane.b = np.array([0.0 if place is None else plane.b[place] for place in places])
 
     def drop_idle(self) -> None:
         """At a refresh: drop those that have not pushed for long."""

@@ -10,14 +10,16 @@ with one lower step phi = y - eta grad_y f taken as the response, needs a mixed 
 a = 2 eta (d/dx grad_y f)^T (y - phi), b = 2 (y - phi).
 
 Planes alone do not deliver h <= tolerance, so that at the end y is restored: x stays, y follows f, and where that takes
-too long becomes y^. Where x is seen to
-have no part in f, the problem is solved in two halves, the prompt first.
+too long becomes y^. Where x is seen to have no part in f, the problem is solved in two halves, the prompt first.
+
+y may change its places on the way, as where prompts join a pool and others leave it (`Grow`). Planes follow, with zero
+slope along what is new; what was the best is held against the new y^ before anything counts as within the tolerance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -29,6 +31,11 @@ from cotune.sandwich.bilevel.problem import BilevelProblem, ProjectedProblem, Ve
 from cotune.sandwich.bilevel.step_rules import AdamRule, PlainRule, XRule, clipped
 
 Constraint = Literal["none", "penalty", "cut"]
+Grow = Callable[[Vector, Vector, Sequence[int]], Sequence[int | None] | None]
+"""Changes what y stands for: told x, y and places that must stay; gives each new place's old one, None for a new one.
+
+None instead of places: nothing changed.
+"""
 _ONE_SIDED = 1.64
 _DAMPING = 0.2
 _NO_COUPLING = 1e-9
@@ -64,6 +71,8 @@ class SolveConfig:
     """At most, after the last step; not for none."""
     patience: int | None = None
     """Refreshes in a row without a better result after which it ends; None: never."""
+    grow_every: int = 4
+    """G: refreshes from one growth of y to the next, where it grows."""
 
     def __post_init__(self) -> None:
         if self.constraint not in ("none", "penalty", "cut"):
@@ -82,6 +91,13 @@ class SolveConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.refresh_every < 1 or (self.patience is not None and self.patience < 1):
             raise InputError("refresh_every and patience are counted in steps and refreshes, expected at least 1")
+        if self.grow_every < 1:
+            raise InputError(f"grow_every is {self.grow_every}, expected refreshes, at least 1")
+
+    @property
+    def num_growths(self) -> int:
+        """How often y may grow."""
+        return max(0, -(-self.num_steps // self.refresh_every) - 1) // self.grow_every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +153,7 @@ def solve(
     config: SolveConfig,
     *,
     on_refresh: Callable[[Refresh], None] = lambda _: None,
+    grow: Grow | None = None,
 ) -> Solution:
     """Solve; a budget that ends is an end like any other, and nothing paid for is lost.
 
@@ -145,6 +162,8 @@ def solve(
         x, y: where to begin; float64 (d_x,), (d_y,).
         config: how.
         on_refresh: told of each look at the constraint.
+        grow: changes the places of y, each `grow_every` refreshes; what it raises ends the search as the problem's
+            errors do.
 
     Raises:
         InputError: the problem's numbers are not finite.
@@ -155,6 +174,8 @@ def solve(
     try:
         for step in range(config.num_steps):
             if step % config.refresh_every == 0:
+                if grow is not None and run.history and len(run.history) % config.grow_every == 0:
+                    run.grow(grow)
                 run.refresh(step)
                 if config.patience is not None and run.num_stale > config.patience:
                     reason = "patience"
@@ -185,6 +206,7 @@ class _Run:
         self.rule: XRule = AdamRule() if config.x_rule == "adam" else PlainRule()
         self.history: list[Refresh] = []
         self.best: tuple[float, Vector, Vector, Vector] | None = None
+        self.best_is_old = False  # measured against another pool
         self.num_stale = 0
         self.is_sequential = False
 
@@ -252,6 +274,20 @@ class _Run:
             self.is_sequential = True
             self.y = self.response.copy()
 
+    def grow(self, grow: Grow) -> None:
+        """Let y change its places; a new one begins as heavy as the heaviest, so that slopes see it."""
+        kept = {int(np.argmax(self.y))} | ({int(np.argmax(self.best[2]))} if self.best else set())
+        places = grow(self.x, self.y, sorted(kept))
+        if places is None:
+            return
+        self.planes.follow(places, self.y)
+        if self.best is not None:
+            upper, x, y, response = self.best
+            self.best = upper, x, _moved(y, places, float(y.min())), _moved(response, places, float(response.min()))
+            self.best_is_old = True
+        self.response = _moved(self.response, places, float(self.response.min()))
+        self.y = _moved(self.y, places, float(self.y.max()))
+
     def cut_projection(self, step: int) -> None:
         """ADBO's plane, of ||y - phi||^2 with one lower step from here."""
         problem = cast(ProjectedProblem, self.problem)
@@ -264,9 +300,9 @@ class _Run:
 
     def remember(self, seen: Refresh) -> None:
         counts = seen.is_feasible or self.config.constraint == "none"
-        if counts and (self.best is None or seen.upper < self.best[0]):
+        if counts and (self.best is None or self.best_is_old or seen.upper < self.best[0]):
             self.best = seen.upper, self.x.copy(), self.y.copy(), self.response.copy()
-            self.num_stale = 0
+            self.best_is_old, self.num_stale = False, 0
         elif self.best is not None:
             self.num_stale += 1
 
@@ -291,7 +327,8 @@ class _Run:
         x, y, response = self.x, self.y, self.response
         if self.best is not None and self.config.constraint != "none":
             _, x, y, response = self.best
-        is_feasible = self.best is not None if self.config.constraint != "none" else self.history[-1].is_feasible
+        has_best = self.best is not None and not self.best_is_old
+        is_feasible = has_best if self.config.constraint != "none" else self.history[-1].is_feasible
         return Solution(
             x=x,
             y=y,
@@ -301,6 +338,11 @@ class _Run:
             is_feasible=is_feasible,
             is_sequential=self.is_sequential,
         )
+
+
+def _moved(y: Vector, places: Sequence[int | None], start: float) -> Vector:
+    """y at its new places; `start` at those that are new."""
+    return np.array([start if place is None else y[place] for place in places])
 
 
 def _standard_error(values: Vector) -> float:

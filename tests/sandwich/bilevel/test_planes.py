@@ -58,3 +58,17 @@ def test_slopes_of_no_length_make_no_plane() -> None:
 def test_settings_that_cannot_be_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=name):
         PlaneConfig(**{name: -1})
+
+
+def test_planes_follow_a_y_whose_places_change_and_keep_their_height() -> None:
+    planes = PlaneSet(PlaneConfig())
+    # Slopes 3 along x and 0, 4 along y, normalised by 5; 1 above its bound at x = 1, y = (7, 2): kappa -2.
+    planes.cut(X, np.array([7.0, 2.0]), height=1.0, a=np.array([3.0]), b=np.array([0.0, 4.0]))
+    plane = planes.planes[0]
+    planes.follow([1, None, 0], np.array([7.0, 2.0]))
+    assert plane.b.tolist() == pytest.approx([0.8, 0.0, 0.0]) and plane.kappa == pytest.approx(-2.0)
+    assert plane.height(X, np.array([2.0, 99.0, 7.0])) == pytest.approx(0.2)
+    # The place with the slope goes: it is held at 2.
+    planes.follow([1], np.array([2.0, 99.0, 7.0]))
+    assert plane.b.tolist() == [0.0] and plane.kappa == pytest.approx(-0.4)
+    assert plane.height(X, np.array([99.0])) == pytest.approx(0.2)

@@ -7,6 +7,7 @@ Pool: three prompts whose lower losses cross as x changes; worked out by hand be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -170,7 +171,75 @@ def test_numbers_that_are_none_are_refused() -> None:
         solve(problem, np.zeros(DIM_X), np.zeros(DIM_Y), CONFIG)
 
 
-@pytest.mark.parametrize("name", ["constraint", "form", "x_rule", "tolerance", "penalty", "num_steps", "refresh_every"])
+@pytest.mark.parametrize("name", ["constraint", "form", "x_rule", "tolerance", "penalty", "num_steps", "refresh_every", "grow_every"])
 def test_settings_that_cannot_be_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=name):
         SolveConfig(**{name: -1})
+
+
+@dataclass
+class FixedLosses:
+    """Options with fixed losses, of which y weighs some by its softmax; x has a part in all alike."""
+
+    losses: list[float]
+
+    def _sloped(self, x: Vector, y: Vector) -> Sloped:
+        weights = np.exp(y) / np.exp(y).sum()
+        losses = np.array(self.losses)
+        value = float(weights @ losses)
+        return Sloped(value * (1 + float(x[0])), np.array([value]), (1 + x[0]) * weights * (losses - value))
+
+    def upper(self, x: Vector, y: Vector, step: int) -> Sloped:
+        return self._sloped(x, y)
+
+    def lower(self, x: Vector, y: Vector, step: int) -> Sloped:
+        return self._sloped(x, y)
+
+    def respond(self, x: Vector, y: Vector, step: int) -> Vector:
+        return 12.0 * np.eye(len(self.losses))[int(np.argmin(self.losses))]
+
+    def gaps(self, x: Vector, y: Vector, response: Vector, step: int) -> Vector:
+        return np.full(4, self._sloped(x, y).value - self._sloped(x, response).value)
+
+    def score(self, x: Vector, y: Vector) -> float:
+        return self.losses[int(np.argmax(y))]
+
+
+@pytest.mark.parametrize("constraint", ["none", "penalty", "cut"])
+def test_y_may_grow_and_what_was_the_best_is_held_against_what_is_new(constraint: Any) -> None:
+    problem, told = FixedLosses([0.9, 0.5, 0.4]), list[list[int]]()
+
+    def grow(x: Vector, y: Vector, keep: Sequence[int]) -> list[int | None] | None:
+        told.append(list(keep))
+        assert len(y) == len(problem.losses)
+        if len(told) > 1:
+            return None
+        problem.losses = [*problem.losses[1:], 0.1]
+        return [1, 2, None]
+
+    start = np.array([0.0, 0.0, 6.0])
+    config = SolveConfig(
+        constraint=constraint, num_steps=60, refresh_every=5, grow_every=3, tolerance=0.05, y_rate=1.0, x_rate=1e-3
+    )
+    found = solve(problem, np.zeros(1), start, config, grow=grow)
+    # Looks at 0, 5, .. 55; before the 4th, 7th and 10th of them. The third place of three was the leader and stays.
+    assert len(told) == config.num_growths == 3 and told[0] == [2] and found.y.shape == (3,)
+    assert problem.losses == [0.5, 0.4, 0.1] and int(np.argmax(found.y)) == 2 and found.is_feasible
+
+
+def test_a_best_of_before_is_no_longer_known_to_be_within_the_tolerance() -> None:
+    problem = FixedLosses([0.5, 0.4])
+
+    def grow(x: Vector, y: Vector, keep: Sequence[int]) -> list[int | None] | None:
+        problem.losses = [0.5, 0.4, 0.1]
+        problem.gaps = problem.raising  # type: ignore[method-assign, attr-defined]
+        return [0, 1, None]
+
+    def raising(*_: Any) -> Vector:
+        raise BudgetError("no call is left")
+
+    problem.raising = raising  # type: ignore[attr-defined]
+    config = SolveConfig(num_steps=20, refresh_every=5, grow_every=1, tolerance=0.05)
+    found = solve(problem, np.zeros(1), np.array([0.0, 12.0]), config, grow=grow)
+    assert found.reason == "budget" and found.history[0].is_feasible and not found.is_feasible
+    assert int(np.argmax(found.y)) == 1 and found.y.shape == (3,)
