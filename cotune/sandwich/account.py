@@ -1,7 +1,7 @@
 """What a run took, counted the same way whatever it did: the cloud, the edge, bytes, time, memory.
 
-Operations of the edge model are 2 N for each token forwards and 6 N forwards and backwards, N its parameters without
-the input embedding.
+Operations of a model on the edge are 2 N for each token forwards and 6 N forwards and backwards, N its parameters
+without the input embedding. There may be several: one that merges and rewrites, and another one that writes prompts.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Taken:
         cached: answers that cost nothing, since they were paid for before.
         retries: requests that were sent again.
         bytes_out, bytes_in: of requests and answers, without HTTP's headers.
-        edge_forward_tokens, edge_backward_tokens: read or written by the edge model; learnt from.
-        edge_flops: operations for them.
+        edge_forward_tokens, edge_backward_tokens: read or written by models on the edge; learnt from.
+        edge_flops: operations for them, of each model by its own size.
         seconds: on the clock, since the account was opened.
         stage_seconds: of each stage, in the order of the requests.
-        peak_memory_bytes: the most that this process ever had resident.
+        peak_memory_bytes: the most that this process ever had resident, other runs in it included.
     """
 
     cloud: Cost
@@ -87,6 +87,9 @@ class Taken:
 class Account:
     """Counts; many threads may write.
 
+    Args:
+        num_edge_parameters: of the edge model, where no others are named.
+
     Example:
         >>> account = Account(num_edge_parameters=10)
         >>> account.edge(forward_tokens=5)
@@ -113,11 +116,21 @@ class Account:
             for name, amount in amounts.items():
                 self._counts[name] += amount
 
-    def edge(self, *, forward_tokens: int = 0, backward_tokens: int = 0) -> None:
-        """Tokens through the edge model; `backward_tokens` went forwards as well and are not to be named twice."""
+    def edge(
+        self, *, forward_tokens: int = 0, backward_tokens: int = 0, num_parameters: int | None = None
+    ) -> None:
+        """Tokens through a model on the edge.
+
+        Args:
+            forward_tokens: read or written.
+            backward_tokens: learnt from; they went forwards as well and are not to be named twice.
+            num_parameters: of the model, without the input embedding; None: `num_edge_parameters`.
+        """
+        size = self.num_edge_parameters if num_parameters is None else num_parameters
         with self._lock:
             self._counts["forward"] += forward_tokens
             self._counts["backward"] += backward_tokens
+            self._counts["flops"] += size * (_FORWARD_FLOPS * forward_tokens + _BOTH_WAYS_FLOPS * backward_tokens)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -131,7 +144,6 @@ class Account:
         """The state now."""
         with self._lock:
             counts = self._counts
-            per_token = _FORWARD_FLOPS * counts["forward"] + _BOTH_WAYS_FLOPS * counts["backward"]
             return Taken(
                 cloud=self._cloud,
                 cached=counts["cached"],
@@ -140,7 +152,7 @@ class Account:
                 bytes_in=counts["bytes_in"],
                 edge_forward_tokens=counts["forward"],
                 edge_backward_tokens=counts["backward"],
-                edge_flops=self.num_edge_parameters * per_token,
+                edge_flops=counts["flops"],
                 seconds=time.monotonic() - self._started,
                 stage_seconds={name: tuple(values) for name, values in self._stages.items()},
                 peak_memory_bytes=peak_memory_bytes(),

@@ -27,10 +27,11 @@ from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.slopes import check_differences, estimate_slope
 from cotune.sandwich.pipeline import MergeJob
+from cotune.sandwich.rewriter_tuning import questions_of
 from cotune.sandwich.text_problem import Cell
 from cotune.tuning.answer_loss import answer_nats
 from cotune.tuning.attached import Attachable
-from cotune.tuning.text_objectives import greedy_texts
+from cotune.tuning.continuations import Choose, continuations, sampled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,24 +113,41 @@ class EdgeAdapter:
 
     def losses(self, x: Vector, cells: Sequence[Cell]) -> Vector:
         """Without learning from them."""
-        encoded = [self._encode(cell) for cell in cells]
+        return self._forward_losses(x, [self._encode(cell) for cell in cells])
+
+    def _forward_losses(self, x: Vector, encoded: Sequence[EncodedExample]) -> Vector:
         self.account.edge(forward_tokens=sum(len(each.input_ids) for each in encoded))
         with torch.no_grad():
             return self._losses(self.params(x), encoded).double().cpu().numpy()
 
     def gradient(self, x: Vector, cells: Sequence[Cell], weights: Vector, step: int) -> tuple[Vector, Vector]:
         """The losses, and the slope of their weighted sum; see `EdgeConfig.gradients`."""
+        return self._gradient(x, [self._encode(cell) for cell in cells], weights, step)
+
+    def gradient_after(
+        self, x: Vector, pairs: Sequence[tuple[str, str]], weights: Vector, step: int
+    ) -> tuple[Vector, Vector]:
+        """As `gradient`, of texts that shall follow others.
+
+        Args:
+            pairs: what is read, and what shall be written after it.
+        """
+        encoded = [self._encode_pair(Example(before, f" {after}")) for before, after in pairs]
+        return self._gradient(x, encoded, weights, step)
+
+    def _gradient(
+        self, x: Vector, encoded: Sequence[EncodedExample], weights: Vector, step: int
+    ) -> tuple[Vector, Vector]:
         if self.config.gradients == "zeroth_order":
-            losses = self.losses(x, cells)
+            losses = self._forward_losses(x, encoded)
             slope = estimate_slope(
-                lambda z: float(weights @ self.losses(z, cells)),
+                lambda z: float(weights @ self._forward_losses(z, encoded)),
                 x,
                 smoothing_radius=self.config.smoothing_radius,
                 num_directions=self.config.num_directions,
                 generator=np.random.default_rng((self.config.seed, step)),
             )
             return losses, slope
-        encoded = [self._encode(cell) for cell in cells]
         self.account.edge(backward_tokens=sum(len(each.input_ids) for each in encoded))
         params = {name: tensor.requires_grad_() for name, tensor in self.params(x).items()}
         found, size = [], self.config.num_batch_sequences
@@ -156,17 +174,28 @@ class EdgeAdapter:
         Raises:
             InputError: no room is left for a text beside what shall be written.
         """
+        return self._write(x, prompts_as_text, lambda logits: logits.argmax(-1))
+
+    def sample_after(
+        self, x: Vector, prompts_as_text: Sequence[str], *, temperature: float, seed: int
+    ) -> list[str]:
+        """As `write_after`, drawn at a temperature above 0; the same seed gives the same texts."""
+        return self._write(x, prompts_as_text, sampled(torch.Generator().manual_seed(seed), temperature))
+
+    def _write(self, x: Vector, prompts_as_text: Sequence[str], choose: Choose) -> list[str]:
         params, texts, size = self.params(x), list[str](), self.config.num_batch_sequences
-        prompts = [self._ids(text) for text in prompts_as_text]
+        prompts, stops = [self._ids(text) for text in prompts_as_text], self._backbone.spec.eos_token_ids
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            written = greedy_texts(
+            written = continuations(
                 self._model,
                 params,
                 batch,
+                choose,
                 max_new_tokens=self.config.max_new_tokens,
-                stop_token_ids=self._backbone.spec.eos_token_ids,
+                stop_token_ids=stops,
             )
+            written = [each[:-1] if each[-1] in stops else each for each in written]
             self.account.edge(forward_tokens=sum(map(len, batch)) + sum(map(len, written)))
             texts += [self._tokenizer.decode(each, skip_special_tokens=True).strip() for each in written]
         return texts
@@ -182,7 +211,9 @@ class EdgeAdapter:
         return 1 - torch.exp(-torch.cat(found))
 
     def _encode(self, cell: Cell) -> EncodedExample:
-        example = Example(self._prompt(cell.job), f" {cell.example.target}")
+        return self._encode_pair(Example(self._prompt(cell.job), f" {cell.example.target}"))
+
+    def _encode_pair(self, example: Example) -> EncodedExample:
         eos = self._backbone.spec.eos_token_ids
         return encode_example(self._tokenizer, example, eos_token_id=eos[0], max_length=self._room)
 
@@ -234,7 +265,7 @@ class EdgeRewriter:
     def rewrite(self, redacted: str) -> list[str]:
         """What to ask instead; it goes through the redactor again."""
         (written,) = self.edge.write_after(self.x, [self.template.replace("{request}", redacted)])
-        return [line for line in written.splitlines() if line.strip()]
+        return questions_of(written)
 
 
 @dataclass(frozen=True)

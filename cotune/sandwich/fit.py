@@ -37,7 +37,7 @@ from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache
 from cotune.sandwich.cost import Cost, shown_usd
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.leak import LeakMetrics, measure_leaks
-from cotune.sandwich.pipeline import Pipeline
+from cotune.sandwich.pipeline import Pipeline, Rewriter
 from cotune.sandwich.prompts.growth import Growth, GrowthConfig, PoolGrowth
 from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.prompts.race import Race, RaceConfig, race
@@ -58,6 +58,10 @@ SECRET_FILE, RUN_FILE, RESULT_FILE = "redaction.secret", "fit.json", "result.jso
 JOURNAL_FILE, SENT_FILE, ANSWERS, PROGRESS_FILE = "journal.jsonl", "sent.jsonl", "answers", "progress.jsonl"
 _BYTES_PER_TOKEN = 4
 _LIKELY_SHARE = 0.5
+
+
+MakeRewriter = Callable[[Pipeline, Sequence[PrivateExample], bytes], Rewriter]
+"""Makes the edge before the cloud, told the pipeline with its budget, the examples of the search, the run's secret."""
 
 
 class TunedEdge(EdgeLosses, Protocol):
@@ -304,6 +308,7 @@ def fit(
     budget: Budget,
     folder: Path,
     edge: TunedEdge | None = None,
+    make_rewriter: MakeRewriter | None = None,
     config: FitConfig | None = None,
     resume: bool = False,
     on_refresh: Callable[[Refresh], None] = lambda _: None,
@@ -318,6 +323,8 @@ def fit(
         budget: never exceeded, over all runs in this folder.
         folder: of this run; a new one, unless `resume`.
         edge: None: the pipeline's merger is used, and there is nothing to tune but the prompt.
+        make_rewriter: called before anything else is asked, such as with `tune_rewriter`; what it returns rewrites from
+            then on. None: the pipeline's own rewriter, if it has one.
         config: how.
         resume: go on in a folder of the same examples, prompts and settings; only the budget may differ.
         on_refresh: told of each look at the constraint.
@@ -340,7 +347,8 @@ def fit(
             f"there are {len(train)} training and {len(validation)} validation examples, of the first {num_held} for "
             "the certificate; expected at least one of each beside them"
         )
-    key = _open_folder(folder, _fingerprint(pipeline, train, validation, variable, config), resume=resume)
+    fingerprint = _fingerprint(pipeline, train, validation, variable, config, is_rewriting=make_rewriter is not None)
+    key = _open_folder(folder, fingerprint, resume=resume)
     with ExitStack() as stack:
         purse = stack.enter_context(Purse(budget, journal=folder / JOURNAL_FILE))
         sent = stack.enter_context(SentLog(folder / SENT_FILE))
@@ -349,6 +357,10 @@ def fit(
         pipeline = pipeline.through(gate)
         if edge is not None:
             edge.count_in(gate.account)
+        variable.count_in(gate.account)
+        if make_rewriter is not None:
+            # Each request is rewritten once, so that afterwards answers are asked for by prompt alone.
+            pipeline = pipeline.rewriting(make_rewriter(pipeline, train[: len(train) - num_held], key))
         examples = prepare_examples(pipeline, [*train, *validation], key)
         searched, held, judged = (
             examples[: len(train) - num_held],
@@ -471,11 +483,14 @@ def _fingerprint(
     validation: Sequence[PrivateExample],
     variable: PromptVariable,
     config: FitConfig,
+    *,
+    is_rewriting: bool,
 ) -> str:
     """Tells one run from another."""
     texts = [(each.request, each.target) for each in (*train, *validation)]
     prompts = variable.candidates(variable.start())
     about = (pipeline.config, replace(config, cache_bytes=1), len(train), texts, type(variable).__name__, prompts)
+    about = (*about, is_rewriting)
     return hashlib.sha256(repr(about).encode()).hexdigest()
 
 

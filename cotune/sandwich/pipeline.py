@@ -183,12 +183,19 @@ class Pipeline:
 
     def through(self, gate: CloudGate) -> Pipeline:
         """The same through another door, such as one with a budget."""
+        return self._with(gate, self.rewriter)
+
+    def rewriting(self, rewriter: Rewriter | None) -> Pipeline:
+        """The same with another edge before the cloud."""
+        return self._with(self.gate, rewriter)
+
+    def _with(self, gate: CloudGate, rewriter: Rewriter | None) -> Pipeline:
         return Pipeline(
             self.redactor,
             gate,
             self.config,
             prompt=self.prompt,
-            rewriter=self.rewriter,
+            rewriter=rewriter,
             drafter=self.drafter,
             merger=self.merger,
             tools=self.tools,

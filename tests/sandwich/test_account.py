@@ -40,3 +40,11 @@ def test_percentiles_by_hand() -> None:
 def test_memory_never_falls() -> None:
     before = peak_memory_bytes()
     assert peak_memory_bytes() >= before > 0
+
+
+def test_models_on_the_edge_count_by_their_own_size() -> None:
+    account = Account(num_edge_parameters=1000)
+    account.edge(forward_tokens=7)
+    account.edge(forward_tokens=2, backward_tokens=1, num_parameters=10)
+    taken = account.taken()
+    assert taken.edge_flops == 2 * 1000 * 7 + 10 * (2 * 2 + 6) and taken.edge_forward_tokens == 9

@@ -140,3 +140,14 @@ def test_the_backbone_is_as_before(backbone: Backbone) -> None:
 def test_settings_that_cannot_be_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"answers|gradients|max_new_tokens|smoothing_radius"):
         EdgeConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_it_draws_by_seed_and_learns_what_shall_follow(edge: EdgeAdapter) -> None:
+    x = somewhere(edge)
+    before = edge.account.taken().edge_forward_tokens
+    one, again, other = (edge.sample_after(x, ["Hi"] * 2, temperature=1.0, seed=seed) for seed in (0, 0, 1))
+    assert one == again != other and edge.account.taken().edge_forward_tokens > before
+    pairs, weights = [("Hi", "so it is")], np.ones(1)
+    losses, slope = edge.gradient_after(x, pairs, weights, 0)
+    lower, _ = edge.gradient_after(x - 2.0 * slope, pairs, weights, 1)
+    assert lower[0] < losses[0] and edge.account.taken().edge_backward_tokens > 0

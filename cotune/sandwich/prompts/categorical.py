@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cotune.errors import InputError
+from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.prompts.variable import PromptLosses
 
@@ -101,6 +102,9 @@ class CategoricalPrompt:
             for word in range(len(words)):
                 found.append(self._text([*likeliest[:place], word, *likeliest[place + 1 :]]))
         return list(dict.fromkeys(found))
+
+    def count_in(self, account: Account) -> None:
+        """No model writes these."""
 
     def _weights(self, y: Vector) -> list[Vector]:
         parts = [y[start:end] for start, end in zip(self._bounds, self._bounds[1:], strict=False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cotune.errors import InputError
+from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.prompts.cma_search import cma_search
 from cotune.sandwich.prompts.latent import LatentPrompt
@@ -61,3 +62,6 @@ class CmaResponse:
 
     def candidates(self, y: Vector) -> list[str]:
         return self._inner.candidates(y)
+
+    def count_in(self, account: Account) -> None:
+        self._inner.count_in(account)

@@ -9,13 +9,28 @@ in each of q directions, so that a step costs 2 q prompts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from cotune.errors import InputError
+from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.slopes import check_differences, estimate_slope
 from cotune.sandwich.prompts.variable import PromptLosses
+
+
+@runtime_checkable
+class CountedWriter(Protocol):
+    """A model that writes prompts from numbers, and whose work is counted."""
+
+    def __call__(self, z: Vector) -> str:
+        """The prompt of z."""
+        ...
+
+    def count_in(self, account: Account) -> None:
+        """From now on, count tokens there."""
+        ...
 
 
 class LatentPrompt:
@@ -23,7 +38,7 @@ class LatentPrompt:
 
     Args:
         write: from z, float64 (dim,), to the prompt; the same for the same z. `cotune.sandwich.prompts.soft_prefix`
-            makes one of an edge model.
+            makes one of an edge model, whose operations are counted (`CountedWriter`).
         dim: of z.
         smoothing_radius: mu; large, since text is a staircase.
         num_directions: q.
@@ -93,3 +108,8 @@ class LatentPrompt:
         """The one of z, and those a radius away along each axis, as far as they differ."""
         steps = [sign * self._radius * axis for axis in np.eye(self._dim) for sign in (1, -1)]
         return list(dict.fromkeys([self._write(y), *(self._write(y + step) for step in steps)]))
+
+    def count_in(self, account: Account) -> None:
+        """Count what the writer takes there, where it is a model."""
+        if isinstance(self._write, CountedWriter):
+            self._write.count_in(account)

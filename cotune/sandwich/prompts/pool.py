@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cotune.errors import InputError
+from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.prompts.variable import PromptLosses
 
@@ -71,6 +72,9 @@ class PromptPool:
     def candidates(self, y: Vector) -> list[str]:
         """All of them."""
         return list(self.prompts)
+
+    def count_in(self, account: Account) -> None:
+        """No model writes these."""
 
 
 def softmax(y: Vector) -> Vector:

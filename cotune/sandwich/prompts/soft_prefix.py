@@ -8,7 +8,7 @@ oneself reads them as its prompt. A chat API takes text alone, so that the secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
+from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 
 if TYPE_CHECKING:
@@ -70,13 +71,17 @@ class SoftPrefix:
             found.append(1 - float(torch.exp(-nats)))
         return np.array(found)
 
-    @torch.no_grad()
     def write(self, z: Vector, text: str, *, max_new_tokens: int) -> str:
         """What the model writes greedily behind prefix and text.
 
         Raises:
             InputError: it does not fit the model's context.
         """
+        return self.write_counted(z, text, max_new_tokens=max_new_tokens)[0]
+
+    @torch.no_grad()
+    def write_counted(self, z: Vector, text: str, *, max_new_tokens: int) -> tuple[str, int]:
+        """As `write`, and how many tokens the model wrote, an end of the text among them."""
         ids = torch.tensor(self._tokenizer.encode(text).ids)
         longest = self.num_tokens + len(ids) + max_new_tokens
         if longest > self._backbone.spec.max_context or max_new_tokens < 1:
@@ -92,20 +97,50 @@ class SoftPrefix:
                 break
             last = torch.tensor([written[-1:]], device=self._model.device)
             output = self._model(input_ids=last, past_key_values=output.past_key_values, use_cache=True)
-        return self._tokenizer.decode(written, skip_special_tokens=True).strip()
+        return self._tokenizer.decode(written, skip_special_tokens=True).strip(), len(written)
 
     def num_tokens_of(self, text: str) -> int:
         """How many tokens the model makes of a text."""
         return len(self._tokenizer.encode(text).ids)
 
-    def writer(self, text: str, *, max_new_tokens: int = 40) -> Callable[[Vector], str]:
-        """For a `LatentPrompt`: the instruction that the model writes behind `text`, such as a few examples.
+    def writer(self, text: str, *, max_new_tokens: int = 40) -> PrefixWriter:
+        """For a `LatentPrompt`: writes instructions behind `text`, such as a few examples."""
+        return PrefixWriter(self, text, max_new_tokens)
 
-        Two numbers that write the same instruction are the same prompt, which is paid for once.
-        """
-        return lambda z: self.write(z, text, max_new_tokens=max_new_tokens)
+    @property
+    def num_parameters(self) -> int:
+        """Of the model, without the input embedding, which multiplies nothing."""
+        embedding = self._model.get_input_embeddings().weight
+        return sum(each.numel() for each in self._model.parameters()) - embedding.numel()
 
     def _read(self, z: Vector, ids: Tensor) -> Tensor:
         model: PreTrainedModel = self._model
         embedded = model.get_input_embeddings()(ids.to(model.device))
         return torch.cat([self.embeddings(z).to(embedded), embedded])[None]
+
+
+class PrefixWriter:
+    """From numbers to the instruction that a model writes behind prefix and text.
+
+    Two numbers that write the same instruction are the same prompt, which is paid for once.
+
+    Args:
+        prefix: of the model.
+        text: that it goes on from.
+        max_new_tokens: of an instruction.
+    """
+
+    def __init__(self, prefix: SoftPrefix, text: str, max_new_tokens: int) -> None:
+        self._prefix, self._text, self._max_new_tokens = prefix, text, max_new_tokens
+        self._num_parameters, self._num_read = prefix.num_parameters, prefix.num_tokens + prefix.num_tokens_of(text)
+        self._account = Account()
+
+    def count_in(self, account: Account) -> None:
+        """From now on, count tokens there."""
+        self._account = account
+
+    def __call__(self, z: Vector) -> str:
+        """The instruction of z."""
+        written, num_written = self._prefix.write_counted(z, self._text, max_new_tokens=self._max_new_tokens)
+        self._account.edge(forward_tokens=self._num_read + num_written, num_parameters=self._num_parameters)
+        return written

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 
 PromptLosses = Callable[[Sequence[str]], Vector]
@@ -36,4 +37,8 @@ class PromptVariable(Protocol):
 
     def candidates(self, y: Vector) -> list[str]:
         """The prompts that a certificate compares, the shipped one among them."""
+        ...
+
+    def count_in(self, account: Account) -> None:
+        """From now on, count there what a model of its own takes; nothing where it has none."""
         ...

@@ -10,7 +10,9 @@ from tiny_models import tiny_backbone
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.models.backbone import Backbone
+from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.slopes import estimate_slope
+from cotune.sandwich.prompts.cma_response import CmaResponse
 from cotune.sandwich.prompts.latent import LatentPrompt
 from cotune.sandwich.prompts.soft_prefix import SoftPrefix
 
@@ -59,3 +61,21 @@ def test_it_writes_an_instruction_for_a_latent_prompt(backbone: Backbone) -> Non
 def test_prefixes_that_cannot_be_are_refused(backbone: Backbone) -> None:
     with pytest.raises(InputError, match="num_tokens"):
         SoftPrefix(backbone, num_tokens=0, dim=1)
+
+
+def test_a_fit_counts_what_the_model_that_writes_takes(backbone: Backbone) -> None:
+    prefix = SoftPrefix(backbone, num_tokens=2, dim=3)
+    writer = prefix.writer("Instruction:", max_new_tokens=5)
+    written = LatentPrompt(writer, dim=3, smoothing_radius=5.0)
+    account = Account(num_edge_parameters=1)
+    for variable in (written, CmaResponse(written, spread=1.0, max_evaluations=2)):
+        variable.count_in(account)
+    before = account.taken()
+    assert before.edge_flops == before.edge_forward_tokens == 0
+    written.best(np.zeros(3))
+    taken, num_read = account.taken(), 2 + prefix.num_tokens_of("Instruction:")
+    assert num_read < taken.edge_forward_tokens <= num_read + 5
+    embedding = backbone.model.get_input_embeddings().weight.numel()
+    size = sum(each.numel() for each in backbone.model.parameters()) - embedding
+    assert taken.edge_flops == 2 * size * taken.edge_forward_tokens
+    LatentPrompt(lambda z: "x", dim=1).count_in(account)  # nothing to count, and no error

@@ -1,0 +1,141 @@
+"""Tuning the edge before the cloud: what is asked, what is accepted, what it learns, what never leaves, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redactors import redactor_here
+from scripted_clouds import MemoryCloud
+
+from cotune.errors import InputError
+from cotune.evaluation import exact_match
+from cotune.sandwich.bilevel.problem import Vector
+from cotune.sandwich.budget import Budget, Purse
+from cotune.sandwich.cloud_gate import AnswerCache, CloudGate
+from cotune.sandwich.examples import PrivateExample
+from cotune.sandwich.fit import FitConfig, fit
+from cotune.sandwich.pipeline import Pipeline, PipelineConfig, Rewriter
+from cotune.sandwich.prompts.pool import PromptPool
+from cotune.sandwich.rewriter_tuning import RewriterConfig, questions_of, tune_rewriter
+from cotune.sandwich.sent_log import SentLog
+
+EXAMPLES = [PrivateExample(f"{n}: where does Ann Lee live?", "Paris", ("Ann Lee",)) for n in range(4)]
+CONFIG = RewriterConfig(num_rounds=2, num_samples=3, num_batch_examples=2, num_steps=2, x_rate=0.5)
+
+
+class Edge:
+    """Draws a good question, a useless one, and an empty one; x counts how far it was moved along its slope of 1."""
+
+    def __init__(self, drawn: Sequence[str] = ("Town?", "Weather?", "")) -> None:
+        self.drawn, self.read, self.learnt = list(drawn), list[str](), list[list[tuple[str, str]]]()
+
+    def sample_after(self, x: Vector, prompts_as_text: Sequence[str], *, temperature: float, seed: int) -> list[str]:
+        self.read += prompts_as_text
+        return self.drawn[: len(prompts_as_text)]
+
+    def gradient_after(
+        self, x: Vector, pairs: Sequence[tuple[str, str]], weights: Vector, step: int
+    ) -> tuple[Vector, Vector]:
+        assert weights.sum() == pytest.approx(1)
+        self.learnt.append(list(pairs))
+        return np.zeros(len(pairs)), np.ones(1)
+
+
+def answer(text: str) -> str:
+    return "Paris" if text == "Town?" else "no idea"
+
+
+def gate_of(cloud: MemoryCloud, calls: int | None = None, folder: Path | None = None) -> CloudGate:
+    cache = None if folder is None else AnswerCache(folder)
+    return CloudGate(cloud, purse=Purse(Budget(calls=calls)), cache=cache, sent=SentLog(None))
+
+
+def tune(edge: Edge, gate: CloudGate, config: RewriterConfig = CONFIG, key: bytes = b"k"):  # type: ignore[no-untyped-def]
+    with redactor_here() as redactor:
+        pipeline = Pipeline(redactor, gate, PipelineConfig(model="m"))
+        return tune_rewriter(edge, pipeline, np.zeros(1), EXAMPLES, exact_match, "Ask: {request}", config, key=key)
+
+
+def test_rewrites_that_are_answered_better_are_accepted_and_learnt() -> None:
+    edge, cloud = Edge(), MemoryCloud(answer)
+    found = tune(edge, gate_of(cloud))
+    first = found.rounds[0]
+    # Two requests as they are, and two rewrites of each; the empty one is nothing to ask.
+    assert (first.num_requests, first.num_rewrites, first.num_accepted, first.num_leaks) == (2, 4, 2, 0)
+    assert (first.loss, first.best_loss) == (1.0, 0.0) and not found.ended_by_budget
+    # Steps on what was accepted so far, two in each round; Adam moves by its rate.
+    assert [len(each) for each in edge.learnt] == [2, 2, 4, 4] and found.x[0] == pytest.approx(-2.0, abs=1e-3)
+    read, written = edge.learnt[0][0]
+    assert written == "Town?" and read.startswith("Ask: ") and "Ann" not in read and "<PERSON_" in read
+    assert not any(b"Ann" in each.payload for each in cloud.requests)
+    assert found.to_json()["rounds"][0]["num_accepted"] == 2
+
+
+def test_nothing_is_learnt_where_no_rewrite_is_better() -> None:
+    edge = Edge()
+    found = tune(edge, gate_of(MemoryCloud(lambda text: "no idea")))
+    assert found.x.tolist() == [0.0] and edge.learnt == [] and found.rounds[0].num_accepted == 0
+
+
+def test_a_rewrite_with_a_marked_unit_is_never_sent() -> None:
+    class Careless(Edge):
+        def sample_after(self, x: Vector, prompts_as_text: Sequence[str], **_: object) -> list[str]:  # type: ignore[override]
+            return ["a n n l e e?", "Town?", ""]
+
+    cloud = MemoryCloud(answer)
+    found = tune(Careless(), gate_of(cloud))
+    assert found.rounds[0].num_leaks == 2 and found.rounds[0].num_rewrites == 2
+    assert not any(b"a n n" in each.payload for each in cloud.requests)
+
+
+@pytest.mark.parametrize("calls", [0, 2, 3, 5])
+def test_a_budget_that_ends_keeps_what_was_learnt_and_going_on_pays_once(tmp_path: Path, calls: int) -> None:
+    cloud = MemoryCloud(answer)
+    found = tune(Edge(), gate_of(cloud, calls, tmp_path))
+    assert found.ended_by_budget and len(cloud.requests) <= calls
+    assert bool(found.rounds) == (calls >= 3) == bool(found.x[0])
+    whole = tune(Edge(), gate_of(cloud, None, tmp_path))
+    digests = [each.digest for each in cloud.requests]
+    assert len(set(digests)) == len(digests) and len(whole.rounds) == 2
+
+
+def test_in_a_fit_it_comes_first_and_within_the_same_budget(tmp_path: Path) -> None:
+    cloud, seen = MemoryCloud(answer), list[int]()
+
+    class Says:
+        def rewrite(self, redacted: str) -> list[str]:
+            return ["Town?"]
+
+    def make(pipeline: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> Rewriter:
+        seen.append(len(examples))
+        tune_rewriter(Edge(), pipeline, np.zeros(1), examples, exact_match, "{request}", CONFIG, key=key)
+        return Says()
+
+    with redactor_here() as redactor:
+        found = fit(
+            Pipeline(redactor, CloudGate(cloud), PipelineConfig(model="m", max_tokens=5)),
+            EXAMPLES,
+            EXAMPLES[:1],
+            exact_match,
+            variable=PromptPool([""]),
+            budget=Budget(calls=40),
+            folder=tmp_path,
+            make_rewriter=make,
+            config=FitConfig(certificate_share=0.25),
+        )
+    # The last of four is kept for the certificate; all that was sent is in one log and one account.
+    assert seen == [3] and found.score == 1.0 and found.spent.calls == len(cloud.requests) <= 40
+    assert found.leaks.num_leaked == 0 and found.leaks.num_units == 5
+
+
+def test_what_a_rewriter_writes_is_a_question_a_line() -> None:
+    assert questions_of("\n a?\n\nb?\n") == [" a?", "b?"]
+
+
+@pytest.mark.parametrize("options", [{"num_samples": 0}, {"temperature": 0.0}, {"margin": 1.0}])
+def test_tunings_that_cannot_be_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        RewriterConfig(**options)  # type: ignore[arg-type]
