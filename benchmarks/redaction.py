@@ -9,13 +9,19 @@ Three ways to look, since no public set here marks private spans:
   do, not how people write.
 - `api_bank`: the arguments of API-Bank's calls that tell about a person are gold units where they stand in the request.
   A unit leaks if it stands in the text that is sent, in any case. With the rules alone, with a dictionary of the names
-  and addresses, which a user would have, and with the detector of identifiers too.
+  and addresses, which a user would have, with the detector of identifiers too, and strict: only words stay that
+  DailyDialog and Alpaca use in small letters, or that the descriptions of the tools are made of.
+  What it costs, without a model: `copyable`, the share of all arguments of the calls that stand in the request and that
+  a cloud which copies words can still give (no placeholder covers a part of one and something beside it), and
+  `over_redaction`, the share of the words outside of units that are missing.
 - `plain`: texts with nothing private by intention (old books, sums in words); each finding there is a mistake.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +30,13 @@ from typing import Any
 
 from measurement import Spread, describe_machine, finish, make_parser
 
-from cotune.data.api_bank import OWN_WORDS, fold, gold_units, stands_in
+from cotune.data.api_bank import OWN_WORDS, fold, gold_units, parse_call, stands_in
 from cotune.data.row_readers import read_jsonl
 from cotune.sandwich.detect import HereFinder
-from cotune.sandwich.detector_table import RULES, DetectorSettings, build_detector
+from cotune.sandwich.detector_table import RULES, STRICT, DetectorSettings, build_detector
 from cotune.sandwich.detectors.dictionary import DictionaryEntry
+from cotune.sandwich.detectors.unlisted import learn_common_words
+from cotune.sandwich.leak import over_redaction
 from cotune.sandwich.redact import Redacted, Redactor
 from cotune.sandwich.surrogates import SURROGATES
 
@@ -40,6 +48,7 @@ _FORMS = {
     "IP": "10.1.2.3",
     "URL": "https://example.org/a/b",
 }
+_MARKS = frozenset({"user", "ai", "api", "request", "generate"})
 _US_PHONE = "(415) 555-2671"
 
 
@@ -94,23 +103,38 @@ def measure_planted(texts: Sequence[str], redactor: Redactor, rng: random.Random
                     "recall": found.total() / len(texts), "precision": num_right / num_replaced}]  # fmt: skip
 
 
-def measure_api_bank(rows: Sequence[Mapping[str, Any]], *, with_dictionary: bool, with_ids: bool) -> dict[str, Any]:
+def measure_api_bank(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    with_dictionary: bool,
+    with_ids: bool,
+    allow_list: Sequence[str] = (),
+    with_quoted: bool = False,
+) -> dict[str, Any]:
     """Share of units that leak, by what they are; share of requests with a leak; what was replaced besides."""
-    units, leaked = Counter[str](), Counter[str]()
+    units, leaked, arguments = Counter[str](), Counter[str](), Counter[bool]()
     num_requests = num_with_leak = num_replaced = num_right = 0
+    beside = 0.0
     for row in rows:
         gold = gold_units(row)
         if not gold:
             continue
         own = tuple(DictionaryEntry((unit,), "TERM") for unit, kind in gold.items() if kind in OWN_WORDS)
-        detectors = (*RULES, *(["dictionary"] if with_dictionary and own else []), *(["id"] if with_ids else []))
-        settings = DetectorSettings(detectors=detectors, dictionary=own if "dictionary" in detectors else ())
+        names = [*RULES, *(["dictionary"] if with_dictionary and own else []), *(["id"] if with_ids else [])]
+        names += [*(["quoted"] if with_quoted else []), *(STRICT if allow_list else [])]
+        settings = DetectorSettings(
+            detectors=tuple(names),
+            dictionary=own if "dictionary" in names else (),
+            allow_list=(*allow_list, *words_of_tools(row)) if allow_list else (),
+        )
         finder = HereFinder({name: build_detector(name, settings) for name in settings.names})
         redacted = Redactor(finder=finder).request(random.Random(0)).redact(row["instruction"])
         sent = fold(redacted.text)
         left = [kind for unit, kind in gold.items() if stands_in(unit, sent)]
         units.update(gold.values())
         leaked.update(left)
+        arguments.update(copyable_arguments(row, redacted))
+        beside += over_redaction(row["instruction"], list(gold), redacted.text)
         num_requests += 1
         num_with_leak += bool(left)
         num_replaced += len(redacted.replacements)
@@ -120,15 +144,50 @@ def measure_api_bank(rows: Sequence[Mapping[str, Any]], *, with_dictionary: bool
     return {
         "dictionary": with_dictionary,
         "ids": with_ids,
+        "quoted": with_quoted,
+        "strict": bool(allow_list),
         "requests": num_requests,
         "units": units.total(),
+        "leaked": leaked.total(),
         "leak_rate": leaked.total() / units.total(),
         "any_leak": num_with_leak / num_requests,
         "leak_rate_by_kind": {kind: leaked[kind] / number for kind, number in sorted(units.items())},
         "units_by_kind": dict(sorted(units.items())),
         "replaced": num_replaced,
         "replaced_of_gold": num_right / max(1, num_replaced),
+        "copyable": arguments[True] / max(1, arguments.total()),
+        "over_redaction": beside / num_requests,
     }
+
+
+def words_of_tools(row: Mapping[str, Any]) -> set[str]:
+    """The words of a row's tools and of the transcript's own marks: the cloud's own, for all to read.
+
+    Example:
+        >>> sorted(words_of_tools({"tools": [{"name": "OpenAccount", "input_parameters": {"user_id": {}}}]}) - _MARKS)
+        ['id', 'input', 'name', 'openaccount', 'parameters']
+    """
+    told = json.dumps(row["tools"], ensure_ascii=False)
+    return {word.casefold() for word in re.findall(r"[^\W_]+", told)} | _MARKS
+
+
+def copyable_arguments(row: Mapping[str, Any], redacted: Redacted) -> Iterator[bool]:
+    """For each argument of the row's calls that stands in the request: whether its value can still be copied whole.
+
+    A placeholder inside of a value is copied and restored; one that covers an end of it and something beside is not.
+    """
+    text = row["instruction"]
+    for call in row["calls"]:
+        for value in parse_call(call)[1].values():
+            places = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE)]
+            if value and places:
+                yield any(
+                    not any(
+                        each.start < end and each.end > start and (each.start < start or each.end > end)
+                        for each in redacted.replacements
+                    )
+                    for start, end in places
+                )
 
 
 def _touches_gold(text: str, redacted: Redacted, index: int, gold: Mapping[str, str]) -> bool:
@@ -188,9 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write the result file."""
     parser = make_parser("redaction", __doc__ or "", "  python benchmarks/redaction.py --data ../shared/data")
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder with api_bank, dailydialog, gsm8k, lm_classic_books"
+        "--data", type=Path, required=True, help="folder with alpaca, api_bank, dailydialog, gsm8k, lm_classic_books"
     )
     parser.add_argument("--texts", type=int, default=1200, help="sentences to plant into")
+    parser.add_argument("--min-texts", type=int, default=5, help="that a common word stands in (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of the time measurement")
     args = parser.parse_args(arguments)
     machine = describe_machine()
@@ -203,11 +263,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with_ids = Redactor(finder=HereFinder({name: build_detector(name, DetectorSettings()) for name in (*RULES, "id")}))
     questions = [row["instruction"] for row in read(args.data / "gsm8k" / "test.jsonl")][:1000]
     api_bank = read(args.data / "api_bank" / "test.jsonl")
+    others = [
+        *("\n".join(turn["text"] for turn in row["turns"]) for row in read(args.data / "dailydialog" / "train.jsonl")),
+        *(f"{row['instruction']} {row['output']}" for row in read(args.data / "alpaca" / "train.jsonl")),
+    ]
+    common = learn_common_words(others, min_texts=args.min_texts)
     results = {
         "planted": measure_planted(sentences, redactor, rng),
+        "common words": {"texts": len(others), "words": len(common)},
         "api_bank": [
-            measure_api_bank(api_bank, with_dictionary=own, with_ids=ids)
-            for own, ids in ((False, False), (True, False), (True, True))
+            measure_api_bank(api_bank, with_dictionary=own, with_ids=ids, with_quoted=quoted, allow_list=words)
+            for own, ids, quoted, words in (
+                (False, False, False, ()),
+                (True, False, False, ()),
+                (True, True, False, ()),
+                (True, True, True, ()),
+                (False, True, True, common),
+                (True, True, True, common),
+            )
         ],
         "plain": [
             {"texts": name, "detectors": "rules, id" if wider else "rules", **measure_plain(texts, wider or redactor)}

@@ -32,6 +32,7 @@ Prices = Annotated[
 CloudTimeout = Annotated[float, typer.Option(help="Seconds for each of the cloud's answers.")]
 Detectors = Annotated[str | None, typer.Option(help="As in `cotune sandwich redact`.")]
 Dictionary = Annotated[Path | None, typer.Option(help="As in `cotune sandwich redact`.")]
+AllowList = Annotated[Path | None, typer.Option(help="As in `cotune sandwich redact`: strict.")]
 DetectorTimeout = Annotated[float, typer.Option(help="Seconds for each detector; nothing is sent if it takes longer.")]
 LedgerFile = Annotated[Path | None, typer.Option(help="Append what leaves to this egress ledger.")]
 
@@ -53,6 +54,7 @@ def ask(
     cloud_timeout: CloudTimeout = 120.0,
     detectors: Detectors = None,
     dictionary: Dictionary = None,
+    allow_list: AllowList = None,
     detector_timeout: DetectorTimeout = 5.0,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers that were paid for.")] = None,
     ledger: LedgerFile = None,
@@ -101,7 +103,7 @@ def ask(
         merger = None
         if known is not None and not dry_run:
             merger = stack.enter_context(open_fitted_edge(known))
-        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))
+        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout))
         gate = CloudGate(
             stack.enter_context(open_cloud_or_hosted(cloud, hosted, key_env)),
             price=price_of(name, prices),

@@ -40,12 +40,16 @@ def redact(
     detectors: Annotated[
         str | None,
         typer.Option(
-            help="Names with commas: email, phone, iban, card, ip, url, key, dictionary, id, presidio, gliner. All but "
-            "the last three if left out."
+            help="Names with commas: email, phone, iban, card, ip, url, key, dictionary, id, quoted, unlisted, presidio, "
+            "gliner. All up to key if left out, dictionary if there is one, and the next three with --allow-list."
         ),
     ] = None,
     dictionary: Annotated[
         Path | None, typer.Option(help="Your own words, one entry a line, such as `PERSON: Ann Lee | Ann`.")
+    ] = None,
+    allow_list: Annotated[
+        Path | None,
+        typer.Option(help="Strict: words that may stay, one a line; all others are replaced. See `allow-list`."),
     ] = None,
     style: Annotated[str, typer.Option(help="typed (<EMAIL_4821>) or surrogate (a made-up address).")] = "typed",
     language: Annotated[str | None, typer.Option(help="For presidio: two letters; en if left out.")] = None,
@@ -79,6 +83,8 @@ def redact(
 
         cotune sandwich redact - --detectors email,phone,card --json < mail.txt
 
+        cotune sandwich redact mail.txt --dictionary my-words.txt --allow-list common.txt
+
         cotune sandwich redact mail.txt --detectors email,gliner --gliner-model my-gliner
     """
     from cotune.ledger import EgressLedger
@@ -86,7 +92,7 @@ def redact(
 
     if plain and as_json:
         raise InputError("--plain and --json are both given, expected one")
-    settings = read_settings(detectors, dictionary, language, gliner_model)
+    settings = read_settings(detectors, dictionary, allow_list, language=language, gliner_model=gliner_model)
     text = read_text(file, max_chars)
     generator = None if seed is None else random.Random(seed)
     with Redactor(settings, style=cast("Style", style), timeout_s=timeout, max_chars=max_chars) as redactor:
@@ -138,13 +144,54 @@ def restore(
     sys.stdout.flush()
 
 
+@sandwich.command("allow-list")
+def allow_list(
+    texts: Annotated[str, typer.Argument(help="Texts of others than you, any template of docs/data.md.")],
+    out: Annotated[Path, typer.Option(help="A new file: one word a line.")],
+    min_texts: Annotated[int, typer.Option(help="In how many texts a word must stand; more make a shorter list.")] = 5,
+    limit: Annotated[int | None, typer.Option(help="Texts at most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write the words that many texts use in small letters: what may stay where everything else is replaced.
+
+    Read the list before you use it, and take texts that have nothing to do with you.
+
+    Example:
+
+        cotune sandwich allow-list public-dialogues.jsonl --min-texts 10 --out common.txt
+    """
+    from cotune.data import read_examples
+    from cotune.durable import write_new
+    from cotune.sandwich.detectors.unlisted import learn_common_words
+
+    examples = read_examples(texts, limit=limit)
+    words = learn_common_words((f"{each.prompt}\n{each.target}" for each in examples), min_texts=min_texts)
+    if not words:
+        raise InputError(f"no word stands in {min_texts} of {len(examples):,} texts; lower --min-texts, or take more")
+    try:
+        write_new(out, "".join(f"{word}\n" for word in words).encode())
+    except FileExistsError:
+        raise InputError(f"{out} is there already, expected a new file for --out; choose another") from None
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}; choose another file") from None
+    if as_json:
+        print_json({"words": len(words), "texts": len(examples)})
+    else:
+        stdout.print(f"{len(words):,} words of {len(examples):,} texts", markup=False)
+
+
 def read_settings(
-    detectors: str | None, dictionary: Path | None, language: str | None = None, gliner_model: str | None = None
+    detectors: str | None,
+    dictionary: Path | None,
+    allow_list: Path | None = None,
+    *,
+    language: str | None = None,
+    gliner_model: str | None = None,
 ) -> DetectorSettings:
-    """Which detectors look, with the user's dictionary.
+    """Which detectors look, with the user's dictionary and the words that may stay.
 
     Raises:
-        InputError: the dictionary cannot be read, or has no entry.
+        InputError: a file cannot be read, or has no entry.
     """
     from cotune.sandwich.detector_table import DetectorSettings
     from cotune.sandwich.detectors.dictionary import parse_dictionary
@@ -156,9 +203,15 @@ def read_settings(
             raise DataError(
                 "the dictionary has no entry, expected one a line, such as PERSON: Ann Lee", path=dictionary
             )
+    words = ()
+    if allow_list is not None:
+        words = tuple(_decode(_read_bytes(allow_list, 1 << 24), str(allow_list)).split())
+        if not words:
+            raise DataError("the allow list has no word, expected one a line", path=allow_list)
     return DetectorSettings(
         detectors=None if detectors is None else tuple(name.strip() for name in detectors.split(",") if name.strip()),
         dictionary=tuple(entries),
+        allow_list=words,
         presidio_language=language,
         gliner_model=gliner_model,
     )

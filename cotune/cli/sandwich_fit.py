@@ -12,6 +12,7 @@ import typer
 
 from cotune.cli.output import print_json, progress, stderr, stdout
 from cotune.cli.sandwich_ask import (
+    AllowList,
     CloudTimeout,
     CloudUrl,
     Detectors,
@@ -120,6 +121,7 @@ def fit(
     cloud_timeout: CloudTimeout = 120.0,
     detectors: Detectors = None,
     dictionary: Dictionary = None,
+    allow_list: AllowList = None,
     detector_timeout: DetectorTimeout = 5.0,
     ledger: LedgerFile = None,
     seed: Annotated[int, typer.Option(help="Of batches, directions and the fresh adapter.")] = 0,
@@ -214,7 +216,7 @@ def fit(
         else GrowthConfig(max_prompts=pool_size, shows_targets=show_targets, seed=seed),
     )
     with ExitStack() as stack:
-        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))
+        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout))
         gate = CloudGate(
             stack.enter_context(open_cloud_or_hosted(cloud, described, key_env)),
             price=price_of(name, prices),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cotune.cli.output import print_json, stderr, stdout
-from cotune.cli.sandwich_ask import CloudTimeout, Detectors, DetectorTimeout, Dictionary, KeyEnv, LedgerFile, Prices
+from cotune.cli.sandwich_ask import AllowList, CloudTimeout, Detectors, DetectorTimeout, Dictionary, KeyEnv, LedgerFile, Prices
 from cotune.cli.sandwich_command import read_settings
 from cotune.cli.sandwich_edge import open_cloud, price_of
 from cotune.errors import InputError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def leaks(
-    data: Annotated[str, typer.Argument(help="Requests with a column `private`, a list of the values in them.")],
+    data: Annotated[str, typer.Argument(help="Requests with a column `private`, a list of the values in them; `public`: pieces.")],
     sent: Annotated[
         Path | None,
         typer.Option(help="`sent.jsonl` of a fit: look in all that was sent; else in what would be sent of DATA."),
@@ -38,6 +38,7 @@ def leaks(
     cloud_timeout: CloudTimeout = 120.0,
     detectors: Detectors = None,
     dictionary: Dictionary = None,
+    allow_list: AllowList = None,
     detector_timeout: DetectorTimeout = 5.0,
     ledger: LedgerFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; it holds no private value.")] = False,
@@ -69,10 +70,11 @@ def leaks(
         raise InputError(f"{data} names no private value, expected a column `private` with lists of texts")
     logged = None if sent is None else read_sent(sent)
     with ExitStack() as stack:
-        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary), timeout_s=detector_timeout))
+        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout))
         requests = [redactor.request() for _ in examples]
         texts = [request.redact(each.request).text for request, each in zip(requests, examples, strict=True)]
-        found = measure_leaks([each.private for each in examples], texts if logged is None else logged)
+        public = [text for each in examples for text in each.public]
+        found = measure_leaks([each.private for each in examples], texts if logged is None else logged, public)
         # Of what detectors took away, whatever a run sent.
         beside = fmean(
             over_redaction(each.request, each.private, text) for each, text in zip(examples, texts, strict=True)
@@ -108,6 +110,8 @@ def _as_text(found: LeakMetrics, beside: float, guessed: InversionResult | None)
         f"leak_rate       {shares['leak_rate']:.2%} of {found.num_units:,} marked values stand in it",
         f"leak_fuzzy      {shares['leak_fuzzy']:.2%} by most of their words",
         f"any_leak        {shares['any_leak']:.2%} of {found.num_requests:,} requests have one",
+        f"of the user     {shares['leak_rate_own']:.2%}, {shares['leak_fuzzy_own']:.2%}, {shares['any_leak_own']:.2%} "
+        "outside of the pieces that DATA calls public",
         f"over_redaction  {beside:.2%} of the other words are missing in a request",
     ]
     if guessed is not None:

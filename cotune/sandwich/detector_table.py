@@ -18,11 +18,15 @@ from cotune.sandwich.detectors.ip_address import IpAddressDetector
 from cotune.sandwich.detectors.payment_card import PaymentCardDetector
 from cotune.sandwich.detectors.phone import PhoneDetector
 from cotune.sandwich.detectors.presidio import PresidioDetector
+from cotune.sandwich.detectors.quoted import QuotedDetector
+from cotune.sandwich.detectors.unlisted import UnlistedDetector
 from cotune.sandwich.detectors.url import UrlDetector
 from cotune.sandwich.finding import Detector
 
 RULES = ("email", "phone", "iban", "card", "ip", "url", "key")
 """Detectors that need nothing, and look where none are named."""
+STRICT = ("id", "quoted", "unlisted")
+"""Detectors that look too where there is a list of what may stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +42,11 @@ class DetectorSettings:
     """
 
     detectors: tuple[str, ...] | None = None
-    """Names of `DETECTORS`; all rules, and the dictionary if there is one, where left out."""
+    """Names of `DETECTORS`; where left out, all rules, the dictionary if there is one, `STRICT` if there is a list."""
     dictionary: tuple[DictionaryEntry, ...] = field(default=(), repr=False)
     """The user's own words."""
+    allow_list: tuple[str, ...] = field(default=(), repr=False)
+    """Words that may stay: strict, all others are replaced."""
     endings: tuple[str, ...] = ("s", "es", "n", "en")
     """What may follow a word of the dictionary."""
     presidio_language: str | None = None
@@ -60,6 +66,7 @@ class DetectorSettings:
             raise InputError("detectors is empty, expected at least one; nothing would be looked for")
         for option, value, detector in (
             ("a dictionary", self.dictionary, "dictionary"),
+            ("an allow list", self.allow_list, "unlisted"),
             ("presidio_language", self.presidio_language, "presidio"),
             ("gliner_model", self.gliner_model, "gliner"),
         ):
@@ -67,13 +74,15 @@ class DetectorSettings:
                 raise InputError(f"{option} is given and the detector {detector} is not among those chosen; add it")
         if "dictionary" in self.names and not self.dictionary:
             raise InputError("the detector dictionary is chosen and there is no dictionary; give its entries")
+        if "unlisted" in self.names and not self.allow_list:
+            raise InputError("the detector unlisted is chosen and there is no allow list; give its words")
 
     @property
     def names(self) -> tuple[str, ...]:
         """All that look, in order."""
         chosen = self.detectors
         if chosen is None:
-            chosen = (*RULES, "dictionary") if self.dictionary else RULES
+            chosen = (*RULES, *(["dictionary"] if self.dictionary else []), *(STRICT if self.allow_list else []))
         return (*dict.fromkeys(chosen), *self.own)
 
     def as_json(self) -> dict[str, Any]:
@@ -101,6 +110,8 @@ DETECTORS: dict[str, Callable[[DetectorSettings], Detector]] = {
     "url": lambda _: UrlDetector(),
     "key": lambda _: ApiKeyDetector(),
     "id": lambda _: IdentifierDetector(),
+    "quoted": lambda _: QuotedDetector(),
+    "unlisted": lambda settings: UnlistedDetector(settings.allow_list),
     "dictionary": lambda settings: DictionaryDetector(settings.dictionary, endings=settings.endings),
     "presidio": lambda settings: PresidioDetector(language=settings.presidio_language or "en"),
     "gliner": lambda settings: GlinerDetector(settings.gliner_model or "", labels=settings.gliner_labels),

@@ -13,6 +13,8 @@ from cotune.errors import DataError, InputError
 
 PRIVATE = "private"
 """The column that lists a row's private values, beside those of any template (docs/data.md)."""
+PUBLIC = "public"
+"""The column that lists pieces of a row's request that the cloud knows anyway, such as descriptions of its tools."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class PrivateExample:
         request: q, raw.
         target: z as it should be, raw.
         private: values that must not leave, where a data set marks them.
+        public: whole pieces of the request that are no secret of anybody, such as descriptions of tools.
     """
 
     request: str
     target: str
     private: tuple[str, ...] = ()
+    public: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.request.strip() or not self.target.strip():
@@ -40,7 +44,7 @@ class PrivateExample:
 def read_private_examples(
     path: Path | str, *, limit: int | None = None, seed: int | None = None, split: str | None = None
 ) -> list[PrivateExample]:
-    """Read requests, targets and, where there is a column `private` with a list of texts, what is private.
+    """Read requests, targets and, where there are columns `private` and `public` with lists of texts, what is so.
 
     Args:
         path, split: as `cotune.data.read_examples` takes them.
@@ -57,9 +61,13 @@ def read_private_examples(
             template = None
             for number, row in numbered:
                 try:
-                    template = template or choose_template(None, {k: v for k, v in row.items() if k != PRIVATE})
-                    units = _units(row)
-                    found += [PrivateExample(each.prompt, each.target.strip(), units) for each in template.render(row)]
+                    template = template or choose_template(
+                        None, {k: v for k, v in row.items() if k not in (PRIVATE, PUBLIC)}
+                    )
+                    marked = _texts(row, PRIVATE), _texts(row, PUBLIC)
+                    found += [
+                        PrivateExample(each.prompt, each.target.strip(), *marked) for each in template.render(row)
+                    ]
                 except InputError as error:
                     raise DataError(str(error), path=source, line=number) from error
         return found
@@ -70,8 +78,8 @@ def read_private_examples(
     return chosen
 
 
-def _units(row: Mapping[str, object]) -> tuple[str, ...]:
-    units = row.get(PRIVATE) or ()
-    if not isinstance(units, list | tuple) or not all(isinstance(unit, str) and unit.strip() for unit in units):
-        raise DataError(f"column '{PRIVATE}' is {units!r:.40}, expected a list of texts")
-    return tuple(units)
+def _texts(row: Mapping[str, object], column: str) -> tuple[str, ...]:
+    texts = row.get(column) or ()
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise DataError(f"column '{column}' is {texts!r:.40}, expected a list of texts")
+    return tuple(texts)

@@ -212,7 +212,8 @@ class FitResult:
                 + (self.certificate.to_text() if self.certificate else "none: not asked for, or the budget ended"),
                 f"coupling    {looks.coupling:.2g}"
                 + ("; the edge has no part in it, so the prompt was chosen first" if self.is_sequential else ""),
-                f"leaks       {leaks['leak_rate']:.2%} of {leaks['units']} marked values in all that was sent",
+                f"leaks       {leaks['leak_rate']:.2%} of {leaks['units']} marked values in all that was sent, "
+                f"{leaks['leak_rate_own']:.2%} outside of what is public",
                 *self._race_text(),
                 *self._growth_text(),
                 f"ended       by {self.reason}, after {looks.step} steps",
@@ -401,7 +402,11 @@ def fit(
             score=judge.score(prompt, found.x, judged),
             start_score=judge.score(first, losses.start(), judged),
             certificate=_certify(problem, variable, found.x, found.y, held, config),
-            leaks=measure_leaks([example.private for example in (*train, *validation)], sent.payloads),
+            leaks=measure_leaks(
+                [example.private for example in (*train, *validation)],
+                sent.payloads,
+                [text for example in (*train, *validation) for text in example.public],
+            ),
             reason=found.reason,
             is_sequential=found.is_sequential,
             history=found.history,

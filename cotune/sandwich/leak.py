@@ -6,10 +6,16 @@ training included, since one request is sent many times under many prompts and w
     leak_rate    share of units that stand in something sent, whatever the case, the spaces and the escapes
     leak_fuzzy   share of units of which 80 % of the words stand close together in something sent
     any_leak     share of requests of which a unit leaked
+
+Each of the three also with `_own`: of what was sent without the pieces that are public anyway, such as descriptions of
+the cloud's own tools. `newpass` stands in the parameter new_password of every such description, whoever asks; the first
+count takes that for a leak of the user who chose this word, since it reads bytes and nothing else. The second does not,
+and still counts the word wherever else it stands.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,13 +41,17 @@ class LeakMetrics:
     Attributes:
         num_units, num_requests: that were looked for.
         leaked: the units that stand in something sent, by request; they are private.
+        leaked_own: those that stand there outside of what is public.
         num_leaked, num_fuzzy, num_any: of units, of units by their words, of requests.
+        num_fuzzy_own: outside of what is public.
     """
 
     num_units: int
     num_requests: int
     leaked: tuple[tuple[str, ...], ...]
     num_fuzzy: int
+    leaked_own: tuple[tuple[str, ...], ...]
+    num_fuzzy_own: int
 
     def __repr__(self) -> str:
         return f"LeakMetrics({self.to_json()})"
@@ -63,15 +73,20 @@ class LeakMetrics:
             "leak_rate": self.num_leaked / units,
             "leak_fuzzy": self.num_fuzzy / units,
             "any_leak": self.num_any / requests,
+            "leak_rate_own": sum(map(len, self.leaked_own)) / units,
+            "leak_fuzzy_own": self.num_fuzzy_own / units,
+            "any_leak_own": sum(map(bool, self.leaked_own)) / requests,
         }
 
 
-def measure_leaks(units: Sequence[Sequence[str]], sent: Iterable[str]) -> LeakMetrics:
+def measure_leaks(units: Sequence[Sequence[str]], sent: Iterable[str], public: Iterable[str] = ()) -> LeakMetrics:
     """Look for each request's private units in all that was sent.
 
     Args:
         units: of each request.
         sent: payloads: `SentLog.payloads`.
+        public: whole texts that the cloud knows anyway; a piece of one alone hides nothing, and one that redaction
+            changed is not recognised.
 
     Raises:
         InputError: a unit is empty.
@@ -79,21 +94,48 @@ def measure_leaks(units: Sequence[Sequence[str]], sent: Iterable[str]) -> LeakMe
     Example:
         >>> measure_leaks([["Ann Lee", "4711"], ["Bob"]], ["Dear ANN  LEE, ..."]).to_json()["any_leak"]
         0.5
+        >>> found = measure_leaks([["newpass"]], ["Reset(new_pass word)"], ["Reset(new_pass word)"])
+        >>> found.to_json()["leak_rate_own"]
+        0.0
     """
     if not all(_squeezed(unit) for of_one in units for unit in of_one):
         raise InputError("a unit is empty, expected at least one letter or digit; leave it out")
     views = [view.casefolded().text for payload in sent for view in fold_views(payload, is_json=True)]
+    leaked, num_fuzzy = _leaks_in(units, views)
+    pieces = {form for text in public for form in (_folded(text), _folded(_as_json(text))) if form.strip()}
+    leaked_own, num_fuzzy_own = leaked, num_fuzzy
+    if pieces:
+        # The longest first: a shorter one may be a part of it.
+        public_text = re.compile("|".join(map(re.escape, sorted(pieces, key=len, reverse=True))))
+        leaked_own, num_fuzzy_own = _leaks_in(units, [public_text.sub("\0", view) for view in views])
+    return LeakMetrics(
+        num_units=sum(map(len, units)),
+        num_requests=len(units),
+        leaked=leaked,
+        num_fuzzy=num_fuzzy,
+        leaked_own=leaked_own,
+        num_fuzzy_own=num_fuzzy_own,
+    )
+
+
+def _leaks_in(units: Sequence[Sequence[str]], views: Sequence[str]) -> tuple[tuple[tuple[str, ...], ...], int]:
+    """The units of each request that stand in a view, and how many of all do by most of their words."""
     squeezed = [_squeezed_text(view) for view in views]
     words = [_WORD.findall(view) for view in views]
     leaked = tuple(
         tuple(unit for unit in of_one if any(_squeezed(unit) in text for text in squeezed)) for of_one in units
     )
-    fuzzy = sum(
+    num_fuzzy = sum(
         any(_stands_close(set(_WORD.findall(_folded(unit))), each) for each in words)
         for of_one in units
         for unit in of_one
     )
-    return LeakMetrics(num_units=sum(map(len, units)), num_requests=len(units), leaked=leaked, num_fuzzy=fuzzy)
+    return leaked, num_fuzzy
+
+
+def _as_json(text: str) -> str:
+    """As it stands inside of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def over_redaction(request: str, units: Sequence[str], sent: str) -> float:
@@ -104,7 +146,7 @@ def over_redaction(request: str, units: Sequence[str], sent: str) -> float:
         0.2
     """
     rest = _folded(request)
-    for unit in units:
+    for unit in sorted(units, key=len, reverse=True):  # a shorter one may be a part of it
         rest = rest.replace(_folded(unit), " ")
     words = _WORD.findall(rest)
     there = set(_WORD.findall(_folded(sent)))

@@ -234,7 +234,7 @@ def _try(
             continue
         rewritten = prepared(pipeline.rewriting(_Written(text)))
         sent = [question.payload.decode("utf-8", "replace") for question in rewritten.questions]
-        if measure_leaks([example.private], sent).num_leaked:
+        if any(measure_leaks([example.private], sent, example.public).leaked_own):
             num_leaks += 1
             continue
         num_rewrites += 1

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redaction import fold, gold_units, measure_api_bank, measure_plain, measure_planted, read, stands_in
+from redaction import copyable_arguments, fold, gold_units, measure_api_bank, measure_plain, measure_planted, read, stands_in
 
 from cotune.sandwich.detect import HereFinder
 from cotune.sandwich.detectors.email import EmailDetector
-from cotune.sandwich.redact import Redactor
+from cotune.sandwich.redact import Redacted, Redactor, Replacement
 
 ROW: dict[str, Any] = {
     "instruction": "User: I am John, id 7788, mail john@x.org, pass: hush7.",
     "calls": [
         "API-Request: [Open(username='John', user_id='7788', email='John@x.org', password='hush7', city='Rome')]"
     ],
+    "tools": [{"name": "Open", "input_parameters": {"user_id": {"description": "The user"}}}],
 }
 API_BANK = Path(__file__).parents[3] / "shared" / "data" / "api_bank" / "test.jsonl"
 
@@ -38,7 +39,21 @@ def test_leaks_by_hand() -> None:
     assert rules["units"] == 4 and rules["leak_rate"] == 0.5 and rules["any_leak"] == 1.0
     assert rules["leak_rate_by_kind"] == {"id": 1.0, "mail": 0.0, "name": 1.0, "secret": 0.0}
     assert (rules["replaced"], rules["replaced_of_gold"]) == (2, 1.0)
+    assert rules["leaked"] == 2 and rules["copyable"] == 1.0 and rules["over_redaction"] == 0.0
     assert measure_api_bank([ROW], with_dictionary=True, with_ids=True)["leak_rate"] == 0.0
+
+
+def test_strict_leaves_nothing_that_is_not_common_and_what_stays_can_be_copied() -> None:
+    strict = measure_api_bank([ROW], with_dictionary=False, with_ids=False, allow_list=("i", "am", "id", "mail"))
+    assert strict["leaked"] == 0 and strict["strict"]
+    # Of the words beside the units, i, am, id and mail stay, and user as the tool's; pass is taken along.
+    assert strict["over_redaction"] == pytest.approx(1 / 6) and strict["copyable"] == 1.0
+
+
+def test_a_placeholder_across_the_end_of_a_value_cannot_be_copied() -> None:
+    row = {"instruction": "Meet Ann Lee-Roe in Rome", "calls": ["[Meet(who='Ann Lee', where='Rome', when='now')]"]}
+    sent = Redacted("x", (Replacement("TERM", 9, 16, 0, 1),))
+    assert list(copyable_arguments(row, sent)) == [False, True]
 
 
 def test_recall_and_precision_by_hand() -> None:

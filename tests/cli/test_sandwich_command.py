@@ -136,3 +136,19 @@ def _hanging() -> Any:
     from cotune.sandwich.detector_table import DetectorSettings
 
     return DetectorSettings(detectors=("email",), own=("sandwich_detectors:Hanging",))
+
+
+def test_strict_sends_common_words_alone(run: Callable[..., Any], mail: Path) -> None:
+    texts = mail.with_name("texts.jsonl")
+    texts.write_text('{"prompt": "write to the bank", "target": "a card"}\n' * 2)
+    words = mail.with_name("common.txt")
+    done = run("sandwich", "allow-list", texts, "--min-texts", 2, "--out", words, "--json")
+    assert json.loads(done.out) == {"words": 6, "texts": 2}
+    assert words.read_text() == "a\nbank\ncard\nthe\nto\nwrite\n"
+    mail.write_text("Write to Zoe at the riverbank")
+    strict = run("sandwich", "redact", mail, "--allow-list", words, "--plain", "--timeout", 60)
+    assert re.fullmatch(r"Write to <WORD_\d+> <WORD_\d+> the <WORD_\d+>", strict.out)
+    run("sandwich", "allow-list", texts, "--min-texts", 2, "--out", words).check_refusal("is there already")
+    run("sandwich", "allow-list", texts, "--min-texts", 3, "--out", words).check_refusal("no word stands in 3")
+    words.write_text(" ")
+    run("sandwich", "redact", mail, "--allow-list", words).check_refusal("has no word")

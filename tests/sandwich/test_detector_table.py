@@ -9,7 +9,7 @@ import pytest
 from sandwich_detectors import Names
 
 from cotune.errors import InputError
-from cotune.sandwich.detector_table import DETECTORS, RULES, DetectorSettings, build_detector
+from cotune.sandwich.detector_table import DETECTORS, RULES, STRICT, DetectorSettings, build_detector
 from cotune.sandwich.detectors.dictionary import DictionaryEntry
 
 ANN = (DictionaryEntry(("Ann Lee",), "PERSON"),)
@@ -22,6 +22,8 @@ ANN = (DictionaryEntry(("Ann Lee",), "PERSON"),)
         ({"detectors": ()}, "detectors is empty"),
         ({"detectors": ("email",), "dictionary": ANN}, "dictionary is given and the detector dictionary"),
         ({"detectors": ("dictionary",)}, "there is no dictionary"),
+        ({"detectors": ("unlisted",)}, "there is no allow list"),
+        ({"detectors": ("email",), "allow_list": ("a",)}, "an allow list is given and the detector unlisted"),
         ({"presidio_language": "de"}, "presidio_language is given"),
         ({"gliner_model": "some"}, "gliner_model is given"),
     ],
@@ -38,10 +40,17 @@ def test_settings_travel_as_json() -> None:
     assert "Ann" not in repr(settings)
 
 
+def test_a_list_of_what_may_stay_makes_it_strict() -> None:
+    settings = DetectorSettings(dictionary=ANN, allow_list=("a", "b"))
+    assert settings.names == (*RULES, "dictionary", *STRICT)
+    assert DetectorSettings.from_json(json.loads(json.dumps(settings.as_json()))) == settings
+
+
 def test_every_rule_can_be_built_and_has_one_method() -> None:
-    for name in (*RULES, "id", "dictionary"):
-        assert list(build_detector(name, DetectorSettings(dictionary=ANN)).find("")) == [], name
-    assert set(DETECTORS) == {*RULES, "id", "dictionary", "presidio", "gliner"}
+    settings = DetectorSettings(dictionary=ANN, allow_list=("a",))
+    for name in (*RULES, *STRICT, "dictionary"):
+        assert list(build_detector(name, settings).find("")) == [], name
+    assert set(DETECTORS) == {*RULES, *STRICT, "dictionary", "presidio", "gliner"}
 
 
 def test_own_detectors_come_by_their_name() -> None:

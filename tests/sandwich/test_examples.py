@@ -22,6 +22,9 @@ def test_private_values_stand_beside_any_template(tmp_path: Path) -> None:
     assert found == [PrivateExample("Call Ann", "Done", ("Ann",)), PrivateExample("b", "c")]
     assert "Ann" not in repr(found)
     assert len(read_private_examples(tmp_path / "a.jsonl", limit=1, seed=0)) == 1
+    rows = [{"prompt": "Call(name): call Ann", "target": "Done", "private": ["Ann"], "public": ["Call(name)"]}]
+    (one,) = read_private_examples(write(tmp_path / "b.jsonl", *rows))
+    assert one.public == ("Call(name)",) and one.private == ("Ann",)
 
 
 @pytest.mark.parametrize("private", ["Ann", [5], [" "]])

@@ -24,6 +24,9 @@ def test_leaks_by_hand() -> None:
         "leak_rate": 1 / 4,
         "leak_fuzzy": 2 / 4,
         "any_leak": 1 / 3,
+        "leak_rate_own": 1 / 4,
+        "leak_fuzzy_own": 2 / 4,
+        "any_leak_own": 1 / 3,
     }
     assert "Ann" not in repr(found)
 
@@ -68,3 +71,23 @@ def test_an_attacker_is_not_asked_where_nothing_was_replaced() -> None:
         request = redactor.request()
         found = invert(CloudGate(cloud), [(request.redact("Hello!").text, request)], model="m")
     assert (found.num_values, found.top1, cloud.requests) == (0, 0, [])
+
+
+TOOL = 'Reset(user, new_password): "sets the new pass word of Ann"'
+
+
+@pytest.mark.parametrize(
+    ("said", "num_own"), [("reset it", 0), ("reset it to newpass", 1), ("to NEW PASS", 1), ("(user, new_pass", 0)]
+)
+def test_what_is_public_is_told_apart_from_what_the_user_sent(said: str, num_own: int) -> None:
+    """`newpass` stands in new_password as its letters do; the strict count takes it, whoever asks."""
+    payload = json.dumps({"messages": [{"content": f"APIs: {TOOL}\n{said}"}]})
+    found = measure_leaks([["newpass"]], [payload], [TOOL])
+    assert found.num_leaked == 1 == measure_leaks([["newpass"]], [payload]).num_leaked
+    assert sum(map(len, found.leaked_own)) == num_own and found.to_json()["any_leak_own"] == num_own
+    assert measure_leaks([["newpass"]], [payload]).leaked_own == (("newpass",),)
+
+
+def test_a_piece_of_a_public_text_hides_nothing() -> None:
+    found = measure_leaks([["Ann"], ["the new"]], ["Ann sets the new word"], [TOOL])
+    assert found.leaked_own == found.leaked == (("Ann",), ("the new",)) and found.num_fuzzy_own == found.num_fuzzy
