@@ -10,8 +10,10 @@
 | D distilled | edge | an adapter on the cloud's answers, on as many requests as the tokens last for |
 | E alternated | sandwich | prompt, then adapter, then prompt (BetterTogether, arXiv 2407.10930) |
 | F joint, G penalty, H cuts | sandwich | both together, by `cotune.sandwich.fit` |
+| H grown | sandwich | as H, and the cloud writes prompts from failures, which race with the others (GEPA's idea) |
 | I consistent | cloud | nothing: the answer of several that is most like the others |
 | J papilon | edge, cloud, edge | the prompt alone (PAPILLON, arXiv 2410.17127, the idea) |
+| J tuned | edge, cloud, edge | as J, and the edge before the cloud first, on rewrites that were answered better |
 | K routed | edge, or cloud | adapter C, and how sure the edge must be to answer by itself |
 | edge | edge | nothing |
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from random import Random
@@ -35,11 +37,13 @@ from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.solve import Constraint, SolveConfig
 from cotune.sandwich.bilevel.step_rules import AdamRule, clipped
 from cotune.sandwich.cloud_gate import CloudGate
-from cotune.sandwich.edge_adapter import EdgeDrafter, EdgeMerger, EdgeRewriter
+from cotune.sandwich.edge_adapter import REWRITE_TEMPLATE, EdgeDrafter, EdgeMerger, EdgeRewriter
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.fit import PROGRESS_FILE, SENT_FILE, FitConfig, fit, prepare_examples
 from cotune.sandwich.pipeline import MergeJob, Pipeline
+from cotune.sandwich.prompts.growth import GrowthConfig
 from cotune.sandwich.prompts.pool import PromptPool
+from cotune.sandwich.rewriter_tuning import RewriterConfig, TunedRewriter, tune_rewriter
 from cotune.sandwich.sent_log import read_sent
 from cotune.sandwich.text_problem import AnswerTable, Cell, FitExample, TextProblemConfig
 
@@ -101,18 +105,22 @@ class Sandwich:
 
     Attributes:
         prompt: of the cloud.
-        x: of the edge behind it; before it and beside it, the edge is untrained.
+        x: of the edge behind it; beside it, the edge is untrained.
         half: where the edge works: before the cloud, behind it, both, or nowhere.
         mode: serial, or parallel with a draft.
+        x_before: of the edge before it; None: untrained.
     """
 
     prompt: str
     x: Vector
     half: Half = "post"
     mode: Literal["serial", "parallel"] = "serial"
+    x_before: Vector | None = None
 
     def open(self, bench: Bench, gate: CloudGate) -> Answer:
-        line = sandwich_pipeline(bench, gate, self.x, half=self.half, mode=self.mode, prompt=self.prompt)
+        line = sandwich_pipeline(
+            bench, gate, self.x, half=self.half, mode=self.mode, prompt=self.prompt, x_before=self.x_before
+        )
         numbers = count()
         return lambda request: line.run(request, bench.generator(next(numbers))).text
 
@@ -138,15 +146,23 @@ class Routed:
 
 
 def sandwich_pipeline(
-    bench: Bench, gate: CloudGate, x: Vector, *, half: Half, mode: Literal["serial", "parallel"], prompt: str = ""
+    bench: Bench,
+    gate: CloudGate,
+    x: Vector,
+    *,
+    half: Half,
+    mode: Literal["serial", "parallel"],
+    prompt: str = "",
+    x_before: Vector | None = None,
 ) -> Pipeline:
     """The product's pipeline with the edge where `half` and `mode` say."""
     edge, start = bench.edge, bench.edge.start()
+    before = start if x_before is None else x_before
     return bench.pipeline(
         gate,
         prompt=prompt,
         mode=mode,
-        rewriter=EdgeRewriter(edge, start) if half in ("pre", "both") else None,
+        rewriter=EdgeRewriter(edge, before) if half in ("pre", "both") else None,
         drafter=EdgeDrafter(edge, start) if mode == "parallel" else None,
         merger=EdgeMerger(edge, x) if half in ("post", "both") else None,
     )
@@ -245,8 +261,10 @@ def fitted(
     half: Half = "post",
     mode: Literal["serial", "parallel"] = "serial",
     prompts: Sequence[str] | None = None,
+    is_growing: bool = False,
+    is_tuned_before: bool = False,
 ) -> Learnt:
-    """Prompt and adapter together, by the product."""
+    """Prompt and adapter together, by the product; with a pool that grows, and a rewriter that is tuned first."""
     course, task = bench.course, bench.task
     has_merger = half in ("post", "both")
     outside = bench.gate()
@@ -260,8 +278,16 @@ def fitted(
         x_rate=course.x_rate,
         y_rate=course.y_rate,
         x_rule="adam",
+        grow_every=course.grow_every,
     )
+    tuned: list[TunedRewriter] = []
+
+    def make_rewriter(line: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> EdgeRewriter:
+        tuned.append(tune_before(bench, line, examples, key))
+        return EdgeRewriter(bench.edge, tuned[0].x)
+
     losses = TextProblemConfig(num_batch_examples=course.num_batch_examples, seed=bench.seed)
+    growth = GrowthConfig(seed=bench.seed) if is_growing else None
     folder = bench.folder / f"{constraint}-{half}-{mode}"
     result = fit(
         pipeline,
@@ -272,14 +298,15 @@ def fitted(
         budget=bench.budget,
         folder=folder,
         edge=bench.edge if has_merger else None,
-        config=FitConfig(solve=solving, losses=losses),
+        make_rewriter=make_rewriter if is_tuned_before else None,
+        config=FitConfig(solve=solving, losses=losses, growth=growth),
     )
     # Without a merger the fit knows of no edge, and what rewrites is counted outside of it.
     taken = result.taken if has_merger else replace(result.taken, edge_flops=outside.account.taken().edge_flops)
     last = result.history[-1]
     lines = [json.loads(line) for line in (folder / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()]
     return Learnt(
-        server=Sandwich(prompt=result.prompt, x=result.x, half=half, mode=mode),
+        server=Sandwich(prompt=result.prompt, x=result.x, half=half, mode=mode, x_before=tuned[0].x if tuned else None),
         taken=taken,
         sent=read_sent(folder / SENT_FILE),
         notes={
@@ -290,6 +317,8 @@ def fitted(
             "is_sequential": result.is_sequential,
             "certificate": None if result.certificate is None else result.certificate.to_json(),
             "progress": [[line["tokens"], line["upper"], line["gap"]] for line in lines],
+            "growths": [asdict(each) for each in result.growths],
+            "rewriter": tuned[0].to_json() if tuned else None,
         },
     )
 
@@ -299,17 +328,39 @@ def consistent(bench: Bench) -> Learnt:
     return untrained(bench, lambda _: CloudAlone(prompt=bench.task.prompts[0], num_samples=bench.course.num_samples))
 
 
-def papilon(bench: Bench) -> Learnt:
-    """The edge untrained before and behind the cloud; the prompt is chosen through all of it."""
+def tune_before(bench: Bench, pipeline: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> TunedRewriter:
+    """The edge before the cloud, tuned under the pipeline's prompt, within its budget."""
+    course = bench.course
+    config = RewriterConfig(
+        num_rounds=course.rewrite_rounds,
+        num_samples=course.num_rewrites,
+        num_batch_examples=course.num_batch_examples,
+        x_rate=course.x_rate,
+        seed=bench.seed,
+    )
+    start, metric = bench.edge.start(), bench.task.metric
+    return tune_rewriter(bench.edge, pipeline, start, examples, metric, REWRITE_TEMPLATE, config, key=key)
+
+
+def papilon(bench: Bench, *, is_tuned_before: bool = False) -> Learnt:
+    """The edge before and behind the cloud; the prompt is chosen through all of it.
+
+    Args:
+        is_tuned_before: the edge before the cloud learns first, within the same budget; else both are untrained.
+    """
     gate, x = bench.gate(bench.budget), bench.edge.start()
-    pipeline = sandwich_pipeline(bench, gate, x, half="both", mode="serial")
+    pipeline = sandwich_pipeline(bench, gate, x, half="both", mode="serial", prompt=bench.task.prompts[0])
+    tuned = None
+    if is_tuned_before:
+        tuned = tune_before(bench, pipeline, bench.task.train, f"seed {bench.seed}".encode())
+        pipeline = pipeline.rewriting(EdgeRewriter(bench.edge, tuned.x))
     examples = bench.prepared(pipeline, "train", "validation")
     prompt, _, seen = best_prompt(bench, pipeline, examples)
     return Learnt(
-        server=Sandwich(prompt=prompt, x=x, half="both"),
+        server=Sandwich(prompt=prompt, x=x, half="both", x_before=tuned.x if tuned else None),
         taken=gate.account.taken(),
         sent=gate.sent.payloads,
-        notes={"prompt": prompt, "examples": seen},
+        notes={"prompt": prompt, "examples": seen, "rewriter": tuned.to_json() if tuned else None},
     )
 
 
@@ -349,8 +400,10 @@ ARMS: Mapping[str, Arm] = {
     "F joint": partial(fitted, constraint="none"),
     "G penalty": partial(fitted, constraint="penalty"),
     "H cuts": partial(fitted, constraint="cut"),
+    "H grown": partial(fitted, constraint="cut", is_growing=True),
     "I consistent": consistent,
     "J papilon": papilon,
+    "J tuned": partial(papilon, is_tuned_before=True),
     "K routed": routed,
     "edge": partial(untrained, make=lambda bench: EdgeAlone(x=bench.edge.start())),
 }
@@ -367,7 +420,9 @@ LEARNING = (
     "F joint",
     "G penalty",
     "H cuts",
+    "H grown",
     "J papilon",
+    "J tuned",
     "K routed",
 )
 """Arms to which the budget of training matters."""

@@ -63,6 +63,12 @@ class Course:
     """Answers of self-consistency."""
     num_demonstrations: int = 2
     """Of in-context learning."""
+    grow_every: int = 2
+    """Looks at the constraint between two growths of a pool, in the arm whose pool grows."""
+    num_rewrites: int = 3
+    """Of a request, in each round of tuning a rewriter."""
+    rewrite_rounds: int = 2
+    """Of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,14 +179,14 @@ def judge(bench: Bench, learnt: Learnt) -> dict[str, Any]:
         scores.append(bench.task.metric(text, [example.target]))
     taken, count = gate.account.taken(), len(bench.task.test)
     parts = (*bench.task.train, *bench.task.validation, *bench.task.test)
-    leaks = measure_leaks([each.private for each in parts], [*learnt.sent, *gate.sent.payloads])
+    public = [text for each in parts for text in each.public]
+    leaks = measure_leaks([each.private for each in parts], [*learnt.sent, *gate.sent.payloads], public)
     return {
         "scores": scores,
         "train": spending(learnt.taken),
         "serve": {name: value / count for name, value in spending(taken).items()},
         "latency_s": percentiles(taken.stage_seconds["judged"]),
         "stages_s": {name: percentiles(values)["p50"] for name, values in taken.stage_seconds.items() if name != WHOLE},
-        "peak_memory_mb": taken.peak_memory_bytes / 1e6,
         "leaks": leaks.to_json(),
         "notes": learnt.notes,
     }

@@ -152,7 +152,7 @@ def _calls(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateEx
             ]
             called = f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
             text = f"APIs: {'; '.join(tools)}\n{row['instruction'].strip()}"
-            yield PrivateExample(text, called, tuple(gold_units(row)))
+            yield PrivateExample(text, called, tuple(gold_units(row)), tuple(tools))
 
 
 def _own_words(row: Mapping[str, Any]) -> list[str]:

@@ -122,6 +122,14 @@ class Ablations:
                     return self.study.run(self.task, label, arm, seed, self.tokens, template=template)
 
                 found[label] = self.runs(label, one)
+        for half in ("pre", "both"):
+            tuned: Arm = partial(fitted, constraint="cut", half=half, is_tuned_before=True)
+            label = f"{half} tuned, serial"
+
+            def learnt(seed: int, arm: Arm = tuned, label: str = label) -> Value:
+                return self.study.run(self.task, label, arm, seed, self.tokens)
+
+            found[label] = self.runs(label, learnt)
         return {label: each for label, each in found.items() if finished(each)}
 
 
@@ -192,7 +200,8 @@ def build(study: Study) -> Page:
         measured=measured,
         sections=sections,
         deviations=[
-            "The edge before the cloud and the draft beside it come from the untrained model.",
+            "The draft beside the cloud comes from the untrained model, and so does the edge before it where it is not "
+            "called tuned: there it learns first, under the plain prompt, from rewrites that were answered better.",
             "Differences are those of the adapter's loss, exact for a batch; sigma is the spread of batches.",
         ],
         lines=lines,

@@ -22,13 +22,14 @@ from sandwich_tasks import TASKS, Sizes, Task, load_task
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive, study_parser
 
 from cotune.errors import BudgetError
+from cotune.evaluation.measured_memory import PeakMeter
 from cotune.models.backbone import Backbone
 from cotune.sandwich.budget import Budget
 from cotune.sandwich.cost import Price
 from cotune.sandwich.edge_adapter import MERGE_TEMPLATE
 from cotune.sandwich.openai_cloud import ApiKey, OpenAiCloud
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The meaning of a cell: one more, and all are run again."""
 KEY_VARIABLE = "COTUNE_CLOUD_KEY"
 EXPECTED = {
@@ -151,10 +152,13 @@ class Study:
             flops = int(ours["train"]["edge_flops"]) if "train" in ours else None
 
         def work(bench: Bench) -> Value:
+            meter = PeakMeter(self.args.device)
             try:
-                return judge(bench, arm(replace(bench, edge_flops=flops)))
+                value = judge(bench, arm(replace(bench, edge_flops=flops)))
             except BudgetError as error:
                 return {"refused": str(error)}
+            held = meter.read()
+            return {**value, "peak_memory_mb": None if held is None else held / 1e6}
 
         more = {"arm": name, "edge_flops": flops, **(key or {})}
         return self.cell(task, seed, tokens, more, work, course=course, where=where, template=template)

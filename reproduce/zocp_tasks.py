@@ -1,4 +1,4 @@
-"""Sandwiched tuning against its rivals: fifteen arms on four tasks, at equal cloud tokens and at equal inference cost.
+"""Sandwiched tuning against its rivals: arms on four tasks, at equal cloud tokens and at equal inference cost.
 
 Every arm gets the same tokens of the cloud to learn with, and one ledger counts calls, tokens, operations of the edge,
 bytes, dollars and seconds alike. Beside the table: score against cost, latency with its break-even, what leaked, how
@@ -26,6 +26,7 @@ from cotune.evaluation.report import Section
 
 NAME = "zocp_tasks"
 LINES_IN_A_PLOT = 7
+_NOT_COUNTED = "not counted"
 ALL_ARMS = {**ARMS, **DSPY_ARMS}
 LEARNERS = (*LEARNING, *DSPY_ARMS)
 Runs = dict[str, list[Value]]
@@ -149,8 +150,9 @@ def verdicts(runs: Mapping[str, Sequence[Value]]) -> dict[str, Any]:
         raw = score_of(runs["raw"]).mean
         found["utility against raw"] = {"difference": gap, "holds": gap.mean >= -0.02 * raw}
     if ours[0]["leaks"]["units"]:
-        rate = column(ours, "leaks", "leak_rate")
-        found["no unit leaks"] = {"leak_rate": rate, "units": ours[0]["leaks"]["units"], "holds": rate == 0}
+        for key, name in (("no unit leaks", "leak_rate"), ("no unit leaks beside what is public", "leak_rate_own")):
+            rate = column(ours, "leaks", name)
+            found[key] = {"leak_rate": rate, "units": ours[0]["leaks"]["units"], "holds": rate == 0}
     return found
 
 
@@ -183,7 +185,9 @@ def table_of(task: str, runs: Mapping[str, Sequence[Value]]) -> Html:
         "bytes": [cell(name, "serve", "bytes") for name in names],
         "p50, ms": [cell(name, "latency_s", "p50", scale=1e3) for name in names],
         "p95, ms": [cell(name, "latency_s", "p95", scale=1e3) for name in names],
+        "most memory, MB": [_memory(runs[name]) for name in names],
         "leaks, %": [cell(name, "leaks", "leak_rate", scale=100, digits=2) for name in names],
+        "of the user, %": [cell(name, "leaks", "leak_rate_own", scale=100, digits=2) for name in names],
         "any leak, %": [cell(name, "leaks", "any_leak", scale=100, digits=1) for name in names],
     }
     return Html(
@@ -220,7 +224,7 @@ def equal_inference(task: str, runs: Mapping[str, Sequence[Value]]) -> tuple[Htm
 def bilevel_rows(runs: Mapping[str, Sequence[Value]]) -> dict[str, dict[str, Any]]:
     """How far the chosen prompt is from the best one for its adapter, under each constraint."""
     rows = {}
-    for name in ("F joint", "G penalty", SANDWICH):
+    for name in ("F joint", "G penalty", SANDWICH, "H grown"):
         each = runs.get(name, [])
         if finished(each):
             certificates = [run["notes"]["certificate"] for run in each]
@@ -232,6 +236,33 @@ def bilevel_rows(runs: Mapping[str, Sequence[Value]]) -> dict[str, dict[str, Any
                 "n": min((one["num_examples"] for one in certificates if one), default=None),
             }
     return rows
+
+
+def growth_table(task: str, runs: Mapping[str, Sequence[Value]]) -> Html:
+    """What became of the pool that grows, and of the rewriter that is tuned, over all seeds."""
+    growths = [one for run in runs.get("H grown", []) if "notes" in run for one in run["notes"]["growths"]]
+    rounds = [one for run in runs.get("J tuned", []) if "notes" in run for one in run["notes"]["rewriter"]["rounds"]]
+    found = ""
+    if growths:
+        columns = {
+            "times": [str(len(growths))],
+            "prompts written": [str(sum(one["num_written"] for one in growths))],
+            "joined": [str(sum(len(one["joined"]) for one in growths))],
+            "left": [str(sum(len(one["left"]) for one in growths))],
+            "ended by the budget": [str(sum(one["ended_by_budget"] for one in growths))],
+        }
+        found += grid(f"{task}: the pool that grows", "arm", ["H grown"], columns)
+    if rounds:
+        columns = {
+            "requests": [str(sum(one["num_requests"] for one in rounds))],
+            "rewrites asked": [str(sum(one["num_rewrites"] for one in rounds))],
+            "thrown away for a leak": [str(sum(one["num_leaks"] for one in rounds))],
+            "requests with a better one": [str(sum(one["num_accepted"] for one in rounds))],
+            "loss as they are": [f"{sum(one['loss'] for one in rounds) / len(rounds):.3f}"],
+            "of the best": [f"{sum(one['best_loss'] for one in rounds) / len(rounds):.3f}"],
+        }
+        found += grid(f"{task}: the rewriter that is tuned", "arm", ["J tuned"], columns)
+    return Html(found)
 
 
 def curves(study: Study, task: str, by_budget: Mapping[int, Runs]) -> Html:
@@ -305,6 +336,7 @@ def build(study: Study) -> Page:
                     "n": [_number(bilevel[name]["n"]) for name in names],
                 },
             )
+            + growth_table(task, runs)
             + grid(f"{task}: is it faster than the cloud alone?", "arm", list(latency), {"": list(latency.values())})
             + bullets(refused)
         )
@@ -343,7 +375,7 @@ def verdict_lines(found: Mapping[str, Any]) -> list[str]:
     """The goals in words."""
     lines = []
     for name, one in found.items():
-        if name == "no unit leaks":
+        if "leak_rate" in one:
             lines.append(f"{name}: {100 * one['leak_rate']:.2f} % of {one['units']} units, {_held(one)}")
             continue
         about = f" ({one['name']})" if "name" in one else ""
@@ -358,8 +390,11 @@ def deviations_of(study: Study) -> list[str]:
     return [
         "The paper's data, models and rates are not public; tasks, prompts and metrics are ours.",
         f"Cloud {args.cloud_model}, edge {study.model_name}; the paper had one unnamed cloud and an edge of two GPUs.",
-        "Prompts are chosen from a pool of four for each task; J has no optimiser but that choice, and an edge that "
-        "was not tuned to rewrite.",
+        "Prompts are chosen from a pool of four for each task, which grows in H grown alone; J has no optimiser but "
+        "that choice, and but for J tuned an edge that was not tuned to rewrite.",
+        "Memory is what an arm held at most beyond the loaded models, learning and answering, as the resident set of "
+        "one process tells it: an upper bound, rough where models are small.",
+        "Leaks of the user are those outside of the descriptions of tools, which are the cloud's own.",
         "An arm may leave some of its tokens unspent: a request is only sent if the most it could cost fits.",
         "Arms without a cloud learn with as many operations of the edge as H, or more by at most a step.",
         "Latency is that of one request after the other, on this machine and to this cloud.",
@@ -374,9 +409,15 @@ def _summary(runs: Sequence[Value]) -> dict[str, Any]:
         "serve": {name: column(runs, "serve", name) for name in runs[0]["serve"]},
         "latency_s": {name: column(runs, "latency_s", name) for name in ("p50", "p95")},
         "leaks": {name: column(runs, "leaks", name) for name in runs[0]["leaks"]},
-        "peak_memory_mb": column(runs, "peak_memory_mb"),
+        "peak_memory_mb": None if _memory(runs) == _NOT_COUNTED else column(runs, "peak_memory_mb"),
         "prompts": [run["notes"].get("prompt") for run in runs],
     }
+
+
+def _memory(runs: Sequence[Value]) -> str:
+    if any(run["peak_memory_mb"] is None for run in runs):
+        return _NOT_COUNTED
+    return f"{column(runs, 'peak_memory_mb'):,.0f}"
 
 
 def _held(one: Mapping[str, Any]) -> str:

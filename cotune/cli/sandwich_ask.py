@@ -103,7 +103,9 @@ def ask(
         merger = None
         if known is not None and not dry_run:
             merger = stack.enter_context(open_fitted_edge(known))
-        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout))
+        redactor = stack.enter_context(
+            Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout)
+        )
         gate = CloudGate(
             stack.enter_context(open_cloud_or_hosted(cloud, hosted, key_env)),
             price=price_of(name, prices),

@@ -216,7 +216,9 @@ def fit(
         else GrowthConfig(max_prompts=pool_size, shows_targets=show_targets, seed=seed),
     )
     with ExitStack() as stack:
-        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout))
+        redactor = stack.enter_context(
+            Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout)
+        )
         gate = CloudGate(
             stack.enter_context(open_cloud_or_hosted(cloud, described, key_env)),
             price=price_of(name, prices),

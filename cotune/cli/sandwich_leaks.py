@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cotune.cli.output import print_json, stderr, stdout
-from cotune.cli.sandwich_ask import AllowList, CloudTimeout, Detectors, DetectorTimeout, Dictionary, KeyEnv, LedgerFile, Prices
+from cotune.cli.sandwich_ask import (
+    AllowList,
+    CloudTimeout,
+    Detectors,
+    DetectorTimeout,
+    Dictionary,
+    KeyEnv,
+    LedgerFile,
+    Prices,
+)
 from cotune.cli.sandwich_command import read_settings
 from cotune.cli.sandwich_edge import open_cloud, price_of
 from cotune.errors import InputError
@@ -20,7 +29,9 @@ if TYPE_CHECKING:
 
 
 def leaks(
-    data: Annotated[str, typer.Argument(help="Requests with a column `private`, a list of the values in them; `public`: pieces.")],
+    data: Annotated[
+        str, typer.Argument(help="Requests with a column `private`, a list of the values in them; `public`: pieces.")
+    ],
     sent: Annotated[
         Path | None,
         typer.Option(help="`sent.jsonl` of a fit: look in all that was sent; else in what would be sent of DATA."),
@@ -70,7 +81,9 @@ def leaks(
         raise InputError(f"{data} names no private value, expected a column `private` with lists of texts")
     logged = None if sent is None else read_sent(sent)
     with ExitStack() as stack:
-        redactor = stack.enter_context(Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout))
+        redactor = stack.enter_context(
+            Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout)
+        )
         requests = [redactor.request() for _ in examples]
         texts = [request.redact(each.request).text for request, each in zip(requests, examples, strict=True)]
         public = [text for each in examples for text in each.public]

@@ -116,9 +116,7 @@ class Account:
             for name, amount in amounts.items():
                 self._counts[name] += amount
 
-    def edge(
-        self, *, forward_tokens: int = 0, backward_tokens: int = 0, num_parameters: int | None = None
-    ) -> None:
+    def edge(self, *, forward_tokens: int = 0, backward_tokens: int = 0, num_parameters: int | None = None) -> None:
         """Tokens through a model on the edge.
 
         Args:

@@ -176,9 +176,7 @@ class EdgeAdapter:
         """
         return self._write(x, prompts_as_text, lambda logits: logits.argmax(-1))
 
-    def sample_after(
-        self, x: Vector, prompts_as_text: Sequence[str], *, temperature: float, seed: int
-    ) -> list[str]:
+    def sample_after(self, x: Vector, prompts_as_text: Sequence[str], *, temperature: float, seed: int) -> list[str]:
         """As `write_after`, drawn at a temperature above 0; the same seed gives the same texts."""
         return self._write(x, prompts_as_text, sampled(torch.Generator().manual_seed(seed), temperature))
 

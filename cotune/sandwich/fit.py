@@ -228,7 +228,6 @@ class FitResult:
         left, count = len(self.race.left), self.race.num_examples
         return [f"race        {left} prompts left after {count} examples; the certificate compares those alone"]
 
-
     def _growth_text(self) -> list[str]:
         if not self.growths:
             return []

@@ -1,13 +1,13 @@
 """Tune the edge before the cloud: by rewrites that the cloud answered better than the request as it is.
 
-    r -> u_1 .. u_G, drawn from the edge at x -> each through the redactor -> cloud -> loss of what is made of its answer
+    r -> u_1 .. u_G, drawn from the edge at x -> each through the redactor -> cloud -> loss of what comes of its answer
     accepted: the best u of a request whose loss is smaller than that of r by a margin
     x <- descent on -log p(u | r) of the accepted ones; then the same again, drawn at the new x
 
 No gradient comes through a cloud that takes text, so that the cloud scores and the edge learns from what scored well
 (expert iteration; the first half of what Matryoshka Pilot, arXiv 2410.20749, does, whose second half, DPO on pairs, is
-not here). A request costs G + 1 questions in a round, fewer where rewrites repeat. A rewrite in which a marked unit would
-be sent is thrown away before anything is asked.
+not here). A request costs G + 1 questions in a round, fewer where rewrites repeat. A rewrite in which a marked unit
+would be sent is thrown away before anything is asked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy as np
 from cotune.errors import BudgetError, InputError
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.step_rules import AdamRule, clipped
+from cotune.sandwich.chat import ChatAnswer
+from cotune.sandwich.cost import Cost
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.leak import measure_leaks
 from cotune.sandwich.pipeline import MergeJob, Pipeline, Prepared
@@ -62,6 +64,8 @@ class RewriterConfig:
     """Of descent in a round, each on all rewrites accepted so far."""
     x_rate: float = 1e-2
     """Of Adam."""
+    max_share: float = 0.5
+    """Of the budget's calls, tokens and dollars that may be spent when another request is begun; 1 for all of it."""
     seed: int = 0
     """Of the draws."""
 
@@ -74,6 +78,8 @@ class RewriterConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
         if not 0 <= self.margin < 1:
             raise InputError(f"margin is {self.margin}, expected a share of 0 or more and below 1")
+        if not 0 < self.max_share <= 1:
+            raise InputError(f"max_share is {self.max_share}, expected a share above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class TunedRewriter:
     Attributes:
         x: its numbers; those to begin with where nothing was accepted.
         rounds: in order; the last one is left out where the budget ended in its first request.
-        ended_by_budget: whether there was no room for all of them.
+        ended_by_budget: whether there was no room for all of them, in the budget or in the tuning's share of it.
     """
 
     x: Vector = field(repr=False)
@@ -144,6 +150,7 @@ def tune_rewriter(
     if not examples:
         raise InputError("there is no example to tune a rewriter on, expected at least one")
     plain, rule = pipeline.rewriting(None), AdamRule()
+    share = _Share(plain, config.max_share)
     accepted: list[tuple[str, str]] = []
     rounds: list[RewriteRound] = []
     for number in range(config.num_rounds):
@@ -153,8 +160,9 @@ def tune_rewriter(
         ended = False
         try:
             for index in generator.choice(len(examples), size, replace=False):
+                share.check()
                 seed = hashlib.blake2b(f"rewrite {number} {index}".encode(), key=key).digest()
-                tried.append(_try(edge, plain, x, examples[index], metric, template, config, generator, seed))
+                tried.append(_try(edge, plain, share, x, examples[index], metric, template, config, generator, seed))
         except BudgetError:
             ended = True
         if tried:
@@ -177,6 +185,34 @@ def questions_of(written: str) -> list[str]:
         ['one?', ' two?']
     """
     return [line for line in written.splitlines() if line.strip()]
+
+
+class _Share:
+    """What tuning has cost by its answers, wherever they came from, so that a run that goes on ends at the same one."""
+
+    def __init__(self, pipeline: Pipeline, share: float) -> None:
+        self._pipeline, self._share = pipeline, share
+        self._cost, self._counted = Cost(), set[str]()
+
+    def add(self, prepared: Prepared, answers: Sequence[ChatAnswer]) -> None:
+        gate = self._pipeline.gate
+        for question, answer in zip(prepared.questions, answers, strict=True):
+            request = self._pipeline.request_of(prepared, question)
+            if request.digest in self._counted:
+                continue
+            self._counted.add(request.digest)
+            most = gate.most(request)
+            tokens_in = most.tokens_in if answer.tokens_in is None else answer.tokens_in
+            tokens_out = most.tokens_out if answer.tokens_out is None else answer.tokens_out
+            usd = gate.price.of(tokens_in, tokens_out)
+            self._cost += Cost(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, usd=usd)
+
+    def check(self) -> None:
+        """Refuse to begin another request where the share is spent: what comes after needs the rest."""
+        for name in ("calls", "tokens", "usd"):
+            limit = getattr(self._pipeline.gate.purse.budget, name)
+            if limit is not None and getattr(self._cost, name) >= self._share * limit:
+                raise BudgetError(f"the share of the budget's {name} that tuning a rewriter may take is spent")
 
 
 @dataclass(frozen=True)
@@ -204,6 +240,7 @@ class _Written:
 def _try(
     edge: RewritingEdge,
     pipeline: Pipeline,
+    share: _Share,
     x: Vector,
     example: PrivateExample,
     metric: Callable[[str, Sequence[str]], float],
@@ -218,6 +255,7 @@ def _try(
 
     def loss_of(one: Prepared) -> float:
         answers, _ = pipeline.ask(one)
+        share.add(one, answers)
         text = pipeline.merge(one, MergeJob(example.request, tuple(answer.text for answer in answers)))
         return 1.0 - metric(text, [example.target])
 

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redaction import copyable_arguments, fold, gold_units, measure_api_bank, measure_plain, measure_planted, read, stands_in
+from redaction import (
+    copyable_arguments,
+    fold,
+    gold_units,
+    measure_api_bank,
+    measure_plain,
+    measure_planted,
+    read,
+    stands_in,
+)
 
 from cotune.sandwich.detect import HereFinder
 from cotune.sandwich.detectors.email import EmailDetector

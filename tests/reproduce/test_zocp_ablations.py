@@ -28,5 +28,6 @@ def test_the_command_changes_one_thing_at_a_time(tmp_path: Path, tiny_model: Pat
     assert radius["0.001"]["cosine"]["mean"] != radius["1.0"]["cosine"]["mean"]
     assert radius["0.001"]["sigma"] == radius["1.0"]["sigma"] and radius["1.0"]["least"]["mean"] > 0
     serial = [f"{half}, serial" for half in ("none", "pre", "post", "both")]
-    assert list(measured["halves"]) == [*serial, "post, parallel", "both, parallel"]
+    tuned = ["pre tuned, serial", "both tuned, serial"]
+    assert list(measured["halves"]) == [*serial, "post, parallel", "both, parallel", *tuned]
     assert command("zocp_ablations", [*options, "--tolerances", -1])[0] == 2

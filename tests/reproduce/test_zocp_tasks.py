@@ -47,6 +47,7 @@ def test_requests_of_the_public_sets(tmp_path: Path) -> None:
     assert found["decomposition"].test[0].request.startswith("Tools: ")
     tools = found["tools"]
     assert (tools.test[0].target, tools.test[0].private) == ("Find(name='Ann Lee')", ("ann lee",))
+    assert tools.test[0].public == ("Find(name)",)
     assert "APIs: Find(name)" in tools.test[0].request and tools.own_words[0].forms == ("ann lee",)
     assert {"id", "dictionary"} <= set(tools.detectors) and "dictionary" not in found["nlu"].detectors
     assert found["dialogue"].test[0].request == "A: Hi\nB:" and found["dialogue"].test[0].target == "Ho"
@@ -93,7 +94,7 @@ def run_of(score: float, **changes: Any) -> dict[str, Any]:
         "serve": {"tokens_in": 5, "tokens_out": 5},
         "latency_s": {"p50": 0.2, "p95": 0.3},
         "stages_s": {"merge": 0.1},
-        "leaks": {"leak_rate": 0.0, "units": 4},
+        "leaks": {"leak_rate": 0.25, "leak_rate_own": 0.0, "units": 4},
         "notes": {},
     }
     return {**value, **changes}
@@ -104,9 +105,12 @@ def test_verdicts_by_hand() -> None:
     found = verdicts(runs)
     assert (found["best rival"]["name"], found["best rival"]["holds"]) == ("A zero_shot", False)
     assert found["best rival"]["difference"].mean == -25 and found["cuts less penalty"]["is_tie"]
-    assert found["utility against raw"]["holds"] and found["no unit leaks"]["holds"]
+    assert found["utility against raw"]["holds"] and not found["no unit leaks"]["holds"]
+    assert found["no unit leaks beside what is public"]["holds"]
     lines = verdict_lines(found)
-    assert any("cannot be told apart" in line for line in lines) and any("0.00 % of 4 units" in line for line in lines)
+    assert any("cannot be told apart" in line for line in lines)
+    assert "no unit leaks: 25.00 % of 4 units, missed" in lines
+    assert "no unit leaks beside what is public: 0.00 % of 4 units, holds" in lines
     assert verdicts({"H cuts": [{"refused": "no room"}]}) == {} and not finished([])
 
 
@@ -164,12 +168,16 @@ def test_the_command_runs_every_arm_and_never_repeats_a_cell(
         assert arms["B search"]["score"]["mean"] == 100 and arms["B search"]["prompts"] == [GOOD]
         assert arms["raw"]["leaks"]["leak_rate"] > 0 and arms["H cuts"]["leaks"]["leak_rate"] == 0
         assert all(arm["train"]["tokens_in"] + arm["train"]["tokens_out"] <= 6000 for arm in arms.values())
+        assert all(arm["peak_memory_mb"] is None or arm["peak_memory_mb"] >= 0 for arm in arms.values())
         assert arms["I consistent"]["serve"]["calls"] == 3 and arms["edge"]["serve"]["calls"] == 0
         flops = {name: arms[name]["train"]["edge_flops"] for name in ("H cuts", "C sft", "D distilled")}
         assert flops["C sft"] >= flops["H cuts"] > 0 and flops["D distilled"] >= flops["H cuts"]
-        assert set(measured["bilevel"]) == {"F joint", "G penalty", "H cuts"} and measured["curve"].keys() == {"6000"}
+        assert set(measured["bilevel"]) == {"F joint", "G penalty", "H cuts", "H grown"} and measured[
+            "curve"
+        ].keys() == {"6000"}
         page = (tmp_path / "out" / "report.html").read_text()
         assert "is it faster than the cloud alone" in page and "at the sandwich" in page
+        assert "the rewriter that is tuned" in page and "most memory, MB" in page
         assert command("zocp_tasks", options)[0] == 0 and len(server.bodies) == num_asked
 
 
@@ -180,3 +188,22 @@ def test_a_budget_that_buys_nothing_is_told_and_no_score(tmp_path: Path, tiny_mo
         study = Study(make_parser("x", "", "").parse_args([*map(str, words)]), Where(server.base_url, "scripted"), "x")
         value = study.run("nlu", "B search", ARMS["B search"], 0, 10)
     assert "no room" in value["refused"] and server.bodies == [] and not finished([value])
+
+
+@pytest.mark.integration
+def test_pools_grow_and_rewriters_are_tuned_within_the_budget(tmp_path: Path, tiny_model: Path) -> None:
+    def answer(body: Any) -> str:
+        is_reflection = "Write a better instruction" in body["messages"][0]["content"]
+        return "Name the thing." if is_reflection else label_of(body)
+
+    with scripted_server(answer) as server:
+        words = [*OPTIONS, "--model", tiny_model, "--cloud", server.base_url, "--cells", tmp_path / "cells"]
+        words += ["--num-steps", 6, "--grow-every", 1, "--num-train", 4]
+        study = Study(make_parser("x", "", "").parse_args([*map(str, words)]), Where(server.base_url, "scripted"), "x")
+        grown = study.run("nlu", "H grown", ARMS["H grown"], 0, 20_000)
+        tuned = study.run("nlu", "J tuned", ARMS["J tuned"], 0, 20_000)
+    (growth,) = grown["notes"]["growths"]
+    assert growth["num_written"] == 1 and growth["joined"] in (["Name the thing."], [])
+    assert tuned["notes"]["rewriter"]["rounds"][0]["num_requests"] == 2
+    assert all(run["train"]["tokens_in"] + run["train"]["tokens_out"] <= 20_000 for run in (grown, tuned))
+    assert grown["leaks"]["leak_rate"] == tuned["leaks"]["leak_rate"] == 0

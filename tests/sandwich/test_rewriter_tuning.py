@@ -1,8 +1,9 @@
-"""Tuning the edge before the cloud: what is asked, what is accepted, what it learns, what never leaves, what it costs."""
+"""Tuning the edge before the cloud: what is asked, accepted and learnt, what never leaves, what it costs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from cotune.sandwich.rewriter_tuning import RewriterConfig, questions_of, tune_r
 from cotune.sandwich.sent_log import SentLog
 
 EXAMPLES = [PrivateExample(f"{n}: where does Ann Lee live?", "Paris", ("Ann Lee",)) for n in range(4)]
-CONFIG = RewriterConfig(num_rounds=2, num_samples=3, num_batch_examples=2, num_steps=2, x_rate=0.5)
+CONFIG = RewriterConfig(num_rounds=2, num_samples=3, num_batch_examples=2, num_steps=2, x_rate=0.5, max_share=1)
 
 
 class Edge:
@@ -102,6 +103,15 @@ def test_a_budget_that_ends_keeps_what_was_learnt_and_going_on_pays_once(tmp_pat
     assert len(set(digests)) == len(digests) and len(whole.rounds) == 2
 
 
+def test_it_leaves_a_share_of_the_budget_for_what_comes_after(tmp_path: Path) -> None:
+    cloud, half = MemoryCloud(answer), replace(CONFIG, max_share=0.5)
+    found = tune(Edge(), gate_of(cloud, 6, tmp_path), half)
+    # Three calls are the first request and its two rewrites; then half of six is spent.
+    assert len(cloud.requests) == 3 and found.ended_by_budget and found.rounds[0].num_requests == 1
+    # Going on, answers that were paid for before count towards the share as they did then, and it ends at the same one.
+    assert tune(Edge(), gate_of(cloud, 6, tmp_path), half).rounds == found.rounds and len(cloud.requests) == 3
+
+
 def test_in_a_fit_it_comes_first_and_within_the_same_budget(tmp_path: Path) -> None:
     cloud, seen = MemoryCloud(answer), list[int]()
 
@@ -135,7 +145,7 @@ def test_what_a_rewriter_writes_is_a_question_a_line() -> None:
     assert questions_of("\n a?\n\nb?\n") == [" a?", "b?"]
 
 
-@pytest.mark.parametrize("options", [{"num_samples": 0}, {"temperature": 0.0}, {"margin": 1.0}])
+@pytest.mark.parametrize("options", [{"num_samples": 0}, {"temperature": 0.0}, {"margin": 1.0}, {"max_share": 0.0}])
 def test_tunings_that_cannot_be_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InputError):
         RewriterConfig(**options)  # type: ignore[arg-type]

@@ -2,8 +2,8 @@
 
 The other detectors know what is private and miss the rest; this one knows what is not. Looked at are the pieces between
 spaces, brackets, quotes, commas and signs of equality, without the marks around them: a piece may stay if all its words
-are on the list, whatever their case, and is replaced as a whole otherwise (`p@ssw0rd`, `12/04/2023`). What is private and made of common words alone stays: a name
-such as Will, a title. So the dictionary and `quoted` belong beside it.
+are on the list, whatever their case, and is replaced as a whole otherwise (`p@ssw0rd`, `12/04/2023`). What is private
+and made of common words alone stays: a name such as Will, a title. So the dictionary and `quoted` belong beside it.
 
 A list is learnt from texts of others than the user (`learn_common_words`): a word that many of them use tells of none.
 Only words in small letters count there, so that names do not get on it, and numbers of up to two digits.

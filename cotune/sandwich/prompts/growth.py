@@ -4,9 +4,9 @@ After GEPA (arXiv 2507.19457): the prompt that leads is shown with requests that
 better one is asked for, once for each new prompt, with other failures each time. Whoever is in the pool then races on
 one draw of training examples (`cotune.sandwich.prompts.race`), and as many as there may be are left.
 
-The model that reflects is the cloud itself, behind the same door, so that budget, cache, ledger and log of what was sent
-hold for it too. It reads redacted requests and its own answers, redacted once more; which answers were wanted is shown
-where the user says so, since targets stay here otherwise. A prompt that it writes and in which a detector finds
+The model that reflects is the cloud itself, behind the same door, so that budget, cache, ledger and log of what was
+sent hold for it too. It reads redacted requests and its own answers, redacted once more; which answers were wanted is
+shown where the user says so, since targets stay here otherwise. A prompt that it writes and in which a detector finds
 something, or a placeholder stands, is thrown away.
 """
 
@@ -116,7 +116,9 @@ class PoolGrowth:
     @property
     def _pool(self) -> PromptPool:
         if not isinstance(self._problem.variable, PromptPool):
-            raise InputError("a pool shall grow and the prompt variable is none, expected a PromptPool; leave growth out")
+            raise InputError(
+                "a pool shall grow and the prompt variable is none, expected a PromptPool; leave growth out"
+            )
         return self._problem.variable
 
     def __call__(self, x: Vector, y: Vector, keep: Sequence[int]) -> list[int | None] | None:

@@ -171,7 +171,9 @@ def test_numbers_that_are_none_are_refused() -> None:
         solve(problem, np.zeros(DIM_X), np.zeros(DIM_Y), CONFIG)
 
 
-@pytest.mark.parametrize("name", ["constraint", "form", "x_rule", "tolerance", "penalty", "num_steps", "refresh_every", "grow_every"])
+@pytest.mark.parametrize(
+    "name", ["constraint", "form", "x_rule", "tolerance", "penalty", "num_steps", "refresh_every", "grow_every"]
+)
 def test_settings_that_cannot_be_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=name):
         SolveConfig(**{name: -1})

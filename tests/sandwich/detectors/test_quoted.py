@@ -14,7 +14,7 @@ from cotune.sandwich.detectors.quoted import QuotedDetector
         ("\u201cone\u201d \u201etwo\u201c \u00abthree\u00bb \u2018four\u2019", ["one", "two", "three", "four"]),
         ("it's Ann's, don't 'hush 7', isn't", ["hush 7"]),
         ('" spaced " and ""', ["spaced"]),
-        ('{"name": "Ann", \'id\' : \'x\'}', ["Ann", "x"]),
+        ("{\"name\": \"Ann\", 'id' : 'x'}", ["Ann", "x"]),
         ('the word "foo": two', ["foo"]),
         ('an "open quote\nends" not', []),
         ('"..." and "' + "x" * 200 + '"', []),
