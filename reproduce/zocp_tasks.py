@@ -150,7 +150,11 @@ def verdicts(runs: Mapping[str, Sequence[Value]]) -> dict[str, Any]:
         raw = score_of(runs["raw"]).mean
         found["utility against raw"] = {"difference": gap, "holds": gap.mean >= -0.02 * raw}
     if ours[0]["leaks"]["units"]:
-        for key, name in (("no unit leaks", "leak_rate"), ("no unit leaks beside what is public", "leak_rate_own")):
+        for key, name in (
+            ("no unit leaks", "leak_rate"),
+            ("no unit leaks beside what is public", "leak_rate_own"),
+            ("no unit leaks as words", "leak_words"),
+        ):
             rate = column(ours, "leaks", name)
             found[key] = {"leak_rate": rate, "units": ours[0]["leaks"]["units"], "holds": rate == 0}
     return found
@@ -188,6 +192,7 @@ def table_of(task: str, runs: Mapping[str, Sequence[Value]]) -> Html:
         "most memory, MB": [_memory(runs[name]) for name in names],
         "leaks, %": [cell(name, "leaks", "leak_rate", scale=100, digits=2) for name in names],
         "of the user, %": [cell(name, "leaks", "leak_rate_own", scale=100, digits=2) for name in names],
+        "as words, %": [cell(name, "leaks", "leak_words", scale=100, digits=2) for name in names],
         "any leak, %": [cell(name, "leaks", "any_leak", scale=100, digits=1) for name in names],
     }
     return Html(
@@ -394,7 +399,8 @@ def deviations_of(study: Study) -> list[str]:
         "that choice, and but for J tuned an edge that was not tuned to rewrite.",
         "Memory is what an arm held at most beyond the loaded models, learning and answering, as the resident set of "
         "one process tells it: an upper bound, rough where models are small.",
-        "Leaks of the user are those outside of the descriptions of tools, which are the cloud's own.",
+        "Leaks of the user are those outside of the descriptions of tools, which are the cloud's own; as words, without "
+        "pieces of longer words and values that only appear where spaces are left out.",
         "An arm may leave some of its tokens unspent: a request is only sent if the most it could cost fits.",
         "Arms without a cloud learn with as many operations of the edge as H, or more by at most a step.",
         "Latency is that of one request after the other, on this machine and to this cloud.",

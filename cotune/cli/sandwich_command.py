@@ -41,7 +41,7 @@ def redact(
         str | None,
         typer.Option(
             help="Names with commas: email, phone, iban, card, ip, url, key, dictionary, id, quoted, unlisted, "
-            "presidio, gliner. All up to key if left out, dictionary if there is one, and the next three with --allow-list."
+            "presidio, gliner. All up to key if left out, dictionary if there is one, the next three with --allow-list."
         ),
     ] = None,
     dictionary: Annotated[

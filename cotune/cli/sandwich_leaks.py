@@ -125,6 +125,7 @@ def _as_text(found: LeakMetrics, beside: float, guessed: InversionResult | None)
         f"any_leak        {shares['any_leak']:.2%} of {found.num_requests:,} requests have one",
         f"of the user     {shares['leak_rate_own']:.2%}, {shares['leak_fuzzy_own']:.2%}, {shares['any_leak_own']:.2%} "
         "outside of the pieces that DATA calls public",
+        f"as words        {shares['leak_words']:.2%} of the values, there and as words of their own",
         f"over_redaction  {beside:.2%} of the other words are missing in a request",
     ]
     if guessed is not None:

@@ -213,7 +213,7 @@ class FitResult:
                 f"coupling    {looks.coupling:.2g}"
                 + ("; the edge has no part in it, so the prompt was chosen first" if self.is_sequential else ""),
                 f"leaks       {leaks['leak_rate']:.2%} of {leaks['units']} marked values in all that was sent, "
-                f"{leaks['leak_rate_own']:.2%} outside of what is public",
+                f"{leaks['leak_words']:.2%} as words of their own outside of what is public",
                 *self._race_text(),
                 *self._growth_text(),
                 f"ended       by {self.reason}, after {looks.step} steps",

@@ -11,6 +11,11 @@ Each of the three also with `_own`: of what was sent without the pieces that are
 the cloud's own tools. `newpass` stands in the parameter new_password of every such description, whoever asks; the first
 count takes that for a leak of the user who chose this word, since it reads bytes and nothing else. The second does not,
 and still counts the word wherever else it stands.
+
+    leak_words   share of units that stand, outside of what is public, as words of their own
+
+The counts above leave out spaces, so that no way to part a value hides it; so they also find `newpass` in "your new
+password?", and John in Johnson. The last one does not: how far it is below them is what such chance comes to.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ class LeakMetrics:
         leaked_own: those that stand there outside of what is public.
         num_leaked, num_fuzzy, num_any: of units, of units by their words, of requests.
         num_fuzzy_own: outside of what is public.
+        leaked_words: units that stand there as words of their own, by request.
     """
 
     num_units: int
@@ -52,6 +58,7 @@ class LeakMetrics:
     num_fuzzy: int
     leaked_own: tuple[tuple[str, ...], ...]
     num_fuzzy_own: int
+    leaked_words: tuple[tuple[str, ...], ...]
 
     def __repr__(self) -> str:
         return f"LeakMetrics({self.to_json()})"
@@ -76,6 +83,7 @@ class LeakMetrics:
             "leak_rate_own": sum(map(len, self.leaked_own)) / units,
             "leak_fuzzy_own": self.num_fuzzy_own / units,
             "any_leak_own": sum(map(bool, self.leaked_own)) / requests,
+            "leak_words": sum(map(len, self.leaked_words)) / units,
         }
 
 
@@ -103,11 +111,14 @@ def measure_leaks(units: Sequence[Sequence[str]], sent: Iterable[str], public: I
     views = [view.casefolded().text for payload in sent for view in fold_views(payload, is_json=True)]
     leaked, num_fuzzy = _leaks_in(units, views)
     pieces = {form for text in public for form in (_folded(text), _folded(_as_json(text))) if form.strip()}
-    leaked_own, num_fuzzy_own = leaked, num_fuzzy
+    leaked_own, num_fuzzy_own, own = leaked, num_fuzzy, views
     if pieces:
         # The longest first: a shorter one may be a part of it.
         public_text = re.compile("|".join(map(re.escape, sorted(pieces, key=len, reverse=True))))
-        leaked_own, num_fuzzy_own = _leaks_in(units, [public_text.sub("\0", view) for view in views])
+        own = [public_text.sub("\0", view) for view in views]
+        leaked_own, num_fuzzy_own = _leaks_in(units, own)
+    spaced = [" ".join(view.split()) for view in own]
+    leaked_words = tuple(tuple(unit for unit in of_one if _stands_alone(unit, spaced)) for of_one in leaked_own)
     return LeakMetrics(
         num_units=sum(map(len, units)),
         num_requests=len(units),
@@ -115,6 +126,7 @@ def measure_leaks(units: Sequence[Sequence[str]], sent: Iterable[str], public: I
         num_fuzzy=num_fuzzy,
         leaked_own=leaked_own,
         num_fuzzy_own=num_fuzzy_own,
+        leaked_words=leaked_words,
     )
 
 
@@ -131,6 +143,12 @@ def _leaks_in(units: Sequence[Sequence[str]], views: Sequence[str]) -> tuple[tup
         for unit in of_one
     )
     return leaked, num_fuzzy
+
+
+def _stands_alone(unit: str, spaced: Sequence[str]) -> bool:
+    """Whether a unit stands as words of its own in texts with one space between words."""
+    wanted = re.compile(rf"(?<!\w){re.escape(' '.join(_folded(unit).split()))}(?!\w)")
+    return any(wanted.search(text) for text in spaced)
 
 
 def _as_json(text: str) -> str:

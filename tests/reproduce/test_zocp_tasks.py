@@ -94,7 +94,7 @@ def run_of(score: float, **changes: Any) -> dict[str, Any]:
         "serve": {"tokens_in": 5, "tokens_out": 5},
         "latency_s": {"p50": 0.2, "p95": 0.3},
         "stages_s": {"merge": 0.1},
-        "leaks": {"leak_rate": 0.25, "leak_rate_own": 0.0, "units": 4},
+        "leaks": {"leak_rate": 0.25, "leak_rate_own": 0.0, "leak_words": 0.0, "units": 4},
         "notes": {},
     }
     return {**value, **changes}

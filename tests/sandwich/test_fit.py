@@ -69,7 +69,7 @@ def test_each_cell_is_paid_once_and_nothing_marked_leaves(tmp_path: Path) -> Non
     assert len({request.digest for request in cloud.requests}) == len(cloud.requests) == found.spent.calls == NUM_CELLS
     shares = dict.fromkeys(("leak_rate", "leak_fuzzy", "any_leak"), 0.0)
     assert found.leaks.to_json() == {
-        "units": 8, "requests": 12, **shares, **{f"{name}_own": 0.0 for name in shares}}  # fmt: skip
+        "units": 8, "requests": 12, "leak_words": 0, **shares, **{f"{name}_own": 0.0 for name in shares}}  # fmt: skip
     assert "Ann" not in (tmp_path / "sent.jsonl").read_text()
     shown = json.loads((tmp_path / "result.json").read_text())
     assert shown["prompt"] == PROMPTS[1] and shown["certificate"]["num_examples"] == 2

@@ -27,6 +27,7 @@ def test_leaks_by_hand() -> None:
         "leak_rate_own": 1 / 4,
         "leak_fuzzy_own": 2 / 4,
         "any_leak_own": 1 / 3,
+        "leak_words": 1 / 4,
     }
     assert "Ann" not in repr(found)
 
@@ -86,6 +87,15 @@ def test_what_is_public_is_told_apart_from_what_the_user_sent(said: str, num_own
     assert found.num_leaked == 1 == measure_leaks([["newpass"]], [payload]).num_leaked
     assert sum(map(len, found.leaked_own)) == num_own and found.to_json()["any_leak_own"] == num_own
     assert measure_leaks([["newpass"]], [payload]).leaked_own == (("newpass",),)
+
+
+@pytest.mark.parametrize(
+    ("said", "num_words"),
+    [("your new password?", 0), ("my newpassword", 0), ("it is NEWPASS.", 1), ("new_pass, newpass_2, n ewpass", 0)],
+)
+def test_chance_is_told_apart_from_words_of_their_own(said: str, num_words: int) -> None:
+    found = measure_leaks([["newpass"]], [json.dumps({"content": said})])
+    assert found.num_leaked == 1 and sum(map(len, found.leaked_words)) == num_words
 
 
 def test_a_piece_of_a_public_text_hides_nothing() -> None:

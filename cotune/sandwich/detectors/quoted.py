@@ -10,7 +10,15 @@ from collections.abc import Iterator
 
 from cotune.sandwich.finding import Finding
 
-_PAIRS = ('""', "\u201c\u201d", "\u201e\u201c", "\u201e\u201d", "\u00ab\u00bb", "\u00bb\u00ab", "\u2018\u2019")
+_PAIRS = (
+    ('"', '"'),
+    ("\u201c", "\u201d"),
+    ("\u201e", "\u201c"),
+    ("\u201e", "\u201d"),
+    ("\u00ab", "\u00bb"),
+    ("\u00bb", "\u00ab"),
+    ("\u2018", "\u2019"),
+)
 _MAX_CHARS = 100
 _QUOTED = re.compile(
     "|".join(f"{first}([^{first}{last}\n]{{1,{_MAX_CHARS}}}){last}" for first, last in _PAIRS)
