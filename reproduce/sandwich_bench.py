@@ -108,7 +108,9 @@ class Bench:
         """With the task's detectors, in this process; raw: one that finds nothing."""
         names = () if is_raw else self.task.detectors
         settings = DetectorSettings(
-            detectors=names or None, dictionary=self.task.own_words if "dictionary" in names else ()
+            detectors=names or None,
+            dictionary=self.task.own_words if "dictionary" in names else (),
+            allow_list=self.task.allow_list if "unlisted" in names else (),
         )
         return Redactor(finder=HereFinder({name: build_detector(name, settings) for name in names}))
 

@@ -24,14 +24,19 @@ from cotune.data.api_bank import OWN_WORDS, gold_units, parse_call
 from cotune.data.row_readers import read_jsonl
 from cotune.errors import InputError
 from cotune.evaluation import exact_match, token_f1
-from cotune.sandwich.detector_table import RULES
+from cotune.sandwich.detector_table import RULES, STRICT
 from cotune.sandwich.detectors.dictionary import DictionaryEntry
+from cotune.sandwich.detectors.unlisted import learn_common_words
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.text_problem import Metric
 
 PARTS = ("train", "validation", "test")
 TASKS = ("decomposition", "tools", "dialogue", "nlu")
 _NUM_TOOLS = 6
+_MIN_TEXTS = 5
+_WORD_FORM = re.compile(r"[^\W_]+")
+# Of the requests' own forms and of API-Bank's transcripts.
+_FORM_WORDS = "APIs Tools One of User AI API Request A B"
 _SEPARATORS = re.compile(r"\s*(?:,|;|->|\n)\s*")
 
 
@@ -62,6 +67,7 @@ class Task:
         max_tokens, max_new_tokens: of the cloud's and of the edge's answers.
         detectors: that look.
         own_words: the user's dictionary.
+        allow_list: strict, words that may stay; empty where all may that no detector finds.
     """
 
     name: str
@@ -75,9 +81,10 @@ class Task:
     max_new_tokens: int
     detectors: tuple[str, ...] = RULES
     own_words: tuple[DictionaryEntry, ...] = field(default=(), repr=False)
+    allow_list: tuple[str, ...] = field(default=(), repr=False)
 
 
-def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2") -> Task:
+def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2", is_strict: bool = False) -> Task:
     """A task by name.
 
     Args:
@@ -85,6 +92,8 @@ def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2") 
         root: folder of data sets; None for requests that cotune makes itself.
         sizes: how many.
         nlu: the data set of nlu.
+        is_strict: only words stay that several requests of the training part use, or that are public: in prompts, in
+            labels, in descriptions of tools.
 
     Raises:
         InputError: there is no such task, or too few examples.
@@ -108,6 +117,13 @@ def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2") 
     for part, limit in limits.items():
         if len(found[part]) < limit:
             raise InputError(f"{name} has {len(found[part])} examples to {part} with, expected {limit}; ask for fewer")
+    allowed: set[str] = set()
+    if is_strict:
+        public = [_FORM_WORDS, *prompts, *(text for rows in found.values() for each in rows for text in each.public)]
+        if name == "nlu":
+            public += [each.target for each in found["train"]]
+        allowed = {word.casefold() for text in public for word in _WORD_FORM.findall(text)}
+        allowed |= set(learn_common_words((each.request for each in found["train"]), min_texts=_MIN_TEXTS))
     rest = found["train"][sizes.num_train : sizes.num_train + sizes.num_unlabelled]
     is_made = root is None
     return Task(
@@ -118,7 +134,13 @@ def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2") 
         metric=metric,
         max_tokens=max_tokens,
         max_new_tokens=max_tokens,
-        detectors=(*RULES, *(["id"] if name == "tools" else []), *(["dictionary"] if words or is_made else [])),
+        detectors=(
+            *RULES,
+            *(["id"] if name == "tools" and not is_strict else []),
+            *(["dictionary"] if words or is_made else []),
+            *(STRICT if is_strict else []),
+        ),
+        allow_list=tuple(sorted(allowed)),
         own_words=tuple(DictionaryEntry((word,), "TERM") for word in sorted(words or _NAMES if is_made else words)),
     )
 

@@ -55,6 +55,7 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
     parser = study_parser(name, description, "examples:\n" + examples, data="folder with the data sets of the tasks")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
     parser.add_argument("--nlu", choices=("sst2", "trec"), default="sst2", help="data of nlu (default: %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="replace all but common and public words, too")
     parser.add_argument("--cloud", help="base URL of an OpenAI-compatible API; cotune's own on loopback if left out")
     parser.add_argument(
         "--cloud-model", default="starter", help="its name there, or the model to host (default: %(default)s)"
@@ -118,7 +119,7 @@ class Study:
                 num_test=args.num_test,
                 seed=seed,
             )
-            self._tasks[name, seed] = load_task(name, args.data_root, sizes, nlu=args.nlu)
+            self._tasks[name, seed] = load_task(name, args.data_root, sizes, nlu=args.nlu, is_strict=args.strict)
         return self._tasks[name, seed]
 
     def run(
@@ -256,7 +257,9 @@ def about_study(study: Study) -> dict[str, Any]:
 def digest_of(task: Task) -> str:
     """Of all texts of a task and of its prompts, so that a cell is never taken for that of other data."""
     parts = [(each.request, each.target) for part in (task.train, task.validation, task.test) for each in part]
-    told = repr((parts, task.unlabelled, task.prompts, task.detectors, task.max_tokens, len(task.own_words)))
+    told = repr(
+        (parts, task.unlabelled, task.prompts, task.detectors, task.max_tokens, len(task.own_words), task.allow_list)
+    )
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -399,11 +399,12 @@ def deviations_of(study: Study) -> list[str]:
         "that choice, and but for J tuned an edge that was not tuned to rewrite.",
         "Memory is what an arm held at most beyond the loaded models, learning and answering, as the resident set of "
         "one process tells it: an upper bound, rough where models are small.",
-        "Leaks of the user are those outside of the descriptions of tools, which are the cloud's own; as words, without "
-        "pieces of longer words and values that only appear where spaces are left out.",
+        "Leaks of the user are those outside of the descriptions of tools, which are the cloud's own; as words, "
+        "without pieces of longer words and values that only appear where spaces are left out.",
         "An arm may leave some of its tokens unspent: a request is only sent if the most it could cost fits.",
         "Arms without a cloud learn with as many operations of the edge as H, or more by at most a step.",
         "Latency is that of one request after the other, on this machine and to this cloud.",
+        *(["Strict: words that few requests of the training part use are replaced too."] if args.strict else []),
         *(["Requests are made by cotune, far too easy to tell arms apart."] if args.data_root is None else []),
     ]
 

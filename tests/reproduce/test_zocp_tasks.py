@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sandwich_arms import ARMS, LEARNING, WITH_FLOPS, best_threshold, medoid
+from sandwich_bench import Bench
 from sandwich_tasks import TASKS, Sizes, call_score, load_task, made_examples, tool_graph_f1
 from study_command import Command
 from zocp_cloud import GOOD, OPTIONS, label_of
@@ -56,6 +59,20 @@ def test_requests_of_the_public_sets(tmp_path: Path) -> None:
         load_task("nlu", tmp_path, Sizes(**{**vars(SIZES), "num_train": 4}), nlu="trec")
     with pytest.raises(InputError, match="is not there"):
         load_task("nlu", tmp_path / "none", SIZES)
+
+
+def test_strict_tasks_send_common_and_public_words_alone() -> None:
+    sizes = Sizes(**{**vars(SIZES), "num_train": 20})
+    plain, strict = (load_task("nlu", None, sizes, is_strict=is_strict) for is_strict in (False, True))
+    assert plain.allow_list == () and digest_of(plain) != digest_of(strict)
+    # Words of requests and of prompts, and labels; names are in no small letters.
+    assert {"writes", "classify", "lamp"} <= set(strict.allow_list) and "ann" not in strict.allow_list
+    bench: Any = SimpleNamespace(task=strict)
+    with Bench.redactor(bench) as redactor:
+        sent = redactor.request().redact("Zoe (zoe@example.org) writes: item 5, a lamp with 2 horns.").text
+    assert re.fullmatch(
+        r"<WORD_\d+> \(<EMAIL_\d+>\) writes: item <WORD_\d+>, a lamp with <WORD_\d+> <WORD_\d+>.", sent
+    )
 
 
 def test_a_test_part_is_the_same_for_all_seeds_and_a_training_part_is_not() -> None:
