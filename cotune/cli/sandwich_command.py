@@ -203,7 +203,7 @@ def read_settings(
             raise DataError(
                 "the dictionary has no entry, expected one a line, such as PERSON: Ann Lee", path=dictionary
             )
-    words = ()
+    words: tuple[str, ...] = ()
     if allow_list is not None:
         words = tuple(_decode(_read_bytes(allow_list, 1 << 24), str(allow_list)).split())
         if not words:

@@ -493,8 +493,8 @@ def _fingerprint(
     """Tells one run from another."""
     texts = [(each.request, each.target) for each in (*train, *validation)]
     prompts = variable.candidates(variable.start())
-    about = (pipeline.config, replace(config, cache_bytes=1), len(train), texts, type(variable).__name__, prompts)
-    about = (*about, is_rewriting)
+    settings = (pipeline.config, replace(config, cache_bytes=1), is_rewriting)
+    about = (*settings, len(train), texts, type(variable).__name__, prompts)
     return hashlib.sha256(repr(about).encode()).hexdigest()
 
 

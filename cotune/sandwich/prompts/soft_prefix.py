@@ -111,7 +111,7 @@ class SoftPrefix:
     def num_parameters(self) -> int:
         """Of the model, without the input embedding, which multiplies nothing."""
         embedding = self._model.get_input_embeddings().weight
-        return sum(each.numel() for each in self._model.parameters()) - embedding.numel()
+        return int(sum(each.numel() for each in self._model.parameters()) - embedding.numel())
 
     def _read(self, z: Vector, ids: Tensor) -> Tensor:
         model: PreTrainedModel = self._model
