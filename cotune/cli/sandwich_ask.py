@@ -100,9 +100,9 @@ def ask(
     text = read_text(file)
     config = PipelineConfig(model=name, max_tokens=max_tokens or (known.max_tokens if known else 256))
     with ExitStack() as stack:
-        merger = None
-        if known is not None and not dry_run:
-            merger = stack.enter_context(open_fitted_edge(known))
+        merger = rewriter = None
+        if known is not None and (known.is_rewriting or not dry_run):
+            merger, rewriter = stack.enter_context(open_fitted_edge(known))
         redactor = stack.enter_context(
             Redactor(read_settings(detectors, dictionary, allow_list), timeout_s=detector_timeout)
         )
@@ -115,7 +115,9 @@ def ask(
             retry=RetryRules(timeout_s=cloud_timeout),
         )
         chosen = known.prompt if known else prompt or ""
-        pipeline = Pipeline(redactor, gate, config, prompt=chosen, merger=merger)
+        if merger is not None:
+            merger.edge.count_in(gate.account)
+        pipeline = Pipeline(redactor, gate, config, prompt=chosen, rewriter=rewriter, merger=merger)
         if dry_run:
             _show_dry_run(pipeline, text, as_json)
             return

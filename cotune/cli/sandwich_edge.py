@@ -17,11 +17,11 @@ from cotune.errors import DataError, InputError
 if TYPE_CHECKING:
     from cotune.sandwich.bilevel.problem import Vector
     from cotune.sandwich.cost import Price
-    from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig
+    from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeMerger, EdgeRewriter
     from cotune.sandwich.openai_cloud import OpenAiCloud
 
 KEY_VARIABLE = "COTUNE_CLOUD_KEY"
-FITTED_FILE, ADAPTER_FOLDER = "sandwich.json", "adapter"
+FITTED_FILE, ADAPTER_FOLDER, REWRITER_FOLDER = "sandwich.json", "adapter", "rewriter"
 _MAX_FILE_BYTES = 1 << 22
 
 
@@ -108,6 +108,7 @@ class Fitted:
         edge: the edge model; None for none.
         template, max_new_tokens: of the edge.
         hosted: of a soft prompt, the model that reads it, as `HostedModel.to_json` gives it; None for a cloud.
+        is_rewriting: the edge works before the cloud too, with an adapter of its own.
     """
 
     folder: Path
@@ -118,6 +119,7 @@ class Fitted:
     template: str | None
     max_new_tokens: int | None
     hosted: dict[str, Any] | None = None
+    is_rewriting: bool = False
 
     def save(self) -> None:
         """Write `sandwich.json`."""
@@ -176,24 +178,28 @@ def open_edge(
 
 
 @contextmanager
-def open_fitted_edge(fitted: Fitted, *, dtype: str = "float32", device: str = "cpu") -> Iterator[Any]:
-    """The merger of a fitted sandwich; None where it has no edge model.
+def open_fitted_edge(
+    fitted: Fitted, *, dtype: str = "float32", device: str = "cpu"
+) -> Iterator[tuple[EdgeMerger | None, EdgeRewriter | None]]:
+    """The halves of a fitted sandwich: merger and rewriter; None for what it does not have.
 
     Raises:
         InputError: the edge model or its adapter cannot be loaded.
     """
     from cotune.models.adapter_folder import load_adapter
     from cotune.models.backbone import Backbone
-    from cotune.sandwich.edge_adapter import EdgeConfig, EdgeMerger, edge_adapter
+    from cotune.sandwich.edge_adapter import EdgeConfig, EdgeMerger, EdgeRewriter, edge_adapter
 
     if fitted.edge is None or fitted.template is None or fitted.max_new_tokens is None:
-        yield None
+        yield None, None
         return
     backbone = Backbone.from_pretrained(fitted.edge, dtype=dtype, device=device)
     adapter = load_adapter(fitted.folder / ADAPTER_FOLDER, backbone.model)
     config = EdgeConfig(template=fitted.template, max_new_tokens=fitted.max_new_tokens)
+    before = load_adapter(fitted.folder / REWRITER_FOLDER, backbone.model) if fitted.is_rewriting else None
     with edge_adapter(backbone, adapter, config) as edge:
-        yield EdgeMerger(edge, edge.start())
+        rewriter = None if before is None else EdgeRewriter(edge, edge.numbers_of(before))
+        yield EdgeMerger(edge, edge.start()), rewriter
 
 
 def metric_named(name: str) -> Callable[[str, Sequence[str]], float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -25,6 +26,7 @@ from cotune.cli.sandwich_ask import (
 from cotune.cli.sandwich_command import read_settings
 from cotune.cli.sandwich_edge import (
     ADAPTER_FOLDER,
+    REWRITER_FOLDER,
     Fitted,
     metric_named,
     open_edge,
@@ -32,6 +34,12 @@ from cotune.cli.sandwich_edge import (
 )
 from cotune.cli.sandwich_prompts import HostedModel, PromptOptions, make_variable, open_cloud_or_hosted
 from cotune.errors import InputError
+
+if TYPE_CHECKING:
+    from cotune.sandwich.edge_adapter import EdgeRewriter
+    from cotune.sandwich.examples import PrivateExample
+    from cotune.sandwich.pipeline import Pipeline
+    from cotune.sandwich.rewriter_tuning import TunedRewriter
 
 _REFRESH_EVERY = 5
 
@@ -75,6 +83,12 @@ def fit(
     edge: Annotated[
         str | None,
         typer.Option(help="Edge model, a folder, hub name or `starter`; left out, only the prompt is tuned."),
+    ] = None,
+    tune_rewriter: Annotated[
+        int | None,
+        typer.Option(
+            help="With --edge: first tune it to rewrite requests, so many rounds, on what the cloud answered."
+        ),
     ] = None,
     gradients: Annotated[
         str, typer.Option(help="Of the adapter: backprop, or zeroth_order for little memory.")
@@ -168,6 +182,8 @@ def fit(
         raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder")
     if grow_every is None and (pool_size is not None or show_targets):
         raise InputError("--pool-size or --show-targets is given without --grow-every, expected it too; add it")
+    if tune_rewriter is not None and edge is None:
+        raise InputError("--tune-rewriter is given without --edge, expected the model that rewrites; add it")
     score = metric_named(metric)
     if (hosted is not None) != (variable == "soft"):
         raise InputError(
@@ -238,9 +254,12 @@ def fit(
         if not as_json:
             stderr.print(projection.to_text(), markup=False, soft_wrap=True)
         edge_config = None
-        tuned = save = None
+        tuned = save = make_rewriter = None
+        rewriters: list[TunedRewriter] = []
         if edge is not None:
-            from cotune.sandwich.edge_adapter import EdgeConfig
+            from cotune.sandwich.edge_adapter import REWRITE_TEMPLATE, EdgeConfig, EdgeRewriter
+            from cotune.sandwich.rewriter_tuning import RewriterConfig
+            from cotune.sandwich.rewriter_tuning import tune_rewriter as tune
 
             edge_config = EdgeConfig(
                 max_new_tokens=max_new_tokens,
@@ -249,6 +268,13 @@ def fit(
                 seed=seed,
             )
             tuned, save = stack.enter_context(open_edge(edge, edge_config, rank=rank, seed=seed))
+            rewriting = RewriterConfig(num_rounds=tune_rewriter or 1, num_batch_examples=batch_size, seed=seed)
+
+            def make_rewriter(line: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> EdgeRewriter:
+                found = tune(tuned, line, tuned.start(), examples, score, REWRITE_TEMPLATE, rewriting, key=key)
+                rewriters.append(found)
+                return EdgeRewriter(tuned, found.x)
+
         advance = stack.enter_context(progress("fitting", enabled=not as_json))
 
         def told(seen: Refresh) -> None:
@@ -263,12 +289,15 @@ def fit(
             budget=budget,
             folder=out,
             edge=tuned,
+            make_rewriter=None if tune_rewriter is None else make_rewriter,
             config=config,
             resume=resume,
             on_refresh=told,
         )
         if save is not None:
             save(result.x, out / ADAPTER_FOLDER)
+            for each in rewriters:
+                save(each.x, out / REWRITER_FOLDER)
         Fitted(
             folder=out,
             model=name,
@@ -278,11 +307,14 @@ def fit(
             template=edge_config.template if edge_config else None,
             max_new_tokens=max_new_tokens if edge_config else None,
             hosted=described,
+            is_rewriting=bool(rewriters),
         ).save()
     if as_json:
-        print_json(result.to_json())
+        print_json({**result.to_json(), "rewriter": rewriters[0].to_json() if rewriters else None})
     else:
         stdout.print(result.to_text(), markup=False, soft_wrap=True)
+        for each in rewriters:
+            stdout.print(each.to_text(), markup=False, soft_wrap=True)
 
 
 def script(

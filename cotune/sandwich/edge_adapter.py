@@ -84,9 +84,7 @@ class EdgeAdapter:
         self._backbone, self._model, self.config = backbone, model, config
         self.count_in(account)
         self._shapes = {name: tensor.shape for name, tensor in fresh.params.items()}
-        self._start = np.concatenate(
-            [tensor.detach().double().cpu().numpy().ravel() for tensor in fresh.params.values()]
-        )
+        self._start = self.numbers_of(fresh)
         self._like = next(iter(fresh.params.values()))
         self._room = backbone.spec.max_context - fresh.num_virtual_tokens
         self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
@@ -100,6 +98,16 @@ class EdgeAdapter:
     def start(self) -> Vector:
         """The untrained adapter."""
         return self._start.copy()
+
+    def numbers_of(self, adapter: Attachable) -> Vector:
+        """Another adapter's numbers in this one's order: x where that one is to work.
+
+        Raises:
+            InputError: it is of another shape.
+        """
+        if {name: tensor.shape for name, tensor in adapter.params.items()} != self._shapes:
+            raise InputError("the adapter has other tensors than the edge's own, expected the same rank and layers")
+        return np.concatenate([adapter.params[name].detach().double().cpu().numpy().ravel() for name in self._shapes])
 
     def params(self, x: Vector) -> dict[str, Tensor]:
         """The adapter's tensors with these numbers."""

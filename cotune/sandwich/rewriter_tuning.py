@@ -120,6 +120,13 @@ class TunedRewriter:
         """All but x."""
         return {"rounds": [asdict(each) for each in self.rounds], "ended_by_budget": self.ended_by_budget}
 
+    def to_text(self) -> str:
+        """A line for people."""
+        asked, better = sum(each.num_requests for each in self.rounds), sum(each.num_accepted for each in self.rounds)
+        rewrites = sum(each.num_rewrites for each in self.rounds)
+        ended = "; then its share of the budget was spent" if self.ended_by_budget else ""
+        return f"rewriter    {better} of {asked} requests had a better one among {rewrites} rewrites{ended}"
+
 
 def tune_rewriter(
     edge: RewritingEdge,

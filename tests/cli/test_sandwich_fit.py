@@ -205,3 +205,20 @@ def test_a_pool_grows_where_it_is_asked_for(run: Callable[..., Any], data: Path)
         assert done.status == 0 and "'Say the capital.'" in done.out and "1 joined the pool" in done.out, done.err
         run(*fit_words(data, server, "--pool-size", 2)).check_refusal("without --grow-every")
     assert not any(b"ann" in body for body in server.bodies)
+
+
+def test_a_tuned_rewriter_is_saved_and_asks_before_the_cloud(
+    run: Callable[..., Any], data: Path, server: ScriptedServer
+) -> None:
+    few = ("--edge", "starter", "--steps", 1, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 2)
+    words = fit_words(data, server, *few, "--tune-rewriter", 1, "--limit", 2, "--certificate-share", 0)
+    done = run(*words, "--pay", "--budget-calls", 60)
+    assert done.status == 0 and "rewriter    " in done.out and "of 1 requests" in done.out, done.err
+    assert Fitted.load(data / "run").is_rewriting and (data / "run" / "rewriter").is_dir()
+    num_sent = len(server.bodies)
+    words = ["sandwich", "ask", data / "train.jsonl", "--cloud", server.base_url, "--fitted", data / "run", *SLOW]
+    shown = json.loads(run(*words, "--dry-run", "--json").out)
+    assert len(server.bodies) == num_sent and shown["would_send"]
+    answered = json.loads(run(*words, "--json").out)
+    assert answered["edge_flops"] > 0
+    run(*fit_words(data, server, "--tune-rewriter", 1)).check_refusal("without --edge")

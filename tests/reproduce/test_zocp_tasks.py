@@ -70,9 +70,7 @@ def test_strict_tasks_send_common_and_public_words_alone() -> None:
     bench: Any = SimpleNamespace(task=strict)
     with Bench.redactor(bench) as redactor:
         sent = redactor.request().redact("Zoe (zoe@example.org) writes: item 5, a lamp with 2 horns.").text
-    assert re.fullmatch(
-        r"<WORD_\d+> \(<EMAIL_\d+>\) writes: item <WORD_\d+>, a lamp with <WORD_\d+> <WORD_\d+>.", sent
-    )
+    assert re.fullmatch(r"<WORD_\d+> \(<EMAIL_\d+>\) writes: item <WORD_\d+>, a lamp with <WORD_\d+> <WORD_\d+>.", sent)
 
 
 def test_a_test_part_is_the_same_for_all_seeds_and_a_training_part_is_not() -> None:

@@ -73,6 +73,7 @@ def test_rewrites_that_are_answered_better_are_accepted_and_learnt() -> None:
     assert written == "Town?" and read.startswith("Ask: ") and "Ann" not in read and "<PERSON_" in read
     assert not any(b"Ann" in each.payload for each in cloud.requests)
     assert found.to_json()["rounds"][0]["num_accepted"] == 2
+    assert "4 of 4 requests had a better one among 8 rewrites" in found.to_text()
 
 
 def test_nothing_is_learnt_where_no_rewrite_is_better() -> None:
