@@ -114,7 +114,8 @@ def break_even(alone: Sequence[Value], ours: Sequence[Value]) -> str:
         ours
     )
     if saved <= 0:
-        return f"never faster than the cloud alone, which writes {-saved:.1f} tokens less ({here})"
+        less = f"{-saved:.1f} tokens less" if saved < 0 else "as many tokens"
+        return f"never faster than the cloud alone, which writes {less} ({here})"
     return f"slower here: {here}; faster from {1e3 * edge_s / saved:.1f} ms for a token of the cloud on"
 
 
@@ -129,7 +130,7 @@ def bytes_against_split(runs: Sequence[Value], width: int) -> str:
 
 
 def verdicts(runs: Mapping[str, Sequence[Value]]) -> dict[str, Any]:
-    """What the goals came to on one task."""
+    """What the goals came to on one task; nothing holds where nobody can do it."""
     found: dict[str, Any] = {}
     ours = runs.get(SANDWICH, [])
     if not finished(ours):
@@ -139,7 +140,7 @@ def verdicts(runs: Mapping[str, Sequence[Value]]) -> dict[str, Any]:
     if rivals:
         best = max(rivals, key=lambda name: rivals[name])
         gap = difference(ours, runs[best])
-        found["best rival"] = {"name": best, "difference": gap, "holds": gap.mean >= 0}
+        found["best rival"] = {"name": best, "difference": gap, "holds": gap.mean >= 0 and score_of(ours).mean > 0}
     for name, key in (("G penalty", "cuts less penalty"), ("D distilled", "sandwich less distillation")):
         if finished(runs.get(name, [])):
             gap = difference(ours, runs[name])
@@ -148,7 +149,7 @@ def verdicts(runs: Mapping[str, Sequence[Value]]) -> dict[str, Any]:
     if finished(runs.get("raw", [])):
         gap = difference(ours, runs["raw"])
         raw = score_of(runs["raw"]).mean
-        found["utility against raw"] = {"difference": gap, "holds": gap.mean >= -0.02 * raw}
+        found["utility against raw"] = {"difference": gap, "holds": gap.mean >= -0.02 * raw and raw > 0}
     if ours[0]["leaks"]["units"]:
         for key, name in (
             ("no unit leaks", "leak_rate"),
@@ -190,6 +191,9 @@ def table_of(task: str, runs: Mapping[str, Sequence[Value]]) -> Html:
         "p50, ms": [cell(name, "latency_s", "p50", scale=1e3) for name in names],
         "p95, ms": [cell(name, "latency_s", "p95", scale=1e3) for name in names],
         "most memory, MB": [_memory(runs[name]) for name in names],
+    }
+    leaking = {
+        "of units": [cell(name, "leaks", "units") for name in names],
         "leaks, %": [cell(name, "leaks", "leak_rate", scale=100, digits=2) for name in names],
         "of the user, %": [cell(name, "leaks", "leak_rate_own", scale=100, digits=2) for name in names],
         "as words, %": [cell(name, "leaks", "leak_words", scale=100, digits=2) for name in names],
@@ -197,7 +201,8 @@ def table_of(task: str, runs: Mapping[str, Sequence[Value]]) -> Html:
     }
     return Html(
         grid(f"{task}: score of 100, mean ± 95 %, and what learning took", "arm", names, columns)
-        + grid(f"{task}: one answer; leaks in all that was sent, learning included", "arm", names, serving)
+        + grid(f"{task}: one answer", "arm", names, serving)
+        + grid(f"{task}: leaks in all that was sent, learning included", "arm", names, leaking)
     )
 
 
@@ -342,7 +347,7 @@ def build(study: Study) -> Page:
                 },
             )
             + growth_table(task, runs)
-            + grid(f"{task}: is it faster than the cloud alone?", "arm", list(latency), {"": list(latency.values())})
+            + grid(f"{task}: is it faster than the cloud alone?", "arm", list(latency), {"p50": list(latency.values())})
             + bullets(refused)
         )
         sections.append(Section(name=task, short=task, heading=task, content=Html(content)))

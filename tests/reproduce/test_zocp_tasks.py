@@ -126,6 +126,8 @@ def test_verdicts_by_hand() -> None:
     assert any("cannot be told apart" in line for line in lines)
     assert "no unit leaks: 25.00 % of 4 units, missed" in lines
     assert "no unit leaks beside what is public: 0.00 % of 4 units, holds" in lines
+    nothing = verdicts({"H cuts": [run_of(0.0)], "A zero_shot": [run_of(0.0)], "raw": [run_of(0.0)]})
+    assert not nothing["best rival"]["holds"] and not nothing["utility against raw"]["holds"]
     assert verdicts({"H cuts": [{"refused": "no room"}]}) == {} and not finished([])
 
 
@@ -146,6 +148,7 @@ def test_the_break_even_by_hand() -> None:
     alone = [run_of(1.0, serve={"tokens_in": 5, "tokens_out": 15}, latency_s={"p50": 0.1, "p95": 0.1})]
     # 0.1 s of the edge against 10 tokens that the cloud does not write.
     assert "faster from 10.0 ms for a token" in break_even(alone, [run_of(1.0)])
+    assert "which writes as many tokens" in break_even([run_of(1.0, latency_s={"p50": 0.1, "p95": 0.1})], [run_of(1.0)])
     assert "never faster" in break_even([run_of(1.0, latency_s={"p50": 0.1, "p95": 0.1})], [run_of(1.0)])
     assert break_even([run_of(1.0)], [run_of(1.0, latency_s={"p50": 0.1, "p95": 1})]).startswith("faster here")
 
