@@ -125,7 +125,7 @@ def test_files_that_are_none(run: Callable[..., Any], mail: Path) -> None:
 def test_a_time_out_shows_nothing_of_the_text(
     run: Callable[..., Any], mail: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cotune.cli.sandwich_command.read_settings", lambda *_: _hanging())
+    monkeypatch.setattr("cotune.cli.sandwich_command.read_settings", lambda *_, **__: _hanging())
     mail.write_text("hang ann@example.org", encoding="utf-8")
     done = run("sandwich", "redact", mail, "--timeout", 1, "--save-map", mail.with_name("map"))
     done.check_refusal("took longer than 1 s, so nothing is sent", status=1)
