@@ -15,7 +15,7 @@ import torch
 from cells import Value
 from mean import Mean
 from page import Page, about_run
-from study_options import add_run_options, at_least_one, open_cells, plain_endings, results_of, study_parser
+from study_options import PERSONA, add_run_options, at_least_one, open_cells, plain_endings, results_of, study_parser
 from study_texts import persona_texts, with_training_texts
 
 from cotune.data import read_splits
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HERE = Path(__file__).parent
-PERSONA = "persona"
 # Part of the training texts that judges learning rates.
 SELECTION_SHARE = 0.2
 # The meaning of a cell: one more, and all are run again.

@@ -20,9 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 from cells import Value
-from federated_texts import IID, PERSONA, StudyTexts, device_names, read_texts, split_texts
+from federated_texts import IID, StudyTexts, device_names, read_texts, split_texts
 from page import Page, about_run
-from study_options import add_run_options, at_least_one, open_cells, plain_endings, positive, results_of, study_parser
+from study_options import (
+    PERSONA,
+    add_run_options,
+    at_least_one,
+    open_cells,
+    plain_endings,
+    positive,
+    results_of,
+    study_parser,
+)
 
 from cotune.cli.backbone_judging import judge_backbone
 from cotune.data.batches import EncodedExample

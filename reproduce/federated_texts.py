@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from study_options import PERSONA
 from study_texts import with_training_texts
 
 from cotune.data import DEMO_PERSONA, format_answer, format_request, read_splits
@@ -17,7 +18,6 @@ from cotune.data.templates import Example
 from cotune.errors import InputError
 from cotune.federation.simulation import MAX_LABELS
 
-PERSONA = "persona"
 IID, DIRICHLET, DOMAINS = "iid", "dirichlet", "domains"
 SPLITS = (IID, DIRICHLET, DOMAINS)
 ALPHA = 0.5

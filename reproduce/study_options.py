@@ -16,6 +16,8 @@ from cells import Cells, OutOfTimeError
 from cotune.errors import CotuneError
 
 HERE = Path(__file__).parent
+PERSONA = "persona"
+"""The data set that cotune makes."""
 
 
 class StudyParser(argparse.ArgumentParser):
@@ -111,14 +113,19 @@ def open_cells(args: argparse.Namespace) -> Cells:
 
 
 def results_of(args: argparse.Namespace, name: str) -> Path:
-    """Where the pages of a study go.
+    """Where the pages of a study go: a folder for each model, and for each choice of data sets but cotune's own.
 
     Example:
         >>> results_of(argparse.Namespace(out=None, model="models/small"), "spa_table2").parts[-3:]
         ('results', 'small', 'spa_table2')
+        >>> own = argparse.Namespace(out=None, model="models/small", datasets=["trec", "cola"])
+        >>> results_of(own, "federated_methods").parts[-2:]
+        ('small-trec+cola', 'federated_methods')
     """
     chosen: Path | None = args.out
-    return chosen or HERE / "results" / Path(args.model).name / name
+    datasets = getattr(args, "datasets", None) or [PERSONA]
+    where = Path(args.model).name + ("" if datasets == [PERSONA] else f"-{'+'.join(datasets)}")
+    return chosen or HERE / "results" / where / name
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from federated_texts import PERSONA, StudyTexts, read_texts, split_texts
+from federated_texts import StudyTexts, read_texts, split_texts
+from study_options import PERSONA
 
 from cotune.data.templates import Example
 from cotune.errors import InputError
