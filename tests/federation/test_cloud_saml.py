@@ -154,7 +154,7 @@ def test_what_was_folded_is_a_part_of_the_proxy(
     cloud = own.start()
     draw = np.random.default_rng(0)
     folded = {n: (0.1 * draw.standard_normal(a.shape)).astype(np.float32) for n, a in proxy_adapter.items()}
-    folds = {f"000001/{name}": array for name, array in folded.items()}
+    folds = {1: folded}
     losses = [
         own.tune(proxy=proxy_adapter, cloud=cloud, folds=one, told=[], round_number=1).shown["cloud_loss"]
         for one in ({}, folds)
