@@ -208,7 +208,8 @@ class _Learner:
 
 
 def _state_of(adapter: Arrays, model: PreTrainedModel, steps: LocalSteps) -> GradientState:
-    leaves = {name: torch.from_numpy(np.array(array)).to(model.device) for name, array in adapter.items()}
+    # Sorted, as the norm that gradients are clipped to is a sum, and a state from a checkpoint has another order.
+    leaves = {name: torch.from_numpy(np.array(adapter[name])).to(model.device) for name in sorted(adapter)}
     state = GradientState.start(leaves, weight_decay=0.0)
     take(state, steps)
     return state

@@ -329,7 +329,7 @@ class CoTuningDevice:
         readings: Callable[[int], ChunkReadings] | None,
     ) -> tuple[dict[str, NDArray[np.float32]], float]:
         """One of the two adapters learns, the other one is attached and frozen."""
-        leaves = {name: torch.from_numpy(np.array(array)).to(proxy.device) for name, array in learning.items()}
+        leaves = {name: torch.from_numpy(np.array(learning[name])).to(proxy.device) for name in sorted(learning)}
         state = GradientState.start(leaves, weight_decay=0.0)
         terms = [term_of(state.params)] + ([self._frozen_term(frozen, proxy)] if frozen else [])
         with low_rank_terms(proxy, terms, scale=self._scale):
