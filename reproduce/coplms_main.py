@@ -32,6 +32,7 @@ from coplms_contest import (
     ZERO_SHOT,
     CoPlmsStudy,
     make_parser,
+    options,
 )
 from coplms_memory import measured_peak
 from coplms_models import CLOUD, PROXY
@@ -530,6 +531,8 @@ def deviations(results: Results) -> list[str]:
         + ", ".join(f"{name} {results.rates[name]:g}" for name in results.searched)
         + ". Other numbers of devices use it too, and ablations that of ours.",
         *edge_notes({name: results.rates[name] for name in results.searched}, results.searched),
+        f"Adapters of ours travel in {options(results.study.args).bits} bits a number, those of other methods in float32, "
+        "as they were published; FedMKT's logits are float16 with int32 ids.",
         "Answers are one word or number, so that Rouge-L and EM differ only where a model writes more.",
         "Held at once are weights, gradients and optimiser state; activations are not counted."
         + " The peak of a round is all that a process took beyond what it had before, with the models that it loads: "

@@ -127,7 +127,7 @@ class RowCodes:
 
     @property
     def _middle(self) -> float:
-        return (2**self.bits - 1) / 2
+        return (float(1 << self.bits) - 1) / 2
 
 
 def dither_seed(round_number: int, what: str) -> int:

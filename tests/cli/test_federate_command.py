@@ -329,11 +329,12 @@ public = "{public}"
     return path
 
 
-def weights_in(*folders: Path) -> dict[str, bytes]:
-    """All tensors that a run left for others, by their place."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes() for folder in folders for file in folder.rglob("*.safetensors")
-    }
+def weights_of(out: Path) -> dict[str, bytes]:
+    """All tensors that a co-tuned run left but its checkpoints, by their place."""
+    run = out.with_name(f"{out.name}.run")
+    files = [*out.rglob("*.safetensors"), *(run / "cloud-adapter").rglob("*.safetensors")]
+    files += (run / "devices").rglob("*.safetensors")
+    return {str(file.relative_to(out.parent)).removeprefix(out.name): file.read_bytes() for file in files}
 
 
 @pytest.mark.integration
@@ -355,13 +356,11 @@ def test_a_killed_co_tuned_run_ends_with_the_same_weights(tmp_path: Path, run: A
     (tmp_path / "whole.run").mkdir()
     shutil.copy(tmp_path / "out.run" / "run.secret", tmp_path / "whole.run")
     assert run("federate", path, "--out", tmp_path / "whole", "--num-rounds", more).status == 0
-    left = [
-        weights_in(tmp_path / name, *((tmp_path / f"{name}.run" / one) for one in ("cloud-adapter", "devices")))
-        for name in ("out", "whole")
-    ]
-    # The last rounds' private adapters and small models too, and the small models as others load them.
-    assert sum("rounds" in name for name in left[0]) >= 4 and sum("model" in name for name in left[0]) >= 4
-    assert left[0].keys() == left[1].keys() and all(left[0][name] == left[1][name] for name in left[0])
+    found, expected = weights_of(out), weights_of(tmp_path / "whole")
+    # Private adapters and small models of the last rounds too.
+    told = {"/adapter_model", ".run/cloud-adapter/adapter_model", *(f".run/devices/{one}/model/model" for one in "ab")}
+    assert {f"{name}.safetensors" for name in told} <= found.keys() and len(found) == len(told) + 2 * 3
+    assert found.keys() == expected.keys() and all(found[name] == expected[name] for name in found)
 
 
 def test_devices_with_models_of_their_own_are_co_tuned(tmp_path: Path, run: Any) -> None:
