@@ -54,7 +54,8 @@ EXPECTED = {
     "device; at most 1.5 MB per device and round at a 0.5B-like proxy",
 }
 DEVICES = "devices"
-BARS = 6
+BARS = 5
+WORDS = {OWN: "own facts", CROSSED: "crossed facts", SKILLS: "skills", MIXED: "sums"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,7 +168,7 @@ def verdicts(rows: Mapping[str, Sequence[Value]]) -> list[str]:
             share = relative(means[OURS].mean, means[best].mean)
             reached = share is not None and share > MARGINS[metric] and (gain.low or 0) > 0
             said.append(
-                f"{where}, {words}: ours {worded(means[OURS], 1, 100)} %, the best other method, {best}, "
+                f"{where}, {words}: ours {worded(means[OURS], 1, 100)} %, the best other method ({best}) "
                 f"{worded(means[best], 1, 100)} %; {'' if share is None else f'{share:+.1f} % relative, '}"
                 f"{told_apart(gain)}; the margin of {MARGINS[metric]} % is {'reached' if reached else 'not reached'}."
             )
@@ -175,7 +176,7 @@ def verdicts(rows: Mapping[str, Sequence[Value]]) -> list[str]:
         best = min(rivals, key=lambda name, own=means: own[name].mean)
         less = less_of(rows, best, lambda one, w=who: bits_at(one["curve"][-1], w))
         said.append(
-            f"{where}, bits per byte: ours {worded(means[OURS], 3)}, the best other method, {best}, "
+            f"{where}, bits per byte: ours {worded(means[OURS], 3)}, the best other method ({best}) "
             f"{worded(means[best], 3)}; ours less theirs {worded(less, 3)}, {told_apart(less)}."
         )
     devices = sorted(filter(_is_device, rows[OURS][0]["parties"]))
@@ -283,10 +284,7 @@ def quality_grid(caption: str, head: str, rows: Mapping[str, Sequence[Value]], w
         head,
         list(rows),
         {
-            **({"own facts, EM %": em(OWN)} if who == DEVICES else {}),
-            "crossed facts, EM %": em(CROSSED),
-            "skills, EM %": em(SKILLS),
-            "sums, EM %": em(MIXED),
+            **{f"{WORDS[name]}, EM %": em(name) for name in SETS if who == DEVICES or name != OWN},
             "all, EM %": [em_over_sets(v, who) for v in rows.values()],
             "all, Rouge-L %": [
                 worded(mean_of(v, lambda one: over_sets(one, who, "rouge_l")), 1, 100) for v in rows.values()
@@ -354,7 +352,7 @@ def bars_of(num: int, rows: Mapping[str, Sequence[Value]]) -> list[Html]:
             f"em_{num}_{number}",
             "Exact match on devices by set of questions.",
             part,
-            {asked: [bar(name, asked) for name in part] for asked in sets},
+            {WORDS[asked]: [bar(name, asked) for name in part] for asked in sets},
             y_label="EM, %",
         )
         for number, part in enumerate(parts)
@@ -423,15 +421,18 @@ def rates_section(results: Results) -> Section:
         return "-" if factor not in found else "not finite" if (bits := found[factor]) is None else f"{bits:.3f}"
 
     content = grid(
-        "Bits per byte on questions of the search, by multiples of all learning rates; - was not run",
+        "Bits per byte on questions of the search, by multiples of all learning rates, - where it was not run; the "
+        "multiple that is used, and those of the options' steps",
         "method",
         list(results.rates),
         {
             **{f"{factor:g}": [said(name, factor) for name in results.rates] for factor in factors},
             "used": [f"{one:g}" if name in results.searched else "-" for name, one in results.rates.items()],
+            "steps of devices": [f"{results.factors[name][0]:.2f}" for name in results.rates],
+            "steps of the cloud": [f"{results.factors[name][1]:.2f}" for name in results.rates],
         },
     )
-    return Section(name="rates", short="Rates", heading="Learning rates", content=content)
+    return Section(name="rates", short="Rates", heading="Learning rates and steps", content=content)
 
 
 def build(study: CoPlmsStudy) -> Page:
@@ -515,24 +516,25 @@ def _plain(values: Sequence[Value]) -> list[Value]:
 
 def deviations(results: Results) -> list[str]:
     """Where this is another study than the paper's, and what its numbers mean."""
-    factors = ", ".join(f"{name} {one[0]:.2f} and {one[1]:.2f}" for name, one in results.factors.items())
+    # A comma in a name is none between names.
+    rates = {name.replace(",", ""): results.rates[name] for name in results.searched}
+    searched = {name.replace(",", ""): found for name, found in results.searched.items()}
     return [
         "Small models and made-up questions: numbers compare the methods with each other, and none with the paper's.",
         "Operations are tokens times parameters: 2 for a forward pass, 2 more for the way back by activations and 2 by "
         "the weights that learn; embeddings, products inside of attention, scans and optimisers are left out.",
-        f"Steps on devices and in the cloud are these multiples of the options': {factors}. {EQUAL} is {STANDALONE} "
-        "with that many; the centralised bound takes a multiple of its own.",
+        f"Steps are multiples of the options' at which a method computes as much as ours, see the table: '{EQUAL}' is "
+        f"'{STANDALONE}' with that many, and the centralised bound takes as many as there are devices, times those.",
         "A method whose devices do not train the cloud's model, or that has no cloud, leaves it as it was given.",
         "With FedAvg-LoRA, FlexLoRA and FedCoLLM what answers on a device is the proxy, which is larger than most "
         "small models here; with all others it is the device's own model.",
         "All learning rates of a method, of small models, the proxy's adapters and the cloud's, are one multiple of "
         f"the options', the best of a search with {results.study.args.devices[0]} devices on facts and texts that no "
-        "test has, which goes up and ends at the first that is worse: "
-        + ", ".join(f"{name} {results.rates[name]:g}" for name in results.searched)
-        + ". Other numbers of devices use it too, and ablations that of ours.",
-        *edge_notes({name: results.rates[name] for name in results.searched}, results.searched),
-        f"Adapters of ours travel in {options(results.study.args).bits} bits a number, those of other methods in float32, "
-        "as they were published; FedMKT's logits are float16 with int32 ids.",
+        "test has, which goes up and ends at the first that is worse, see the table. Other numbers of devices use it "
+        "too, and ablations that of ours.",
+        *edge_notes(rates, searched),
+        f"Adapters of ours travel in {options(results.study.args).bits} bits a number, those of others in float32, as "
+        "they were published; FedMKT's logits are float16 with int32 ids.",
         "Answers are one word or number, so that Rouge-L and EM differ only where a model writes more.",
         "Held at once are weights, gradients and optimiser state; activations are not counted."
         + " The peak of a round is all that a process took beyond what it had before, with the models that it loads: "

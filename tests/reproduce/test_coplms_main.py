@@ -10,7 +10,18 @@ import pytest
 from co_tuning import model_folder
 from co_tuning_scene import make_models
 from coplms_contest import ABLATIONS, EQUAL, METHODS, SEARCH_WORLD, CoPlmsStudy, solved
-from coplms_main import bits_within, mean_of, over_sets, parser, relative, score, total_bytes, verdicts, worded
+from coplms_main import (
+    bits_within,
+    cost_grid,
+    mean_of,
+    over_sets,
+    parser,
+    relative,
+    score,
+    total_bytes,
+    verdicts,
+    worded,
+)
 from study_command import Command
 
 
@@ -57,11 +68,19 @@ def test_the_best_other_method_at_equal_compute_is_what_counts() -> None:
     said = verdicts(rows)
     assert len(said) == 7 and said[-1] == "Of 1 devices ours has the best EM on 1: device-0."
     # (0.33 + 0.3375) / 2 against (0.3 + 0.3075) / 2, told apart as the gain is the same with both seeds.
-    assert "standalone, equal compute, 30.4" in said[1] and "+9.9 % relative, told apart" in said[1]
+    assert "standalone, equal compute) 30.4" in said[1] and "+9.9 % relative, told apart" in said[1]
     assert "is reached" in said[1] and "seqkd" in said[4] and "not reached" in said[4]
     assert "bits per byte: ours 1.000" in said[2] and "0.000 ± 0.000, not told apart with 2 seeds" in said[5]
     assert verdicts({"ours": rows["ours"], "centralised": rows["centralised"]}) == []
     assert relative(0.5, 0.0) is None
+
+
+def test_a_measured_peak_stands_beside_what_is_held() -> None:
+    costs = ("up", "down", "download", "gflop", "cloud_gflop", "held_mb", "device_s", "cloud_s")
+    rows = {name: [dict.fromkeys(costs, 1.0)] for name in ("ours", "zero-shot")}
+    told = str(cost_grid(rows, "method", {"ours": 12.34}))
+    assert "peak of a round, MB" in told and "12.3" in told
+    assert "peak" not in str(cost_grid(rows, "method")) + str(cost_grid(rows, "method", {}))
 
 
 def test_steps_are_solved_from_two_counts() -> None:
@@ -138,6 +157,6 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, 
     assert equal["up"] == equal["down"] == equal["download"] == 0 < ours["up"] < ours["download"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "2 devices" in page and "naive merge" in page and "Within the bytes of ours" in page
-    assert "Learning rates" in page and "peak of a round" not in page
+    assert "Learning rates and steps" in page and "peak of a round" not in page
     again, told = command("coplms_main", options)
     assert again == 0 and "coplms_main:" in printed and "coplms_main:" not in told
