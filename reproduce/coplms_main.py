@@ -306,7 +306,8 @@ def cost_grid(rows: Mapping[str, Sequence[Value]], head: str, peaks: Mapping[str
         return [worded(mean_of(v, lambda one: one[name]), digits, times) for v in rows.values()]
 
     return grid(
-        "What it cost: one device, and the cloud, over all rounds",
+        "What it cost: one device, and the cloud, over all rounds; memory held for weights, gradients and optimiser "
+        "state" + ", and the peak of a round" * bool(measured),
         head,
         list(rows),
         {
@@ -315,8 +316,8 @@ def cost_grid(rows: Mapping[str, Sequence[Value]], head: str, peaks: Mapping[str
             "proxy once, kB": column("download", 0, 1e-3),
             "device, GFLOP": column("gflop", 2),
             "cloud, GFLOP": column("cloud_gflop", 2),
-            "held at once, MB": column("held_mb", 2),
-            **({"peak of a round, MB": measured} if measured else {}),
+            "held, MB": column("held_mb", 2),
+            **({"peak, MB": measured} if measured else {}),
             "device, s": column("device_s", 1),
             "cloud, s": column("cloud_s", 1),
         },
@@ -524,7 +525,7 @@ def deviations(results: Results) -> list[str]:
         "Operations are tokens times parameters: 2 for a forward pass, 2 more for the way back by activations and 2 by "
         "the weights that learn; embeddings, products inside of attention, scans and optimisers are left out.",
         f"Steps are multiples of the options' at which a method computes as much as ours, see the table: '{EQUAL}' is "
-        f"'{STANDALONE}' with that many, and the centralised bound takes as many as there are devices, times those.",
+        f"'{STANDALONE}' with that many, and the centralised bound takes the options' as often as there are devices.",
         "A method whose devices do not train the cloud's model, or that has no cloud, leaves it as it was given.",
         "With FedAvg-LoRA, FlexLoRA and FedCoLLM what answers on a device is the proxy, which is larger than most "
         "small models here; with all others it is the device's own model.",

@@ -79,7 +79,7 @@ def test_a_measured_peak_stands_beside_what_is_held() -> None:
     costs = ("up", "down", "download", "gflop", "cloud_gflop", "held_mb", "device_s", "cloud_s")
     rows = {name: [dict.fromkeys(costs, 1.0)] for name in ("ours", "zero-shot")}
     told = str(cost_grid(rows, "method", {"ours": 12.34}))
-    assert "peak of a round, MB" in told and "12.3" in told
+    assert "peak, MB" in told and "12.3" in told
     assert "peak" not in str(cost_grid(rows, "method")) + str(cost_grid(rows, "method", {}))
 
 
@@ -157,6 +157,6 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, 
     assert equal["up"] == equal["down"] == equal["download"] == 0 < ours["up"] < ours["download"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "2 devices" in page and "naive merge" in page and "Within the bytes of ours" in page
-    assert "Learning rates and steps" in page and "peak of a round" not in page
+    assert "Learning rates and steps" in page and "peak, MB" not in page
     again, told = command("coplms_main", options)
     assert again == 0 and "coplms_main:" in printed and "coplms_main:" not in told
