@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from adaptation_study import best_rate
 from cells import Value
 from coplms_models import CLOUD, FAMILIES, MAX_TOKENS, PROXY, SIZES, SMALLER_PROXY, make_models
-from study_options import open_cells
+from federated_study import upwards
+from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive
 
 from cotune.data.domain_questions import DomainQuestions, generate_domains, generate_public
 from cotune.data.templates import Example
@@ -48,14 +51,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The meaning of a cell: one more, and all are run again.
-PROTOCOL = 1
+PROTOCOL = 2
 OWN, CROSSED, SKILLS, MIXED = "own", "crossed", "skills", "mixed"
 SETS = (OWN, CROSSED, SKILLS, MIXED)
 MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
-MAX_SEEDS = 10
-OURS, STANDALONE, EQUAL = "ours", "standalone", "standalone, equal compute"
+MAX_SEEDS = 9
+SEARCH_WORLD = MAX_SEEDS
+"""Seed of the facts and texts on which learning rates are searched, which no test has."""
+RATE_FACTORS = (0.5, 1.0, 2.0)
+ZERO_SHOT, OURS, STANDALONE, EQUAL = "zero-shot", "ours", "standalone", "standalone, equal compute"
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
-    "zero-shot": lambda args: ZeroShot(),
+    ZERO_SHOT: lambda args: ZeroShot(),
     STANDALONE: lambda args: Standalone(),
     EQUAL: lambda args: Standalone(),
     "fedavg-lora": lambda args: FederatedLora(),
@@ -68,10 +74,65 @@ METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     OURS: lambda args: CoTuned(options=options(args)),
     "centralised": lambda args: Centralised(),
 }
-BOUNDS = ("zero-shot", "centralised")
+BOUNDS = (ZERO_SHOT, "centralised")
 """Whose compute is what it is."""
 AT_BASE = (*BOUNDS, STANDALONE, OURS)
 """Who takes the steps of the options; all others take as many as make their devices and cloud work as much as ours."""
+
+
+def make_parser(name: str, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser with models, texts, amounts and learning rates.
+
+    Args:
+        name: of the study's file.
+        description: of the study.
+        examples: options, one line each.
+    """
+    made = StudyParser(
+        prog=f"python reproduce/{name}.py",
+        description=description,
+        epilog="examples:\n"
+        + "".join(f"  python reproduce/{name}.py {line}\n" for line in examples)
+        + "\nWithout --models, cotune makes small ones, once. Finished cells are kept in --cells and never run again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--models", type=Path, help="a folder with cloud, proxy, proxy-smaller, llama, gpt2 and mamba2 in it"
+    )
+    made.add_argument("--made", type=Path, default=Path("runs/coplms-models"), help="where made models go")
+    made.add_argument("--size", choices=SIZES, default="small", help="of made models (default: %(default)s)")
+    made.add_argument(
+        "--devices", type=at_least_one, nargs="+", default=[3, 1, 5], help="ablations use the first (default: 3 1 5)"
+    )
+    for option, default, what in (
+        ("--seeds", 3, "runs of every cell, each with facts of its own"),
+        ("--num-things", 8, "of each domain; three facts are known of each"),
+        ("--num-skills", 40, "training questions of skills on each device"),
+        ("--num-test", 40, "test questions of skills"),
+        ("--num-public", 80, "texts of the server"),
+        ("--rounds", 10, ""),
+        ("--local-steps", 20, "of each model on a device, in a round"),
+        ("--cloud-steps", 10, "of the cloud's model, in a round"),
+        ("--batch-size", 8, "texts in one step"),
+        ("--rank", 8, "of all adapters"),
+        ("--top-k", 32, "logits that FedMKT sends of each token"),
+    ):
+        made.add_argument(option, type=at_least_one, default=default, help=f"{what} (default: %(default)s)".strip())
+    for option, rate, whose in (
+        ("--rate", 1e-3, "small models"),
+        ("--adapter-rate", 5e-3, "adapters of the proxy"),
+        ("--cloud-rate", 2e-3, "the cloud's adapter"),
+    ):
+        made.add_argument(option, type=positive, default=rate, help=f"learning rate of {whose} (default: %(default)s)")
+    made.add_argument(
+        "--rate-factors",
+        type=positive,
+        nargs="+",
+        default=list(RATE_FACTORS),
+        help="searched for every method, times these learning rates (default: %(default)s)",
+    )
+    add_run_options(made, name)
+    return made
 
 
 def options(args: argparse.Namespace, **changes: Any) -> CoPlms:
@@ -146,6 +207,23 @@ class Questions:
         mixed = [one for domain in self.domains for one in domain.mixed]
         return {OWN: [], CROSSED: facts, SKILLS: self.domains[0].skills, MIXED: mixed}
 
+    def asked(self) -> set[str]:
+        """Every question of every test."""
+        return {
+            one.prompt for place in range(len(self.domains)) for own in self.of_device(place).values() for one in own
+        }
+
+    def without(self, prompts: set[str]) -> Questions:
+        """The same with none of these questions in any test."""
+
+        def left(examples: Sequence[Example]) -> list[Example]:
+            return [one for one in examples if one.prompt not in prompts]
+
+        domains = [
+            replace(one, facts=left(one.facts), skills=left(one.skills), mixed=left(one.mixed)) for one in self.domains
+        ]
+        return replace(self, domains=domains)
+
 
 class CoPlmsStudy:
     """The models, the texts and the cells.
@@ -159,12 +237,13 @@ class CoPlmsStudy:
         torch.set_num_threads(args.threads)
         self.name, self.args = name, args
         self.cells = open_cells(args)
-        folder = args.models
-        if folder is None:
-            known = [one for seed in range(MAX_SEEDS) for one in self._asked(self.questions(max(args.devices), seed))]
-            folder = make_models(args.made / args.size, SIZES[args.size], known=known)
+        self.folder = args.models
+        if self.folder is None:
+            worlds = [self.questions(max(args.devices), seed) for seed in (*range(MAX_SEEDS), SEARCH_WORLD)]
+            known = [one for world in worlds for one in self._asked(world)]
+            self.folder = make_models(args.made / args.size, SIZES[args.size], known=known)
         self.models = {
-            one: CausalModel(str(Path(folder) / one), args.dtype, args.device)
+            one: CausalModel(str(Path(self.folder) / one), args.dtype, args.device)
             for one in (CLOUD, PROXY, SMALLER_PROXY, *FAMILIES)
         }
         with self.models[CLOUD].loaded() as cloud:
@@ -196,6 +275,7 @@ class CoPlmsStudy:
         *,
         seed: int,
         factors: tuple[float, float] = (1.0, 1.0),
+        rate_factor: float = 1.0,
         num_rounds: int | None = None,
         proxy: str = PROXY,
         rank: int | None = None,
@@ -204,12 +284,13 @@ class CoPlmsStudy:
 
         Args:
             factors: of the steps on devices and in the cloud.
+            rate_factor: of all learning rates.
         """
         args, rank = self.args, rank or self.args.rank
 
         def steps(num: int, factor: float, rate: float) -> LocalSteps:
             own = max(1, round(num * factor))
-            return LocalSteps(num_steps=own, batch_size=args.batch_size, learning_rate=rate)
+            return LocalSteps(num_steps=own, batch_size=args.batch_size, learning_rate=rate * rate_factor)
 
         sites = {
             f"device-{place}": Site(
@@ -227,7 +308,7 @@ class CoPlmsStudy:
             cloud_steps=steps(args.cloud_steps, factors[1], args.cloud_rate),
             num_rounds=num_rounds or args.rounds,
             folder=folder,
-            adapter_rate=args.adapter_rate,
+            adapter_rate=args.adapter_rate * rate_factor,
             rank=rank,
             alpha=2.0 * rank,
             max_tokens=MAX_TOKENS,
@@ -275,21 +356,55 @@ class CoPlmsStudy:
             ours["cloud"], once["cloud"], twice["cloud"]
         )
 
+    def search(self, name: str) -> dict[float, float | None]:
+        """Bits per byte by multiples of all learning rates, with the first number of devices, up to the first that is
+        worse; None where a loss was not finite.
+
+        Facts and texts are of a world that no test has, and what is a question of any test is not asked.
+        """
+        num = self.args.devices[0]
+        factors = self.factors(name, num)
+
+        def bits(rate_factor: float) -> float | None:
+            value = self.cell(
+                {"what": "search", "method": name, "devices": num, "rate_factor": rate_factor},
+                lambda: self._searched(METHODS[name](self.args), num, factors=factors, rate_factor=rate_factor),
+            )
+            return None if value["diverged"] else float(value["bits"])
+
+        return upwards(self.args.rate_factors, bits)
+
+    def rate_factor(self, name: str) -> float:
+        """The best one of the search; what does not learn has none to search."""
+        return 1.0 if name == ZERO_SHOT else best_rate(self.search(name))
+
     def run(self, name: str, num_devices: int, seed: int) -> Value:
-        """A method at equal compute."""
-        factors = self.factors(name, num_devices)
-        key = {"what": "run", "method": name, "devices": num_devices, "seed": seed}
-        return self.cell(key, lambda: self._run(METHODS[name](self.args), num_devices, seed, factors=factors))
+        """A method at equal compute and its own learning rate."""
+        own = {"factors": self.factors(name, num_devices), "rate_factor": self.rate_factor(name)}
+        key = {"what": "run", "method": name, "devices": num_devices, "seed": seed, "rate_factor": own["rate_factor"]}
+        return self.cell(key, lambda: self._run(METHODS[name](self.args), num_devices, seed, **own))
 
     def ablate(self, name: str, num_devices: int, seed: int) -> Value:
-        """Ours with one thing changed, at the steps of the options."""
-        own = ABLATIONS[name]
+        """Ours with one thing changed, at the steps of the options and the learning rate of ours."""
+        own, rate_factor = ABLATIONS[name], self.rate_factor(OURS)
         method, rank = own.method(self.args), own.rank(self.args.rank)
         if own.share < 1:
             assert isinstance(method, CoTuned), "an ablation is of ours"
             method = replace(method, num_per_round=math.ceil(own.share * num_devices))
-        key = {"what": "ablation", "ablation": name, "devices": num_devices, "seed": seed}
-        return self.cell(key, lambda: self._run(method, num_devices, seed, rank=rank, proxy=own.proxy))
+        key = {"what": "ablation", "ablation": name, "devices": num_devices, "seed": seed, "rate_factor": rate_factor}
+        changes = {"rank": rank, "proxy": own.proxy, "rate_factor": rate_factor}
+        return self.cell(key, lambda: self._run(method, num_devices, seed, **changes))
+
+    def _searched(self, method: Contestant, num_devices: int, **changes: Any) -> Value:
+        """Bits per byte at the end: the mean of the devices' and the cloud's."""
+        tested = [self.questions(max(self.args.devices), seed) for seed in range(self.args.seeds)]
+        questions = self.questions(num_devices, SEARCH_WORLD).without({one for own in tested for one in own.asked()})
+        with TemporaryDirectory() as folder:
+            scene = self.scene(questions, Path(folder), seed=0, **changes)
+            (parties,) = deque(method.rounds(scene, Account()), maxlen=1)
+            devices = [bits_of(parties[f"device-{place}"], questions.of_device(place)) for place in range(num_devices)]
+            cloud = bits_of(parties[CLOUD], questions.of_all())
+        return {"bits": (sum(devices) / num_devices + cloud) / 2}
 
     def _run(self, method: Contestant, num_devices: int, seed: int, **changes: Any) -> Value:
         questions, account, curve = self.questions(num_devices, seed), Account(), []

@@ -2,8 +2,8 @@
 
 Questions of made-up domains tell apart what a device learnt from its own texts, what crossed from other devices'
 texts, which it never had, and what is a skill that all share. Every method but the bounds takes as many steps as make
-its devices and its cloud compute as much as ours do in a round, counted in tokens times parameters; bytes are those of
-whole messages, and the proxy's download is told beside them.
+its devices and its cloud compute as much as ours do in a round, counted in tokens times parameters, and has its own
+best learning rate; bytes are those of whole messages, and the proxy's download is told beside them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptation_study import edge_notes
 from cells import OutOfTimeError, Value
 from coplms_contest import (
     ABLATIONS,
@@ -28,14 +29,18 @@ from coplms_contest import (
     SETS,
     SKILLS,
     STANDALONE,
+    ZERO_SHOT,
     CoPlmsStudy,
+    make_parser,
+    options,
 )
-from coplms_models import CLOUD, PROXY, SIZES
+from coplms_memory import measured_peak
+from coplms_models import CLOUD, PROXY
 from lora_init import plots_of
 from mean import Mean
 from page import Page, about_run
 from result_folder import Point, grid, plot_groups
-from study_options import StudyParser, add_run_options, at_least_one, plain_endings, positive, results_of
+from study_options import plain_endings, results_of
 
 from cotune.errors import CotuneError, InputError
 from cotune.evaluation.markup import Html, bullets, join
@@ -49,52 +54,26 @@ EXPECTED = {
     "device; at most 1.5 MB per device and round at a 0.5B-like proxy",
 }
 DEVICES = "devices"
-BARS = 6
+BARS = 5
+WORDS = {OWN: "own facts", CROSSED: "crossed facts", SKILLS: "skills", MIXED: "sums"}
 
 
 def parser() -> argparse.ArgumentParser:
     """Of this command."""
-    made = StudyParser(
-        prog=f"python reproduce/{NAME}.py",
-        description=__doc__,
-        epilog="examples:\n"
-        f"  python reproduce/{NAME}.py --budget-minutes 30\n"
-        f"  python reproduce/{NAME}.py --size toy --devices 3 --seeds 1 --rounds 1 --local-steps 2 --cloud-steps 1\n"
-        f"  python reproduce/{NAME}.py --models my-models --devices 3\n"
-        "\nWithout --models, cotune makes small ones, once. Finished cells are kept in --cells and never run again.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    made = make_parser(
+        NAME,
+        __doc__ or "",
+        examples=(
+            "--budget-minutes 30",
+            "--size toy --devices 3 --seeds 1 --rounds 1 --local-steps 2 --cloud-steps 1",
+            "--models my-models --devices 3",
+        ),
     )
-    made.add_argument(
-        "--models", type=Path, help="a folder with cloud, proxy, proxy-smaller, llama, gpt2 and mamba2 in it"
-    )
-    made.add_argument("--made", type=Path, default=Path("runs/coplms-models"), help="where made models go")
-    made.add_argument("--size", choices=SIZES, default="small", help="of made models (default: %(default)s)")
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
     made.add_argument("--ablations", nargs="*", choices=ABLATIONS, default=list(ABLATIONS), help="(default: all)")
     made.add_argument(
-        "--devices", type=at_least_one, nargs="+", default=[3, 1, 5], help="ablations use the first (default: 3 1 5)"
+        "--measure-memory", action="store_true", help="of a device, in processes of their own; on Linux, or on CUDA"
     )
-    for name, default, what in (
-        ("--seeds", 3, "runs of every cell, each with facts of its own"),
-        ("--num-things", 8, "of each domain; three facts are known of each"),
-        ("--num-skills", 40, "training questions of skills on each device"),
-        ("--num-test", 40, "test questions of skills"),
-        ("--num-public", 80, "texts of the server"),
-        ("--rounds", 10, ""),
-        ("--local-steps", 20, "of each model on a device, in a round"),
-        ("--cloud-steps", 10, "of the cloud's model, in a round"),
-        ("--batch-size", 8, "texts in one step"),
-        ("--rank", 8, "of all adapters"),
-        ("--top-k", 32, "logits that FedMKT sends of each token"),
-    ):
-        made.add_argument(name, type=at_least_one, default=default, help=f"{what} (default: %(default)s)".strip())
-    for name, rate, whose in (
-        ("--rate", 1e-3, "small models"),
-        ("--adapter-rate", 5e-3, "adapters of the proxy"),
-        ("--cloud-rate", 2e-3, "the cloud's adapter"),
-    ):
-        made.add_argument(name, type=positive, default=rate, help=f"learning rate of {whose} (default: %(default)s)")
-    add_run_options(made, NAME)
     return made
 
 
@@ -189,7 +168,7 @@ def verdicts(rows: Mapping[str, Sequence[Value]]) -> list[str]:
             share = relative(means[OURS].mean, means[best].mean)
             reached = share is not None and share > MARGINS[metric] and (gain.low or 0) > 0
             said.append(
-                f"{where}, {words}: ours {worded(means[OURS], 1, 100)} %, the best other method, {best}, "
+                f"{where}, {words}: ours {worded(means[OURS], 1, 100)} %, the best other method ({best}) "
                 f"{worded(means[best], 1, 100)} %; {'' if share is None else f'{share:+.1f} % relative, '}"
                 f"{told_apart(gain)}; the margin of {MARGINS[metric]} % is {'reached' if reached else 'not reached'}."
             )
@@ -197,7 +176,7 @@ def verdicts(rows: Mapping[str, Sequence[Value]]) -> list[str]:
         best = min(rivals, key=lambda name, own=means: own[name].mean)
         less = less_of(rows, best, lambda one, w=who: bits_at(one["curve"][-1], w))
         said.append(
-            f"{where}, bits per byte: ours {worded(means[OURS], 3)}, the best other method, {best}, "
+            f"{where}, bits per byte: ours {worded(means[OURS], 3)}, the best other method ({best}) "
             f"{worded(means[best], 3)}; ours less theirs {worded(less, 3)}, {told_apart(less)}."
         )
     devices = sorted(filter(_is_device, rows[OURS][0]["parties"]))
@@ -241,6 +220,9 @@ class Results:
         self.runs: dict[int, dict[str, list[Value]]] = {}
         self.ablations: dict[str, list[Value]] = {}
         self.factors: dict[str, tuple[float, float]] = {}
+        self.rates: dict[str, float] = {}
+        self.searched: dict[str, dict[float, float | None]] = {}
+        self.peaks: dict[str, float] = {}
         self.refused: dict[str, str] = {}
         self.unfinished: list[str] = []
 
@@ -253,11 +235,28 @@ class Results:
                 if found := self._seeds(f"{name}, {num} devices", lambda s, a=name, b=num: self.study.run(a, b, s)):
                     self.runs.setdefault(num, {})[name] = found
                     if num == first:
-                        self.factors[name] = self.study.factors(name, num)
+                        self._tell(name)
             if num == first:
                 for name in args.ablations:
                     if found := self._seeds(f"ablation {name}", lambda s, a=name: self.study.ablate(a, first, s)):
                         self.ablations[name] = found
+
+    def _tell(self, name: str) -> None:
+        """At which steps and learning rate a method ran with the first number of devices, and its memory."""
+        self.factors[name] = self.study.factors(name, self.study.args.devices[0])
+        self.rates[name] = self.study.rate_factor(name)
+        if name == ZERO_SHOT:
+            return
+        self.searched[name] = self.study.search(name)
+        if self.study.args.measure_memory:
+            try:
+                key = {"what": "memory", "method": name}
+                measured = self.study.cell(key, lambda: measured_peak(self.study.args, self.study.folder, name))
+                self.peaks[name] = measured["peak_bytes"] / 1e6
+            except OutOfTimeError:
+                self.unfinished.append(f"memory of {name}")
+            except CotuneError as error:
+                self.refused[f"memory of {name}"] = str(error)
 
     def _seeds(self, what: str, run: Callable[[int], Value]) -> list[Value]:
         found = []
@@ -285,10 +284,7 @@ def quality_grid(caption: str, head: str, rows: Mapping[str, Sequence[Value]], w
         head,
         list(rows),
         {
-            **({"own facts, EM %": em(OWN)} if who == DEVICES else {}),
-            "crossed facts, EM %": em(CROSSED),
-            "skills, EM %": em(SKILLS),
-            "sums, EM %": em(MIXED),
+            **{f"{WORDS[name]}, EM %": em(name) for name in SETS if who == DEVICES or name != OWN},
             "all, EM %": [em_over_sets(v, who) for v in rows.values()],
             "all, Rouge-L %": [
                 worded(mean_of(v, lambda one: over_sets(one, who, "rouge_l")), 1, 100) for v in rows.values()
@@ -298,14 +294,20 @@ def quality_grid(caption: str, head: str, rows: Mapping[str, Sequence[Value]], w
     )
 
 
-def cost_grid(rows: Mapping[str, Sequence[Value]], head: str) -> Html:
-    """What a device, and the cloud, spent on the whole run."""
+def cost_grid(rows: Mapping[str, Sequence[Value]], head: str, peaks: Mapping[str, float] | None = None) -> Html:
+    """What a device, and the cloud, spent on the whole run.
+
+    Args:
+        peaks: MB that a device's round took at most, by method, where it was measured.
+    """
+    measured = [f"{peaks[name]:.1f}" if name in peaks else "-" for name in rows] if peaks else []
 
     def column(name: str, digits: int, times: float = 1.0) -> list[str]:
         return [worded(mean_of(v, lambda one: one[name]), digits, times) for v in rows.values()]
 
     return grid(
-        "What it cost: one device, and the cloud, over all rounds",
+        "What it cost: one device, and the cloud, over all rounds; memory held for weights, gradients and optimiser "
+        "state" + ", and the peak of a round" * bool(measured),
         head,
         list(rows),
         {
@@ -314,15 +316,16 @@ def cost_grid(rows: Mapping[str, Sequence[Value]], head: str) -> Html:
             "proxy once, kB": column("download", 0, 1e-3),
             "device, GFLOP": column("gflop", 2),
             "cloud, GFLOP": column("cloud_gflop", 2),
-            "held at once, MB": column("held_mb", 2),
+            "held, MB": column("held_mb", 2),
+            **({"peak, MB": measured} if measured else {}),
             "device, s": column("device_s", 1),
             "cloud, s": column("cloud_s", 1),
         },
     )
 
 
-def devices_section(num: int, rows: Mapping[str, Sequence[Value]]) -> Section:
-    """All methods with one number of devices."""
+def devices_section(num: int, rows: Mapping[str, Sequence[Value]], peaks: Mapping[str, float]) -> Section:
+    """All methods with one number of devices; `peaks` as for `cost_grid`."""
     content = [
         quality_grid("On devices, means over devices and seeds", "method", rows, DEVICES),
         *bars_of(num, rows),
@@ -331,7 +334,7 @@ def devices_section(num: int, rows: Mapping[str, Sequence[Value]]) -> Section:
     with_proxy = {name: v for name, v in rows.items() if PROXY in v[0]["parties"]}
     if with_proxy:
         content.append(quality_grid("The proxy with what travels", "method", with_proxy, PROXY))
-    content += [cost_grid(rows, "method"), bytes_part(num, rows)]
+    content += [cost_grid(rows, "method", peaks), bytes_part(num, rows)]
     heading = f"{num} device{'s' if num > 1 else ''}"
     return Section(name=f"devices-{num}", short=heading, heading=heading, content=join(content))
 
@@ -350,7 +353,7 @@ def bars_of(num: int, rows: Mapping[str, Sequence[Value]]) -> list[Html]:
             f"em_{num}_{number}",
             "Exact match on devices by set of questions.",
             part,
-            {asked: [bar(name, asked) for name in part] for asked in sets},
+            {WORDS[asked]: [bar(name, asked) for name in part] for asked in sets},
             y_label="EM, %",
         )
         for number, part in enumerate(parts)
@@ -410,6 +413,29 @@ def ablation_section(results: Results, num: int) -> Section:
     return Section(name="ablations", short="Ablations", heading=f"Ablations, {num} devices", content=join(content))
 
 
+def rates_section(results: Results) -> Section:
+    """At which learning rate each method ran, and what the search said."""
+    factors = sorted({one for found in results.searched.values() for one in found})
+
+    def said(name: str, factor: float) -> str:
+        found = results.searched.get(name, {})
+        return "-" if factor not in found else "not finite" if (bits := found[factor]) is None else f"{bits:.3f}"
+
+    content = grid(
+        "Bits per byte on questions of the search, by multiples of all learning rates, - where it was not run; the "
+        "multiple that is used, and those of the options' steps",
+        "method",
+        list(results.rates),
+        {
+            **{f"{factor:g}": [said(name, factor) for name in results.rates] for factor in factors},
+            "used": [f"{one:g}" if name in results.searched else "-" for name, one in results.rates.items()],
+            "steps of devices": [f"{results.factors[name][0]:.2f}" for name in results.rates],
+            "steps of the cloud": [f"{results.factors[name][1]:.2f}" for name in results.rates],
+        },
+    )
+    return Section(name="rates", short="Rates", heading="Learning rates and steps", content=content)
+
+
 def build(study: CoPlmsStudy) -> Page:
     """Measure what is missing and show what there is."""
     args, results = study.args, Results(study)
@@ -432,10 +458,11 @@ def build(study: CoPlmsStudy) -> Page:
             heading="Ours against the best other method at equal compute or less",
             content=bullets([f"{num} devices. {one}" for num, own in said.items() for one in own]),
         ),
-        *(devices_section(num, rows) for num, rows in results.runs.items()),
+        *(devices_section(num, rows, results.peaks if num == first else {}) for num, rows in results.runs.items()),
     ]
     if results.ablations:
         sections.append(ablation_section(results, args.devices[0]))
+    sections.append(rates_section(results))
     if results.refused:
         reasons = grid("What the product said", "what", list(results.refused), {"reason": [*results.refused.values()]})
         sections.append(Section(name="refused", short="Refused", heading="Not run", content=reasons))
@@ -448,6 +475,9 @@ def build(study: CoPlmsStudy) -> Page:
             "ablations": {name: _plain(v) for name, v in results.ablations.items()},
             "summary": {num: {name: summarise(v) for name, v in rows.items()} for num, rows in results.runs.items()},
             "factors": results.factors,
+            "rates": results.rates,
+            "search": results.searched,
+            "peaks_mb": results.peaks,
             "refused": results.refused,
             "said": said,
         },
@@ -487,19 +517,30 @@ def _plain(values: Sequence[Value]) -> list[Value]:
 
 def deviations(results: Results) -> list[str]:
     """Where this is another study than the paper's, and what its numbers mean."""
-    factors = ", ".join(f"{name} {one[0]:.2f} and {one[1]:.2f}" for name, one in results.factors.items())
+    # A comma in a name is none between names.
+    rates = {name.replace(",", ""): results.rates[name] for name in results.searched}
+    searched = {name.replace(",", ""): found for name, found in results.searched.items()}
     return [
         "Small models and made-up questions: numbers compare the methods with each other, and none with the paper's.",
         "Operations are tokens times parameters: 2 for a forward pass, 2 more for the way back by activations and 2 by "
         "the weights that learn; embeddings, products inside of attention, scans and optimisers are left out.",
-        f"Steps on devices and in the cloud are these multiples of the options': {factors}. {EQUAL} is {STANDALONE} "
-        "with that many; the centralised bound takes a multiple of its own.",
+        f"Steps are multiples of the options' at which a method computes as much as ours, see the table: '{EQUAL}' is "
+        f"'{STANDALONE}' with that many, and the centralised bound takes the options' as often as there are devices.",
         "A method whose devices do not train the cloud's model, or that has no cloud, leaves it as it was given.",
         "With FedAvg-LoRA, FlexLoRA and FedCoLLM what answers on a device is the proxy, which is larger than most "
         "small models here; with all others it is the device's own model.",
-        "One learning rate for all small models, one for adapters of the proxy, one for the cloud's: none is searched.",
+        "All learning rates of a method, of small models, the proxy's adapters and the cloud's, are one multiple of "
+        f"the options', the best of a search with {results.study.args.devices[0]} devices on facts and texts that no "
+        "test has, which goes up and ends at the first that is worse, see the table. Other numbers of devices use it "
+        "too, and ablations that of ours.",
+        *edge_notes(rates, searched),
+        f"Adapters of ours travel in {options(results.study.args).bits} bits a number, those of others in float32, as "
+        "they were published; FedMKT's logits are float16 with int32 ids.",
         "Answers are one word or number, so that Rouge-L and EM differ only where a model writes more.",
-        "Held at once are weights, gradients and optimiser state; activations are not counted.",
+        "Held at once are weights, gradients and optimiser state; activations are not counted."
+        + " The peak of a round is all that a process took beyond what it had before, with the models that it loads: "
+        "the largest device's, of two steps with its longest texts, in the middle one of three processes."
+        * bool(results.peaks),
         "Crossed facts are those of the other devices' domains; with one device there are none.",
         f"Cells of protocol {PROTOCOL}; intervals are Student's over seeds, each with facts and texts of its own.",
     ]

@@ -10,6 +10,7 @@ import numpy as np
 from toy_federation import ToyModel, toy_adapter
 
 from cotune.federation.algorithm import Algorithm, Combine, Job
+from cotune.federation.array_layout import LAYOUT
 from cotune.federation.arrays import Arrays
 from cotune.federation.coordinator import Coordinator, Progress, RoundRules
 from cotune.federation.descend import descend
@@ -32,7 +33,8 @@ STEPS = LocalSteps(num_steps=4, batch_size=4, learning_rate=0.1, optimizer="sgd"
 
 def _with_steps(job: Job) -> Job:
     own = {name.removeprefix("proxy."): one for name, one in job.settings.items() if name.startswith("proxy.")}
-    return replace(job, settings=own | {"trained": "*"})
+    arrays = {name: array for name, array in job.arrays.items() if name != LAYOUT}
+    return replace(job, arrays=arrays, settings=own | {"trained": "*"})
 
 
 @dataclass

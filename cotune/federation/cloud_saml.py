@@ -13,7 +13,7 @@ where they are better, by the same gate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -108,7 +108,13 @@ class CloudSaml:
             return to_arrays(LoraAdapter.fresh(model, self._shape, seed=self._seed).params)
 
     def tune(
-        self, *, proxy: Arrays, cloud: Arrays, folds: Arrays, told: Sequence[NDArray[np.float32]], round_number: int
+        self,
+        *,
+        proxy: Arrays,
+        cloud: Arrays,
+        folds: Mapping[int, Arrays],
+        told: Sequence[NDArray[np.float32]],
+        round_number: int,
     ) -> CloudTuned:
         """As `cotune.federation.coplms.CloudHalf` says."""
         own, ends = self._settings, np.cumsum([0, *(one.num_slots for one in self.public)])
@@ -202,7 +208,8 @@ class _Learner:
 
 
 def _state_of(adapter: Arrays, model: PreTrainedModel, steps: LocalSteps) -> GradientState:
-    leaves = {name: torch.from_numpy(np.array(array)).to(model.device) for name, array in adapter.items()}
+    # Sorted, as the norm that gradients are clipped to is a sum, and a state from a checkpoint has another order.
+    leaves = {name: torch.from_numpy(np.array(adapter[name])).to(model.device) for name in sorted(adapter)}
     state = GradientState.start(leaves, weight_decay=0.0)
     take(state, steps)
     return state

@@ -39,18 +39,20 @@ from cotune.distillation.mutual_loss import ChunkReadings, MutualLoss, MutualLos
 from cotune.distillation.paired_texts import PairedText, pair_texts
 from cotune.errors import InputError, MismatchError
 from cotune.federation.algorithm import Done, Job, Setting, Work
+from cotune.federation.array_layout import from_layout
 from cotune.federation.arrays import Arrays, difference, digest
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.catch_up import under
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.device_store import DeviceStore
 from cotune.federation.flora import fresh_adapter
+from cotune.federation.folds import folds_in
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import layer_names
 from cotune.federation.mutual_descent import batches_of, descend_on, held_bytes, read_chunks
 from cotune.federation.public_chunks import from_arrays
 from cotune.federation.reading_cache import ReadingCache
-from cotune.federation.row_codes import from_codes, to_codes
+from cotune.federation.row_codes import RowCodes, dither_seed
 from cotune.file_cache import DEFAULT_MAX_BYTES
 from cotune.models.low_rank_terms import LowRankTerm, Term, fold_low_rank, low_rank_terms
 from cotune.tuning.answer_loss import only_rows
@@ -60,7 +62,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CO_TUNE, TELL = "co_tune", "tell_likelihoods"
-FOLD, LIKELIHOODS = "fold/", "likelihoods"
+LIKELIHOODS = "likelihoods"
+# Settings: by whose name the change that is sent is dithered.
+DITHER = "dither"
+DOWN, UP = "down", "up"
 PRIVATE, SMALL = "private/", "small/"
 PROXY_SIDE, SMALL_SIDE = 0, 1
 _IN_PEFT = "base_model.model."
@@ -83,7 +88,7 @@ class CoTuningSteps:
     proxy_mix: float
     """b, the share of the small model's word in what the proxy learns."""
     bits: int
-    """Of a number on the wire, 8 or 32."""
+    """Of a number of the adapter on the wire, see `RowCodes`."""
 
     def as_settings(self) -> dict[str, Setting]:
         """As a plan carries them."""
@@ -209,9 +214,9 @@ class CoTuningDevice:
     def co_tune(self, job: Job) -> Done:
         """A round: DST, and SAML both ways."""
         steps = CoTuningSteps.of_settings(job.settings)
-        own = {name: array for name, array in job.arrays.items() if not name.startswith((FOLD, "public/"))}
-        shared = from_codes(own) if steps.bits == 8 else dict(own)
-        folds = under(FOLD, job.arrays)
+        codes, shapes = RowCodes(steps.bits), from_layout(job.arrays)
+        shared = codes.decode(job.arrays, shapes, dither_seed(job.round_number, DOWN))
+        folds = folds_in(job.arrays, shapes, codes)
         known = self.store.before(job.run_id, job.round_number) or {}
         private = self._private_before(known, shared, steps, job.batch_seed)
         small = under(SMALL, known)
@@ -253,7 +258,7 @@ class CoTuningDevice:
         shutil.rmtree(self._readings_folder, ignore_errors=True)
         change = difference(after, shared)
         return Done(
-            arrays=to_codes(change, seed=job.batch_seed) if steps.bits == 8 else change,
+            arrays=codes.encode(change, dither_seed(job.round_number, f"{UP} {job.settings[DITHER]}")),
             loss=losses["proxy_loss"],
             metrics={"held_bytes": float(self._held), **losses},
         )
@@ -324,7 +329,7 @@ class CoTuningDevice:
         readings: Callable[[int], ChunkReadings] | None,
     ) -> tuple[dict[str, NDArray[np.float32]], float]:
         """One of the two adapters learns, the other one is attached and frozen."""
-        leaves = {name: torch.from_numpy(np.array(array)).to(proxy.device) for name, array in learning.items()}
+        leaves = {name: torch.from_numpy(np.array(learning[name])).to(proxy.device) for name in sorted(learning)}
         state = GradientState.start(leaves, weight_decay=0.0)
         terms = [term_of(state.params)] + ([self._frozen_term(frozen, proxy)] if frozen else [])
         with low_rank_terms(proxy, terms, scale=self._scale):
@@ -367,7 +372,7 @@ class CoTuningDevice:
         self._held = max(self._held, held_bytes(model, state))
 
     @contextmanager
-    def _loaded_proxy(self, folds: Arrays) -> Iterator[PreTrainedModel]:
+    def _loaded_proxy(self, folds: Mapping[int, Arrays]) -> Iterator[PreTrainedModel]:
         """The proxy with all that was folded into it, in the order of the rounds."""
         with self._own_proxy.loaded() as proxy:
             fold_all(proxy, folds, scale=self._scale)
@@ -452,16 +457,16 @@ def term_of(tensors: Mapping[str, Tensor]) -> dict[str, LowRankTerm]:
     }
 
 
-def fold_all(model: PreTrainedModel, folds: Arrays, *, scale: float) -> None:
+def fold_all(model: PreTrainedModel, folds: Mapping[int, Arrays], *, scale: float) -> None:
     """Fold what the rounds left out into the proxy's weights, one round after the other.
 
     Args:
         model: the proxy as it was downloaded.
-        folds: `ROUND/NAME` of a state, factors whose product counts s times.
+        folds: by round, factors whose product counts s times.
         scale: s.
     """
-    for one in sorted({name.partition("/")[0] for name in folds}):
-        own = {name: torch.from_numpy(np.array(array)) for name, array in under(f"{one}/", folds).items()}
+    for _, factors in sorted(folds.items()):
+        own = {name: torch.from_numpy(np.array(array)) for name, array in factors.items()}
         fold_low_rank(model, term_of(own), scale=scale)
 
 

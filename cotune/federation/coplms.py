@@ -12,9 +12,11 @@ After Liu et al., arXiv 2511.11678, of whose method only the abstract could be r
 A device without room for the proxy tells likelihoods of public texts instead (`channels`), which the server's SAML
 learns from, see `cotune.federation.public_chunks`.
 
-Wire, for each layer (m, n) and a device's rank r: r (m + n) bytes and 8 r of scales each way with `bits = 8`, which
-rounds the device's changes at random without bias; 4 r (m + n) with 32. After a round that folded k directions, also 4
-k (m + n) down, once. The proxy itself is downloaded once and not counted in rounds; public texts are, in the first.
+Wire, for each layer (m, n) and a device's rank r: r (m + n) bits / 8 bytes and 8 r of scales each way, rounded without
+bias (`cotune.federation.row_codes`); 4 r (m + n) with `bits = 32`. After a round that folded k directions, as much down
+for rank k, once. The proxy itself is downloaded once and not counted in rounds; the adapter's names and public texts
+are, in the first. What a device got is rounded, and what it sends is the change of that; so the server's own adapter is
+never rounded.
 Memory on the device: the larger of proxy and small model, of which one is loaded at a time, with one adapter's
 gradient and moments and what its layers keep for back-propagation; what either says of the texts waits on disk.
 """
@@ -32,19 +34,20 @@ from numpy.typing import NDArray
 from cotune.distillation.mutual_loss import MutualLossConfig
 from cotune.errors import InputError
 from cotune.federation.algorithm import SHOWN, Combine, Plan, Update
-from cotune.federation.arrays import AnyArrays, Arrays, add, shapes_of
+from cotune.federation.array_layout import to_layout
+from cotune.federation.arrays import Arrays, add, shapes_of
 from cotune.federation.catch_up import prefixed, under
-from cotune.federation.co_tuning_device import CO_TUNE, FOLD, LIKELIHOODS, TELL, CoTuningSteps
+from cotune.federation.co_tuning_device import CO_TUNE, DITHER, DOWN, LIKELIHOODS, TELL, UP, CoTuningSteps
 from cotune.federation.device_table import check_table, of_device
 from cotune.federation.flexlora import ENERGY
+from cotune.federation.folds import FOLD, fold_arrays, folds_in, round_of
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import join_layers, layer_names, split_layers
 from cotune.federation.mixed_ranks import check_adapter, filled_up, first_directions, rank_in
 from cotune.federation.number_ranges import check_at_least
 from cotune.federation.product_merge import VANISHED, Svd, combined_products, left_out, product_change
 from cotune.federation.public_chunks import PublicText, from_codes, to_arrays
-from cotune.federation.row_codes import coded_shapes, to_codes
-from cotune.federation.row_codes import from_codes as from_row_codes
+from cotune.federation.row_codes import RowCodes, dither_seed
 from cotune.federation.svd_factors import balanced_factors
 
 CLOUD = "cloud/"
@@ -80,7 +83,13 @@ class CloudHalf(Protocol):
         ...
 
     def tune(
-        self, *, proxy: Arrays, cloud: Arrays, folds: Arrays, told: Sequence[NDArray[np.float32]], round_number: int
+        self,
+        *,
+        proxy: Arrays,
+        cloud: Arrays,
+        folds: Mapping[int, Arrays],
+        told: Sequence[NDArray[np.float32]],
+        round_number: int,
     ) -> CloudTuned:
         """SAML between the cloud's model and the proxy.
 
@@ -141,8 +150,8 @@ class CloudSettings:
 class CoPlms:
     """The server half; `cotune.federation.co_tuning_device` is the device's.
 
-    The state is the proxy's adapter; `cloud/NAME`, the cloud's; `fold/ROUND/NAME`, factors that became a part of the
-    proxy in a round; and numbers of the last round under `shown/`.
+    The state is the proxy's adapter; `cloud/NAME`, the cloud's; `fold/ROUND/..`, factors that became a part of the
+    proxy in a round, see `cotune.federation.folds`; and numbers of the last round under `shown/`.
     """
 
     steps: LocalSteps = field(default_factory=LocalSteps)
@@ -163,10 +172,10 @@ class CoPlms:
     """Rank of the shared adapter by device name or pattern; all others have the adapter's."""
     fold_above: float = 0.1
     """Share of the energy that a merge may leave out before it is folded into the proxy; 1: never."""
-    fold_rank: int = 8
+    fold_rank: int = 1
     """Directions that one round may fold in each layer."""
-    bits: int = 8
-    """Of a number of the adapter on the wire: 8 or 32."""
+    bits: int = 5
+    """Of a number of the adapter on the wire: 2 to 8, or 32."""
     channels: Mapping[str, object] = field(default_factory=dict)
     """`proxy` or `likelihoods` by a pattern of names; the first that fits counts, and all others have the proxy."""
     devices: Mapping[str, object] = field(default_factory=dict)
@@ -182,8 +191,7 @@ class CoPlms:
         for name in ("proxy_mix", "fold_above"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        if self.bits not in (8, 32):
-            raise InputError(f"bits is {self.bits}, expected 8 or 32")
+        RowCodes(self.bits)
         for pattern, channel in self.channels.items():
             if channel not in CHANNELS:
                 raise InputError(f"channels.{pattern} is {channel!r:.40}, expected one of {', '.join(CHANNELS)}")
@@ -205,6 +213,11 @@ class CoPlms:
             'likelihoods'
         """
         return str(next((one for pattern, one in self.channels.items() if fnmatchcase(device, pattern)), PROXY_CHANNEL))
+
+    @property
+    def codes(self) -> RowCodes:
+        """How the adapter travels."""
+        return RowCodes(self.bits)
 
     @property
     def device_steps(self) -> CoTuningSteps:
@@ -240,34 +253,37 @@ class CoPlms:
             )
         own = first_directions(self.shared(state), of_device(self.ranks, device))
         # A device that did the work of a round has what was folded in the rounds before it.
-        folds: AnyArrays = {
+        folds = {
             name: array
             for name, array in state.items()
-            if name.startswith(FOLD) and (since is None or _round_of(name) >= since)
+            if name.startswith(FOLD) and (since is None or round_of(name) >= since)
         }
-        if self.bits == 32:
-            return Plan(work=CO_TUNE, arrays={**own, **folds}, settings=settings, reply=shapes_of(own))
-        reply = coded_shapes(shapes_of(own))
+        codes, shapes = self.codes, shapes_of(own)
+        coded = codes.encode(own, dither_seed(round_number, DOWN))
         return Plan(
             work=CO_TUNE,
-            arrays={**to_codes(own), **folds},
-            settings=settings,
-            reply=reply,
-            codes=frozenset(name for name in reply if name.startswith("codes/")),
-            decode=from_row_codes,
+            arrays={**coded, **folds, **(to_layout(shapes) if since is None else {})},
+            settings={**settings, DITHER: device},
+            reply=codes.coded_shapes(shapes),
+            codes=codes.code_names,
+            decode=lambda arrays: codes.decode(arrays, shapes, dither_seed(round_number, f"{UP} {device}")),
         )
 
     def merge(self, state: Arrays, round_number: int, updates: Sequence[Update], combine: Combine) -> Arrays:
         adapter, folds = self.shared(state), {n: array for n, array in state.items() if n.startswith(FOLD)}
-        shown = {ENERGY: 0.0, FOLDED: 0.0}
+        shapes, shown = shapes_of(adapter), {ENERGY: 0.0, FOLDED: 0.0}
         if changed := [one for one in updates if LIKELIHOODS not in one.arrays]:
-            adapter, folded, shown = self._merged(adapter, changed, combine)
-            folds |= prefixed(f"{FOLD}{round_number:06d}/", folded)
+            adapter, folded, shown = self._merged(adapter, round_number, changed, combine)
+            folds |= fold_arrays(round_number, folded, shapes, self.codes)
         cloud = under(CLOUD, state)
         if self.cloud_half is not None:
             told = [one.arrays[LIKELIHOODS] for one in updates if LIKELIHOODS in one.arrays]
             tuned = self.cloud_half.tune(
-                proxy=adapter, cloud=cloud, folds=under(FOLD, folds), told=told, round_number=round_number
+                proxy=adapter,
+                cloud=cloud,
+                folds=folds_in(folds, shapes, self.codes),
+                told=told,
+                round_number=round_number,
             )
             adapter, cloud = tuned.proxy, tuned.cloud
             shown |= {SHOWN + name: number for name, number in tuned.shown.items()}
@@ -277,8 +293,7 @@ class CoPlms:
     def adapter(self, state: Arrays) -> dict[str, NDArray[np.float32]]:
         """The shared adapter and all that was folded, as one of a larger rank on the proxy as it was downloaded."""
         stacked = self.shared(state)
-        for number in sorted({_round_of(name) for name in state if name.startswith(FOLD)}):
-            folded = under(f"{FOLD}{number:06d}/", state)
+        for folded in folds_in(state, shapes_of(stacked), self.codes).values():
             for names in layer_names(sorted(folded)).values():
                 stacked[names.a] = np.concatenate([stacked[names.a], folded[names.a]])
                 stacked[names.b] = np.concatenate([stacked[names.b], folded[names.b]], axis=1)
@@ -295,14 +310,14 @@ class CoPlms:
         return under(CLOUD, state)
 
     def _merged(
-        self, adapter: Arrays, updates: Sequence[Update], combine: Combine
+        self, adapter: Arrays, round_number: int, updates: Sequence[Update], combine: Combine
     ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]], dict[str, float]]:
         """The adapter after the round, what is folded, and what is shown."""
         before, names = split_layers(adapter, 1.0), layer_names(sorted(adapter))
         changes = []
         for one in updates:
             sent = first_directions(adapter, rank_in(one.arrays))
-            had = sent if self.bits == 32 else from_row_codes(to_codes(sent))
+            had = self.codes.rounded(sent, dither_seed(round_number, DOWN))
             old, new = split_layers(had, 1.0), split_layers(add(had, one.arrays), 1.0)
             changes.append({layer: product_change(new[layer], old[layer]) for layer in before})
         products = combined_products(before, changes, np.array([one.weight for one in updates], np.float64), combine)
@@ -326,7 +341,3 @@ class CoPlms:
 def _energy(product: Svd, rank: int = 0) -> float:
     """||.||^2 of what lies behind the first `rank` directions."""
     return float(np.square(product[1][rank:]).sum())
-
-
-def _round_of(name: str) -> int:
-    return int(name.removeprefix(FOLD).partition("/")[0])

@@ -291,14 +291,15 @@ def test_devices_without_memory_for_lora_get_seed_mode_by_what_the_planner_says(
     assert "void" not in (first["verdict"], second["verdict"])
 
 
-def test_devices_with_models_of_their_own_are_co_tuned(tmp_path: Path, run: Any) -> None:
+def co_tuned(tmp_path: Path, *, num_rounds: int) -> Path:
+    """Settings for two devices with models of their own, one of which has no room for the proxy."""
     proxy, cloud = (model_folder(tmp_path / name, "llama", "byte_level", seed=1) for name in ("proxy", "cloud"))
     small = model_folder(tmp_path / "small", "gpt2", "byte_level")
     for name in ("a", "b"):
         (tmp_path / "texts").mkdir(exist_ok=True)
         write_texts(tmp_path / "texts" / f"{name}.jsonl", domain_texts("law", 4))
     public = write_texts(tmp_path / "public.jsonl", domain_texts("public", 3))
-    path, out = tmp_path / "c.toml", tmp_path / "out"
+    path = tmp_path / "c.toml"
     path.write_text(
         f"""
 algorithm = "coplms"
@@ -314,7 +315,7 @@ rank = 2
 num_steps = 1
 batch_size = 2
 [rounds]
-num_rounds = 1
+num_rounds = {num_rounds}
 tolerance = 9.0
 [options.coplms]
 devices = {{ "*" = "{small}" }}
@@ -325,6 +326,45 @@ public = "{public}"
 """,
         encoding="utf-8",
     )
+    return path
+
+
+def weights_of(out: Path) -> dict[str, bytes]:
+    """All tensors that a co-tuned run left but its checkpoints, by their place."""
+    run = out.with_name(f"{out.name}.run")
+    files = [*out.rglob("*.safetensors"), *(run / "cloud-adapter").rglob("*.safetensors")]
+    files += (run / "devices").rglob("*.safetensors")
+    return {str(file.relative_to(out.parent)).removeprefix(out.name): file.read_bytes() for file in files}
+
+
+@pytest.mark.integration
+def test_a_killed_co_tuned_run_ends_with_the_same_weights(tmp_path: Path, run: Any) -> None:
+    path, out = co_tuned(tmp_path, num_rounds=200), tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cotune", "federate", str(path), "--out", str(out)], stderr=subprocess.DEVNULL
+    )
+    rounds = tmp_path / "out.run" / "rounds.jsonl"
+    ends_s = time.monotonic() + 300
+    while not (rounds.is_file() and rounds.read_text(encoding="utf-8").splitlines()):
+        assert process.poll() is None and time.monotonic() < ends_s
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    more = len(rounds_of(out)) + 2
+    assert more < 200 and not out.exists()
+    assert run("federate", path, "--out", out, "--num-rounds", more, "--resume").status == 0
+    (tmp_path / "whole.run").mkdir()
+    shutil.copy(tmp_path / "out.run" / "run.secret", tmp_path / "whole.run")
+    assert run("federate", path, "--out", tmp_path / "whole", "--num-rounds", more).status == 0
+    found, expected = weights_of(out), weights_of(tmp_path / "whole")
+    # Private adapters and small models of the last rounds too.
+    told = {"/adapter_model", ".run/cloud-adapter/adapter_model", *(f".run/devices/{one}/model/model" for one in "ab")}
+    assert {f"{name}.safetensors" for name in told} <= found.keys() and len(found) == len(told) + 2 * 3
+    assert found.keys() == expected.keys() and all(found[name] == expected[name] for name in found)
+
+
+def test_devices_with_models_of_their_own_are_co_tuned(tmp_path: Path, run: Any) -> None:
+    path, out = co_tuned(tmp_path, num_rounds=1), tmp_path / "out"
     outcome = run("federate", path, "--out", out, "--json")
     assert outcome.status == 0, outcome.err
     told = json.loads(outcome.out)

@@ -147,6 +147,17 @@ def test_what_devices_told_counts_where_they_are_better(
     assert gated == pytest.approx(nothing, abs=0.02)
 
 
+def test_the_order_in_which_arrays_come_does_not_matter(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    own = half(models, replace(SETTINGS, steps=replace(SETTINGS.steps, num_steps=2)))
+    cloud, told = own.start(), []
+    for turn in (lambda one: one, lambda one: dict(reversed(one.items()))):
+        told.append(own.tune(proxy=turn(proxy_adapter), cloud=turn(cloud), folds={}, told=[], round_number=1))
+    for one, other in ((told[0].proxy, told[1].proxy), (told[0].cloud, told[1].cloud)):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
 def test_what_was_folded_is_a_part_of_the_proxy(
     models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
 ) -> None:
@@ -154,7 +165,7 @@ def test_what_was_folded_is_a_part_of_the_proxy(
     cloud = own.start()
     draw = np.random.default_rng(0)
     folded = {n: (0.1 * draw.standard_normal(a.shape)).astype(np.float32) for n, a in proxy_adapter.items()}
-    folds = {f"000001/{name}": array for name, array in folded.items()}
+    folds = {1: folded}
     losses = [
         own.tune(proxy=proxy_adapter, cloud=cloud, folds=one, told=[], round_number=1).shown["cloud_loss"]
         for one in ({}, folds)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from tokenizer_kinds import tokenizer_of
 from cotune.distillation.mutual_loss import MutualLossConfig
 from cotune.errors import InputError, MismatchError
 from cotune.federation.algorithm import Job
-from cotune.federation.arrays import Arrays, digest
+from cotune.federation.array_layout import to_layout
+from cotune.federation.arrays import Arrays, digest, num_bytes, shapes_of
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.co_tuning_device import (
@@ -39,8 +41,7 @@ from cotune.federation.mutual_descent import SideBatch
 from cotune.federation.public_chunks import PublicText, from_codes
 from cotune.federation.public_chunks import to_arrays as public_arrays
 from cotune.federation.reading_cache import ReadingCache
-from cotune.federation.row_codes import from_codes as from_row_codes
-from cotune.federation.row_codes import to_codes
+from cotune.federation.row_codes import RowCodes, dither_seed
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.signing import DeviceKey
 from cotune.models.adapters import LoraAdapter, LoraShape
@@ -82,11 +83,17 @@ def device(folders: dict[str, Path], family: str, folder: Path, *, has_proxy: bo
     )
 
 
+def sent_down(arrays: Arrays, bits: int, round_number: int) -> dict[str, NDArray[Any]]:
+    """As a plan carries an adapter to a device that has nothing yet."""
+    coded = RowCodes(bits).encode(arrays, dither_seed(round_number, "down"))
+    return coded | to_layout(shapes_of(arrays))
+
+
 def job(arrays: Arrays, plan: CoTuningSteps = PLAN, *, round_number: int = 1, seed: int = 7) -> Job:
     return Job(
         round_number=round_number,
-        arrays=arrays,
-        settings=plan.as_settings(),
+        arrays=sent_down(arrays, plan.bits, round_number) if "public/texts" not in arrays else arrays,
+        settings=plan.as_settings() | {"dither": "d"},
         model=None,  # type: ignore[arg-type]
         seeds=lambda r, k: 0,
         batch_seed=seed,
@@ -142,15 +149,14 @@ def test_what_is_private_occurs_in_nothing_that_was_sent(
         "d", own, base_digest="b" * 64, secret=RunSecret(bytes(range(32))), key=DeviceKey.generate(), works=own.works
     )
     sent, arrays = [], dict(shared)
-    for number, bits in ((1, 32), (2, 8)):
-        wire = to_codes(arrays) if bits == 8 else arrays
+    for number, bits in ((1, 32), (2, 5)):
         task = Task(
             run_id="run",
             round_number=number,
             device="d",
             work="co_tune",
-            arrays=wire,
-            settings=replace(PLAN, bits=bits).as_settings() | {"since": -1},
+            arrays=sent_down(arrays, bits, number),
+            settings=replace(PLAN, bits=bits).as_settings() | {"since": -1, "dither": "d"},
             base_digest="b" * 64,
         )
         sent.append(agent.handle(encode(task)))
@@ -243,8 +249,7 @@ def test_a_round_that_was_killed_in_any_phase_is_the_same_when_done_again(
 
 
 def test_folds_become_a_part_of_the_proxy_in_the_order_of_rounds(folders: dict[str, Path], shared: Arrays) -> None:
-    folds = {f"000002/{name}": array for name, array in shared.items()}
-    folds |= {f"000001/{name}": 2 * array for name, array in shared.items()}
+    folds = {2: dict(shared), 1: {name: 2 * array for name, array in shared.items()}}
     model = CausalModel(str(folders["proxy"]))
     with model.loaded() as one:
         before = {name: parameter.clone() for name, parameter in one.named_parameters()}
@@ -282,16 +287,21 @@ def test_parts_can_be_left_out(
     assert filled == ([6, 6] if plan.loss.mix > 0 else []) and not (tmp_path / "readings").exists()
 
 
-def test_8_bits_send_the_same_change_in_a_quarter_of_the_bytes(
-    folders: dict[str, Path], shared: Arrays, tmp_path: Path
+@pytest.mark.parametrize("bits", [5, 8])
+def test_a_few_bits_send_the_same_change_in_a_fraction_of_the_bytes(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path, bits: int
 ) -> None:
-    wire = to_codes(shared)
-    exact = device(folders, "gpt2", tmp_path / "a").co_tune(job(from_row_codes(wire))).arrays
-    coded = device(folders, "gpt2", tmp_path / "b").co_tune(job(wire, replace(PLAN, bits=8))).arrays
-    found = from_row_codes(coded)
+    codes = RowCodes(bits)
+    had = codes.rounded(shared, dither_seed(1, "down"))
+    exact = device(folders, "gpt2", tmp_path / "a").co_tune(job(had)).arrays
+    coded = device(folders, "gpt2", tmp_path / "b").co_tune(job(shared, replace(PLAN, bits=bits))).arrays
+    found = codes.decode(coded, shapes_of(shared), dither_seed(1, "up d"))
     for name, array in exact.items():
         axis = 1 if array.shape[0] <= array.shape[1] else 0
-        assert (np.abs(found[name] - array).max(axis=axis) <= np.abs(array).max(axis=axis) / 126).all()
+        step = np.abs(array).max(axis=axis) / (2**bits - 1) * 2
+        assert (np.abs(found[name] - array).max(axis=axis) <= 0.5001 * step).all()
+    scales = sum(4 * min(array.shape) for array in exact.values())
+    assert num_bytes(coded) - scales == -(-num_bytes(exact) * bits // 32)
 
 
 def test_a_device_without_the_proxy_tells_likelihoods_of_public_texts_alone(

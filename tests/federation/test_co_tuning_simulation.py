@@ -109,7 +109,7 @@ def test_four_different_devices_and_a_cloud_learn_together_and_a_killed_run_goes
     assert end.best_loss is not None and start.best_loss is not None and end.best_loss < start.best_loss
     first, second = end.records
     assert first.bytes_up["likelihoods"] < 300 and first.bytes_down["public"] > second.bytes_down.get("public", 0) == 0
-    assert {"codes", "scale", "likelihoods", "framing"} == first.bytes_up.keys() and second.bytes_down["fold"] > 0
+    assert {"codes", "scales", "likelihoods", "framing"} == first.bytes_up.keys() and second.bytes_down["fold"] > 0
     assert first.device_held_bytes is not None and first.device_held_bytes > 10_000
     assert {"discarded_energy", "folded_energy", "cloud_loss", "proxy_loss"} == end.records[-1].shown.keys()
     # Every reply stands in the ledger, byte for byte.

@@ -2,7 +2,8 @@
 
 One run of four rounds tells the whole story, since Flower takes about 6 seconds for a round: the coordinator is killed
 in round 2 and goes on, and a SuperNode is killed in round 3. The same run in one process gives the same bits, and so
-does a second one, of another algorithm, on what is left of the deployment. `test_same_weights.py` has all others.
+do a second one, of another algorithm, and a round of devices with models of their own, on what is left of the
+deployment. `test_same_weights.py` has all others.
 """
 
 from __future__ import annotations
@@ -17,18 +18,29 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[flower]'")
 
+from co_tuning import model_folder
+from co_tuning_trainers import agent_of, device_at
 from federated import BASE, SECRET, STEPS, ToyFederation, same_arrays
 from flower_deployment import FlowerDeployment, as_toml, deployment
 from toy_federation import toy_adapter
 
+from cotune.federation.arrays import Arrays, digest
+from cotune.federation.backbone_model import to_arrays
+from cotune.federation.causal_model import CausalModel
 from cotune.federation.checkpoint import load_last
-from cotune.federation.coordinator import Progress, RoundRules
+from cotune.federation.coordinator import Coordinator, Progress, RoundRules
+from cotune.federation.coplms import CoPlms
+from cotune.federation.device_store import DeviceStore
 from cotune.federation.flower.app_folder import AppConfig, write_app
 from cotune.federation.flower.server_folder import CHECKPOINTS, ServerFolder
+from cotune.federation.in_process import InProcess, SimulatedDevice
+from cotune.federation.local_model import LocalSteps
 from cotune.federation.progress_checkpoint import load_progress
+from cotune.federation.robust.mean import Mean
 from cotune.federation.rolora import RoLora
 from cotune.federation.run_secret import direction_seed
 from cotune.federation.seed import SeedMode
+from cotune.models.adapters import LoraAdapter, LoraShape
 
 pytestmark = [
     pytest.mark.integration,
@@ -57,6 +69,10 @@ class Story:
     """By its coordinator."""
     second: tuple[Progress, Progress]
     """A run of rolora afterwards: in one process, and deployed."""
+    co_tuned: tuple[Progress, Progress]
+    """A round of coplms at the end: in one process, and deployed."""
+    kept: tuple[list[str], list[str]]
+    """Digests of what its devices keep for themselves."""
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +126,9 @@ def tell(root: Path, flower: FlowerDeployment) -> Story:
     deployed = load_progress(folder.path / CHECKPOINTS, run_id=folder.run_id, base_digest=BASE)
     status, printed = flower.status(second), flower.printed(second)
     again = run_again(root, flower, simulated, deadline_s)
-    return Story(flower, simulated.run(), deployed, rounds_at_kill, status, printed, again)
+    flower.kill("trainers")
+    co_tuned, kept = co_tune(root, flower, simulated, deadline_s)
+    return Story(flower, simulated.run(), deployed, rounds_at_kill, status, printed, again, co_tuned, kept)
 
 
 def run_again(
@@ -134,6 +152,60 @@ def run_again(
     return simulated.run(), load_progress(folder.path / CHECKPOINTS, run_id=folder.run_id, base_digest=BASE)
 
 
+def co_tune(
+    root: Path, flower: FlowerDeployment, first: ToyFederation, deadline_s: float
+) -> tuple[tuple[Progress, Progress], tuple[list[str], list[str]]]:
+    """A round of co-tuned devices, whose trainers take the places of those that were killed."""
+    names = NAMES[:2]
+    for name, family, kind in (("d0", "llama", "nfkc"), ("d1", "gpt2", "byte_level"), ("proxy", "llama", "byte_level")):
+        model_folder(root / "models" / name, family, kind, seed=len(name))
+    for name in names:
+        (root / name / "trainer.sock").unlink()
+    script = str(Path(__file__).parents[1] / "co_tuning_trainers.py")
+    flower.start("co-tuned", "python", script, str(root), SECRET.value.hex(), BASE, *names)
+    with CausalModel(str(root / "models" / "proxy")).loaded() as model:
+        start = to_arrays(LoraAdapter.fresh(model, LoraShape(rank=2)).params)
+    steps = LocalSteps(num_steps=1, batch_size=2, learning_rate=5e-3)
+    tables = {
+        "data": {"num_judge": 0},
+        "steps": asdict(steps),
+        "options.coplms": {"private_rank": 1},
+        "rounds": {"num_rounds": 1, "deadline_s": deadline_s, "min_devices": 2},
+        "combine": {"rule": "mean"},
+    }
+    folder = prepare(root / "run-coplms", first, as_toml(tables, algorithm="coplms"), start=start)
+    write_app(root / "app-coplms", AppConfig(folder=str(folder.path)))
+    for name in names:
+        flower.expect(lambda name=name: (root / name / "trainer.sock").exists(), "the trainer listens", "co-tuned")
+    flower.run(root / "app-coplms")
+    devices = {name: device_at(root, name, root / "simulated" / name) for name in names}
+    agents = [agent_of(own, root, name, secret=SECRET, base=BASE) for name, own in devices.items()]
+    coordinator = Coordinator(
+        CoPlms(steps=steps, private_rank=1),
+        Mean(),
+        InProcess([SimulatedDevice(agent=agent) for agent in agents]),
+        RoundRules(num_rounds=1),
+        registry=first.registry,
+        run_id=folder.run_id,
+        base_digest=BASE,
+    )
+    (simulated,) = coordinator.run(coordinator.begin(start))
+    flower.expect(lambda: last_round(folder) == 1, "the round of coplms ends", "link", *names, "co-tuned")
+    deployed = load_progress(folder.path / CHECKPOINTS, run_id=folder.run_id, base_digest=BASE)
+    kept = tuple(
+        [digest_of(DeviceStore(root / place / name / "rounds"), folder.run_id) for name in names]
+        for place in ("simulated", "kept")
+    )
+    return (simulated, deployed), (kept[0], kept[1])
+
+
+def digest_of(store: DeviceStore, run_id: str) -> str:
+    """Of a device's private adapter and small model."""
+    found = store.last(run_id)
+    assert found is not None
+    return digest({name: one.numpy() for name, one in found.items()})
+
+
 def simulation() -> ToyFederation:
     algorithm = SeedMode(
         seeds=lambda r, k: direction_seed(SECRET, r, k), num_directions=16, learning_rate=0.03, batch_size=8
@@ -148,7 +220,7 @@ def simulation() -> ToyFederation:
     )
 
 
-def prepare(path: Path, simulated: ToyFederation, settings: str) -> ServerFolder:
+def prepare(path: Path, simulated: ToyFederation, settings: str, *, start: Arrays | None = None) -> ServerFolder:
     file = path.with_suffix(".toml")
     file.write_text(settings + "options = {}\n")
     return ServerFolder.prepare(
@@ -156,7 +228,7 @@ def prepare(path: Path, simulated: ToyFederation, settings: str) -> ServerFolder
         file,
         registry=simulated.registry,
         secret=SECRET,
-        start=toy_adapter(3, 3, 2),
+        start=start or toy_adapter(3, 3, 2),
         base_digest=BASE,
     )
 
@@ -181,6 +253,13 @@ def test_another_algorithm_on_the_same_nodes_gives_the_bits_of_one_process_too(s
     assert same_arrays(deployed.state, simulated.state)
     assert [(one.verdict, one.counted) for one in deployed.records] == [("accepted", ["d0", "d1"])] * 2
     assert [one.loss for one in deployed.records] == [one.loss for one in simulated.records]
+
+
+def test_devices_with_models_of_their_own_learn_the_bits_of_one_process(story: Story) -> None:
+    simulated, deployed = story.co_tuned
+    (record,) = deployed.records
+    assert (record.verdict, record.counted, record.loss) == ("accepted", ["d0", "d1"], simulated.records[0].loss)
+    assert same_arrays(deployed.state, simulated.state) and story.kept[0] == story.kept[1]
 
 
 def test_a_coordinator_that_was_killed_goes_on_along_the_same_curve(story: Story) -> None:

@@ -9,8 +9,19 @@ from typing import Any
 import pytest
 from co_tuning import model_folder
 from co_tuning_scene import make_models
-from coplms_contest import ABLATIONS, EQUAL, METHODS, solved
-from coplms_main import bits_within, mean_of, over_sets, parser, relative, score, total_bytes, verdicts, worded
+from coplms_contest import ABLATIONS, EQUAL, METHODS, SEARCH_WORLD, CoPlmsStudy, solved
+from coplms_main import (
+    bits_within,
+    cost_grid,
+    mean_of,
+    over_sets,
+    parser,
+    relative,
+    score,
+    total_bytes,
+    verdicts,
+    worded,
+)
 from study_command import Command
 
 
@@ -57,11 +68,19 @@ def test_the_best_other_method_at_equal_compute_is_what_counts() -> None:
     said = verdicts(rows)
     assert len(said) == 7 and said[-1] == "Of 1 devices ours has the best EM on 1: device-0."
     # (0.33 + 0.3375) / 2 against (0.3 + 0.3075) / 2, told apart as the gain is the same with both seeds.
-    assert "standalone, equal compute, 30.4" in said[1] and "+9.9 % relative, told apart" in said[1]
+    assert "standalone, equal compute) 30.4" in said[1] and "+9.9 % relative, told apart" in said[1]
     assert "is reached" in said[1] and "seqkd" in said[4] and "not reached" in said[4]
     assert "bits per byte: ours 1.000" in said[2] and "0.000 ± 0.000, not told apart with 2 seeds" in said[5]
     assert verdicts({"ours": rows["ours"], "centralised": rows["centralised"]}) == []
     assert relative(0.5, 0.0) is None
+
+
+def test_a_measured_peak_stands_beside_what_is_held() -> None:
+    costs = ("up", "down", "download", "gflop", "cloud_gflop", "held_mb", "device_s", "cloud_s")
+    rows = {name: [dict.fromkeys(costs, 1.0)] for name in ("ours", "zero-shot")}
+    told = str(cost_grid(rows, "method", {"ours": 12.34}))
+    assert "peak, MB" in told and "12.3" in told
+    assert "peak" not in str(cost_grid(rows, "method")) + str(cost_grid(rows, "method", {}))
 
 
 def test_steps_are_solved_from_two_counts() -> None:
@@ -83,12 +102,41 @@ def test_every_name_makes_a_method() -> None:
     )
 
 
+def test_no_question_of_a_test_is_asked_where_rates_are_searched() -> None:
+    args = parser().parse_args(["--seeds", "9", "--devices", "3"])
+    study = object.__new__(CoPlmsStudy)
+    study.args = args
+    tested = {one for seed in range(args.seeds) for one in study.questions(3, seed).asked()}
+    searched = study.questions(3, SEARCH_WORLD)
+    assert searched.asked() & tested, "sums of small numbers are few"
+    left = searched.without(tested)
+    assert not left.asked() & tested and left.asked() == searched.asked() - tested
+    assert [one.train for one in left.domains] == [one.train for one in searched.domains]
+    things = [{thing.name for one in own.domains for thing in one.things} for own in (left, study.questions(3, 0))]
+    assert len(left.domains[0].skills) >= 10 and len(things[0] & things[1]) <= 1
+
+
+def test_bits_of_a_search_are_the_mean_of_devices_and_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = object.__new__(CoPlmsStudy)
+    study.args = parser().parse_args(["--seeds", "1", "--devices", "2"])
+    monkeypatch.setattr(CoPlmsStudy, "scene", lambda self, questions, folder, **changes: changes["rate_factor"])
+    monkeypatch.setattr("coplms_contest.bits_of", lambda party, asked: party)
+
+    class Method:
+        def rounds(self, scene: float, account: object) -> Any:
+            yield {"device-0": 9.0, "device-1": 9.0, "cloud": 9.0}
+            yield {"device-0": 1.0, "device-1": 3.0, "cloud": scene, "proxy": 50.0}
+
+    assert study._searched(Method(), 2, rate_factor=6.0) == {"bits": 4.0}  # type: ignore[arg-type]
+
+
 @pytest.mark.integration
 def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, command: Command) -> None:
     models = make_models(tmp_path / "models")
     model_folder(models / "proxy-smaller", "llama", "byte_level", seed=2)
     options: list[object] = ["--models", models, "--devices", 2, "--seeds", 1, "--rounds", 1, "--local-steps", 2]
     options += ["--cloud-steps", 1, "--num-things", 2, "--num-skills", 2, "--num-test", 1, "--num-public", 2]
+    options += ["--rate-factors", 4, 0.5]
     options += ["--batch-size", 2, "--rank", 4, "--top-k", 4, "--ablations", "naive merge", "--methods"]
     options += ["standalone, equal compute", "ours"]
     options += ["--cells", tmp_path / "cells", "--out", tmp_path / "out"]
@@ -100,10 +148,15 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, 
     assert set(ours["parties"]) == {"device-0", "device-1", "cloud", "proxy"} and "proxy" not in equal["parties"]
     assert ours["parties"]["device-0"].keys() == {"own", "crossed", "skills", "mixed"}
     assert ours["parties"]["cloud"].keys() == {"crossed", "skills", "mixed"}
+    # Both rates are searched from the smallest up, and the one with the fewest bits is taken.
+    for name in (EQUAL, "ours"):
+        searched = {float(factor): bits for factor, bits in measured["search"][name].items()}
+        assert list(searched) in ([0.5], [0.5, 4.0]) and measured["rates"][name] == min(searched, key=searched.get)
     # The same compute but for a part of a step, and more steps for that than the two of the options.
     assert equal["gflop"] == pytest.approx(ours["gflop"], rel=0.3) and measured["factors"][EQUAL][0] > 1.2
     assert equal["up"] == equal["down"] == equal["download"] == 0 < ours["up"] < ours["download"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "2 devices" in page and "naive merge" in page and "Within the bytes of ours" in page
+    assert "Learning rates and steps" in page and "peak, MB" not in page
     again, told = command("coplms_main", options)
     assert again == 0 and "coplms_main:" in printed and "coplms_main:" not in told

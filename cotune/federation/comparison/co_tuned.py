@@ -184,7 +184,13 @@ class _CountedHalf:
         return self.inner.start()
 
     def tune(
-        self, *, proxy: Arrays, cloud: Arrays, folds: Arrays, told: Sequence[NDArray[np.float32]], round_number: int
+        self,
+        *,
+        proxy: Arrays,
+        cloud: Arrays,
+        folds: Mapping[int, Arrays],
+        told: Sequence[NDArray[np.float32]],
+        round_number: int,
     ) -> CloudTuned:
         with self.account.at(CLOUD):
             return self.inner.tune(proxy=proxy, cloud=cloud, folds=folds, told=told, round_number=round_number)

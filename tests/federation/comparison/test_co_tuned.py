@@ -49,7 +49,7 @@ def test_half_of_the_devices_take_part_and_one_tells_likelihoods(models: Path, t
     cloud = CloudSettings(model="the scene's", public="the scene's")
     options = CoPlms(private_rank=0, channels={"gpt2": "likelihoods"}, cloud=cloud)
     both = run(CoTuned(options=options), replace(scene, folder=tmp_path / "both"))
-    assert set(both.account.downloads) == {"llama"} and both.account.up["gpt2"] < both.account.up["llama"] / 4
+    assert set(both.account.downloads) == {"llama"} and both.account.up["gpt2"] < both.account.up["llama"] / 3
     assert has_learnt(both.parties[0][CLOUD], both.parties[1][CLOUD])
     assert has_learnt(both.parties[0][PROXY], both.parties[1][PROXY])
 
