@@ -42,6 +42,8 @@ NAME = "device_spectrum"
 # The meaning of a cell: one more, and all are run again.
 PROTOCOL = 2
 TIMEOUT_S = 3600.0
+NO_THREAD = "libgomp: Thread creation failed"
+"""What the runtime of PyTorch's threads says where it gets no memory for a stack, and ends the process."""
 SIZES = ("256MB", "512MB", "1GB", "2GB", "4GB", "8GB", "16GB")
 FORMATS = {
     "float32": "torch float32",
@@ -288,6 +290,8 @@ def run_limited(command: Sequence[str], *, threads: int, timeout_s: float = TIME
         found: Value = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError) as error:
         said = " / ".join(done.stderr.strip().splitlines()[-3:])
+        if NO_THREAD in said:
+            return {"fits": False, "error": f"PyTorch got no memory: {said:.200}"}
         raise CotuneError(f"limited_decode.py gave no measurement: {said or 'it said nothing'}") from error
     return found
 

@@ -25,6 +25,9 @@ def test_a_row_knows_the_smallest_limit_that_fits() -> None:
 def test_a_process_that_dies_does_not_fit_and_one_that_fails_is_an_error() -> None:
     died = run_limited(["-c", "import os; os.abort()"], threads=1)
     assert died == {"fits": False, "error": "the process was ended by SIGABRT"}
+    said = "libgomp: Thread creation failed: Resource temporarily unavailable"
+    without = run_limited(["-c", f"raise SystemExit({said!r})"], threads=2)
+    assert without == {"fits": False, "error": f"PyTorch got no memory: {said}"}
     with pytest.raises(CotuneError, match=r"gave no measurement: .*ZeroDivisionError"):
         run_limited(["-c", "1 / 0"], threads=1)
     with pytest.raises(CotuneError, match=r"took longer than 0\.2 s"):
