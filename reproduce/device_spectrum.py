@@ -396,9 +396,9 @@ def overview(study: Study, rows: Sequence[Row]) -> Html:
 
 
 def _model_section(study: Study, source: Source, rows: Sequence[Row]) -> Section:
-    columns: dict[str, list[str]] = {_size(limit): [_cell(row, limit) for row in rows] for limit in study.limits}
+    fits = {_size(limit): [_cell(row, limit) for row in rows] for limit in study.limits}
     fitting = [row.fitting for row in rows]
-    columns["load s"] = ["" if one is None else f"{one['load_s']:.2f}" for one in fitting]
+    columns = {"load s": ["" if one is None else f"{one['load_s']:.2f}" for one in fitting]}
     for what in ("prefill", "decode"):
         columns[f"{what} tokens/s"] = ["" if one is None else _spread(one[what]) for one in fitting]
     columns["CPU ms a token"] = ["" if one is None else f"{one['decode_cpu_ms']['median']:.1f}" for one in fitting]
@@ -416,12 +416,8 @@ def _model_section(study: Study, source: Source, rows: Sequence[Row]) -> Section
         heading=f"{source.name}: {source.shape.num_parameters / 1e6:,.1f} million parameters",
         content=join(
             [
-                grid(
-                    "Under each limit: fits or not; speed where it first fits, median (quartiles)",
-                    "run as",
-                    names,
-                    columns,
-                ),
+                grid("Under each limit: fits or not", "run as", names, fits),
+                grid("Speed where it first fits, median (quartiles)", "run as", names, columns),
                 bullets(list(errors)),
             ]
         ),
