@@ -27,6 +27,7 @@ from cotune.compression.calibration import (
     WalkedBlock,
     chosen_linears,
     reconstruction_error,
+    squared_outputs,
     walk_blocks,
 )
 from cotune.compression.grid import Grid
@@ -169,7 +170,7 @@ def channel_scales(mean_size: Tensor, alpha: float) -> Tensor:
 def _rounding_error(weight: Tensor, scales: Tensor, gram: Tensor, grid: Grid) -> float:
     scaled = weight.double() * scales
     lost = (scaled - grid.rounded(scaled)) / scales
-    return float(((lost @ gram) * lost).sum())
+    return squared_outputs(lost, gram)
 
 
 def _group_errors(groups: Tensor, scales: Tensor, zeros: Tensor, grams: Sequence[Tensor], grid: Grid) -> Tensor:

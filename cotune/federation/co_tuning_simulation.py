@@ -28,7 +28,7 @@ from cotune.federation.coplms import PROXY_CHANNEL, CoPlms
 from cotune.federation.device_agent import DeviceAgent
 from cotune.federation.fresh_adapter import fresh_adapter
 from cotune.federation.in_process import InProcess, SimulatedDevice
-from cotune.federation.run_parts import algorithm_of, combine_of, run_id
+from cotune.federation.run_parts import COPLMS, algorithm_of, combine_of, run_id
 from cotune.federation.run_privacy import check_privacy
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import FederationSettings
@@ -38,7 +38,6 @@ from cotune.ledger import EgressLedger
 from cotune.models.backbone import Backbone
 from cotune.tuning.personal import encode_examples
 
-COPLMS = "coplms"
 DEVICES, CLOUD_ADAPTER = "devices", "cloud-adapter"
 
 

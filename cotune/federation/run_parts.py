@@ -27,7 +27,7 @@ from cotune.federation.update_svd import UpdateSvd
 PLAIN_STARTS = ("orthonormal", "random")
 USUAL = "auto"
 NUM_LAYERS = "num_layers"
-CO_TUNING, CLOUD_PATHS = "coplms", ("model", "public")
+COPLMS, CLOUD_PATHS = "coplms", ("model", "public")
 BUILT_IN = ("", "starter", "persona")
 """No paths, whatever is in the folder that a command runs in."""
 
@@ -109,12 +109,12 @@ def with_whole_paths(settings: FederationSettings) -> FederationSettings:
     found = replace(
         settings, model=_whole(settings.model), data=replace(settings.data, path=_whole(settings.data.path))
     )
-    own = found.options.get(CO_TUNING)
+    own = found.options.get(COPLMS)
     cloud = own.get("cloud") if isinstance(own, Mapping) else None
     if not isinstance(own, Mapping) or not isinstance(cloud, Mapping):
         return found
     told = {name: _whole(value) if name in CLOUD_PATHS else value for name, value in cloud.items()}
-    return replace(found, options={**found.options, CO_TUNING: {**own, "cloud": told}})
+    return replace(found, options={**found.options, COPLMS: {**own, "cloud": told}})
 
 
 def _whole(name: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -77,6 +77,16 @@ def output_embedding(model: PreTrainedModel) -> nn.Linear:
             "layer; take a decoder-only model such as Llama, Qwen, Mistral, Gemma or GPT-2"
         )
     return head
+
+
+def num_multiplying(model: PreTrainedModel) -> int:
+    """Parameters without those of the input embedding, which multiply nothing: rows of it are looked up.
+
+    Example:
+        >>> num_multiplying(backbone.model)  # doctest: +SKIP
+    """
+    embedding: Any = model.get_input_embeddings()
+    return int(sum(each.numel() for each in model.parameters()) - embedding.weight.numel())
 
 
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from cotune.data.batches import EncodedExample, encode_example, pad_batch
 from cotune.data.templates import Example, format_request
 from cotune.errors import InputError
+from cotune.models.anatomy import num_multiplying
 from cotune.models.backbone import Backbone
 from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
@@ -90,9 +91,8 @@ class EdgeAdapter:
         self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
 
     def count_in(self, account: Account) -> None:
-        """From now on, count tokens there; parameters without the input embedding, which multiplies nothing."""
-        embedding = self._model.get_input_embeddings().weight
-        account.num_edge_parameters = sum(each.numel() for each in self._model.parameters()) - embedding.numel()
+        """From now on, count tokens there, and the model's parameters."""
+        account.num_edge_parameters = num_multiplying(self._model)
         self.account = account
 
     def start(self) -> Vector:

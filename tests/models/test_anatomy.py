@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2Model, MambaConfig, MambaForCausalLM, P
 
 from cotune.errors import InputError
 from cotune.models import Backbone
-from cotune.models.anatomy import decoder_layers, output_embedding
+from cotune.models.anatomy import decoder_layers, num_multiplying, output_embedding
 
 MakeModel = Callable[..., PreTrainedModel]
 
@@ -39,6 +39,10 @@ def test_layers_and_head_are_found(backbone: Backbone) -> None:
     layers = decoder_layers(backbone.model)
     assert len(layers) == 3
     assert output_embedding(backbone.model).weight.shape == (61, 24)
+
+
+def test_an_input_embedding_multiplies_nothing(backbone: Backbone) -> None:
+    assert num_multiplying(backbone.model) == backbone.spec.num_parameters - 61 * 24
 
 
 def test_models_that_cannot_be_cut_back_are_refused(tokenizer_json: bytes) -> None:

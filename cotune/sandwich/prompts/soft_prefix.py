@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
+from cotune.models.anatomy import num_multiplying
 from cotune.models.backbone import Backbone
 from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
@@ -109,9 +110,8 @@ class SoftPrefix:
 
     @property
     def num_parameters(self) -> int:
-        """Of the model, without the input embedding, which multiplies nothing."""
-        embedding = self._model.get_input_embeddings().weight
-        return int(sum(each.numel() for each in self._model.parameters()) - embedding.numel())
+        """Of the model, see `num_multiplying`."""
+        return num_multiplying(self._model)
 
     def _read(self, z: Vector, ids: Tensor) -> Tensor:
         model: PreTrainedModel = self._model
