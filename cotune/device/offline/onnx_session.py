@@ -1,4 +1,6 @@
-"""ONNX Runtime as all graphs here are run: on the CPU, without words on standard error, without threads that spin."""
+"""ONNX Runtime as all graphs here are run: on the CPU, without words on standard error, without threads that spin
+between steps.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from cotune.errors import InputError, first_line
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 # Errors are told by what is raised.
 _FATAL_ONLY = 4
+_SPIN_US = 20
+"""What a thread waits awake for the next product of the same step: docs/log.md has what other times gave."""
 
 
 def open_session(graph: Path | bytes, *, name: str, num_threads: int, weights: Path | None = None) -> Any:
@@ -38,8 +42,10 @@ def open_session(graph: Path | bytes, *, name: str, num_threads: int, weights: P
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL_ONLY
-    # Threads that spin between steps would take the processor from the rest of the device.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A step is hundreds of products of some microseconds each, and waking a thread takes as long as half of one.
+    # Spinning for longer makes steps slower where other programs want the processors, and takes them after a step.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if isinstance(graph, bytes) and weights is not None:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights))
     opened = graph if isinstance(graph, bytes) else str(graph)

@@ -18,7 +18,11 @@ def test_a_graph_is_a_file_or_bytes_with_a_folder_of_weights(tmp_path: Path) -> 
     sessions = [open_session(file, **options), open_session(file.read_bytes(), weights=file.parent, **options)]
     for session in sessions:
         assert session.get_outputs()[0].name == "logits"
-        assert session.get_session_options().intra_op_num_threads == 3
+        options_there = session.get_session_options()
+        assert options_there.intra_op_num_threads == 3
+        # Awake for microseconds within a step, and not at all after it.
+        assert int(options_there.get_session_config_entry("session.intra_op.spin_duration_us")) < 100
+        assert options_there.get_session_config_entry("session.force_spinning_stop") == "1"
     with pytest.raises(InputError, match="tiny is no model that onnxruntime"):
         open_session(file.read_bytes(), weights=tmp_path, **options)
 
