@@ -28,7 +28,7 @@ class Identities:
     Attributes:
         folder: of the files.
         registry: of all devices, those that were there before included.
-        keys: files of the devices whose keys were made now, by name.
+        keys: files of the devices that were named to get a key, by name.
         is_new_secret: whether the run's secret was made now.
     """
 
@@ -53,7 +53,9 @@ def make_identities(
 ) -> Identities:
     """Make keys of devices, and register them beside those that are registered already.
 
-    No key and no secret is ever overwritten; where one thing cannot be written, nothing new is left.
+    No key and no secret is ever overwritten; where one thing cannot be written, nothing new is left. The registry is
+    written last: a key that is there and not registered is what was left by a process that was killed, and is
+    registered now.
 
     Args:
         folder: made where it is missing.
@@ -62,7 +64,7 @@ def make_identities(
 
     Raises:
         InputError: nobody is named, a name is none, comes twice or is registered already, a public key is none,
-            a key's file exists, the registry or the secret that is there cannot be used, or the disk refuses.
+            a key, the registry or the secret that is there cannot be used, or the disk refuses.
 
     Example:
         >>> import tempfile
@@ -79,17 +81,22 @@ def make_identities(
             raise InputError(f"{name!r:.80} is named twice; give every device a name of its own")
     registry_file, secret_file = folder / REGISTRY_FILE, folder / SECRET_FILE
     registry = Registry.load(registry_file) if registry_file.exists() else Registry()
+    keys = {name: folder / f"{name}.key" for name in devices}
     made: dict[str, DeviceKey] = {}
     for name in devices:
-        made[name] = DeviceKey.generate()
-        registry = registry.add(name, made[name].public_key)
+        # A name that is none, or is taken, is refused before its file is looked for.
+        fresh = DeviceKey.generate()
+        with_fresh = registry.add(name, fresh.public_key)
+        if keys[name].exists():
+            registry = registry.add(name, DeviceKey.load(keys[name]).public_key)
+        else:
+            made[name], registry = fresh, with_fresh
     for name, public_key in known.items():
         registry = registry.add(name, public_key)
     is_new_secret = not secret_file.exists()
     if not is_new_secret:
         # One that nobody could use is refused now and not at the first round.
         RunSecret.load(secret_file)
-    keys = {name: folder / f"{name}.key" for name in made}
     written: list[Path] = []
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

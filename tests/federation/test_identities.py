@@ -56,8 +56,7 @@ def test_devices_that_come_later_change_nothing_of_the_others(tmp_path: Path) ->
         ([], ["kitchen"], "kitchen is registered already"),
         (["attic", "../attic"], [], r"device is '\.\./attic', expected 1 to 64 letters"),
         (["attic", ""], [], "device is '', expected"),
-        # After the first was written.
-        (["attic", "cellar"], [], "cellar.key exists, and the device's key is never overwritten"),
+        (["attic", "cellar"], [], "cellar.key holds no Ed25519 key"),
     ],
 )
 def test_what_is_refused_leaves_everything_as_it_was(
@@ -65,10 +64,23 @@ def test_what_is_refused_leaves_everything_as_it_was(
 ) -> None:
     make_identities(tmp_path, ["kitchen"])
     (tmp_path / "cellar.key").write_text("somebody's")
+    (tmp_path / "cellar.key").chmod(0o600)
     before = files(tmp_path)
     with pytest.raises(InputError, match=words):
         make_identities(tmp_path, devices, {name: DeviceKey.generate().public_key for name in known})
     assert files(tmp_path) == before
+
+
+def test_a_key_that_a_killed_process_left_is_registered_and_not_overwritten(tmp_path: Path) -> None:
+    left = DeviceKey.generate()
+    left.save(tmp_path / "attic.key")
+    before = files(tmp_path)
+    made = make_identities(tmp_path, ["attic", "cellar"])
+    assert made.registry.devices["attic"] == left.public_key
+    assert files(tmp_path)["attic.key"] == before["attic.key"]
+    assert made.keys == {name: tmp_path / f"{name}.key" for name in ("attic", "cellar")}
+    with pytest.raises(InputError, match="attic is registered already"):
+        make_identities(tmp_path, ["attic"])
 
 
 def test_public_keys_that_are_none_or_somebody_elses_are_refused(tmp_path: Path) -> None:
