@@ -240,7 +240,7 @@ class CoPlmsStudy:
         self.folder = args.models
         if self.folder is None:
             worlds = [self.questions(max(args.devices), seed) for seed in (*range(MAX_SEEDS), SEARCH_WORLD)]
-            known = [one for world in worlds for one in self._asked(world)]
+            known = [one for world in worlds for one in self._kept_out(world)]
             self.folder = make_models(args.made / args.size, SIZES[args.size], known=known)
         self.models = {
             one: CausalModel(str(Path(self.folder) / one), args.dtype, args.device)
@@ -265,8 +265,14 @@ class CoPlmsStudy:
         return Questions(domains=domains[:num_devices], public=public[: args.num_public])
 
     @staticmethod
-    def _asked(questions: Questions) -> list[Example]:
-        return [one for domain in questions.domains for one in (*domain.train, *domain.facts, *domain.skills)]
+    def _kept_out(questions: Questions) -> list[Example]:
+        """What no model may have read before: facts of devices, and all that tests ask; skills may be practised."""
+        found = []
+        for domain in questions.domains:
+            names = [thing.name for thing in domain.things]
+            found += [one for one in domain.train if any(name in one.prompt for name in names)]
+            found += [*domain.facts, *domain.skills, *domain.mixed]
+        return found
 
     def scene(
         self,

@@ -10,7 +10,7 @@ from coplms_models import CLOUD, FAMILIES, PROXY, SIZES, SMALLER_PROXY, make_mod
 from cotune.data.domain_questions import generate_domains
 from cotune.federation.causal_model import CausalModel
 
-TINY = replace(SIZES["toy"], school=4, cloud_steps=2, small_steps=2)
+TINY = replace(SIZES["toy"], school=4, skills=80, cloud_steps=2, small_steps=2)
 
 
 def test_the_school_teaches_nothing_that_is_asked_later() -> None:
