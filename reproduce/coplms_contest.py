@@ -241,7 +241,7 @@ class CoPlmsStudy:
         if self.folder is None:
             worlds = [self.questions(max(args.devices), seed) for seed in (*range(MAX_SEEDS), SEARCH_WORLD)]
             known = [one for world in worlds for one in self._kept_out(world)]
-            self.folder = make_models(args.made / args.size, SIZES[args.size], known=known)
+            self.folder = make_models(args.made, SIZES[args.size], known=known)
         self.models = {
             one: CausalModel(str(Path(self.folder) / one), args.dtype, args.device)
             for one in (CLOUD, PROXY, SMALLER_PROXY, *FAMILIES)

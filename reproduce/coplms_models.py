@@ -4,6 +4,7 @@ small ones of three architectures with three tokenizers. All went to the same sc
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cotune.data.domain_questions import generate_domains, generate_public
 from cotune.data.templates import Example
 from cotune.distillation.divergences import ForwardKl
 from cotune.distillation.teacher import LocalTeacher
-from cotune.durable import replacing
+from cotune.durable import new_folder
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.comparison.party import Party, teach
 from cotune.federation.local_model import LocalSteps
@@ -115,21 +116,25 @@ def school_texts(size: Size, *, known: Sequence[Example]) -> list[Example]:
     return list(free.values())
 
 
-def make_models(folder: Path, size: Size, *, known: Sequence[Example], tell: Callable[[str], None] = print) -> Path:
-    """All models, in folders of this one; there whole or not at all, and never made twice.
+def make_models(made: Path, size: Size, *, known: Sequence[Example], tell: Callable[[str], None] = print) -> Path:
+    """All models, in folders of one; there whole or not at all, and never made twice of the same texts.
 
     Args:
-        folder: for them.
+        made: where the folder goes, whose name says what was made of what.
         size: how large.
         known: as for `school_texts`.
         tell: told what is made.
+
+    Returns:
+        The folder.
     """
+    texts = school_texts(size, known=known)
+    what = json.dumps([repr(size), [(one.prompt, one.target) for one in texts]])
+    folder = made / f"models-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
-    texts = school_texts(size, known=known)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(folder, mode=None) as unfinished, quiet():
-        unfinished.mkdir(parents=True, exist_ok=True)
+    made.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as unfinished, quiet():
         tell(f"models: the cloud's, {size.cloud_steps} steps on {len(texts)} texts")
         tokenizer = _byte_level(texts, size.vocab_size)
         _school(unfinished / CLOUD, tokenizer, _llama(size.cloud_width, size.cloud_layers), texts, size.cloud_steps)

@@ -35,4 +35,6 @@ def test_models_are_made_once_and_their_kinds_differ(tmp_path: Path) -> None:
     for name, model in own.items():
         with model.loaded() as loaded:
             assert loaded.config.model_type == (name if name in FAMILIES else "llama")
-    assert {file.name for file in tmp_path.iterdir()} == {"models"}
+    met = [one for one in school_texts(TINY, known=[]) if "plus" in one.prompt][:1]
+    assert make_models(tmp_path / "models", TINY, known=met) != folder
+    assert len(list((tmp_path / "models").iterdir())) == 2
