@@ -21,7 +21,6 @@ import torch
 from adaptation_study import best_rate
 from cells import Value
 from coplms_models import CLOUD, FAMILIES, MAX_TOKENS, PROXY, SIZES, SMALLER_PROXY, make_models
-from federated_study import upwards
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive
 
 from cotune.data.domain_questions import DomainQuestions, generate_domains, generate_public
@@ -51,14 +50,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The meaning of a cell: one more, and all are run again.
-PROTOCOL = 2
+PROTOCOL = 3
 OWN, CROSSED, SKILLS, MIXED = "own", "crossed", "skills", "mixed"
 SETS = (OWN, CROSSED, SKILLS, MIXED)
 MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
 MAX_SEEDS = 9
 SEARCH_WORLD = MAX_SEEDS
 """Seed of the facts and texts on which learning rates are searched, which no test has."""
-RATE_FACTORS = (0.5, 1.0, 2.0)
+RATE_FACTORS = (0.25, 0.5, 1.0)
 ZERO_SHOT, OURS, STANDALONE, EQUAL = "zero-shot", "ours", "standalone", "standalone, equal compute"
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     ZERO_SHOT: lambda args: ZeroShot(),
@@ -170,6 +169,7 @@ def _alone(args: argparse.Namespace) -> Contestant:
 ABLATIONS: dict[str, Ablation] = {
     "no DST": Ablation(method=lambda args: CoTuned(options=options(args, private_rank=0))),
     "no SAML": Ablation(method=_alone),
+    "no public texts on devices": Ablation(method=lambda args: CoTuned(options=options(args, public_share=0.0))),
     "no gate": Ablation(method=lambda args: CoTuned(options=options(args, gated=False))),
     "gate on the server": Ablation(method=lambda args: CoTuned(options=options(args, cloud=CloudSettings(gated=True)))),
     "L_byte alone": Ablation(method=_loss(byte_weight=1.0)),
@@ -363,22 +363,23 @@ class CoPlmsStudy:
         )
 
     def search(self, name: str) -> dict[float, float | None]:
-        """Bits per byte by multiples of all learning rates, with the first number of devices, up to the first that is
-        worse; None where a loss was not finite.
+        """The share of wrong answers by multiples of all learning rates, with the first number of devices; None where
+        a loss was not finite.
 
-        Facts and texts are of a world that no test has, and what is a question of any test is not asked.
+        Facts and texts are of a world that no test has, and what is a question of any test is not asked. Bits per byte
+        would choose the smallest rate for everybody: whoever learns facts becomes surer of what he does not know, too.
         """
         num = self.args.devices[0]
         factors = self.factors(name, num)
 
-        def bits(rate_factor: float) -> float | None:
+        def wrong(rate_factor: float) -> float | None:
             value = self.cell(
                 {"what": "search", "method": name, "devices": num, "rate_factor": rate_factor},
                 lambda: self._searched(METHODS[name](self.args), num, factors=factors, rate_factor=rate_factor),
             )
-            return None if value["diverged"] else float(value["bits"])
+            return None if value["diverged"] else float(value["wrong"])
 
-        return upwards(self.args.rate_factors, bits)
+        return {one: wrong(one) for one in sorted(self.args.rate_factors)}
 
     def rate_factor(self, name: str) -> float:
         """The best one of the search; what does not learn has none to search."""
@@ -402,15 +403,15 @@ class CoPlmsStudy:
         return self.cell(key, lambda: self._run(method, num_devices, seed, **changes))
 
     def _searched(self, method: Contestant, num_devices: int, **changes: Any) -> Value:
-        """Bits per byte at the end: the mean of the devices' and the cloud's."""
+        """The share of wrong answers at the end, over all sets alike: the mean of the devices' and the cloud's."""
         tested = [self.questions(max(self.args.devices), seed) for seed in range(self.args.seeds)]
         questions = self.questions(num_devices, SEARCH_WORLD).without({one for own in tested for one in own.asked()})
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=0, **changes)
             (parties,) = deque(method.rounds(scene, Account()), maxlen=1)
-            devices = [bits_of(parties[f"device-{place}"], questions.of_device(place)) for place in range(num_devices)]
-            cloud = bits_of(parties[CLOUD], questions.of_all())
-        return {"bits": (sum(devices) / num_devices + cloud) / 2}
+            devices = [right_of(parties[f"device-{place}"], questions.of_device(place)) for place in range(num_devices)]
+            cloud = right_of(parties[CLOUD], questions.of_all())
+        return {"wrong": 1 - (sum(devices) / num_devices + cloud) / 2}
 
     def _run(self, method: Contestant, num_devices: int, seed: int, **changes: Any) -> Value:
         questions, account, curve = self.questions(num_devices, seed), Account(), []
@@ -465,6 +466,12 @@ def bits_of(party: Party, asked: Mapping[str, Sequence[Example]]) -> float:
     """Of all sets but the sums."""
     with party.loaded() as model:
         return bits_per_byte(model, party, [one for name in (OWN, CROSSED, SKILLS) for one in asked[name]])
+
+
+def right_of(party: Party, asked: Mapping[str, Sequence[Example]]) -> float:
+    """Exact match, 0 to 1: the mean over the sets that have questions."""
+    found = judge(party, asked)
+    return sum(own["em"] for own in found.values()) / len(found)
 
 
 def judge(party: Party, asked: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, float]]:

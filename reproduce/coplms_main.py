@@ -422,8 +422,8 @@ def rates_section(results: Results) -> Section:
         return "-" if factor not in found else "not finite" if (bits := found[factor]) is None else f"{bits:.3f}"
 
     content = grid(
-        "Bits per byte on questions of the search, by multiples of all learning rates, - where it was not run; the "
-        "multiple that is used, and those of the options' steps",
+        "Share of wrong answers to questions of the search, devices and the cloud alike, by multiples of all learning "
+        "rates, - where it was not run; the multiple that is used, and those of the options' steps",
         "method",
         list(results.rates),
         {
@@ -531,8 +531,7 @@ def deviations(results: Results) -> list[str]:
         "small models here; with all others it is the device's own model.",
         "All learning rates of a method, of small models, the proxy's adapters and the cloud's, are one multiple of "
         f"the options', the best of a search with {results.study.args.devices[0]} devices on facts and texts that no "
-        "test has, which goes up and ends at the first that is worse, see the table. Other numbers of devices use it "
-        "too, and ablations that of ours.",
+        "test has, by exact match, see the table. Other numbers of devices use it too, and ablations that of ours.",
         *edge_notes(rates, searched),
         f"Adapters of ours travel in {options(results.study.args).bits} bits a number, those of others in float32, as "
         "they were published; FedMKT's logits are float16 with int32 ids.",

@@ -4,11 +4,13 @@ In a round, with w the private domain adapter, t_G the shared one, and h the sma
 
     the proxy      DST: w learns the device's texts, t_G frozen
                    what the proxy, with both, says of the texts goes to disk
-    the small one  SAML: h learns the texts, and from the proxy where that is better
-                   what h now says of the texts goes to disk
+    the small one  SAML: h learns the texts and the server's public ones, and from the proxy where that is better
+                   what h now says of the device's texts goes to disk
     the proxy      SAML: t_G learns the texts, and from h where that is better; w is attached and frozen
 
-so that what is special about the device's texts has its place in w, and t_G has what others can use. Between the lines
+so that what is special about the device's texts has its place in w, and t_G has what others can use. Of public texts
+the proxy speaks without w: on the device's own ones it has only learnt what the texts say, on public ones it says what
+the cloud's model and other devices taught it. Between the lines
 the model is unloaded: never are two in memory, and optimiser state is there for one alone. Both could
 learn in each step from the other as it is; here each learns from the other as it was left.
 
@@ -18,9 +20,9 @@ What is sent is the change of t_G alone. w, h and the texts stay; `cotune.federa
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +42,7 @@ from cotune.distillation.paired_texts import PairedText, pair_texts
 from cotune.errors import InputError, MismatchError
 from cotune.federation.algorithm import Done, Job, Setting, Work
 from cotune.federation.array_layout import from_layout
-from cotune.federation.arrays import Arrays, difference, digest
+from cotune.federation.arrays import AnyArrays, Arrays, difference, digest
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.catch_up import under
 from cotune.federation.causal_model import CausalModel
@@ -50,7 +52,7 @@ from cotune.federation.folds import folds_in
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import layer_names
 from cotune.federation.mutual_descent import batches_of, descend_on, held_bytes, read_chunks
-from cotune.federation.public_chunks import from_arrays
+from cotune.federation.public_chunks import TEXTS, from_arrays
 from cotune.federation.reading_cache import ReadingCache
 from cotune.federation.row_codes import RowCodes, dither_seed
 from cotune.file_cache import DEFAULT_MAX_BYTES
@@ -87,6 +89,8 @@ class CoTuningSteps:
     """Of the small model, learning from the proxy."""
     proxy_mix: float
     """b, the share of the small model's word in what the proxy learns."""
+    public_share: float
+    """Of the texts in a step of the small model, those of the server, where it has any."""
     bits: int
     """Of a number of the adapter on the wire, see `RowCodes`."""
 
@@ -95,6 +99,7 @@ class CoTuningSteps:
         found: dict[str, Setting] = {
             "private_rank": self.private_rank,
             "proxy_mix": self.proxy_mix,
+            "public_share": self.public_share,
             "bits": self.bits,
             "gated": self.loss.gate is not None,
         }
@@ -126,6 +131,7 @@ class CoTuningSteps:
                 private_rank=int(settings["private_rank"]),
                 loss=MutualLossConfig(gate=gate, **part(MutualLossConfig, "loss")),
                 proxy_mix=float(settings["proxy_mix"]),
+                public_share=float(settings["public_share"]),
                 bits=int(settings["bits"]),
             )
         except KeyError as error:
@@ -220,7 +226,7 @@ class CoTuningDevice:
         known = self.store.before(job.run_id, job.round_number) or {}
         private = self._private_before(known, shared, steps, job.batch_seed)
         small = under(SMALL, known)
-        batches = batches_of(self.texts, steps.small, seed=job.batch_seed)
+        texts, batches = self._small_batches(job, steps)
         proxy_batches = batches_of(self.texts, steps.proxy, seed=job.batch_seed)
         self._held = 0
         ways = self._ways(steps)
@@ -233,15 +239,20 @@ class CoTuningDevice:
             if ways.to_small is not None:
                 who = f"proxy {self._own_proxy.digest} {digest(job.arrays)} {digest(private)} {self._scale!r}"
                 from_proxy = self._cache(who, ways.to_small)
-                with self._with_terms(proxy, [shared, private]):
-                    self._fill(from_proxy, proxy, PROXY_SIDE, ways.to_small, batches)
-        from_small, readings = None, None if from_proxy is None else self._from(from_proxy)
+                wanted = {number for batch in batches for number in batch}
+                own = {number for number in wanted if number < len(self.texts)}
+                for adapters, numbers in (([shared, private], own), ([shared], wanted - own)):
+                    if numbers:
+                        with self._with_terms(proxy, adapters):
+                            self._fill(from_proxy, proxy, PROXY_SIDE, ways.to_small, texts, numbers)
+        from_small, readings = None, None if from_proxy is None else _readings_from(from_proxy, texts)
         with self._trained_small(
-            small, self.texts, SMALL_SIDE, batches, steps.small, loss=ways.to_small, readings=readings
+            small, texts, SMALL_SIDE, batches, steps.small, loss=ways.to_small, readings=readings
         ) as (model, small, losses["small_loss"]):
             if ways.to_proxy is not None:
                 from_small = self._cache(f"small {self._small.digest} {digest(_as_numpy(small))}", ways.to_proxy)
-                self._fill(from_small, model, SMALL_SIDE, ways.to_proxy, proxy_batches)
+                wanted = {number for batch in proxy_batches for number in batch}
+                self._fill(from_small, model, SMALL_SIDE, ways.to_proxy, self.texts, wanted)
         with self._loaded_proxy(folds) as proxy:
             after, losses["proxy_loss"] = self._descend_proxy(
                 proxy,
@@ -250,7 +261,7 @@ class CoTuningDevice:
                 steps=steps.proxy,
                 batches=proxy_batches,
                 loss=ways.to_proxy,
-                readings=None if from_small is None else self._from(from_small),
+                readings=None if from_small is None else _readings_from(from_small, self.texts),
             )
         kept = {PRIVATE + name: torch.from_numpy(array) for name, array in private.items()}
         self.store.save(job.run_id, job.round_number, kept | {SMALL + name: one for name, one in small.items()})
@@ -359,14 +370,31 @@ class CoTuningDevice:
         model: PreTrainedModel,
         side: int,
         loss: MutualLoss,
-        batches: Sequence[Sequence[int]],
+        texts: Sequence[PairedText],
+        wanted: Collection[int],
     ) -> None:
-        wanted = {number for batch in batches for number in batch}
-        cache.fill(self.texts, wanted, lambda text: read_chunks(model, text, side, loss))
+        cache.fill(texts, wanted, lambda text: read_chunks(model, text, side, loss))
         self._hold(model)
 
-    def _from(self, cache: ReadingCache) -> Callable[[int], ChunkReadings]:
-        return lambda number: cache.get(self.texts[number])
+    def _small_batches(self, job: Job, steps: CoTuningSteps) -> tuple[list[PairedText], list[list[int]]]:
+        """What the small model learns: its own texts, and behind them public ones, which each step has some of."""
+        num_public = round(steps.public_share * steps.small.batch_size)
+        public = self._public(job.arrays) if num_public and TEXTS in job.arrays else []
+        if not public:
+            return self.texts, batches_of(self.texts, steps.small, seed=job.batch_seed)
+        num_own = steps.small.batch_size - num_public
+        theirs = batches_of(public, replace(steps.small, batch_size=num_public), seed=job.batch_seed)
+        moved = [[len(self.texts) + number for number in batch] for batch in theirs]
+        if not num_own:
+            return [*self.texts, *public], moved
+        own = batches_of(self.texts, replace(steps.small, batch_size=num_own), seed=job.batch_seed)
+        return [*self.texts, *public], [[*a, *b] for a, b in zip(own, moved, strict=True)]
+
+    def _public(self, arrays: AnyArrays) -> list[PairedText]:
+        """The server's texts, as the proxy and as the small model read them."""
+        examples = [one.example() for one in from_arrays(arrays) if len(one.sizes)]
+        most = self._own_proxy.fitting(self._small.fitting(self._max_tokens))
+        return pair_texts(examples, self._own_proxy.reader, self._small.reader, max_tokens=most) if examples else []
 
     def _hold(self, model: PreTrainedModel, state: GradientState | None = None) -> None:
         self._held = max(self._held, held_bytes(model, state))
@@ -435,6 +463,10 @@ class CoTuningDevice:
 
     def _frozen_term(self, adapter: Arrays, model: PreTrainedModel) -> Term:
         return term_of({n: torch.from_numpy(np.array(array)).to(model.device) for n, array in adapter.items()})
+
+
+def _readings_from(cache: ReadingCache, texts: Sequence[PairedText]) -> Callable[[int], ChunkReadings]:
+    return lambda number: cache.get(texts[number])
 
 
 @dataclass(frozen=True)

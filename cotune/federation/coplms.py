@@ -9,6 +9,9 @@ After Liu et al., arXiv 2511.11678, of whose method only the abstract could be r
                SAML between the cloud's model and the proxy, see `cotune.federation.cloud_saml`
                everybody gets t_G, and what was folded
 
+The small model learns public texts too, which the server hands out, and from the proxy what the cloud's model says of
+them. ML-ECS of the same authors (arXiv 2602.14107) has public texts on devices; whether Co-PLMs has is not known.
+
 A device without room for the proxy tells likelihoods of public texts instead (`channels`), which the server's SAML
 learns from, see `cotune.federation.public_chunks`.
 
@@ -26,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,6 +171,8 @@ class CoPlms:
     """Learn from the other one only where it is better; else every chunk counts fully."""
     proxy_mix: float = 0.5
     """`mix` of the proxy."""
+    public_share: float = 0.25
+    """Of the texts in a step of the small model, the server's public ones, where it has any; 0: none."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Rank of the shared adapter by device name or pattern; all others have the adapter's."""
     fold_above: float = 0.1
@@ -188,7 +193,7 @@ class CoPlms:
     def __post_init__(self) -> None:
         check_table(self.ranks, "ranks", at_least=1)
         check_at_least(0, private_rank=self.private_rank, fold_rank=self.fold_rank)
-        for name in ("proxy_mix", "fold_above"):
+        for name in ("proxy_mix", "public_share", "fold_above"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 0 to 1")
         RowCodes(self.bits)
@@ -229,6 +234,7 @@ class CoPlms:
             private_rank=self.private_rank,
             loss=self.loss if self.gated else replace(self.loss, gate=None),
             proxy_mix=self.proxy_mix,
+            public_share=self.public_share,
             bits=self.bits,
         )
 
@@ -262,12 +268,17 @@ class CoPlms:
         coded = codes.encode(own, dither_seed(round_number, DOWN))
         return Plan(
             work=CO_TUNE,
-            arrays={**coded, **folds, **(to_layout(shapes) if since is None else {})},
+            arrays={**coded, **folds, **(self._once(shapes) if since is None else {})},
             settings={**settings, DITHER: device},
             reply=codes.coded_shapes(shapes),
             codes=codes.code_names,
             decode=lambda arrays: codes.decode(arrays, shapes, dither_seed(round_number, f"{UP} {device}")),
         )
+
+    def _once(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+        """What a device with the proxy gets in its first round, and keeps."""
+        public = self.cloud_half.public if self.cloud_half is not None and self.public_share else []
+        return {**to_layout(shapes), **(to_arrays(public) if public else {})}
 
     def merge(self, state: Arrays, round_number: int, updates: Sequence[Update], combine: Combine) -> Arrays:
         adapter, folds = self.shared(state), {n: array for n, array in state.items() if n.startswith(FOLD)}

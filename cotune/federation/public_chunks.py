@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cotune.data.templates import Example
 from cotune.distillation.alignment import Alignment, ChunkTokens, align
 from cotune.distillation.byte_spans import ByteSpans
 from cotune.distillation.paired_texts import PairedText
@@ -57,6 +58,11 @@ class PublicText:
     def num_slots(self) -> int:
         """Numbers that a device tells of it."""
         return len(self.sizes) + self.has_end
+
+    def example(self) -> Example:
+        """As a text to learn from: what lies in front of the marks is the prompt."""
+        whole = self.text.encode()
+        return Example(whole[: self.start].decode(errors="ignore"), whole[self.start :].decode(errors="ignore"))
 
     @classmethod
     def of(cls, own: PairedText) -> PublicText:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from co_tuning import CANARY, KINDS, domain_texts, model_folder
+from co_tuning import CANARY, KINDS, domain_texts, model_folder, reader_of
 from leak_search import SentBytes
 from numpy.typing import NDArray
 from tokenizer_kinds import tokenizer_of
 
+from cotune.data.templates import Example
 from cotune.distillation.mutual_loss import MutualLossConfig
+from cotune.distillation.paired_texts import pair_texts
 from cotune.errors import InputError, MismatchError
 from cotune.federation.algorithm import Job
 from cotune.federation.array_layout import to_layout
@@ -49,7 +51,14 @@ from cotune.models.low_rank_terms import low_rank_terms
 
 STEPS = LocalSteps(num_steps=2, batch_size=3, learning_rate=5e-3)
 PLAN = CoTuningSteps(
-    dst=STEPS, proxy=STEPS, small=STEPS, private_rank=1, loss=MutualLossConfig(), proxy_mix=0.5, bits=32
+    dst=STEPS,
+    proxy=STEPS,
+    small=STEPS,
+    private_rank=1,
+    loss=MutualLossConfig(),
+    proxy_mix=0.5,
+    public_share=1 / 3,
+    bits=32,
 )
 SCALE = 2.0
 
@@ -304,15 +313,55 @@ def test_a_few_bits_send_the_same_change_in_a_fraction_of_the_bytes(
     assert num_bytes(coded) - scales == -(-num_bytes(exact) * bits // 32)
 
 
+def public_texts(domain: str = "public") -> list[PublicText]:
+    """As the server hands them out."""
+    server = reader_of("byte_level")
+    return [PublicText.of(one) for one in pair_texts(domain_texts(domain), server, server, max_tokens=64)]
+
+
+def test_public_texts_are_learnt_as_own_ones_are_by_a_proxy_without_the_private_adapter(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path
+) -> None:
+    """All of a step, and everything from the proxy: the same small model as one whose own texts these are."""
+
+    def small_after(name: str, domain: str, *, has_public: bool, **changes: Any) -> tuple[dict[str, Any], Arrays]:
+        own = CoTuningDevice(
+            domain_texts(domain),
+            small=CausalModel(str(folders["llama"])),
+            proxy=CausalModel(str(folders["proxy"])),
+            folder=tmp_path / name,
+            scale=SCALE,
+            max_tokens=64,
+        )
+        plan = replace(PLAN, loss=MutualLossConfig(mix=1.0), **changes)
+        asked = job(shared, plan)
+        public = public_arrays(public_texts()) if has_public else {}
+        done = own.co_tune(replace(asked, arrays={**asked.arrays, **public}))
+        kept = own.store.last("run")
+        assert kept is not None
+        return {n: one for n, one in kept.items() if n.startswith(SMALL)}, done.arrays
+
+    wanted, _ = small_after("own", "public", has_public=False, private_rank=0)
+    found, _ = small_after("public", "med", has_public=True, public_share=1.0)
+    assert all(torch.equal(found[name], one) for name, one in wanted.items())
+    # A third of a step moves the small model, and the shared adapter only through what it says.
+    alone, change = small_after("alone", "med", has_public=True, public_share=0.0, proxy_mix=0.0)
+    some, same = small_after("some", "med", has_public=True, proxy_mix=0.0)
+    assert any(not torch.equal(some[name], one) for name, one in alone.items())
+    assert all(np.array_equal(same[name], one) for name, one in change.items())
+    none, _ = small_after("none", "med", has_public=False, proxy_mix=0.0)
+    assert all(torch.equal(none[name], one) for name, one in alone.items())
+
+
+def test_a_public_text_is_a_prompt_and_what_is_marked() -> None:
+    assert [one.example() for one in public_texts()] == domain_texts("public")
+    assert PublicText("caf\u00e9 \u00fcber", 6, np.array([5]), False).example() == Example("caf\u00e9 ", "\u00fcber")
+
+
 def test_a_device_without_the_proxy_tells_likelihoods_of_public_texts_alone(
     folders: dict[str, Path], shared: Arrays, tmp_path: Path
 ) -> None:
-    from co_tuning import reader_of
-
-    from cotune.distillation.paired_texts import pair_texts
-
-    server = reader_of("byte_level")
-    public = [PublicText.of(one) for one in pair_texts(domain_texts("public"), server, server, max_tokens=64)]
+    public = public_texts()
     own = device(folders, "mamba2", tmp_path, has_proxy=False)
     done = own.tell_likelihoods(job(public_arrays(public)))
     (codes,) = done.arrays.values()

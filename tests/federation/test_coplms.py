@@ -228,6 +228,10 @@ def test_likelihoods_go_to_the_clouds_half_and_adapters_into_the_merge() -> None
     assert watch.work == "tell_likelihoods" and desk.work == "co_tune" and watch.reply == {"likelihoods": (3,)}
     assert set(watch.arrays) == {"public/texts", "public/sizes", "public/heads"}
     assert algorithm.plan(state, 2, "watch", 1).arrays == {}
+    # Devices with the proxy learn from public texts too, which they get once.
+    assert set(watch.arrays) < set(desk.arrays)
+    assert not set(watch.arrays) & set(algorithm.plan(state, 2, "desk", 1).arrays)
+    assert not set(watch.arrays) & set(replace(algorithm, public_share=0.0).plan(state, 1, "desk", None).arrays)
     codes = to_likelihood_codes(np.array([-1.0, -2.0, -0.5], np.float32))
     told = Update(device="watch", arrays=watch.decode({"likelihoods": codes}))
     merged = algorithm.merge(state, 1, [update("desk", desk, adapter(2, 1)), told], Mean())
@@ -246,6 +250,7 @@ def test_likelihoods_go_to_the_clouds_half_and_adapters_into_the_merge() -> None
     [
         ({"bits": 9}, "bits is 9"),
         ({"proxy_mix": 2.0}, "proxy_mix is 2.0"),
+        ({"public_share": -0.1}, "public_share is -0.1"),
         ({"fold_above": -1.0}, "fold_above is -1.0"),
         ({"private_rank": -1}, "private_rank is -1"),
         ({"channels": {"a": "radio"}}, "channels.a is 'radio'"),
@@ -275,11 +280,18 @@ def test_every_setting_reaches_the_devices() -> None:
     shared, small, private = (LocalSteps(num_steps=number) for number in (1, 2, 3))
     loss = MutualLossConfig(mix=0.25, tau=3.0, gate=ChunkGate(margin=0.1))
     algorithm = CoPlms(
-        steps=shared, small_steps=small, dst_steps=private, private_rank=5, loss=loss, proxy_mix=0.75, bits=32
+        steps=shared,
+        small_steps=small,
+        dst_steps=private,
+        private_rank=5,
+        loss=loss,
+        proxy_mix=0.75,
+        public_share=0.5,
+        bits=32,
     )
     told = CoTuningSteps.of_settings(algorithm.plan(algorithm.start(adapter(2, 0)), 1, "d", None).settings)
     assert (told.proxy, told.small, told.dst) == (shared, small, private)
-    assert (told.private_rank, told.loss, told.proxy_mix, told.bits) == (5, loss, 0.75, 32)
+    assert (told.private_rank, told.loss, told.proxy_mix, told.public_share, told.bits) == (5, loss, 0.75, 0.5, 32)
     assert replace(algorithm, gated=False).device_steps.loss == replace(loss, gate=None)
     plain = CoPlms(steps=shared).device_steps
     assert plain.small == plain.dst == shared

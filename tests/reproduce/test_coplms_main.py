@@ -116,18 +116,18 @@ def test_no_question_of_a_test_is_asked_where_rates_are_searched() -> None:
     assert len(left.domains[0].skills) >= 10 and len(things[0] & things[1]) <= 1
 
 
-def test_bits_of_a_search_are_the_mean_of_devices_and_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_answers_of_a_search_are_the_mean_of_devices_and_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
     study = object.__new__(CoPlmsStudy)
     study.args = parser().parse_args(["--seeds", "1", "--devices", "2"])
     monkeypatch.setattr(CoPlmsStudy, "scene", lambda self, questions, folder, **changes: changes["rate_factor"])
-    monkeypatch.setattr("coplms_contest.bits_of", lambda party, asked: party)
+    monkeypatch.setattr("coplms_contest.right_of", lambda party, asked: party)
 
     class Method:
         def rounds(self, scene: float, account: object) -> Any:
-            yield {"device-0": 9.0, "device-1": 9.0, "cloud": 9.0}
-            yield {"device-0": 1.0, "device-1": 3.0, "cloud": scene, "proxy": 50.0}
+            yield {"device-0": 0.9, "device-1": 0.9, "cloud": 0.9}
+            yield {"device-0": 0.0, "device-1": 0.5, "cloud": scene, "proxy": 1.0}
 
-    assert study._searched(Method(), 2, rate_factor=6.0) == {"bits": 4.0}  # type: ignore[arg-type]
+    assert study._searched(Method(), 2, rate_factor=0.75) == {"wrong": 0.5}  # type: ignore[arg-type]
 
 
 @pytest.mark.integration
@@ -148,10 +148,10 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, 
     assert set(ours["parties"]) == {"device-0", "device-1", "cloud", "proxy"} and "proxy" not in equal["parties"]
     assert ours["parties"]["device-0"].keys() == {"own", "crossed", "skills", "mixed"}
     assert ours["parties"]["cloud"].keys() == {"crossed", "skills", "mixed"}
-    # Both rates are searched from the smallest up, and the one with the fewest bits is taken.
+    # Both rates are searched, and the one with the fewest wrong answers is taken.
     for name in (EQUAL, "ours"):
-        searched = {float(factor): bits for factor, bits in measured["search"][name].items()}
-        assert list(searched) in ([0.5], [0.5, 4.0]) and measured["rates"][name] == min(searched, key=searched.get)
+        searched = {float(factor): wrong for factor, wrong in measured["search"][name].items()}
+        assert list(searched) == [0.5, 4.0] and measured["rates"][name] == min(searched, key=searched.get)
     # The same compute but for a part of a step, and more steps for that than the two of the options.
     assert equal["gflop"] == pytest.approx(ours["gflop"], rel=0.3) and measured["factors"][EQUAL][0] > 1.2
     assert equal["up"] == equal["down"] == equal["download"] == 0 < ours["up"] < ours["download"]
