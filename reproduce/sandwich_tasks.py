@@ -98,21 +98,13 @@ def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2", 
     Raises:
         InputError: there is no such task, or too few examples.
     """
-    if name not in TASKS:
-        raise InputError(f"the task is {name!r}, expected one of {', '.join(TASKS)}")
-    make, prompts, metric, max_tokens = _KINDS[name]
-    folder = {"decomposition": "ultratool_planning", "tools": "api_bank", "dialogue": "dailydialog", "nlu": nlu}[name]
-    found: dict[str, list[PrivateExample]] = {}
-    words: set[str] = set()
+    found = {part: examples_of(name, root, part, nlu=nlu) for part in PARTS}
     for number, part in enumerate(PARTS):
-        if root is None:
-            rows: list[PrivateExample] = made_examples(name, part)
-        else:
-            given = _rows(root / folder, part)
-            rows = list(make(given, Random(number)))
-            words.update(*(_own_words(row) for row in given if name == "tools"))
-        Random(number if part == "test" else f"{sizes.seed}-{part}").shuffle(rows)
-        found[part] = rows
+        Random(number if part == "test" else f"{sizes.seed}-{part}").shuffle(found[part])
+    words: set[str] = set()
+    if name == "tools" and root is not None:
+        words.update(*(_own_words(row) for part in PARTS for row in _rows(root / _folder(name, nlu), part)))
+    _, prompts, metric, max_tokens = _KINDS[name]
     limits = {"train": sizes.num_train, "validation": sizes.num_validation, "test": sizes.num_test}
     for part, limit in limits.items():
         if len(found[part]) < limit:
@@ -143,6 +135,27 @@ def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2", 
         allow_list=tuple(sorted(allowed)),
         own_words=tuple(DictionaryEntry((word,), "TERM") for word in sorted(words or _NAMES if is_made else words)),
     )
+
+
+def examples_of(name: str, root: Path | None, part: str, *, nlu: str = "sst2") -> list[PrivateExample]:
+    """All examples of one part of a task, in the order of the data.
+
+    Args:
+        name, root, nlu: as for `load_task`.
+        part: one of `PARTS`.
+
+    Raises:
+        InputError: there is no such task, or no data.
+    """
+    if name not in TASKS:
+        raise InputError(f"the task is {name!r}, expected one of {', '.join(TASKS)}")
+    if root is None:
+        return made_examples(name, part)
+    return list(_KINDS[name][0](_rows(root / _folder(name, nlu), part), Random(PARTS.index(part))))
+
+
+def _folder(name: str, nlu: str) -> str:
+    return {"decomposition": "ultratool_planning", "tools": "api_bank", "dialogue": "dailydialog", "nlu": nlu}[name]
 
 
 def _rows(folder: Path, part: str) -> list[Mapping[str, Any]]:

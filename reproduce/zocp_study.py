@@ -63,15 +63,10 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
     parser.add_argument("--key-env", default=KEY_VARIABLE, help="variable with the API key, if it is set")
     parser.add_argument("--usd-in", type=float, default=0.0, help="price of a million tokens that the cloud reads")
     parser.add_argument("--usd-out", type=float, default=0.0, help="of a million that it writes")
-    for option, number, what in (
-        ("--num-train", 32, "examples with targets that are trained on"),
-        ("--num-unlabelled", 64, "other requests that a distillation may ask about"),
-        ("--num-validation", 16, "examples to choose by"),
-        ("--num-test", 100, "examples to judge by"),
-        ("--seeds", 3, "runs of each arm"),
-        ("--max-context", 1024, "tokens that the edge may read"),
-    ):
-        parser.add_argument(option, type=at_least_one, default=number, help=f"{what} (default: %(default)s)")
+    add_sizes(parser)
+    parser.add_argument(
+        "--max-context", type=at_least_one, default=1024, help="tokens that the edge may read (default: %(default)s)"
+    )
     for each in fields(Course):
         kind = at_least_one if each.type == "int" else positive
         parser.add_argument(
@@ -79,6 +74,29 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
         )
     add_run_options(parser, name)
     return parser
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """How many examples and draws."""
+    for option, number, what in (
+        ("--num-train", 32, "examples with targets that are trained on"),
+        ("--num-unlabelled", 64, "other requests that a distillation may ask about"),
+        ("--num-validation", 16, "examples to choose by"),
+        ("--num-test", 100, "examples to judge by"),
+        ("--seeds", 3, "runs of each arm"),
+    ):
+        parser.add_argument(option, type=at_least_one, default=number, help=f"{what} (default: %(default)s)")
+
+
+def sizes_of(args: argparse.Namespace, seed: int) -> Sizes:
+    """Of one draw, from the options of `add_sizes`."""
+    return Sizes(
+        num_train=args.num_train,
+        num_unlabelled=args.num_unlabelled,
+        num_validation=args.num_validation,
+        num_test=args.num_test,
+        seed=seed,
+    )
 
 
 class Study:
@@ -112,14 +130,9 @@ class Study:
         """
         if (name, seed) not in self._tasks:
             args = self.args
-            sizes = Sizes(
-                num_train=args.num_train,
-                num_unlabelled=args.num_unlabelled,
-                num_validation=args.num_validation,
-                num_test=args.num_test,
-                seed=seed,
+            self._tasks[name, seed] = load_task(
+                name, args.data_root, sizes_of(args, seed), nlu=args.nlu, is_strict=args.strict
             )
-            self._tasks[name, seed] = load_task(name, args.data_root, sizes, nlu=args.nlu, is_strict=args.strict)
         return self._tasks[name, seed]
 
     def run(
