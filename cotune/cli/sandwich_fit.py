@@ -30,6 +30,7 @@ from cotune.cli.sandwich_edge import (
     Fitted,
     metric_named,
     open_edge,
+    preferences_given,
     price_of,
 )
 from cotune.cli.sandwich_prompts import HostedModel, PromptOptions, make_variable, open_cloud_or_hosted
@@ -89,6 +90,23 @@ def fit(
         typer.Option(
             help="With --edge: first tune it to rewrite requests, so many rounds, on what the cloud answered."
         ),
+    ] = None,
+    dpo_rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="With --tune-rewriter: then so many rounds more, on pairs of rewrites ranked by final loss and leaks."
+        ),
+    ] = None,
+    dpo_beta: Annotated[
+        float | None, typer.Option(help="With --dpo-rounds: how strongly the rewriter before holds; 0.1 if left out.")
+    ] = None,
+    dpo_leak_weight: Annotated[
+        float | None,
+        typer.Option(help="With --dpo-rounds: of the share of `private` that a rewrite would send; 1 if left out."),
+    ] = None,
+    dpo_min_gap: Annotated[
+        float | None,
+        typer.Option(help="With --dpo-rounds: by how much the two of a pair must differ; 0.05 if left out."),
     ] = None,
     gradients: Annotated[
         str, typer.Option(help="Of the adapter: backprop, or zeroth_order for little memory.")
@@ -159,6 +177,8 @@ def fit(
 
         cotune sandwich fit ... --prompts prompts.txt --grow-every 2 --pool-size 6 --out run --budget-calls 500 --pay
 
+        cotune sandwich fit ... --edge starter --tune-rewriter 2 --dpo-rounds 2 --out run --budget-calls 500 --pay
+
         cotune sandwich fit train.jsonl --validation val.jsonl --variable soft --hosted starter --out run
         --cma-evaluations 20
     """
@@ -184,6 +204,9 @@ def fit(
         raise InputError("--pool-size or --show-targets is given without --grow-every, expected it too; add it")
     if tune_rewriter is not None and edge is None:
         raise InputError("--tune-rewriter is given without --edge, expected the model that rewrites; add it")
+    preferences = preferences_given(dpo_rounds, beta=dpo_beta, leak_weight=dpo_leak_weight, min_gap=dpo_min_gap)
+    if preferences is not None and tune_rewriter is None:
+        raise InputError("--dpo-rounds is given without --tune-rewriter, expected the rounds before; add it")
     score = metric_named(metric)
     if (hosted is not None) != (variable == "soft"):
         raise InputError(
@@ -258,6 +281,7 @@ def fit(
         rewriters: list[TunedRewriter] = []
         if edge is not None:
             from cotune.sandwich.edge_adapter import REWRITE_TEMPLATE, EdgeConfig, EdgeRewriter
+            from cotune.sandwich.rewrite_trials import DrawConfig
             from cotune.sandwich.rewriter_tuning import RewriterConfig
             from cotune.sandwich.rewriter_tuning import tune_rewriter as tune
 
@@ -268,7 +292,8 @@ def fit(
                 seed=seed,
             )
             tuned, save = stack.enter_context(open_edge(edge, edge_config, rank=rank, seed=seed))
-            rewriting = RewriterConfig(num_rounds=tune_rewriter or 1, num_batch_examples=batch_size, seed=seed)
+            draw = DrawConfig(num_batch_examples=batch_size, seed=seed)
+            rewriting = RewriterConfig(num_rounds=tune_rewriter or 1, draw=draw, preferences=preferences)
 
             def make_rewriter(line: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> EdgeRewriter:
                 found = tune(tuned, line, tuned.start(), examples, score, REWRITE_TEMPLATE, rewriting, key=key)

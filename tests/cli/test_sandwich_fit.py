@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 from processes import python, read_json
+from tiny_models import tiny_backbone
 
 from cotune.cli.sandwich_edge import Fitted, read_prompts
 from cotune.errors import DataError
@@ -50,6 +51,15 @@ def data(tmp_path: Path) -> Path:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "prompts.txt").write_text("Be brief.\nSay the capital.\n")
     return tmp_path
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Path:
+    """A random edge model."""
+    backbone, folder = tiny_backbone("llama"), tmp_path / "edge"
+    backbone.model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(backbone.tokenizer_json)
+    return folder
 
 
 def fit_words(data: Path, server: ScriptedServer, *more: object) -> list[object]:
@@ -222,3 +232,23 @@ def test_a_tuned_rewriter_is_saved_and_asks_before_the_cloud(
     answered = json.loads(run(*words, "--json").out)
     assert answered["edge_flops"] > 0
     run(*fit_words(data, server, "--tune-rewriter", 1)).check_refusal("without --edge")
+
+
+def test_a_rewriter_learns_from_pairs_within_the_same_budget(
+    run: Callable[..., Any], data: Path, server: ScriptedServer, edge: Path
+) -> None:
+    few = ("--edge", edge, "--steps", 1, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 2)
+    words = fit_words(data, server, *few, "--tune-rewriter", 1, "--limit", 2, "--certificate-share", 0)
+    learn = ("--dpo-rounds", 1, "--dpo-beta", 0.2, "--dpo-leak-weight", 2, "--dpo-min-gap", 0.1)
+    done = run(*words, *learn, "--pay", "--budget-calls", 60)
+    assert done.status == 0 and "preferences " in done.out and (data / "run" / "rewriter").is_dir(), done.err
+    num_sent, weights = len(server.bodies), data / "run" / "rewriter" / "adapter_model.safetensors"
+    learnt = weights.read_bytes()
+    again = run(*words, *learn, "--pay", "--budget-calls", 60, "--resume", "--json")
+    told = json.loads(again.out)["rewriter"]["preferences"]
+    assert len(server.bodies) == num_sent <= 60 and told["before"]["num_requests"] == 1, again.err
+    assert weights.read_bytes() == learnt
+    assert not any(b"ann" in body for body in server.bodies)
+    run(*words[:-4], "--dpo-beta", 1).check_refusal("--dpo-beta is given without --dpo-rounds")
+    run(*words, "--dpo-rounds", 1, "--dpo-beta", 0).check_refusal("beta is 0")
+    run(*fit_words(data, server, "--dpo-rounds", 1)).check_refusal("without --tune-rewriter")
