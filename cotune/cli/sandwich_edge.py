@@ -27,20 +27,24 @@ _MAX_FILE_BYTES = 1 << 22
 
 
 @contextmanager
-def open_cloud(url: str, key_variable: str | None) -> Iterator[OpenAiCloud]:
+def open_cloud(
+    url: str, key_variable: str | None, *, default_variable: str = KEY_VARIABLE, option: str = "--key-env"
+) -> Iterator[OpenAiCloud]:
     """The cloud at a URL, with the key that stands in a variable of the environment.
 
     Args:
-        key_variable: which one; None for `COTUNE_CLOUD_KEY`, if it is set.
+        key_variable: which one; None for the default one, if it is set.
+        default_variable: see there.
+        option: that names the variable, for errors.
 
     Raises:
         InputError: a variable that was named is not set, or the URL cannot be used.
     """
     from cotune.sandwich.openai_cloud import ApiKey, OpenAiCloud
 
-    secret = os.environ.get(key_variable or KEY_VARIABLE)
+    secret = os.environ.get(key_variable or default_variable)
     if secret is None and key_variable is not None:
-        raise InputError(f"--key-env is {key_variable}, and there is no such variable; set it to the API key")
+        raise InputError(f"{option} is {key_variable}, and there is no such variable; set it to the API key")
     with closing(OpenAiCloud(url, None if secret is None else ApiKey(secret))) as cloud:
         yield cloud
 

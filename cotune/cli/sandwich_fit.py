@@ -34,6 +34,7 @@ from cotune.cli.sandwich_edge import (
     price_of,
 )
 from cotune.cli.sandwich_prompts import HostedModel, PromptOptions, make_variable, open_cloud_or_hosted
+from cotune.cli.sandwich_reflection import ReflectionOptions, open_reflection
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,13 +124,30 @@ def fit(
     ] = None,
     grow_every: Annotated[
         int | None,
-        typer.Option(help="pool: each so many looks, the cloud reads failures and writes 2 prompts, which race."),
+        typer.Option(help="pool: each so many looks, a model reads failures and writes 2 prompts, which race."),
     ] = None,
+    reflect_model: Annotated[
+        str | None,
+        typer.Option(help="With --grow-every: another model for that, by the cloud's name; --model's if left out."),
+    ] = None,
+    reflect_cloud: Annotated[
+        str | None, typer.Option(help="With --reflect-model: base URL of another OpenAI-compatible API that has it.")
+    ] = None,
+    reflect_key_env: Annotated[
+        str | None,
+        typer.Option(help="With --reflect-cloud: variable with its API key; COTUNE_REFLECT_KEY if left out and set."),
+    ] = None,
+    reflect_prices: Annotated[
+        Path | None, typer.Option(help="With --reflect-model: a price table of its own; --prices if left out.")
+    ] = None,
+    reflect_edge: Annotated[
+        bool, typer.Option("--reflect-edge", help="With --grow-every: the model of --edge does it; nothing is sent.")
+    ] = False,
     pool_size: Annotated[
         int | None, typer.Option(help="With --grow-every: prompts after a race; as many as in PROMPTS if left out.")
     ] = None,
     show_targets: Annotated[
-        bool, typer.Option("--show-targets", help="With --grow-every: targets are sent too, redacted.")
+        bool, typer.Option("--show-targets", help="With --grow-every: targets are shown too, redacted.")
     ] = False,
     steps: Annotated[int, typer.Option(help="At most.")] = 60,
     x_rate: Annotated[float, typer.Option(help="Of the adapter (Adam).")] = 1e-2,
@@ -177,6 +195,8 @@ def fit(
 
         cotune sandwich fit ... --prompts prompts.txt --grow-every 2 --pool-size 6 --out run --budget-calls 500 --pay
 
+        cotune sandwich fit ... --grow-every 2 --reflect-model big --reflect-cloud https://api.example.org/v1 --pay ...
+
         cotune sandwich fit ... --edge starter --tune-rewriter 2 --dpo-rounds 2 --out run --budget-calls 500 --pay
 
         cotune sandwich fit train.jsonl --validation val.jsonl --variable soft --hosted starter --out run
@@ -202,6 +222,16 @@ def fit(
         raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder")
     if grow_every is None and (pool_size is not None or show_targets):
         raise InputError("--pool-size or --show-targets is given without --grow-every, expected it too; add it")
+    reflecting = ReflectionOptions(
+        model=reflect_model,
+        cloud=reflect_cloud,
+        key_variable=reflect_key_env,
+        prices=reflect_prices or prices,
+        is_here=reflect_edge,
+    )
+    reflecting.check(is_growing=grow_every is not None, has_edge=edge is not None)
+    if reflect_prices is not None and reflect_model is None:
+        raise InputError("--reflect-prices is given without --reflect-model, expected the model; add it")
     if tune_rewriter is not None and edge is None:
         raise InputError("--tune-rewriter is given without --edge, expected the model that rewrites; add it")
     preferences = preferences_given(dpo_rounds, beta=dpo_beta, leak_weight=dpo_leak_weight, min_gap=dpo_min_gap)
@@ -266,7 +296,16 @@ def fit(
         )
         sizes = PipelineConfig(model=name, max_tokens=max_tokens, num_parallel=num_parallel)
         pipeline = Pipeline(redactor, gate, sizes)
-        projection = project(pipeline, learnt, judged, prompt, budget=budget, folder=out, config=config)
+        projection = project(
+            pipeline,
+            learnt,
+            judged,
+            prompt,
+            budget=budget,
+            folder=out,
+            config=config,
+            is_reflecting_here=reflecting.is_here,
+        )
         if not pay:
             if as_json:
                 print_json(projection.to_json())
@@ -300,6 +339,7 @@ def fit(
                 rewriters.append(found)
                 return EdgeRewriter(tuned, found.x)
 
+        reflection = stack.enter_context(open_reflection(reflecting, tuned))
         advance = stack.enter_context(progress("fitting", enabled=not as_json))
 
         def told(seen: Refresh) -> None:
@@ -315,6 +355,7 @@ def fit(
             folder=out,
             edge=tuned,
             make_rewriter=None if tune_rewriter is None else make_rewriter,
+            reflection=reflection,
             config=config,
             resume=resume,
             on_refresh=told,

@@ -106,8 +106,8 @@ class EdgeAdapter:
         self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
 
     def count_in(self, account: Account) -> None:
-        """From now on, count tokens there, and the model's parameters."""
-        account.num_edge_parameters = num_multiplying(self._model)
+        """From now on, count tokens there, by this model's size; it is the account's own where no other is named."""
+        self._num_parameters = account.num_edge_parameters = num_multiplying(self._model)
         self.account = account
 
     def start(self) -> Vector:
@@ -193,7 +193,7 @@ class EdgeAdapter:
         return _Batches(lambda params, part: losses(params, encoded[part]), len(encoded), size, num_tokens)
 
     def _forward(self, x: Vector, batches: _Batches) -> Vector:
-        self.account.edge(forward_tokens=batches.num_tokens)
+        self.account.edge(forward_tokens=batches.num_tokens, num_parameters=self._num_parameters)
         params = self.params(x)
         with torch.no_grad():
             return torch.cat([batches.losses(params, part) for part in batches.parts]).double().cpu().numpy()
@@ -209,7 +209,7 @@ class EdgeAdapter:
                 generator=np.random.default_rng((self.config.seed, step)),
             )
             return losses, slope
-        self.account.edge(backward_tokens=batches.num_tokens)
+        self.account.edge(backward_tokens=batches.num_tokens, num_parameters=self._num_parameters)
         params = {name: tensor.requires_grad_() for name, tensor in self.params(x).items()}
         found = []
         for part in batches.parts:
@@ -254,7 +254,8 @@ class EdgeAdapter:
                 stop_token_ids=stops,
             )
             written = [each[:-1] if each[-1] in stops else each for each in written]
-            self.account.edge(forward_tokens=sum(map(len, batch)) + sum(map(len, written)))
+            num_tokens = sum(map(len, batch)) + sum(map(len, written))
+            self.account.edge(forward_tokens=num_tokens, num_parameters=self._num_parameters)
             texts += [self._tokenizer.decode(each, skip_special_tokens=True).strip() for each in written]
         return texts
 

@@ -14,8 +14,11 @@ from processes import python, read_json
 from tiny_models import tiny_backbone
 
 from cotune.cli.sandwich_edge import Fitted, read_prompts
+from cotune.cli.sandwich_reflection import ReflectionOptions, open_reflection
 from cotune.errors import DataError
 from cotune.ledger import EgressLedger
+from cotune.sandwich.openai_cloud import OpenAiCloud
+from cotune.sandwich.prompts.reflection import CloudReflection
 from cotune.sandwich.scripted_cloud import Reply, ScriptedServer, scripted_server
 
 TEXT = "Write to ann@example.org that I am late."
@@ -252,3 +255,70 @@ def test_a_rewriter_learns_from_pairs_within_the_same_budget(
     run(*words[:-4], "--dpo-beta", 1).check_refusal("--dpo-beta is given without --dpo-rounds")
     run(*words, "--dpo-rounds", 1, "--dpo-beta", 0).check_refusal("beta is 0")
     run(*fit_words(data, server, "--dpo-rounds", 1)).check_refusal("without --tune-rewriter")
+
+
+def test_another_model_reflects_with_a_key_and_prices_of_its_own(
+    run: Callable[..., Any], data: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data / "prompts.txt").write_text("Be brief.\n")
+    own, other = ({name: {"usd_per_million_in": 10}} for name in ("scripted", "large"))
+    (data / "prices.json").write_text(json.dumps(own))
+    (data / "other.json").write_text(json.dumps(other))
+    grow = ("--prices", data / "prices.json", "--steps", 10, "--grow-every", 1, "--reflect-model", "large")
+    with scripted_server(lambda body: "Say the capital.") as reflects:
+        words = fit_words(data, server, *grow, "--reflect-cloud", reflects.base_url)
+        run(*words).check_refusal("no price of 'large'")
+        words += ["--reflect-prices", data / "other.json"]
+        run(*words, "--reflect-key-env", "NO_KEY", "--pay", "--budget-usd", 1).check_refusal(
+            "--reflect-key-env is NO_KEY"
+        )
+        monkeypatch.setenv("A_KEY", "sk-other")
+        done = run(*words, "--reflect-key-env", "A_KEY", "--pay", "--budget-usd", 1, "--json", "--ledger", data / "log")
+    shown = json.loads(done.out)
+    assert shown["prompt"] == "Say the capital." and shown["taken"]["cloud_by_kind"]["reflection"]["usd"] > 0, done.err
+    assert len(reflects.bodies) == shown["taken"]["cloud_by_kind"]["reflection"]["calls"]
+    assert not any(b"Write a better" in body for body in server.bodies) and b"ann" not in b"".join(reflects.bodies)
+    assert {entry.kind for entry in EgressLedger.read(data / "log")} == {"chat", "reflection"}
+
+
+def test_the_edge_reflects_and_sends_nothing_for_it(
+    run: Callable[..., Any], data: Path, server: ScriptedServer, edge: Path
+) -> None:
+    few = ("--edge", edge, "--steps", 6, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 4, "--limit", 3)
+    words = fit_words(data, server, *few, "--grow-every", 1, "--reflect-edge", "--certificate-share", 0)
+    assert "growth   up to 12 calls more" in run(*words).out
+    done = run(*words, "--pay", "--budget-calls", 40, "--json")
+    shown = json.loads(done.out)
+    assert shown["growths"] and shown["taken"]["cloud_by_kind"].keys() == {"chat"}, done.err
+    assert not any(b"Write a better" in body for body in server.bodies)
+
+
+def test_the_key_of_the_cloud_that_answers_goes_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTUNE_CLOUD_KEY", "sk-first")
+    options = ReflectionOptions(model="m", cloud="http://127.0.0.1:9/v1", key_variable=None, prices=None, is_here=False)
+    with open_reflection(options, None) as reflection:
+        assert isinstance(reflection, CloudReflection) and isinstance(reflection.cloud, OpenAiCloud)
+        assert reflection.cloud._secret == ""
+    monkeypatch.setenv("COTUNE_REFLECT_KEY", "sk-second")
+    with open_reflection(options, None) as reflection:
+        assert isinstance(reflection, CloudReflection) and isinstance(reflection.cloud, OpenAiCloud)
+        assert reflection.cloud._secret == "sk-second"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--reflect-model", "m"), "--reflect-model is given without --grow-every"),
+        (("--reflect-edge",), "--reflect-edge is given without --grow-every"),
+        (("--grow-every", 1, "--reflect-edge"), "--reflect-edge is given without --edge"),
+        (("--grow-every", 1, "--reflect-edge", "--reflect-model", "m"), "are both given"),
+        (("--grow-every", 1, "--reflect-cloud", "http://127.0.0.1:9/v1"), "without --reflect-model"),
+        (("--grow-every", 1, "--reflect-model", "m", "--reflect-key-env", "K"), "without --reflect-cloud"),
+        (("--grow-every", 1, "--reflect-prices", "p.json"), "without --reflect-model"),
+    ],
+)
+def test_reflections_that_cannot_be_are_refused(
+    run: Callable[..., Any], data: Path, server: ScriptedServer, words: tuple[object, ...], told: str
+) -> None:
+    run(*fit_words(data, server, *words)).check_refusal(told)
+    assert server.bodies == []
