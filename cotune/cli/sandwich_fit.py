@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from cotune.sandwich.edge_adapter import EdgeRewriter
     from cotune.sandwich.examples import PrivateExample
     from cotune.sandwich.pipeline import Pipeline
-    from cotune.sandwich.rewriter_tuning import TunedRewriter
+    from cotune.sandwich.rewriter_tuning import RewriterConfig, TunedRewriter
 
 _REFRESH_EVERY = 5
 
@@ -213,6 +214,8 @@ def fit(
     from cotune.sandwich.prompts.growth import GrowthConfig
     from cotune.sandwich.prompts.race import RaceConfig
     from cotune.sandwich.redact import Redactor
+    from cotune.sandwich.rewrite_trials import DrawConfig
+    from cotune.sandwich.rewriter_tuning import RewriterConfig
     from cotune.sandwich.text_problem import TextProblemConfig
 
     budget = Budget(calls=budget_calls, tokens=budget_tokens, usd=budget_usd, seconds=budget_seconds)
@@ -226,17 +229,20 @@ def fit(
         model=reflect_model,
         cloud=reflect_cloud,
         key_variable=reflect_key_env,
-        prices=reflect_prices or prices,
+        prices=reflect_prices,
+        other_prices=prices,
         is_here=reflect_edge,
     )
     reflecting.check(is_growing=grow_every is not None, has_edge=edge is not None)
-    if reflect_prices is not None and reflect_model is None:
-        raise InputError("--reflect-prices is given without --reflect-model, expected the model; add it")
     if tune_rewriter is not None and edge is None:
         raise InputError("--tune-rewriter is given without --edge, expected the model that rewrites; add it")
     preferences = preferences_given(dpo_rounds, beta=dpo_beta, leak_weight=dpo_leak_weight, min_gap=dpo_min_gap)
     if preferences is not None and tune_rewriter is None:
         raise InputError("--dpo-rounds is given without --tune-rewriter, expected the rounds before; add it")
+    rewriting = None
+    if tune_rewriter is not None:
+        draw = DrawConfig(num_batch_examples=batch_size, seed=seed)
+        rewriting = RewriterConfig(num_rounds=tune_rewriter, draw=draw, preferences=preferences)
     score = metric_named(metric)
     if (hosted is not None) != (variable == "soft"):
         raise InputError(
@@ -294,6 +300,7 @@ def fit(
             ledger=None if ledger is None else stack.enter_context(EgressLedger(ledger)),
             retry=RetryRules(timeout_s=cloud_timeout),
         )
+        reflection = stack.enter_context(open_reflection(reflecting))
         sizes = PipelineConfig(model=name, max_tokens=max_tokens, num_parallel=num_parallel)
         pipeline = Pipeline(redactor, gate, sizes)
         projection = project(
@@ -305,6 +312,7 @@ def fit(
             folder=out,
             config=config,
             is_reflecting_here=reflecting.is_here,
+            rewriter=rewriting,
         )
         if not pay:
             if as_json:
@@ -320,8 +328,7 @@ def fit(
         rewriters: list[TunedRewriter] = []
         if edge is not None:
             from cotune.sandwich.edge_adapter import REWRITE_TEMPLATE, EdgeConfig, EdgeRewriter
-            from cotune.sandwich.rewrite_trials import DrawConfig
-            from cotune.sandwich.rewriter_tuning import RewriterConfig
+            from cotune.sandwich.prompts.reflection import EdgeReflection
             from cotune.sandwich.rewriter_tuning import tune_rewriter as tune
 
             edge_config = EdgeConfig(
@@ -331,15 +338,17 @@ def fit(
                 seed=seed,
             )
             tuned, save = stack.enter_context(open_edge(edge, edge_config, rank=rank, seed=seed))
-            draw = DrawConfig(num_batch_examples=batch_size, seed=seed)
-            rewriting = RewriterConfig(num_rounds=tune_rewriter or 1, draw=draw, preferences=preferences)
+            reflection = EdgeReflection(tuned) if reflecting.is_here else reflection
 
-            def make_rewriter(line: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> EdgeRewriter:
-                found = tune(tuned, line, tuned.start(), examples, score, REWRITE_TEMPLATE, rewriting, key=key)
+            def rewrites_by(
+                how: RewriterConfig, line: Pipeline, examples: Sequence[PrivateExample], key: bytes
+            ) -> EdgeRewriter:
+                found = tune(tuned, line, tuned.start(), examples, score, REWRITE_TEMPLATE, how, key=key)
                 rewriters.append(found)
                 return EdgeRewriter(tuned, found.x)
 
-        reflection = stack.enter_context(open_reflection(reflecting, tuned))
+            make_rewriter = None if rewriting is None else partial(rewrites_by, rewriting)
+
         advance = stack.enter_context(progress("fitting", enabled=not as_json))
 
         def told(seen: Refresh) -> None:
@@ -354,7 +363,7 @@ def fit(
             budget=budget,
             folder=out,
             edge=tuned,
-            make_rewriter=None if tune_rewriter is None else make_rewriter,
+            make_rewriter=make_rewriter,
             reflection=reflection,
             config=config,
             resume=resume,

@@ -13,7 +13,7 @@ from cotune.errors import InputError
 
 if TYPE_CHECKING:
     from cotune.sandwich.cost import Price
-    from cotune.sandwich.prompts.reflection import Reflection, WritingEdge
+    from cotune.sandwich.prompts.reflection import Reflection
 
 KEY_VARIABLE = "COTUNE_REFLECT_KEY"
 """Of another cloud, which never gets the key of the one that answers."""
@@ -27,7 +27,8 @@ class ReflectionOptions:
         model: --reflect-model.
         cloud: --reflect-cloud, a base URL.
         key_variable: --reflect-key-env.
-        prices: --reflect-prices, or else --prices.
+        prices: --reflect-prices.
+        other_prices: --prices, where there are no others.
         is_here: --reflect-edge.
     """
 
@@ -35,6 +36,7 @@ class ReflectionOptions:
     cloud: str | None
     key_variable: str | None
     prices: Path | None
+    other_prices: Path | None
     is_here: bool
 
     def check(self, *, is_growing: bool, has_edge: bool) -> None:
@@ -47,6 +49,7 @@ class ReflectionOptions:
             "--reflect-model": self.model,
             "--reflect-cloud": self.cloud,
             "--reflect-key-env": self.key_variable,
+            "--reflect-prices": self.prices,
             "--reflect-edge": self.is_here or None,
         }
         named = [name for name, value in given.items() if value is not None]
@@ -56,8 +59,9 @@ class ReflectionOptions:
             raise InputError(f"--reflect-edge and {named[0]} are both given, expected one model that reflects")
         if self.is_here and not has_edge:
             raise InputError("--reflect-edge is given without --edge, expected the model that reflects; add it")
-        if self.cloud is not None and self.model is None:
-            raise InputError("--reflect-cloud is given without --reflect-model, expected its name there; add it")
+        for name in ("--reflect-cloud", "--reflect-prices"):
+            if given[name] is not None and self.model is None:
+                raise InputError(f"{name} is given without --reflect-model, expected the model's name; add it")
         if self.key_variable is not None and self.cloud is None:
             raise InputError("--reflect-key-env is given without --reflect-cloud, expected its base URL; add it")
         self.price()
@@ -68,27 +72,24 @@ class ReflectionOptions:
         Raises:
             InputError: the table lacks it.
         """
-        return None if self.model is None else price_of(self.model, self.prices)
+        return None if self.model is None else price_of(self.model, self.prices or self.other_prices)
 
 
 @contextmanager
-def open_reflection(options: ReflectionOptions, edge: WritingEdge | None) -> Iterator[Reflection | None]:
-    """Who reflects; None for the cloud that answers, at its own price.
+def open_reflection(options: ReflectionOptions) -> Iterator[Reflection | None]:
+    """The model behind an API that reflects; None for the one that answers, at its own price.
 
     Raises:
         InputError: a variable is not set, or the URL cannot be used.
     """
-    from cotune.sandwich.prompts.reflection import CloudReflection, EdgeReflection
+    from cotune.sandwich.prompts.reflection import CloudReflection
 
-    if options.is_here and edge is not None:
-        yield EdgeReflection(edge)
-    elif options.model is None:
+    if options.model is None:
         yield None
-    elif options.cloud is None:
+        return
+    if options.cloud is None:
         yield CloudReflection(model=options.model, price=options.price())
-    else:
-        opened = open_cloud(
-            options.cloud, options.key_variable, default_variable=KEY_VARIABLE, option="--reflect-key-env"
-        )
-        with opened as cloud:
-            yield CloudReflection(model=options.model, cloud=cloud, price=options.price())
+        return
+    opened = open_cloud(options.cloud, options.key_variable, default_variable=KEY_VARIABLE, option="--reflect-key-env")
+    with opened as cloud:
+        yield CloudReflection(model=options.model, cloud=cloud, price=options.price())

@@ -43,6 +43,7 @@ from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.prompts.race import Race, RaceConfig, race
 from cotune.sandwich.prompts.reflection import CloudReflection, Reflection
 from cotune.sandwich.prompts.variable import PromptVariable
+from cotune.sandwich.rewriter_tuning import RewriterConfig
 from cotune.sandwich.sent_log import SentLog
 from cotune.sandwich.text_problem import (
     AnswerTable,
@@ -115,6 +116,7 @@ class Projection:
         lacking: what of the budget that is too much for, in words; empty where it fits.
         num_growth_calls: that the growth of a pool may take at most beyond that: for prompts, and for answers under
             them.
+        num_rewriter_calls: that tuning a rewriter may take at most beyond that.
     """
 
     num_cells: int
@@ -123,6 +125,7 @@ class Projection:
     likely: Cost
     lacking: str
     num_growth_calls: int = 0
+    num_rewriter_calls: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -138,6 +141,10 @@ class Projection:
             )
         if self.num_growth_calls:
             lines.append(f"growth   up to {self.num_growth_calls:,} calls more, as far as the budget lasts")
+        if self.num_rewriter_calls:
+            lines.append(
+                f"rewriter up to {self.num_rewriter_calls:,} calls more, as far as its share of the budget lasts"
+            )
         if self.lacking:
             lines.append(
                 f"the budget may not hold all of it ({self.lacking}): then it ends early and keeps what it has"
@@ -251,6 +258,7 @@ def project(
     folder: Path | None = None,
     config: FitConfig | None = None,
     is_reflecting_here: bool = False,
+    rewriter: RewriterConfig | None = None,
 ) -> Projection:
     """Say what a fit would cost; redacts everything and sends nothing.
 
@@ -261,6 +269,7 @@ def project(
         folder: of a run that began; its answers cost nothing. None: of no run.
         config: how the fit goes; read for what a pool that grows may ask.
         is_reflecting_here: its prompts are written on the edge, so that only answers under them are asked for.
+        rewriter: how one is tuned before; None: none is.
 
     Raises:
         RedactionError: an example or a prompt cannot be sent.
@@ -299,6 +308,7 @@ def project(
         lacking=lacking,
         num_growth_calls=num_prompts
         * ((not is_reflecting_here) + sum(len(each.prepared.questions) for each in examples)),
+        num_rewriter_calls=rewriter.most_calls(len(train), pipeline.config.max_questions) if rewriter else 0,
     )
 
 

@@ -62,6 +62,22 @@ class RewriterConfig:
         following = self.preferences.num_rounds if self.preferences else 0
         return self.max_share * self.num_rounds / (self.num_rounds + following)
 
+    def most_calls(self, num_examples: int, max_questions: int) -> int:
+        """Requests that tuning may send at most, failed attempts aside; mostly far fewer, and no more than its share.
+
+        Args:
+            num_examples: to draw from.
+            max_questions: of one rewrite.
+
+        Example:
+            >>> RewriterConfig(num_rounds=1, draw=DrawConfig(num_samples=2, num_batch_examples=3)).most_calls(9, 1)
+            9
+        """
+        size, pairs = min(self.draw.num_batch_examples, num_examples), self.preferences
+        one_round = size * (1 + self.draw.num_samples * max_questions)
+        looks = size * (1 + 2 * max_questions) if pairs else 0
+        return one_round * (self.num_rounds + (pairs.num_rounds if pairs else 0)) + looks
+
 
 @dataclass(frozen=True)
 class TunedRewriter:

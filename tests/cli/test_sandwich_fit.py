@@ -14,11 +14,8 @@ from processes import python, read_json
 from tiny_models import tiny_backbone
 
 from cotune.cli.sandwich_edge import Fitted, read_prompts
-from cotune.cli.sandwich_reflection import ReflectionOptions, open_reflection
 from cotune.errors import DataError
 from cotune.ledger import EgressLedger
-from cotune.sandwich.openai_cloud import OpenAiCloud
-from cotune.sandwich.prompts.reflection import CloudReflection
 from cotune.sandwich.scripted_cloud import Reply, ScriptedServer, scripted_server
 
 TEXT = "Write to ann@example.org that I am late."
@@ -244,6 +241,8 @@ def test_a_rewriter_learns_from_pairs_within_the_same_budget(
     words = fit_words(data, server, *few, "--tune-rewriter", 1, "--limit", 2, "--certificate-share", 0)
     learn = ("--dpo-rounds", 1, "--dpo-beta", 0.2, "--dpo-leak-weight", 2, "--dpo-min-gap", 0.1)
     done = run(*words, *learn, "--pay", "--budget-calls", 60)
+    # One request in each of two rounds with three rewrites of eight questions at most, and in two looks.
+    assert "rewriter up to 67 calls more" in done.err
     assert done.status == 0 and "preferences " in done.out and (data / "run" / "rewriter").is_dir(), done.err
     num_sent, weights = len(server.bodies), data / "run" / "rewriter" / "adapter_model.safetensors"
     learnt = weights.read_bytes()
@@ -286,39 +285,8 @@ def test_the_edge_reflects_and_sends_nothing_for_it(
 ) -> None:
     few = ("--edge", edge, "--steps", 6, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 4, "--limit", 3)
     words = fit_words(data, server, *few, "--grow-every", 1, "--reflect-edge", "--certificate-share", 0)
-    assert "growth   up to 12 calls more" in run(*words).out
+    assert "growth   up to 10 calls more" in run(*words).out
     done = run(*words, "--pay", "--budget-calls", 40, "--json")
     shown = json.loads(done.out)
     assert shown["growths"] and shown["taken"]["cloud_by_kind"].keys() == {"chat"}, done.err
     assert not any(b"Write a better" in body for body in server.bodies)
-
-
-def test_the_key_of_the_cloud_that_answers_goes_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COTUNE_CLOUD_KEY", "sk-first")
-    options = ReflectionOptions(model="m", cloud="http://127.0.0.1:9/v1", key_variable=None, prices=None, is_here=False)
-    with open_reflection(options, None) as reflection:
-        assert isinstance(reflection, CloudReflection) and isinstance(reflection.cloud, OpenAiCloud)
-        assert reflection.cloud._secret == ""
-    monkeypatch.setenv("COTUNE_REFLECT_KEY", "sk-second")
-    with open_reflection(options, None) as reflection:
-        assert isinstance(reflection, CloudReflection) and isinstance(reflection.cloud, OpenAiCloud)
-        assert reflection.cloud._secret == "sk-second"
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("--reflect-model", "m"), "--reflect-model is given without --grow-every"),
-        (("--reflect-edge",), "--reflect-edge is given without --grow-every"),
-        (("--grow-every", 1, "--reflect-edge"), "--reflect-edge is given without --edge"),
-        (("--grow-every", 1, "--reflect-edge", "--reflect-model", "m"), "are both given"),
-        (("--grow-every", 1, "--reflect-cloud", "http://127.0.0.1:9/v1"), "without --reflect-model"),
-        (("--grow-every", 1, "--reflect-model", "m", "--reflect-key-env", "K"), "without --reflect-cloud"),
-        (("--grow-every", 1, "--reflect-prices", "p.json"), "without --reflect-model"),
-    ],
-)
-def test_reflections_that_cannot_be_are_refused(
-    run: Callable[..., Any], data: Path, server: ScriptedServer, words: tuple[object, ...], told: str
-) -> None:
-    run(*fit_words(data, server, *words)).check_refusal(told)
-    assert server.bodies == []

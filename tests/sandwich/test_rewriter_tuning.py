@@ -18,7 +18,7 @@ from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.budget import Budget, Purse
 from cotune.sandwich.cloud_gate import AnswerCache, CloudGate
 from cotune.sandwich.examples import PrivateExample
-from cotune.sandwich.fit import FitConfig, fit
+from cotune.sandwich.fit import FitConfig, fit, project
 from cotune.sandwich.pipeline import Pipeline, PipelineConfig, Rewriter
 from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.rewrite_trials import DrawConfig
@@ -109,6 +109,20 @@ def test_pairs_follow_within_the_whole_share() -> None:
     assert found.preferences.num_pairs == 6 and {(each.better, each.worse) for each in edge.pairs} == {GOOD_AND_BAD}
     assert found.x[0] == pytest.approx(-3.0, abs=1e-3) and found.preferences.is_kept
     assert "preferences 6 pairs" in found.to_text() and found.to_json()["preferences"]["num_pairs"] == 6
+
+
+def test_its_calls_are_bounded_before_anything_is_sent() -> None:
+    # Two rounds of two requests with three rewrites each; one round more, and one rewrite each before and after.
+    learns = replace(CONFIG, preferences=PreferenceConfig(num_rounds=1, num_steps=1))
+    assert CONFIG.most_calls(4, 1) == 2 * 2 * 4 and learns.most_calls(4, 1) == 3 * 2 * 4 + 2 * 3
+    assert CONFIG.most_calls(1, 8) == 2 * (1 + 3 * 8)
+    cloud = MemoryCloud(answer)
+    tune(Edge(), gate_of(cloud), learns)
+    assert len(cloud.requests) <= learns.most_calls(4, 1)
+    with redactor_here() as redactor:
+        line = Pipeline(redactor, CloudGate(cloud), PipelineConfig(model="m", max_questions=1))
+        found = project(line, EXAMPLES, EXAMPLES[:1], PromptPool([""]), rewriter=learns)
+    assert found.num_rewriter_calls == 30 and "rewriter up to 30 calls more" in found.to_text()
 
 
 def test_in_a_fit_it_comes_first_and_within_the_same_budget(tmp_path: Path) -> None:
