@@ -14,6 +14,7 @@
 | I consistent | cloud | nothing: the answer of several that is most like the others |
 | J papilon | edge, cloud, edge | the prompt alone (PAPILLON, arXiv 2410.17127, the idea) |
 | J tuned | edge, cloud, edge | as J, and the edge before the cloud first, on rewrites that were answered better |
+| J preferred | edge, cloud, edge | as J tuned, and then from pairs of rewrites, by final loss and leaks (DPO) |
 | K routed | edge, or cloud | adapter C, and how sure the edge must be to answer by itself |
 | edge | edge | nothing |
 """
@@ -43,6 +44,8 @@ from cotune.sandwich.fit import PROGRESS_FILE, SENT_FILE, FitConfig, fit, prepar
 from cotune.sandwich.pipeline import MergeJob, Pipeline
 from cotune.sandwich.prompts.growth import GrowthConfig
 from cotune.sandwich.prompts.pool import PromptPool
+from cotune.sandwich.rewrite_trials import DrawConfig
+from cotune.sandwich.rewriter_preferences import PreferenceConfig
 from cotune.sandwich.rewriter_tuning import RewriterConfig, TunedRewriter, tune_rewriter
 from cotune.sandwich.sent_log import read_sent
 from cotune.sandwich.text_problem import AnswerTable, Cell, FitExample, TextProblemConfig
@@ -328,31 +331,40 @@ def consistent(bench: Bench) -> Learnt:
     return untrained(bench, lambda _: CloudAlone(prompt=bench.task.prompts[0], num_samples=bench.course.num_samples))
 
 
-def tune_before(bench: Bench, pipeline: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> TunedRewriter:
-    """The edge before the cloud, tuned under the pipeline's prompt, within its budget."""
+def tune_before(
+    bench: Bench,
+    pipeline: Pipeline,
+    examples: Sequence[PrivateExample],
+    key: bytes,
+    *,
+    is_preferring: bool = False,
+) -> TunedRewriter:
+    """The edge before the cloud, tuned under the pipeline's prompt, within its budget; preferring: from pairs too."""
     course = bench.course
+    draw = DrawConfig(num_samples=course.num_rewrites, num_batch_examples=course.num_batch_examples, seed=bench.seed)
     config = RewriterConfig(
         num_rounds=course.rewrite_rounds,
-        num_samples=course.num_rewrites,
-        num_batch_examples=course.num_batch_examples,
+        draw=draw,
         x_rate=course.x_rate,
-        seed=bench.seed,
+        preferences=PreferenceConfig() if is_preferring else None,
     )
     start, metric = bench.edge.start(), bench.task.metric
     return tune_rewriter(bench.edge, pipeline, start, examples, metric, REWRITE_TEMPLATE, config, key=key)
 
 
-def papilon(bench: Bench, *, is_tuned_before: bool = False) -> Learnt:
+def papilon(bench: Bench, *, is_tuned_before: bool = False, is_preferring: bool = False) -> Learnt:
     """The edge before and behind the cloud; the prompt is chosen through all of it.
 
     Args:
         is_tuned_before: the edge before the cloud learns first, within the same budget; else both are untrained.
+        is_preferring: it learns from pairs too.
     """
     gate, x = bench.gate(bench.budget), bench.edge.start()
     pipeline = sandwich_pipeline(bench, gate, x, half="both", mode="serial", prompt=bench.task.prompts[0])
     tuned = None
     if is_tuned_before:
-        tuned = tune_before(bench, pipeline, bench.task.train, f"seed {bench.seed}".encode())
+        key = f"seed {bench.seed}".encode()
+        tuned = tune_before(bench, pipeline, bench.task.train, key, is_preferring=is_preferring)
         pipeline = pipeline.rewriting(EdgeRewriter(bench.edge, tuned.x))
     examples = bench.prepared(pipeline, "train", "validation")
     prompt, _, seen = best_prompt(bench, pipeline, examples)
@@ -404,6 +416,7 @@ ARMS: Mapping[str, Arm] = {
     "I consistent": consistent,
     "J papilon": papilon,
     "J tuned": partial(papilon, is_tuned_before=True),
+    "J preferred": partial(papilon, is_tuned_before=True, is_preferring=True),
     "K routed": routed,
     "edge": partial(untrained, make=lambda bench: EdgeAlone(x=bench.edge.start())),
 }
@@ -423,6 +436,7 @@ LEARNING = (
     "H grown",
     "J papilon",
     "J tuned",
+    "J preferred",
     "K routed",
 )
 """Arms to which the budget of training matters."""

@@ -249,7 +249,7 @@ def bilevel_rows(runs: Mapping[str, Sequence[Value]]) -> dict[str, dict[str, Any
 
 
 def growth_table(task: str, runs: Mapping[str, Sequence[Value]]) -> Html:
-    """What became of the pool that grows, and of the rewriter that is tuned, over all seeds."""
+    """What became of the pool that grows, and of the rewriters that are tuned, over all seeds."""
     growths = [one for run in runs.get("H grown", []) if "notes" in run for one in run["notes"]["growths"]]
     rounds = [one for run in runs.get("J tuned", []) if "notes" in run for one in run["notes"]["rewriter"]["rounds"]]
     found = ""
@@ -272,6 +272,23 @@ def growth_table(task: str, runs: Mapping[str, Sequence[Value]]) -> Html:
             "of the best": [f"{sum(one['best_loss'] for one in rounds) / len(rounds):.3f}"],
         }
         found += grid(f"{task}: the rewriter that is tuned", "arm", ["J tuned"], columns)
+    preferred = [run["notes"]["rewriter"]["preferences"] for run in runs.get("J preferred", []) if "notes" in run]
+    judged = [one for one in preferred if one and one["after"]]
+    if judged:
+        count = sum(one["after"]["num_requests"] for one in judged)
+
+        def looked(when: str) -> str:
+            accepted = sum(one[when]["num_accepted"] for one in judged)
+            return f"{accepted} of {count}, {sum(one[when]['loss'] for one in judged) / len(judged):.3f}"
+
+        columns = {
+            "pairs": [str(sum(one["num_pairs"] for one in judged))],
+            "loss of pairs": [f"{sum(one['loss'] for one in judged) / len(judged):.3f}"],
+            "better than the request, loss; before": [looked("before")],
+            "after": [looked("after")],
+            "kept": [f"{sum(one['is_kept'] for one in judged)} of {len(preferred)}"],
+        }
+        found += grid(f"{task}: the rewriter that learns from pairs", "arm", ["J preferred"], columns)
     return Html(found)
 
 
@@ -401,7 +418,7 @@ def deviations_of(study: Study) -> list[str]:
         "The paper's data, models and rates are not public; tasks, prompts and metrics are ours.",
         f"Cloud {args.cloud_model}, edge {study.model_name}; the paper had one unnamed cloud and an edge of two GPUs.",
         "Prompts are chosen from a pool of four for each task, which grows in H grown alone; J has no optimiser but "
-        "that choice, and but for J tuned an edge that was not tuned to rewrite.",
+        "that choice, and but for J tuned and J preferred an edge that was not tuned to rewrite.",
         "Memory is what an arm held at most beyond the loaded models, learning and answering, as the resident set of "
         "one process tells it: an upper bound, rough where models are small.",
         "Leaks of the user are those outside of the descriptions of tools, which are the cloud's own; as words, "

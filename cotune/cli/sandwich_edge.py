@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cotune.sandwich.cost import Price
     from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeMerger, EdgeRewriter
     from cotune.sandwich.openai_cloud import OpenAiCloud
+    from cotune.sandwich.rewriter_preferences import PreferenceConfig
 
 KEY_VARIABLE = "COTUNE_CLOUD_KEY"
 FITTED_FILE, ADAPTER_FOLDER, REWRITER_FOLDER = "sandwich.json", "adapter", "rewriter"
@@ -26,20 +27,24 @@ _MAX_FILE_BYTES = 1 << 22
 
 
 @contextmanager
-def open_cloud(url: str, key_variable: str | None) -> Iterator[OpenAiCloud]:
+def open_cloud(
+    url: str, key_variable: str | None, *, default_variable: str = KEY_VARIABLE, option: str = "--key-env"
+) -> Iterator[OpenAiCloud]:
     """The cloud at a URL, with the key that stands in a variable of the environment.
 
     Args:
-        key_variable: which one; None for `COTUNE_CLOUD_KEY`, if it is set.
+        key_variable: which one; None for the default one, if it is set.
+        default_variable: see there.
+        option: that names the variable, for errors.
 
     Raises:
         InputError: a variable that was named is not set, or the URL cannot be used.
     """
     from cotune.sandwich.openai_cloud import ApiKey, OpenAiCloud
 
-    secret = os.environ.get(key_variable or KEY_VARIABLE)
+    secret = os.environ.get(key_variable or default_variable)
     if secret is None and key_variable is not None:
-        raise InputError(f"--key-env is {key_variable}, and there is no such variable; set it to the API key")
+        raise InputError(f"{option} is {key_variable}, and there is no such variable; set it to the API key")
     with closing(OpenAiCloud(url, None if secret is None else ApiKey(secret))) as cloud:
         yield cloud
 
@@ -200,6 +205,26 @@ def open_fitted_edge(
     with edge_adapter(backbone, adapter, config) as edge:
         rewriter = None if before is None else EdgeRewriter(edge, edge.numbers_of(before))
         yield EdgeMerger(edge, edge.start()), rewriter
+
+
+def preferences_given(num_rounds: int | None, **settings: float | None) -> PreferenceConfig | None:
+    """How a rewriter learns from pairs, by the options that were given; None where it does not.
+
+    Args:
+        num_rounds: None: not at all.
+        settings: of `PreferenceConfig`, by name; None for its own.
+
+    Raises:
+        InputError: settings without rounds, or one that cannot be.
+    """
+    from cotune.sandwich.rewriter_preferences import PreferenceConfig
+
+    named: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if num_rounds is not None:
+        return PreferenceConfig(num_rounds=num_rounds, **named)
+    for name in named:
+        raise InputError(f"--dpo-{name.replace('_', '-')} is given without --dpo-rounds, expected it too; add it")
+    return None
 
 
 def metric_named(name: str) -> Callable[[str, Sequence[str]], float]:

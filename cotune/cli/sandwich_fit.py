@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -30,16 +31,18 @@ from cotune.cli.sandwich_edge import (
     Fitted,
     metric_named,
     open_edge,
+    preferences_given,
     price_of,
 )
 from cotune.cli.sandwich_prompts import HostedModel, PromptOptions, make_variable, open_cloud_or_hosted
+from cotune.cli.sandwich_reflection import ReflectionOptions, open_reflection
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
     from cotune.sandwich.edge_adapter import EdgeRewriter
     from cotune.sandwich.examples import PrivateExample
     from cotune.sandwich.pipeline import Pipeline
-    from cotune.sandwich.rewriter_tuning import TunedRewriter
+    from cotune.sandwich.rewriter_tuning import RewriterConfig, TunedRewriter
 
 _REFRESH_EVERY = 5
 
@@ -90,6 +93,23 @@ def fit(
             help="With --edge: first tune it to rewrite requests, so many rounds, on what the cloud answered."
         ),
     ] = None,
+    dpo_rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="With --tune-rewriter: then so many rounds more, on pairs of rewrites ranked by final loss and leaks."
+        ),
+    ] = None,
+    dpo_beta: Annotated[
+        float | None, typer.Option(help="With --dpo-rounds: how strongly the rewriter before holds; 0.1 if left out.")
+    ] = None,
+    dpo_leak_weight: Annotated[
+        float | None,
+        typer.Option(help="With --dpo-rounds: of the share of `private` that a rewrite would send; 1 if left out."),
+    ] = None,
+    dpo_min_gap: Annotated[
+        float | None,
+        typer.Option(help="With --dpo-rounds: by how much the two of a pair must differ; 0.05 if left out."),
+    ] = None,
     gradients: Annotated[
         str, typer.Option(help="Of the adapter: backprop, or zeroth_order for little memory.")
     ] = "backprop",
@@ -105,13 +125,30 @@ def fit(
     ] = None,
     grow_every: Annotated[
         int | None,
-        typer.Option(help="pool: each so many looks, the cloud reads failures and writes 2 prompts, which race."),
+        typer.Option(help="pool: each so many looks, a model reads failures and writes 2 prompts, which race."),
     ] = None,
+    reflect_model: Annotated[
+        str | None,
+        typer.Option(help="With --grow-every: another model for that, by the cloud's name; --model's if left out."),
+    ] = None,
+    reflect_cloud: Annotated[
+        str | None, typer.Option(help="With --reflect-model: base URL of another OpenAI-compatible API that has it.")
+    ] = None,
+    reflect_key_env: Annotated[
+        str | None,
+        typer.Option(help="With --reflect-cloud: variable with its API key; COTUNE_REFLECT_KEY if left out and set."),
+    ] = None,
+    reflect_prices: Annotated[
+        Path | None, typer.Option(help="With --reflect-model: a price table of its own; --prices if left out.")
+    ] = None,
+    reflect_edge: Annotated[
+        bool, typer.Option("--reflect-edge", help="With --grow-every: the model of --edge does it; nothing is sent.")
+    ] = False,
     pool_size: Annotated[
         int | None, typer.Option(help="With --grow-every: prompts after a race; as many as in PROMPTS if left out.")
     ] = None,
     show_targets: Annotated[
-        bool, typer.Option("--show-targets", help="With --grow-every: targets are sent too, redacted.")
+        bool, typer.Option("--show-targets", help="With --grow-every: targets are shown too, redacted.")
     ] = False,
     steps: Annotated[int, typer.Option(help="At most.")] = 60,
     x_rate: Annotated[float, typer.Option(help="Of the adapter (Adam).")] = 1e-2,
@@ -159,6 +196,10 @@ def fit(
 
         cotune sandwich fit ... --prompts prompts.txt --grow-every 2 --pool-size 6 --out run --budget-calls 500 --pay
 
+        cotune sandwich fit ... --grow-every 2 --reflect-model big --reflect-cloud https://api.example.org/v1 --pay ...
+
+        cotune sandwich fit ... --edge starter --tune-rewriter 2 --dpo-rounds 2 --out run --budget-calls 500 --pay
+
         cotune sandwich fit train.jsonl --validation val.jsonl --variable soft --hosted starter --out run
         --cma-evaluations 20
     """
@@ -173,6 +214,8 @@ def fit(
     from cotune.sandwich.prompts.growth import GrowthConfig
     from cotune.sandwich.prompts.race import RaceConfig
     from cotune.sandwich.redact import Redactor
+    from cotune.sandwich.rewrite_trials import DrawConfig
+    from cotune.sandwich.rewriter_tuning import RewriterConfig
     from cotune.sandwich.text_problem import TextProblemConfig
 
     budget = Budget(calls=budget_calls, tokens=budget_tokens, usd=budget_usd, seconds=budget_seconds)
@@ -182,8 +225,24 @@ def fit(
         raise InputError(f"{out} holds a run already; go on with --resume, or choose another folder")
     if grow_every is None and (pool_size is not None or show_targets):
         raise InputError("--pool-size or --show-targets is given without --grow-every, expected it too; add it")
+    reflecting = ReflectionOptions(
+        model=reflect_model,
+        cloud=reflect_cloud,
+        key_variable=reflect_key_env,
+        prices=reflect_prices,
+        other_prices=prices,
+        is_here=reflect_edge,
+    )
+    reflecting.check(is_growing=grow_every is not None, has_edge=edge is not None)
     if tune_rewriter is not None and edge is None:
         raise InputError("--tune-rewriter is given without --edge, expected the model that rewrites; add it")
+    preferences = preferences_given(dpo_rounds, beta=dpo_beta, leak_weight=dpo_leak_weight, min_gap=dpo_min_gap)
+    if preferences is not None and tune_rewriter is None:
+        raise InputError("--dpo-rounds is given without --tune-rewriter, expected the rounds before; add it")
+    rewriting = None
+    if tune_rewriter is not None:
+        draw = DrawConfig(num_batch_examples=batch_size, seed=seed)
+        rewriting = RewriterConfig(num_rounds=tune_rewriter, draw=draw, preferences=preferences)
     score = metric_named(metric)
     if (hosted is not None) != (variable == "soft"):
         raise InputError(
@@ -241,9 +300,20 @@ def fit(
             ledger=None if ledger is None else stack.enter_context(EgressLedger(ledger)),
             retry=RetryRules(timeout_s=cloud_timeout),
         )
+        reflection = stack.enter_context(open_reflection(reflecting))
         sizes = PipelineConfig(model=name, max_tokens=max_tokens, num_parallel=num_parallel)
         pipeline = Pipeline(redactor, gate, sizes)
-        projection = project(pipeline, learnt, judged, prompt, budget=budget, folder=out, config=config)
+        projection = project(
+            pipeline,
+            learnt,
+            judged,
+            prompt,
+            budget=budget,
+            folder=out,
+            config=config,
+            is_reflecting_here=reflecting.is_here,
+            rewriter=rewriting,
+        )
         if not pay:
             if as_json:
                 print_json(projection.to_json())
@@ -258,7 +328,7 @@ def fit(
         rewriters: list[TunedRewriter] = []
         if edge is not None:
             from cotune.sandwich.edge_adapter import REWRITE_TEMPLATE, EdgeConfig, EdgeRewriter
-            from cotune.sandwich.rewriter_tuning import RewriterConfig
+            from cotune.sandwich.prompts.reflection import EdgeReflection
             from cotune.sandwich.rewriter_tuning import tune_rewriter as tune
 
             edge_config = EdgeConfig(
@@ -268,12 +338,16 @@ def fit(
                 seed=seed,
             )
             tuned, save = stack.enter_context(open_edge(edge, edge_config, rank=rank, seed=seed))
-            rewriting = RewriterConfig(num_rounds=tune_rewriter or 1, num_batch_examples=batch_size, seed=seed)
+            reflection = EdgeReflection(tuned) if reflecting.is_here else reflection
 
-            def make_rewriter(line: Pipeline, examples: Sequence[PrivateExample], key: bytes) -> EdgeRewriter:
-                found = tune(tuned, line, tuned.start(), examples, score, REWRITE_TEMPLATE, rewriting, key=key)
+            def rewrites_by(
+                how: RewriterConfig, line: Pipeline, examples: Sequence[PrivateExample], key: bytes
+            ) -> EdgeRewriter:
+                found = tune(tuned, line, tuned.start(), examples, score, REWRITE_TEMPLATE, how, key=key)
                 rewriters.append(found)
                 return EdgeRewriter(tuned, found.x)
+
+            make_rewriter = None if rewriting is None else partial(rewrites_by, rewriting)
 
         advance = stack.enter_context(progress("fitting", enabled=not as_json))
 
@@ -289,7 +363,8 @@ def fit(
             budget=budget,
             folder=out,
             edge=tuned,
-            make_rewriter=None if tune_rewriter is None else make_rewriter,
+            make_rewriter=make_rewriter,
+            reflection=reflection,
             config=config,
             resume=resume,
             on_refresh=told,

@@ -40,6 +40,7 @@ class Taken:
         seconds: on the clock, since the account was opened.
         stage_seconds: of each stage, in the order of the requests.
         peak_memory_bytes: the most that this process ever had resident, other runs in it included.
+        cloud_by_kind: `cloud` by what was asked for: `chat`, `reflection`.
     """
 
     cloud: Cost
@@ -53,6 +54,7 @@ class Taken:
     seconds: float
     stage_seconds: Mapping[str, tuple[float, ...]] = field(repr=False)
     peak_memory_bytes: int
+    cloud_by_kind: Mapping[str, Cost] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Flat, with the median and the 95th percentile of each stage instead of its list."""
@@ -71,6 +73,11 @@ class Taken:
             f"{self.edge_flops:.3g} operations",
             f"took        {self.seconds:.1f} s, {self.peak_memory_bytes / 2**20:,.0f} MiB at most",
         ]
+        for kind, part in self.cloud_by_kind.items() if len(self.cloud_by_kind) > 1 else ():
+            lines.append(
+                f"{kind:<11} {part.calls:,} calls of these, {part.tokens_in:,} tokens in, {part.tokens_out:,} out"
+                + shown_usd(part.usd)
+            )
         for name, values in self.stage_seconds.items():
             found = percentiles(values)
             lines.append(f"{name:<11} {1e3 * found['p50']:.0f} ms (median), {1e3 * found['p95']:.0f} ms (95 %)")
@@ -100,15 +107,15 @@ class Account:
     def __init__(self, *, num_edge_parameters: int = 0) -> None:
         self.num_edge_parameters = num_edge_parameters
         self._lock = threading.Lock()
-        self._cloud = Cost()
+        self._cloud: dict[str, Cost] = {}
         self._counts: dict[str, int] = defaultdict(int)
         self._stages: dict[str, list[float]] = defaultdict(list)
         self._started = time.monotonic()
 
-    def paid(self, cost: Cost) -> None:
-        """A request that was sent, whatever came of it."""
+    def paid(self, cost: Cost, *, kind: str = "chat") -> None:
+        """A request of a kind that was sent, whatever came of it."""
         with self._lock:
-            self._cloud += cost
+            self._cloud[kind] = self._cloud.get(kind, Cost()) + cost
 
     def count(self, **amounts: int) -> None:
         """Add to `cached`, `retries`, `bytes_out` or `bytes_in`."""
@@ -143,7 +150,7 @@ class Account:
         with self._lock:
             counts = self._counts
             return Taken(
-                cloud=self._cloud,
+                cloud=sum(self._cloud.values(), Cost()),
                 cached=counts["cached"],
                 retries=counts["retries"],
                 bytes_out=counts["bytes_out"],
@@ -154,6 +161,7 @@ class Account:
                 seconds=time.monotonic() - self._started,
                 stage_seconds={name: tuple(values) for name, values in self._stages.items()},
                 peak_memory_bytes=peak_memory_bytes(),
+                cloud_by_kind=dict(self._cloud),
             )
 
 

@@ -122,6 +122,7 @@ class CloudGate:
         account: what it took.
         retry: how patient to be.
         sleep: for tests.
+        kind: of its requests, in ledger and account.
 
     Raises:
         InputError: the budget is in dollars and there is no price.
@@ -139,16 +140,17 @@ class CloudGate:
         account: Account | None = None,
         retry: RetryRules | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        kind: str = "chat",
     ) -> None:
         self.purse = purse or Purse()
         if price is None and self.purse.budget.usd is not None:
             raise InputError("the budget is in dollars and the model has no price; give a price table with its name")
-        self._price, self.price = price, price or Price()
+        self.known_price, self.price = price, price or Price()
         self.account = account or Account()
         self.sent = sent or SentLog(None)
         self._cloud, self._cache = cloud, cache
         self._ledger = ledger or EgressLedger(None)
-        self._retry, self._sleep = retry or RetryRules(), sleep
+        self._retry, self._sleep, self._kind = retry or RetryRules(), sleep, kind
         self._jitter = random.Random(0)
         self._lock = threading.Lock()
         self._pending: dict[str, Future[Asked]] = {}
@@ -161,7 +163,7 @@ class CloudGate:
         """
         return CloudGate(
             self._cloud,
-            price=self._price,
+            price=self.known_price,
             purse=purse,
             cache=cache,
             ledger=self._ledger,
@@ -169,7 +171,34 @@ class CloudGate:
             account=Account(num_edge_parameters=self.account.num_edge_parameters),
             retry=self._retry,
             sleep=self._sleep,
+            kind=self._kind,
         )
+
+    def beside(self, cloud: CloudModel | None, *, price: Price | None, kind: str) -> CloudGate:
+        """A door to another model with the same budget, cache, ledger, log, account and patience.
+
+        Args:
+            cloud: where the model is; None: where this door leads.
+            price: of its tokens.
+            kind: of its requests.
+
+        Raises:
+            InputError: the budget is in dollars and there is no price.
+        """
+        made = CloudGate(
+            cloud or self._cloud,
+            price=price,
+            purse=self.purse,
+            cache=self._cache,
+            ledger=self._ledger,
+            sent=self.sent,
+            account=self.account,
+            retry=self._retry,
+            sleep=self._sleep,
+            kind=kind,
+        )
+        made._lock = self._lock  # one ledger, one writer at a time
+        return made
 
     def most(self, request: ChatRequest) -> Cost:
         """What one attempt can cost at most."""
@@ -257,7 +286,7 @@ class CloudGate:
         payload, most = request.payload, self.most(request)
         ticket = self.purse.reserve(most)
         with self._lock:
-            self._ledger.record(WAY, "chat", payload)
+            self._ledger.record(WAY, self._kind, payload)
             self._ledger.flush()
         self.sent.add(digest, payload)
         self.account.count(bytes_out=len(payload))
@@ -274,7 +303,7 @@ class CloudGate:
             self._settle(ticket, Cost(calls=1))
             raise
         except WireError:
-            self.account.paid(most)  # nobody knows; it stays reserved in full
+            self.account.paid(most, kind=self._kind)  # nobody knows; it stays reserved in full
             raise
         tokens_in = most.tokens_in if answer.tokens_in is None else answer.tokens_in
         tokens_out = most.tokens_out if answer.tokens_out is None else answer.tokens_out
@@ -288,7 +317,7 @@ class CloudGate:
 
     def _settle(self, ticket: int, paid: Cost) -> None:
         self.purse.settle(ticket, paid)
-        self.account.paid(paid)
+        self.account.paid(paid, kind=self._kind)
 
     def _wait(self, attempt: int, error: WireError) -> None:
         asked_s = error.retry_after_s if isinstance(error, RefusedError) else None

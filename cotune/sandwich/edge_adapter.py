@@ -8,7 +8,7 @@ inference, from differences along random directions (MeZO), where there is too l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -28,11 +28,12 @@ from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.slopes import check_differences, estimate_slope
 from cotune.sandwich.pipeline import MergeJob
-from cotune.sandwich.rewriter_tuning import questions_of
+from cotune.sandwich.rewrite_trials import Preference, questions_of
 from cotune.sandwich.text_problem import Cell
 from cotune.tuning.answer_loss import answer_nats
 from cotune.tuning.attached import Attachable
 from cotune.tuning.continuations import Choose, continuations, sampled
+from cotune.tuning.preference_loss import preference_losses, text_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,6 +74,20 @@ class EdgeConfig:
         check_differences(self.smoothing_radius, self.num_directions)
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """Items in order, `size` of them at once; `losses` makes a number of each."""
+
+    losses: Callable[[dict[str, Tensor], slice], Tensor]
+    num_items: int
+    size: int
+    num_tokens: int
+
+    @property
+    def parts(self) -> list[slice]:
+        return [slice(start, min(start + self.size, self.num_items)) for start in range(0, self.num_items, self.size)]
+
+
 class EdgeAdapter:
     """A backbone with an adapter, whose numbers are one vector; make it with `edge_adapter`.
 
@@ -91,8 +106,8 @@ class EdgeAdapter:
         self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
 
     def count_in(self, account: Account) -> None:
-        """From now on, count tokens there, and the model's parameters."""
-        account.num_edge_parameters = num_multiplying(self._model)
+        """From now on, count tokens there, by this model's size; it is the account's own where no other is named."""
+        self._num_parameters = account.num_edge_parameters = num_multiplying(self._model)
         self.account = account
 
     def start(self) -> Vector:
@@ -121,16 +136,11 @@ class EdgeAdapter:
 
     def losses(self, x: Vector, cells: Sequence[Cell]) -> Vector:
         """Without learning from them."""
-        return self._forward_losses(x, [self._encode(cell) for cell in cells])
-
-    def _forward_losses(self, x: Vector, encoded: Sequence[EncodedExample]) -> Vector:
-        self.account.edge(forward_tokens=sum(len(each.input_ids) for each in encoded))
-        with torch.no_grad():
-            return self._losses(self.params(x), encoded).double().cpu().numpy()
+        return self._forward(x, self._batches([self._encode(cell) for cell in cells], self._losses))
 
     def gradient(self, x: Vector, cells: Sequence[Cell], weights: Vector, step: int) -> tuple[Vector, Vector]:
         """The losses, and the slope of their weighted sum; see `EdgeConfig.gradients`."""
-        return self._gradient(x, [self._encode(cell) for cell in cells], weights, step)
+        return self._gradient(x, self._batches([self._encode(cell) for cell in cells], self._losses), weights, step)
 
     def gradient_after(
         self, x: Vector, pairs: Sequence[tuple[str, str]], weights: Vector, step: int
@@ -140,29 +150,71 @@ class EdgeAdapter:
         Args:
             pairs: what is read, and what shall be written after it.
         """
-        encoded = [self._encode_pair(Example(before, f" {after}")) for before, after in pairs]
-        return self._gradient(x, encoded, weights, step)
+        return self._gradient(x, self._batches(self._encode_after(pairs), self._losses), weights, step)
 
-    def _gradient(
-        self, x: Vector, encoded: Sequence[EncodedExample], weights: Vector, step: int
+    def log_probs_after(self, x: Vector, pairs: Sequence[tuple[str, str]]) -> Vector:
+        """log p of each whole text after what is read before it, nats, its end included: float64 (pairs,)."""
+        return self._forward(x, self._batches(self._encode_after(pairs), self._log_probs))
+
+    def preference_losses(
+        self, x: Vector, preferences: Sequence[Preference], reference: Vector, *, beta: float
+    ) -> Vector:
+        """Of each preference, without learning from them; see `cotune.tuning.preference_loss`.
+
+        Args:
+            reference: log p of the better and the worse text of each under the reference, float64 (preferences, 2).
+            beta: how strongly the reference holds.
+        """
+        return self._forward(x, self._preferred(preferences, reference, beta))
+
+    def preference_gradient(
+        self, x: Vector, preferences: Sequence[Preference], reference: Vector, step: int, *, beta: float
     ) -> tuple[Vector, Vector]:
+        """The same losses, and the slope of their mean; at least two texts are read at once."""
+        weights = np.full(len(preferences), 1 / len(preferences))
+        return self._gradient(x, self._preferred(preferences, reference, beta), weights, step)
+
+    def _preferred(self, preferences: Sequence[Preference], reference: Vector, beta: float) -> _Batches:
+        texts = [(each.read, text) for each in preferences for text in (each.better, each.worse)]
+        encoded = self._encode_after(texts)
+
+        def losses(params: dict[str, Tensor], part: slice) -> Tensor:
+            log_probs = self._log_probs(params, encoded[2 * part.start : 2 * part.stop]).reshape(-1, 2)
+            return preference_losses(log_probs, torch.from_numpy(reference[part]).to(log_probs), beta=beta)
+
+        size = max(1, self.config.num_batch_sequences // 2)
+        return _Batches(losses, len(preferences), size, sum(len(each.input_ids) for each in encoded))
+
+    def _batches(
+        self, encoded: Sequence[EncodedExample], losses: Callable[[dict[str, Tensor], Sequence[EncodedExample]], Tensor]
+    ) -> _Batches:
+        """A text is an item."""
+        num_tokens, size = sum(len(each.input_ids) for each in encoded), self.config.num_batch_sequences
+        return _Batches(lambda params, part: losses(params, encoded[part]), len(encoded), size, num_tokens)
+
+    def _forward(self, x: Vector, batches: _Batches) -> Vector:
+        self.account.edge(forward_tokens=batches.num_tokens, num_parameters=self._num_parameters)
+        params = self.params(x)
+        with torch.no_grad():
+            return torch.cat([batches.losses(params, part) for part in batches.parts]).double().cpu().numpy()
+
+    def _gradient(self, x: Vector, batches: _Batches, weights: Vector, step: int) -> tuple[Vector, Vector]:
         if self.config.gradients == "zeroth_order":
-            losses = self._forward_losses(x, encoded)
+            losses = self._forward(x, batches)
             slope = estimate_slope(
-                lambda z: float(weights @ self._forward_losses(z, encoded)),
+                lambda z: float(weights @ self._forward(z, batches)),
                 x,
                 smoothing_radius=self.config.smoothing_radius,
                 num_directions=self.config.num_directions,
                 generator=np.random.default_rng((self.config.seed, step)),
             )
             return losses, slope
-        self.account.edge(backward_tokens=sum(len(each.input_ids) for each in encoded))
+        self.account.edge(backward_tokens=batches.num_tokens, num_parameters=self._num_parameters)
         params = {name: tensor.requires_grad_() for name, tensor in self.params(x).items()}
-        found, size = [], self.config.num_batch_sequences
-        for start in range(0, len(encoded), size):
-            losses_here = self._losses(params, encoded[start : start + size])
-            weighted = torch.dot(torch.from_numpy(weights[start : start + size]).to(losses_here), losses_here)
-            torch.autograd.backward(weighted)
+        found = []
+        for part in batches.parts:
+            losses_here = batches.losses(params, part)
+            torch.autograd.backward(torch.dot(torch.from_numpy(weights[part]).to(losses_here), losses_here))
             found.append(losses_here.detach())
         slope = np.concatenate(
             [
@@ -202,19 +254,26 @@ class EdgeAdapter:
                 stop_token_ids=stops,
             )
             written = [each[:-1] if each[-1] in stops else each for each in written]
-            self.account.edge(forward_tokens=sum(map(len, batch)) + sum(map(len, written)))
+            num_tokens = sum(map(len, batch)) + sum(map(len, written))
+            self.account.edge(forward_tokens=num_tokens, num_parameters=self._num_parameters)
             texts += [self._tokenizer.decode(each, skip_special_tokens=True).strip() for each in written]
         return texts
 
-    def _losses(self, params: dict[str, Tensor], encoded: Sequence[EncodedExample]) -> Tensor:
-        size, found = self.config.num_batch_sequences, []
-        for start in range(0, len(encoded), size):
-            batch = encoded[start : start + size]
-            padded = pad_batch(batch, self._backbone.spec.pad_token_id)
-            nats = answer_nats(self._model, self._model.get_output_embeddings(), params, padded)
-            lengths = [len(each.input_ids) - each.first_target for each in batch]
-            found.append(torch.stack([part.mean() for part in torch.split(nats, lengths)]))
-        return 1 - torch.exp(-torch.cat(found))
+    def _losses(self, params: dict[str, Tensor], batch: Sequence[EncodedExample]) -> Tensor:
+        nats, lengths = self._nats(params, batch)
+        return 1 - torch.exp(-torch.stack([each.mean() for each in torch.split(nats, lengths)]))
+
+    def _log_probs(self, params: dict[str, Tensor], batch: Sequence[EncodedExample]) -> Tensor:
+        return text_log_probs(*self._nats(params, batch))
+
+    def _nats(self, params: dict[str, Tensor], batch: Sequence[EncodedExample]) -> tuple[Tensor, list[int]]:
+        """-log p of all target tokens, read at once, and how many each text has."""
+        padded = pad_batch(batch, self._backbone.spec.pad_token_id)
+        nats = answer_nats(self._model, self._model.get_output_embeddings(), params, padded)
+        return nats, [len(each.input_ids) - each.first_target for each in batch]
+
+    def _encode_after(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedExample]:
+        return [self._encode_pair(Example(before, f" {after}")) for before, after in pairs]
 
     def _encode(self, cell: Cell) -> EncodedExample:
         return self._encode_pair(Example(self._prompt(cell.job), f" {cell.example.target}"))

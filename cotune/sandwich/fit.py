@@ -41,7 +41,9 @@ from cotune.sandwich.pipeline import Pipeline, Rewriter
 from cotune.sandwich.prompts.growth import Growth, GrowthConfig, PoolGrowth
 from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.prompts.race import Race, RaceConfig, race
+from cotune.sandwich.prompts.reflection import CloudReflection, Reflection
 from cotune.sandwich.prompts.variable import PromptVariable
+from cotune.sandwich.rewriter_tuning import RewriterConfig
 from cotune.sandwich.sent_log import SentLog
 from cotune.sandwich.text_problem import (
     AnswerTable,
@@ -93,7 +95,7 @@ class FitConfig:
     race: RaceConfig | None = None
     """Of a pool, before the search, on the training examples; None: every prompt sees every batch."""
     growth: GrowthConfig | None = None
-    """Of a pool, during the search, by the cloud as the model that reflects; None: its prompts are those given."""
+    """Of a pool, during the search, by a model that reflects; None: its prompts are those given."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.certificate_share < 1:
@@ -114,6 +116,7 @@ class Projection:
         lacking: what of the budget that is too much for, in words; empty where it fits.
         num_growth_calls: that the growth of a pool may take at most beyond that: for prompts, and for answers under
             them.
+        num_rewriter_calls: that tuning a rewriter may take at most beyond that.
     """
 
     num_cells: int
@@ -122,6 +125,7 @@ class Projection:
     likely: Cost
     lacking: str
     num_growth_calls: int = 0
+    num_rewriter_calls: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""
@@ -137,6 +141,10 @@ class Projection:
             )
         if self.num_growth_calls:
             lines.append(f"growth   up to {self.num_growth_calls:,} calls more, as far as the budget lasts")
+        if self.num_rewriter_calls:
+            lines.append(
+                f"rewriter up to {self.num_rewriter_calls:,} calls more, as far as its share of the budget lasts"
+            )
         if self.lacking:
             lines.append(
                 f"the budget may not hold all of it ({self.lacking}): then it ends early and keeps what it has"
@@ -249,6 +257,8 @@ def project(
     budget: Budget | None = None,
     folder: Path | None = None,
     config: FitConfig | None = None,
+    is_reflecting_here: bool = False,
+    rewriter: RewriterConfig | None = None,
 ) -> Projection:
     """Say what a fit would cost; redacts everything and sends nothing.
 
@@ -258,6 +268,8 @@ def project(
     Args:
         folder: of a run that began; its answers cost nothing. None: of no run.
         config: how the fit goes; read for what a pool that grows may ask.
+        is_reflecting_here: its prompts are written on the edge, so that only answers under them are asked for.
+        rewriter: how one is tuned before; None: none is.
 
     Raises:
         RedactionError: an example or a prompt cannot be sent.
@@ -294,7 +306,9 @@ def project(
         at_most=most,
         likely=likely,
         lacking=lacking,
-        num_growth_calls=num_prompts * (1 + sum(len(each.prepared.questions) for each in examples)),
+        num_growth_calls=num_prompts
+        * ((not is_reflecting_here) + sum(len(each.prepared.questions) for each in examples)),
+        num_rewriter_calls=rewriter.most_calls(len(train), pipeline.config.max_questions) if rewriter else 0,
     )
 
 
@@ -309,6 +323,7 @@ def fit(
     folder: Path,
     edge: TunedEdge | None = None,
     make_rewriter: MakeRewriter | None = None,
+    reflection: Reflection | None = None,
     config: FitConfig | None = None,
     resume: bool = False,
     on_refresh: Callable[[Refresh], None] = lambda _: None,
@@ -325,6 +340,7 @@ def fit(
         edge: None: the pipeline's merger is used, and there is nothing to tune but the prompt.
         make_rewriter: called before anything else is asked, such as with `tune_rewriter`; what it returns rewrites from
             then on. None: the pipeline's own rewriter, if it has one.
+        reflection: writes the prompts of a pool that grows; None: the pipeline's own cloud.
         config: how.
         resume: go on in a folder of the same examples, prompts and settings; only the budget may differ.
         on_refresh: told of each look at the constraint.
@@ -341,13 +357,16 @@ def fit(
             raise InputError(
                 f"a {name} is asked for and the prompt variable is no pool, expected a PromptPool; leave {name} out"
             )
+    if reflection is not None and config.growth is None:
+        raise InputError("reflection is given and the pool does not grow, expected growth in the config; add it")
     num_held = round(config.certificate_share * len(train))
     if len(train) - num_held < 1 or not validation:
         raise InputError(
             f"there are {len(train)} training and {len(validation)} validation examples, of the first {num_held} for "
             "the certificate; expected at least one of each beside them"
         )
-    fingerprint = _fingerprint(pipeline, train, validation, variable, config, is_rewriting=make_rewriter is not None)
+    parts: tuple[bool | str, ...] = (make_rewriter is not None, *([reflection.name] if reflection else []))
+    fingerprint = _fingerprint(pipeline, train, validation, variable, config, parts)
     key = _open_folder(folder, fingerprint, resume=resume)
     with ExitStack() as stack:
         purse = stack.enter_context(Purse(budget, journal=folder / JOURNAL_FILE))
@@ -358,6 +377,9 @@ def fit(
         if edge is not None:
             edge.count_in(gate.account)
         variable.count_in(gate.account)
+        reflect = None
+        if config.growth is not None:
+            reflect = (reflection or CloudReflection()).begin(pipeline, max_tokens=config.growth.max_tokens)
         if make_rewriter is not None:
             # Each request is rewritten once, so that afterwards answers are asked for by prompt alone.
             pipeline = pipeline.rewriting(make_rewriter(pipeline, train[: len(train) - num_held], key))
@@ -389,8 +411,8 @@ def fit(
             on_refresh(seen)
 
         growth = None
-        if config.growth is not None:
-            growth = PoolGrowth(pipeline, problem, searched, config.growth, key=key)
+        if config.growth is not None and reflect is not None:
+            growth = PoolGrowth(pipeline, problem, searched, config.growth, reflect=reflect, key=key)
         found = solve(problem, losses.start(), variable.start(), config.solve, on_refresh=told, grow=growth)
         variable = problem.variable
         prompt = variable.best(found.y)
@@ -487,13 +509,12 @@ def _fingerprint(
     validation: Sequence[PrivateExample],
     variable: PromptVariable,
     config: FitConfig,
-    *,
-    is_rewriting: bool,
+    parts: tuple[bool | str, ...],
 ) -> str:
     """Tells one run from another."""
     texts = [(each.request, each.target) for each in (*train, *validation)]
     prompts = variable.candidates(variable.start())
-    settings = (pipeline.config, replace(config, cache_bytes=1), is_rewriting)
+    settings = (pipeline.config, replace(config, cache_bytes=1), *parts)
     about = (*settings, len(train), texts, type(variable).__name__, prompts)
     return hashlib.sha256(repr(about).encode()).hexdigest()
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 from processes import python, read_json
+from tiny_models import tiny_backbone
 
 from cotune.cli.sandwich_edge import Fitted, read_prompts
 from cotune.errors import DataError
@@ -50,6 +51,15 @@ def data(tmp_path: Path) -> Path:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     (tmp_path / "prompts.txt").write_text("Be brief.\nSay the capital.\n")
     return tmp_path
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Path:
+    """A random edge model."""
+    backbone, folder = tiny_backbone("llama"), tmp_path / "edge"
+    backbone.model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(backbone.tokenizer_json)
+    return folder
 
 
 def fit_words(data: Path, server: ScriptedServer, *more: object) -> list[object]:
@@ -222,3 +232,61 @@ def test_a_tuned_rewriter_is_saved_and_asks_before_the_cloud(
     answered = json.loads(run(*words, "--json").out)
     assert answered["edge_flops"] > 0
     run(*fit_words(data, server, "--tune-rewriter", 1)).check_refusal("without --edge")
+
+
+def test_a_rewriter_learns_from_pairs_within_the_same_budget(
+    run: Callable[..., Any], data: Path, server: ScriptedServer, edge: Path
+) -> None:
+    few = ("--edge", edge, "--steps", 1, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 2)
+    words = fit_words(data, server, *few, "--tune-rewriter", 1, "--limit", 2, "--certificate-share", 0)
+    learn = ("--dpo-rounds", 1, "--dpo-beta", 0.2, "--dpo-leak-weight", 2, "--dpo-min-gap", 0.1)
+    done = run(*words, *learn, "--pay", "--budget-calls", 60)
+    # One request in each of two rounds with three rewrites of eight questions at most, and in two looks.
+    assert "rewriter up to 67 calls more" in done.err
+    assert done.status == 0 and "preferences " in done.out and (data / "run" / "rewriter").is_dir(), done.err
+    num_sent, weights = len(server.bodies), data / "run" / "rewriter" / "adapter_model.safetensors"
+    learnt = weights.read_bytes()
+    again = run(*words, *learn, "--pay", "--budget-calls", 60, "--resume", "--json")
+    told = json.loads(again.out)["rewriter"]["preferences"]
+    assert len(server.bodies) == num_sent <= 60 and told["before"]["num_requests"] == 1, again.err
+    assert weights.read_bytes() == learnt
+    assert not any(b"ann" in body for body in server.bodies)
+    run(*words[:-4], "--dpo-beta", 1).check_refusal("--dpo-beta is given without --dpo-rounds")
+    run(*words, "--dpo-rounds", 1, "--dpo-beta", 0).check_refusal("beta is 0")
+    run(*fit_words(data, server, "--dpo-rounds", 1)).check_refusal("without --tune-rewriter")
+
+
+def test_another_model_reflects_with_a_key_and_prices_of_its_own(
+    run: Callable[..., Any], data: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data / "prompts.txt").write_text("Be brief.\n")
+    own, other = ({name: {"usd_per_million_in": 10}} for name in ("scripted", "large"))
+    (data / "prices.json").write_text(json.dumps(own))
+    (data / "other.json").write_text(json.dumps(other))
+    grow = ("--prices", data / "prices.json", "--steps", 10, "--grow-every", 1, "--reflect-model", "large")
+    with scripted_server(lambda body: "Say the capital.") as reflects:
+        words = fit_words(data, server, *grow, "--reflect-cloud", reflects.base_url)
+        run(*words).check_refusal("no price of 'large'")
+        words += ["--reflect-prices", data / "other.json"]
+        run(*words, "--reflect-key-env", "NO_KEY", "--pay", "--budget-usd", 1).check_refusal(
+            "--reflect-key-env is NO_KEY"
+        )
+        monkeypatch.setenv("A_KEY", "sk-other")
+        done = run(*words, "--reflect-key-env", "A_KEY", "--pay", "--budget-usd", 1, "--json", "--ledger", data / "log")
+    shown = json.loads(done.out)
+    assert shown["prompt"] == "Say the capital." and shown["taken"]["cloud_by_kind"]["reflection"]["usd"] > 0, done.err
+    assert len(reflects.bodies) == shown["taken"]["cloud_by_kind"]["reflection"]["calls"]
+    assert not any(b"Write a better" in body for body in server.bodies) and b"ann" not in b"".join(reflects.bodies)
+    assert {entry.kind for entry in EgressLedger.read(data / "log")} == {"chat", "reflection"}
+
+
+def test_the_edge_reflects_and_sends_nothing_for_it(
+    run: Callable[..., Any], data: Path, server: ScriptedServer, edge: Path
+) -> None:
+    few = ("--edge", edge, "--steps", 6, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 4, "--limit", 3)
+    words = fit_words(data, server, *few, "--grow-every", 1, "--reflect-edge", "--certificate-share", 0)
+    assert "growth   up to 10 calls more" in run(*words).out
+    done = run(*words, "--pay", "--budget-calls", 40, "--json")
+    shown = json.loads(done.out)
+    assert shown["growths"] and shown["taken"]["cloud_by_kind"].keys() == {"chat"}, done.err
+    assert not any(b"Write a better" in body for body in server.bodies)

@@ -15,7 +15,7 @@ from sandwich_tasks import TASKS, Sizes, call_score, load_task, made_examples, t
 from study_command import Command
 from zocp_cloud import GOOD, OPTIONS, label_of
 from zocp_study import Study, Where, column, digest_of, finished, make_parser
-from zocp_tasks import break_even, bytes_against_split, equal_inference, verdict_lines, verdicts
+from zocp_tasks import break_even, bytes_against_split, equal_inference, growth_table, verdict_lines, verdicts
 
 from cotune.errors import InputError
 from cotune.sandwich.scripted_cloud import scripted_server
@@ -220,8 +220,17 @@ def test_pools_grow_and_rewriters_are_tuned_within_the_budget(tmp_path: Path, ti
         study = Study(make_parser("x", "", "").parse_args([*map(str, words)]), Where(server.base_url, "scripted"), "x")
         grown = study.run("nlu", "H grown", ARMS["H grown"], 0, 20_000)
         tuned = study.run("nlu", "J tuned", ARMS["J tuned"], 0, 20_000)
+        preferred = study.run("nlu", "J preferred", ARMS["J preferred"], 0, 20_000)
     (growth,) = grown["notes"]["growths"]
     assert growth["num_written"] == 1 and growth["joined"] in (["Name the thing."], [])
     assert tuned["notes"]["rewriter"]["rounds"][0]["num_requests"] == 2
-    assert all(run["train"]["tokens_in"] + run["train"]["tokens_out"] <= 20_000 for run in (grown, tuned))
-    assert grown["leaks"]["leak_rate"] == tuned["leaks"]["leak_rate"] == 0
+    assert all(run["train"]["tokens_in"] + run["train"]["tokens_out"] <= 20_000 for run in (grown, tuned, preferred))
+    assert grown["leaks"]["leak_rate"] == tuned["leaks"]["leak_rate"] == preferred["leaks"]["leak_rate"] == 0
+    # The same supervised rounds come first; then pairs, judged before and after.
+    rewriter = preferred["notes"]["rewriter"]
+    assert rewriter["rounds"] == tuned["notes"]["rewriter"]["rounds"]
+    assert rewriter["preferences"]["before"]["num_requests"] == 2
+    judged = {**rewriter["preferences"], "num_pairs": 3, "loss": 0.5, "is_kept": True}
+    judged["after"] = {**judged["before"], "num_accepted": 2}
+    rows = growth_table("nlu", {"J preferred": [{"notes": {"rewriter": {"preferences": judged}}}]})
+    assert "2 of 2" in rows and "1 of 1" in rows

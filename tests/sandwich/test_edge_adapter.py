@@ -21,6 +21,7 @@ from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeDrafter, E
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.fit import prepare_examples
 from cotune.sandwich.pipeline import MergeJob, Pipeline, PipelineConfig
+from cotune.sandwich.rewrite_trials import Preference
 from cotune.sandwich.text_problem import Cell
 
 TEMPLATE = "{request}|{answers}:"
@@ -151,3 +152,55 @@ def test_it_draws_by_seed_and_learns_what_shall_follow(edge: EdgeAdapter) -> Non
     losses, slope = edge.gradient_after(x, pairs, weights, 0)
     lower, _ = edge.gradient_after(x - 2.0 * slope, pairs, weights, 1)
     assert lower[0] < losses[0] and edge.account.taken().edge_backward_tokens > 0
+
+
+PREFERENCES = [Preference("Hi", "so it is", "no"), Preference("What now?", "no", "maybe it is")]
+
+
+def test_log_probabilities_of_texts_are_those_of_their_tokens(backbone: Backbone, edge: EdgeAdapter) -> None:
+    x = edge.start()
+    before = edge.account.taken().edge_forward_tokens
+    (found,) = edge.log_probs_after(x, [("What now?", "no")])
+    tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
+    example = encode_example(tokenizer, Example("What now?", " no"), eos_token_id=1, max_length=128)
+    assert edge.account.taken().edge_forward_tokens == before + len(example.input_ids)
+    ids = torch.from_numpy(example.input_ids)[None]
+    logits = backbone.model(input_ids=ids).logits[0].log_softmax(-1).detach()
+    assert found == pytest.approx(
+        sum(float(logits[place - 1, ids[0, place]]) for place in range(example.first_target, ids.shape[1])), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_pairs_are_learnt_from_their_reference_on(backbone: Backbone, edge: EdgeAdapter, size: int) -> None:
+    config = EdgeConfig(template=TEMPLATE, num_batch_sequences=size)
+    twin = EdgeAdapter(backbone, edge._model, FreshLike(edge), config, edge.account)
+    start = somewhere(edge)
+    texts = [(each.read, text) for each in PREFERENCES for text in (each.better, each.worse)]
+    reference = twin.log_probs_after(start, texts).reshape(-1, 2)
+    at_start = twin.preference_losses(start, PREFERENCES, reference, beta=0.5)
+    assert at_start == pytest.approx([np.log(2)] * 2, abs=1e-5)
+    # Elsewhere: the loss of both margins, and its slope against differences.
+    x = start + 0.1 * np.random.default_rng(1).normal(size=start.size)
+    margins = twin.log_probs_after(x, texts).reshape(-1, 2) - reference
+    expected = np.log1p(np.exp(-0.5 * (margins[:, 0] - margins[:, 1])))
+    before = edge.account.taken().edge_backward_tokens
+    losses, slope = twin.preference_gradient(x, PREFERENCES, reference, 0, beta=0.5)
+    assert losses == pytest.approx(expected, abs=1e-5) and edge.account.taken().edge_backward_tokens > before
+    direction = slope / np.linalg.norm(slope)
+    rise = np.mean(
+        twin.preference_losses(x + 1e-2 * direction, PREFERENCES, reference, beta=0.5)
+        - twin.preference_losses(x - 1e-2 * direction, PREFERENCES, reference, beta=0.5)
+    )
+    assert np.linalg.norm(slope) == pytest.approx(rise / 2e-2, rel=0.05)
+
+
+def test_pairs_are_learnt_from_in_the_memory_of_inference_too(backbone: Backbone, edge: EdgeAdapter) -> None:
+    x = somewhere(edge)
+    reference = np.zeros((2, 2))
+    _, exact = edge.preference_gradient(x, PREFERENCES, reference, 0, beta=0.5)
+    forward = EdgeConfig(template=TEMPLATE, gradients="zeroth_order", num_directions=16)
+    twin = EdgeAdapter(backbone, edge._model, FreshLike(edge), forward, edge.account)
+    before = edge.account.taken().edge_backward_tokens
+    _, estimated = twin.preference_gradient(x, PREFERENCES, reference, 0, beta=0.5)
+    assert float(exact @ estimated) > 0 and edge.account.taken().edge_backward_tokens == before

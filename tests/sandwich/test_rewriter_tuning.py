@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from redactors import redactor_here
+from rewriting_edges import GOOD_AND_BAD, Edge
 from scripted_clouds import MemoryCloud
 
 from cotune.errors import InputError
@@ -17,32 +18,17 @@ from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.budget import Budget, Purse
 from cotune.sandwich.cloud_gate import AnswerCache, CloudGate
 from cotune.sandwich.examples import PrivateExample
-from cotune.sandwich.fit import FitConfig, fit
+from cotune.sandwich.fit import FitConfig, fit, project
 from cotune.sandwich.pipeline import Pipeline, PipelineConfig, Rewriter
 from cotune.sandwich.prompts.pool import PromptPool
-from cotune.sandwich.rewriter_tuning import RewriterConfig, questions_of, tune_rewriter
+from cotune.sandwich.rewrite_trials import DrawConfig
+from cotune.sandwich.rewriter_preferences import PreferenceConfig
+from cotune.sandwich.rewriter_tuning import RewriterConfig, tune_rewriter
 from cotune.sandwich.sent_log import SentLog
 
 EXAMPLES = [PrivateExample(f"{n}: where does Ann Lee live?", "Paris", ("Ann Lee",)) for n in range(4)]
-CONFIG = RewriterConfig(num_rounds=2, num_samples=3, num_batch_examples=2, num_steps=2, x_rate=0.5, max_share=1)
-
-
-class Edge:
-    """Draws a good question, a useless one, and an empty one; x counts how far it was moved along its slope of 1."""
-
-    def __init__(self, drawn: Sequence[str] = ("Town?", "Weather?", "")) -> None:
-        self.drawn, self.read, self.learnt = list(drawn), list[str](), list[list[tuple[str, str]]]()
-
-    def sample_after(self, x: Vector, prompts_as_text: Sequence[str], *, temperature: float, seed: int) -> list[str]:
-        self.read += prompts_as_text
-        return self.drawn[: len(prompts_as_text)]
-
-    def gradient_after(
-        self, x: Vector, pairs: Sequence[tuple[str, str]], weights: Vector, step: int
-    ) -> tuple[Vector, Vector]:
-        assert weights.sum() == pytest.approx(1)
-        self.learnt.append(list(pairs))
-        return np.zeros(len(pairs)), np.ones(1)
+DRAW = DrawConfig(num_samples=3, num_batch_examples=2)
+CONFIG = RewriterConfig(num_rounds=2, draw=DRAW, num_steps=2, x_rate=0.5, max_share=1)
 
 
 def answer(text: str) -> str:
@@ -72,7 +58,7 @@ def test_rewrites_that_are_answered_better_are_accepted_and_learnt() -> None:
     read, written = edge.learnt[0][0]
     assert written == "Town?" and read.startswith("Ask: ") and "Ann" not in read and "<PERSON_" in read
     assert not any(b"Ann" in each.payload for each in cloud.requests)
-    assert found.to_json()["rounds"][0]["num_accepted"] == 2
+    assert found.to_json()["rounds"][0]["num_accepted"] == 2 and found.to_json()["preferences"] is None
     assert "4 of 4 requests had a better one among 8 rewrites" in found.to_text()
 
 
@@ -113,6 +99,32 @@ def test_it_leaves_a_share_of_the_budget_for_what_comes_after(tmp_path: Path) ->
     assert tune(Edge(), gate_of(cloud, 6, tmp_path), half).rounds == found.rounds and len(cloud.requests) == 3
 
 
+def test_pairs_follow_within_the_whole_share() -> None:
+    learns = replace(CONFIG, max_share=0.6, preferences=PreferenceConfig(num_rounds=1, num_steps=1, x_rate=1.0))
+    assert learns.supervised_share == pytest.approx(0.4) and CONFIG.supervised_share == 1
+    edge = Edge()
+    found = tune(edge, gate_of(MemoryCloud(answer)), learns)
+    assert found.preferences is not None and found.x.tolist() == found.preferences.x.tolist()
+    # Two supervised rounds of two requests and one more; each request has one pair, the good question and the other.
+    assert found.preferences.num_pairs == 6 and {(each.better, each.worse) for each in edge.pairs} == {GOOD_AND_BAD}
+    assert found.x[0] == pytest.approx(-3.0, abs=1e-3) and found.preferences.is_kept
+    assert "preferences 6 pairs" in found.to_text() and found.to_json()["preferences"]["num_pairs"] == 6
+
+
+def test_its_calls_are_bounded_before_anything_is_sent() -> None:
+    # Two rounds of two requests with three rewrites each; one round more, and one rewrite each before and after.
+    learns = replace(CONFIG, preferences=PreferenceConfig(num_rounds=1, num_steps=1))
+    assert CONFIG.most_calls(4, 1) == 2 * 2 * 4 and learns.most_calls(4, 1) == 3 * 2 * 4 + 2 * 3
+    assert CONFIG.most_calls(1, 8) == 2 * (1 + 3 * 8)
+    cloud = MemoryCloud(answer)
+    tune(Edge(), gate_of(cloud), learns)
+    assert len(cloud.requests) <= learns.most_calls(4, 1)
+    with redactor_here() as redactor:
+        line = Pipeline(redactor, CloudGate(cloud), PipelineConfig(model="m", max_questions=1))
+        found = project(line, EXAMPLES, EXAMPLES[:1], PromptPool([""]), rewriter=learns)
+    assert found.num_rewriter_calls == 30 and "rewriter up to 30 calls more" in found.to_text()
+
+
 def test_in_a_fit_it_comes_first_and_within_the_same_budget(tmp_path: Path) -> None:
     cloud, seen = MemoryCloud(answer), list[int]()
 
@@ -142,11 +154,7 @@ def test_in_a_fit_it_comes_first_and_within_the_same_budget(tmp_path: Path) -> N
     assert found.leaks.num_leaked == 0 and found.leaks.num_units == 5
 
 
-def test_what_a_rewriter_writes_is_a_question_a_line() -> None:
-    assert questions_of("\n a?\n\nb?\n") == [" a?", "b?"]
-
-
-@pytest.mark.parametrize("options", [{"num_samples": 0}, {"temperature": 0.0}, {"margin": 1.0}, {"max_share": 0.0}])
+@pytest.mark.parametrize("options", [{"num_rounds": 0}, {"x_rate": 0.0}, {"margin": 1.0}, {"max_share": 0.0}])
 def test_tunings_that_cannot_be_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InputError):
         RewriterConfig(**options)  # type: ignore[arg-type]

@@ -4,10 +4,10 @@ After GEPA (arXiv 2507.19457): the prompt that leads is shown with requests that
 better one is asked for, once for each new prompt, with other failures each time. Whoever is in the pool then races on
 one draw of training examples (`cotune.sandwich.prompts.race`), and as many as there may be are left.
 
-The model that reflects is the cloud itself, behind the same door, so that budget, cache, ledger and log of what was
-sent hold for it too. It reads redacted requests and its own answers, redacted once more; which answers were wanted is
-shown where the user says so, since targets stay here otherwise. A prompt that it writes and in which a detector finds
-something, or a placeholder stands, is thrown away.
+The model that reflects is the cloud itself, another one, or the edge (`cotune.sandwich.prompts.reflection`); whatever
+is sent for it goes through a door with the run's budget, cache, ledger and log. It reads redacted requests and the
+cloud's answers, redacted once more; which answers were wanted is shown where the user says so, since targets stay here
+otherwise. A prompt that it writes and in which a detector finds something, or a placeholder stands, is thrown away.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import numpy as np
 
 from cotune.errors import BudgetError, InputError
 from cotune.sandwich.bilevel.problem import Vector
-from cotune.sandwich.chat import ChatRequest
 from cotune.sandwich.pipeline import Pipeline
 from cotune.sandwich.prompts.pool import MAX_PROMPTS, PromptPool
 from cotune.sandwich.prompts.race import RaceConfig, race
+from cotune.sandwich.prompts.reflection import Reflect
+from cotune.sandwich.redact import RedactedJson
 from cotune.sandwich.text_problem import FitExample, TextProblem
 
 _TASK = (
@@ -41,7 +42,7 @@ class GrowthConfig:
     """How a pool grows; how often is `SolveConfig.grow_every`."""
 
     num_new: int = 2
-    """Prompts that are asked for each time, with a request each."""
+    """Prompts that are asked for each time, one by one."""
     max_prompts: int | None = None
     """That are left after each race; None: as many as there were to begin with. The leader stays in any case."""
     num_failures: int = 3
@@ -49,9 +50,9 @@ class GrowthConfig:
     num_examples: int = 8
     """Training examples of the race, among which the failures are looked for; at most as many as there are."""
     shows_targets: bool = False
-    """Whether the answers that were wanted are shown too, redacted: then targets leave the device."""
+    """Whether the answers that were wanted are shown too, redacted: then targets leave the device, but to the edge."""
     max_tokens: int = 128
-    """Of an answer of the model that reflects."""
+    """Of an answer of the model that reflects; the edge has a limit of its own."""
     max_chars: int = 1000
     """Of each text that it is shown, and of a prompt that it writes."""
     seed: int = 0
@@ -89,10 +90,11 @@ class PoolGrowth:
     """Grows the pool of a problem; a `Grow` for `solve`.
 
     Args:
-        pipeline: through whose gate the model that reflects is asked, and whose redactor looks.
+        pipeline: whose redactor looks at what is shown and at what is written.
         problem: with a `PromptPool`, which is replaced by a grown one.
         examples: that the search sees.
         config: how.
+        reflect: asks the model that reads failures.
         key: secret of the run; the same one gives the same requests again.
 
     Raises:
@@ -106,10 +108,11 @@ class PoolGrowth:
         examples: Sequence[FitExample],
         config: GrowthConfig,
         *,
+        reflect: Reflect,
         key: bytes,
     ) -> None:
         self._pipeline, self._problem, self._config, self._key = pipeline, problem, config, key
-        self._examples = examples
+        self._examples, self._reflect = examples, reflect
         self._max_prompts = config.max_prompts or len(self._pool.prompts)
         self.growths: list[Growth] = []
 
@@ -125,7 +128,7 @@ class PoolGrowth:
         """Grow; see `cotune.sandwich.bilevel.solve.Grow`. Where the budget ends, the pool stays as it is from then on.
 
         Raises:
-            RedactionError, WireError: the cloud or a detector failed.
+            RedactionError, WireError: a cloud or a detector failed.
         """
         if self.growths and self.growths[-1].ended_by_budget:
             return None
@@ -165,8 +168,7 @@ class PoolGrowth:
             # Each with others before: the first of what is shown weighs most.
             start = number * self._config.num_failures % len(failures)
             shown = (list(failures[start:]) + list(failures[:start]))[: self._config.num_failures]
-            answer = self._pipeline.gate.ask(self._request(leader, shown, number)).answer
-            prompt = prompt_of(answer.text)
+            prompt = prompt_of(self._reflect(self._messages(leader, shown, number)))
             known = (*self._pool.prompts, *written)
             if prompt and prompt not in known and len(prompt) <= self._config.max_chars and self._is_clean(prompt):
                 written.append(prompt)
@@ -175,7 +177,7 @@ class PoolGrowth:
     def _is_clean(self, prompt: str) -> bool:
         return not self._pipeline.redactor.request().redact(prompt).replacements
 
-    def _request(self, leader: str, shown: Sequence[FitExample], number: int) -> ChatRequest:
+    def _messages(self, leader: str, shown: Sequence[FitExample], number: int) -> RedactedJson:
         parts = [f"Instruction: {leader or '(none)'}"]
         for example in shown:
             question = "\n".join(each.value[0]["content"] for each in example.prepared.questions)
@@ -187,13 +189,7 @@ class PoolGrowth:
         # Once more through the redactor: an answer may hold what the cloud made up and a detector takes for private.
         seed = hashlib.blake2b(f"growth {len(self.growths)} {number}".encode(), key=self._key).digest()
         request = self._pipeline.redactor.anew().request(random.Random(seed))
-        return ChatRequest(
-            model=self._pipeline.config.model,
-            messages=request.redact_messages(turns),
-            max_tokens=self._config.max_tokens,
-            temperature=self._pipeline.config.temperature,
-            seed=self._pipeline.config.seed,
-        )
+        return request.redact_messages(turns)
 
     def _clipped(self, text: str) -> str:
         return text[: self._config.max_chars]
