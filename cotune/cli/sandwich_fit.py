@@ -364,6 +364,7 @@ def fit(
             folder=out,
             edge=tuned,
             make_rewriter=make_rewriter,
+            rewriter_settings=repr(rewriting) if rewriting else "",
             reflection=reflection,
             config=config,
             resume=resume,

@@ -323,6 +323,7 @@ def fit(
     folder: Path,
     edge: TunedEdge | None = None,
     make_rewriter: MakeRewriter | None = None,
+    rewriter_settings: str = "",
     reflection: Reflection | None = None,
     config: FitConfig | None = None,
     resume: bool = False,
@@ -340,6 +341,7 @@ def fit(
         edge: None: the pipeline's merger is used, and there is nothing to tune but the prompt.
         make_rewriter: called before anything else is asked, such as with `tune_rewriter`; what it returns rewrites from
             then on. None: the pipeline's own rewriter, if it has one.
+        rewriter_settings: how that one is made, in any words; a run goes on with the same alone.
         reflection: writes the prompts of a pool that grows; None: the pipeline's own cloud.
         config: how.
         resume: go on in a folder of the same examples, prompts and settings; only the budget may differ.
@@ -366,6 +368,7 @@ def fit(
             "the certificate; expected at least one of each beside them"
         )
     parts: tuple[bool | str, ...] = (make_rewriter is not None, *([reflection.name] if reflection else []))
+    parts = (*parts, *([rewriter_settings] if rewriter_settings else []))
     fingerprint = _fingerprint(pipeline, train, validation, variable, config, parts)
     key = _open_folder(folder, fingerprint, resume=resume)
     with ExitStack() as stack:

@@ -251,6 +251,8 @@ def test_a_rewriter_learns_from_pairs_within_the_same_budget(
     assert len(server.bodies) == num_sent <= 60 and told["before"]["num_requests"] == 1, again.err
     assert weights.read_bytes() == learnt
     assert not any(b"ann" in body for body in server.bodies)
+    other = run(*words, *learn[:2], "--pay", "--budget-calls", 60, "--resume")
+    other.check_refusal("a run with other examples, prompts or settings")
     run(*words[:-4], "--dpo-beta", 1).check_refusal("--dpo-beta is given without --dpo-rounds")
     run(*words, "--dpo-rounds", 1, "--dpo-beta", 0).check_refusal("beta is 0")
     run(*fit_words(data, server, "--dpo-rounds", 1)).check_refusal("without --tune-rewriter")
