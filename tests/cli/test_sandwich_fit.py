@@ -252,7 +252,7 @@ def test_a_rewriter_learns_from_pairs_within_the_same_budget(
     assert weights.read_bytes() == learnt
     assert not any(b"ann" in body for body in server.bodies)
     other = run(*words, *learn[:2], "--pay", "--budget-calls", 60, "--resume")
-    other.check_refusal("a run with other examples, prompts or settings")
+    assert other.status == 2 and "a run with other examples, prompts or settings" in other.err.splitlines()[-1]
     run(*words[:-4], "--dpo-beta", 1).check_refusal("--dpo-beta is given without --dpo-rounds")
     run(*words, "--dpo-rounds", 1, "--dpo-beta", 0).check_refusal("beta is 0")
     run(*fit_words(data, server, "--dpo-rounds", 1)).check_refusal("without --tune-rewriter")
