@@ -9,7 +9,7 @@
 | C sft | edge | an adapter on the targets, with as many operations as H |
 | D distilled | edge | an adapter on the cloud's answers, on as many requests as the tokens last for |
 | E alternated | sandwich | prompt, then adapter, then prompt (BetterTogether, arXiv 2407.10930) |
-| F joint, G penalty, H cuts | sandwich | both together, by `cotune.sandwich.fit` |
+| F joint, G penalty, H cuts | sandwich, or cloud where that did as well | both together, by `cotune.sandwich.fit` |
 | H grown | sandwich | as H, and the cloud writes prompts from failures, which race with the others (GEPA's idea) |
 | I consistent | cloud | nothing: the answer of several that is most like the others |
 | J papilon | edge, cloud, edge | the prompt alone (PAPILLON, arXiv 2410.17127, the idea) |
@@ -266,8 +266,13 @@ def fitted(
     prompts: Sequence[str] | None = None,
     is_growing: bool = False,
     is_tuned_before: bool = False,
+    always_merges: bool = False,
 ) -> Learnt:
-    """Prompt and adapter together, by the product; with a pool that grows, and a rewriter that is tuned first."""
+    """Prompt and adapter together, by the product; with a pool that grows, and a rewriter that is tuned first.
+
+    Unless `always_merges`, the edge behind the cloud is left out where the cloud's answers as they are do as well on
+    the validation examples.
+    """
     course, task = bench.course, bench.task
     has_merger = half in ("post", "both")
     outside = bench.gate()
@@ -302,10 +307,12 @@ def fitted(
         folder=folder,
         edge=bench.edge if has_merger else None,
         make_rewriter=make_rewriter if is_tuned_before else None,
-        config=FitConfig(solve=solving, losses=losses, growth=growth),
+        config=FitConfig(solve=solving, losses=losses, growth=growth, always_merges=always_merges),
     )
     # Without a merger the fit knows of no edge, and what rewrites is counted outside of it.
     taken = result.taken if has_merger else replace(result.taken, edge_flops=outside.account.taken().edge_flops)
+    if has_merger and not result.is_merging:
+        half, mode = "pre" if half == "both" else "none", "serial"
     last = result.history[-1]
     lines = [json.loads(line) for line in (folder / PROGRESS_FILE).read_text(encoding="utf-8").splitlines()]
     return Learnt(
@@ -318,6 +325,9 @@ def fitted(
             "gap": last.gap,
             "coupling": last.coupling,
             "is_sequential": result.is_sequential,
+            "merged_score": result.merged_score,
+            "plain_score": result.plain_score,
+            "is_merging": result.is_merging,
             "certificate": None if result.certificate is None else result.certificate.to_json(),
             "progress": [[line["tokens"], line["upper"], line["gap"]] for line in lines],
             "growths": [asdict(each) for each in result.growths],
@@ -423,6 +433,8 @@ ARMS: Mapping[str, Arm] = {
 """In the order of the tables."""
 SANDWICH = "H cuts"
 """Whose operations of the edge the arms without a cloud get."""
+FITTED = ("F joint", "G penalty", "H cuts", "H grown")
+"""Arms that leave the edge behind the cloud out where it does not help."""
 WITH_FLOPS = ("C sft", "D distilled", "E alternated", "K routed")
 """Arms that learn with as many operations of the edge as `SANDWICH`."""
 LEARNING = (

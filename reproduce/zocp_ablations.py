@@ -114,7 +114,7 @@ class Ablations:
             for half in HALVES:
                 if mode == "parallel" and half in ("none", "pre"):
                     continue  # a draft that nobody merges
-                arm: Arm = partial(fitted, constraint="cut", half=half, mode=mode)
+                arm: Arm = partial(fitted, constraint="cut", half=half, mode=mode, always_merges=True)
                 template = DRAFT_TEMPLATE if mode == "parallel" else MERGE_TEMPLATE
                 label = f"{half}, {mode}"
 
@@ -123,7 +123,7 @@ class Ablations:
 
                 found[label] = self.runs(label, one)
         for half in ("pre", "both"):
-            tuned: Arm = partial(fitted, constraint="cut", half=half, is_tuned_before=True)
+            tuned: Arm = partial(fitted, constraint="cut", half=half, is_tuned_before=True, always_merges=True)
             label = f"{half} tuned, serial"
 
             def learnt(seed: int, arm: Arm = tuned, label: str = label) -> Value:

@@ -16,7 +16,7 @@ import torch
 from cells import Cells, Value
 from mean import Mean
 from page import about_run
-from sandwich_arms import ARMS, SANDWICH, WITH_FLOPS
+from sandwich_arms import ARMS, FITTED, SANDWICH, WITH_FLOPS
 from sandwich_bench import Arm, Bench, Course, judge, opened_edge, own_cloud
 from sandwich_tasks import TASKS, Sizes, Task, load_task
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive, study_parser
@@ -174,7 +174,7 @@ class Study:
             held = meter.read()
             return {**value, "peak_memory_mb": None if held is None else held / 1e6}
 
-        more = {"arm": name, "edge_flops": flops, **(key or {})}
+        more = {"arm": name, "edge_flops": flops, **({"merging": "chosen"} if name in FITTED else {}), **(key or {})}
         return self.cell(task, seed, tokens, more, work, course=course, where=where, template=template)
 
     def cell(

@@ -115,8 +115,8 @@ def ask(
             retry=RetryRules(timeout_s=cloud_timeout),
         )
         chosen = known.prompt if known else prompt or ""
-        if merger is not None:
-            merger.edge.count_in(gate.account)
+        if half := merger or rewriter:
+            half.edge.count_in(gate.account)
         pipeline = Pipeline(redactor, gate, config, prompt=chosen, rewriter=rewriter, merger=merger)
         if dry_run:
             _show_dry_run(pipeline, text, as_json)

@@ -114,6 +114,7 @@ class Fitted:
         template, max_new_tokens: of the edge.
         hosted: of a soft prompt, the model that reads it, as `HostedModel.to_json` gives it; None for a cloud.
         is_rewriting: the edge works before the cloud too, with an adapter of its own.
+        is_merging: it works behind the cloud.
     """
 
     folder: Path
@@ -125,6 +126,7 @@ class Fitted:
     max_new_tokens: int | None
     hosted: dict[str, Any] | None = None
     is_rewriting: bool = False
+    is_merging: bool = True
 
     def save(self) -> None:
         """Write `sandwich.json`."""
@@ -195,7 +197,8 @@ def open_fitted_edge(
     from cotune.models.backbone import Backbone
     from cotune.sandwich.edge_adapter import EdgeConfig, EdgeMerger, EdgeRewriter, edge_adapter
 
-    if fitted.edge is None or fitted.template is None or fitted.max_new_tokens is None:
+    is_working = fitted.is_merging or fitted.is_rewriting
+    if fitted.edge is None or fitted.template is None or fitted.max_new_tokens is None or not is_working:
         yield None, None
         return
     backbone = Backbone.from_pretrained(fitted.edge, dtype=dtype, device=device)
@@ -204,7 +207,7 @@ def open_fitted_edge(
     before = load_adapter(fitted.folder / REWRITER_FOLDER, backbone.model) if fitted.is_rewriting else None
     with edge_adapter(backbone, adapter, config) as edge:
         rewriter = None if before is None else EdgeRewriter(edge, edge.numbers_of(before))
-        yield EdgeMerger(edge, edge.start()), rewriter
+        yield EdgeMerger(edge, edge.start()) if fitted.is_merging else None, rewriter
 
 
 def preferences_given(num_rounds: int | None, **settings: float | None) -> PreferenceConfig | None:

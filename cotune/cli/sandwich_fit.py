@@ -110,6 +110,13 @@ def fit(
         float | None,
         typer.Option(help="With --dpo-rounds: by how much the two of a pair must differ; 0.05 if left out."),
     ] = None,
+    always_merge: Annotated[
+        bool,
+        typer.Option(
+            "--always-merge",
+            help="With --edge: keep it behind the cloud also where the cloud's answers as they are do as well.",
+        ),
+    ] = False,
     gradients: Annotated[
         str, typer.Option(help="Of the adapter: backprop, or zeroth_order for little memory.")
     ] = "backprop",
@@ -236,6 +243,8 @@ def fit(
     reflecting.check(is_growing=grow_every is not None, has_edge=edge is not None)
     if tune_rewriter is not None and edge is None:
         raise InputError("--tune-rewriter is given without --edge, expected the model that rewrites; add it")
+    if always_merge and edge is None:
+        raise InputError("--always-merge is given without --edge, expected the model that merges; add it")
     preferences = preferences_given(dpo_rounds, beta=dpo_beta, leak_weight=dpo_leak_weight, min_gap=dpo_min_gap)
     if preferences is not None and tune_rewriter is None:
         raise InputError("--dpo-rounds is given without --tune-rewriter, expected the rounds before; add it")
@@ -289,6 +298,7 @@ def fit(
         growth=None
         if grow_every is None
         else GrowthConfig(max_prompts=pool_size, shows_targets=show_targets, seed=seed),
+        always_merges=always_merge,
     )
     with ExitStack() as stack:
         redactor = stack.enter_context(
@@ -384,6 +394,7 @@ def fit(
             max_new_tokens=max_new_tokens if edge_config else None,
             hosted=described,
             is_rewriting=bool(rewriters),
+            is_merging=result.is_merging,
         ).save()
     if as_json:
         print_json({**result.to_json(), "rewriter": rewriters[0].to_json() if rewriters else None})

@@ -37,7 +37,7 @@ from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache
 from cotune.sandwich.cost import Cost, shown_usd
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.leak import LeakMetrics, measure_leaks
-from cotune.sandwich.pipeline import Pipeline, Rewriter
+from cotune.sandwich.pipeline import JoinAnswers, Pipeline, Rewriter
 from cotune.sandwich.prompts.growth import Growth, GrowthConfig, PoolGrowth
 from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.prompts.race import Race, RaceConfig, race
@@ -96,6 +96,8 @@ class FitConfig:
     """Of a pool, before the search, on the training examples; None: every prompt sees every batch."""
     growth: GrowthConfig | None = None
     """Of a pool, during the search, by a model that reflects; None: its prompts are those given."""
+    always_merges: bool = False
+    """Ship the edge behind the cloud also where the cloud's answers as they are were as good on validation."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.certificate_share < 1:
@@ -159,8 +161,11 @@ class FitResult:
     Attributes:
         prompt: to ship.
         x: numbers of the edge; empty where it has none.
-        score: metric on the validation examples with that prompt and edge; None where the budget ended before.
+        score: metric on the validation examples with what is to be shipped; None where the budget ended before.
         start_score: with the first prompt and the untrained edge.
+        merged_score, plain_score: with that prompt and the edge, and with the cloud's answers as they are; None without
+            an edge behind the cloud, or where the budget ended before.
+        is_merging: the edge behind the cloud is to be shipped.
         certificate: None where none was asked for or the budget ended before.
         leaks: of the private values that examples name, in all that was sent.
         reason: why the search ended: steps, patience or budget.
@@ -176,6 +181,9 @@ class FitResult:
     x: Vector = field(repr=False)
     score: float | None
     start_score: float | None
+    merged_score: float | None
+    plain_score: float | None
+    is_merging: bool
     certificate: Certificate | None
     leaks: LeakMetrics
     reason: str
@@ -192,6 +200,9 @@ class FitResult:
             "prompt": self.prompt,
             "score": self.score,
             "start_score": self.start_score,
+            "merged_score": self.merged_score,
+            "plain_score": self.plain_score,
+            "is_merging": self.is_merging,
             "certificate": None if self.certificate is None else self.certificate.to_json(),
             "leaks": self.leaks.to_json(),
             "reason": self.reason,
@@ -215,6 +226,7 @@ class FitResult:
             [
                 f"prompt      {self.prompt!r}",
                 f"score       {shown(self.score)} on validation (before: {shown(self.start_score)})",
+                *self._merging_text(),
                 f"gap         {looks.gap:.4f} +- {looks.standard_error:.4f} on {looks.num_examples} training examples",
                 "certificate "
                 + (self.certificate.to_text() if self.certificate else "none: not asked for, or the budget ended"),
@@ -229,6 +241,13 @@ class FitResult:
                 self.taken.to_text(),
             ]
         )
+
+    def _merging_text(self) -> list[str]:
+        if self.merged_score is None or self.plain_score is None:
+            return []
+        scores = f"with the edge behind the cloud {self.merged_score:.3f}, the cloud's answers as they are "
+        told = "kept" if self.is_merging else "left out, as it is not better"
+        return [f"edge        {told}: {scores}{self.plain_score:.3f}"]
 
     def _race_text(self) -> list[str]:
         if self.race is None:
@@ -420,11 +439,18 @@ def fit(
         variable = problem.variable
         prompt = variable.best(found.y)
         judge = _Judge(pipeline, edge, metric, problem.table)
+        score = judge.score(prompt, found.x, judged)
+        # The same answers, which were paid for: a tuned edge that copies them badly is worse than none.
+        plain = None if edge is None else judge.plain_score(prompt, judged)
+        is_dropped = not config.always_merges and score is not None and plain is not None and plain >= score
         result = FitResult(
             prompt=prompt,
             x=found.x,
-            score=judge.score(prompt, found.x, judged),
+            score=plain if is_dropped else score,
             start_score=judge.score(first, losses.start(), judged),
+            merged_score=None if edge is None else score,
+            plain_score=plain,
+            is_merging=edge is not None and not is_dropped,
             certificate=_certify(problem, variable, found.x, found.y, held, config),
             leaks=measure_leaks(
                 [example.private for example in (*train, *validation)],
@@ -471,18 +497,32 @@ class _Judge:
 
     def score(self, prompt: str, x: Vector, examples: Sequence[FitExample]) -> float | None:
         """The mean metric; None where the budget does not reach."""
+        cells = self._cells(prompt, examples)
+        if cells is None:
+            return None
+        if self._edge is None:
+            return self._mean([self._pipeline.merge(cell.example.prepared, cell.job) for cell in cells], cells)
+        return self._mean_restored(self._edge.write(x, [cell.job for cell in cells]), cells)
+
+    def plain_score(self, prompt: str, examples: Sequence[FitExample]) -> float | None:
+        """The same of the cloud's answers as they are."""
+        cells, plain = self._cells(prompt, examples), JoinAnswers()
+        return None if cells is None else self._mean_restored([plain.merge(cell.job) for cell in cells], cells)
+
+    def _cells(self, prompt: str, examples: Sequence[FitExample]) -> list[Cell] | None:
         try:
             self._table.fill([prompt], examples)
         except BudgetError:
             return None
-        cells = [
+        return [
             Cell(example, tuple(answer.text for answer in self._table.answers(prompt, example))) for example in examples
         ]
-        if self._edge is None:
-            texts = [self._pipeline.merge(cell.example.prepared, cell.job) for cell in cells]
-        else:
-            written = self._edge.write(x, [cell.job for cell in cells])
-            texts = [cell.example.prepared.request.restore(text) for cell, text in zip(cells, written, strict=True)]
+
+    def _mean_restored(self, written: Sequence[str], cells: Sequence[Cell]) -> float:
+        pairs = zip(cells, written, strict=True)
+        return self._mean([cell.example.prepared.request.restore(text) for cell, text in pairs], cells)
+
+    def _mean(self, texts: Sequence[str], cells: Sequence[Cell]) -> float:
         pairs = zip(texts, cells, strict=True)
         return float(np.mean([self._metric(text, [cell.example.source.target]) for text, cell in pairs]))
 

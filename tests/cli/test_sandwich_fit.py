@@ -152,10 +152,23 @@ def test_a_race_comes_first_where_it_is_asked_for(run: Callable[..., Any], data:
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("always", [True, False])
 def test_fit_with_an_edge_saves_its_adapter_for_ask(
-    run: Callable[..., Any], data: Path, server: ScriptedServer
+    run: Callable[..., Any], data: Path, server: ScriptedServer, always: bool
 ) -> None:
-    more = ("--edge", "starter", "--steps", 1, "--batch-size", 1, "--rank", 1, "--max-new-tokens", 2)
+    more = (
+        *(["--always-merge"] if always else []),
+        "--edge",
+        "starter",
+        "--steps",
+        1,
+        "--batch-size",
+        1,
+        "--rank",
+        1,
+        "--max-new-tokens",
+        2,
+    )
     done = run(
         *fit_words(data, server, *more, "--pay", "--budget-calls", 8, "--limit", 2, "--certificate-share", 0, "--json")
     )
@@ -163,7 +176,10 @@ def test_fit_with_an_edge_saves_its_adapter_for_ask(
     assert shown["taken"]["edge_backward_tokens"] > 0 and shown["taken"]["edge_flops"] > 0
     assert (data / "run" / "adapter" / "adapter_model.safetensors").is_file()
     words = ["sandwich", "ask", data / "prompts.txt", "--cloud", server.base_url, "--fitted", data / "run", *SLOW]
-    assert run(*words).status == 0
+    asked = run(*words, "--json")
+    # Two tokens of an untrained edge are never right: it is shipped only where that is asked for.
+    assert asked.status == 0 and shown["is_merging"] is always and (json.loads(asked.out)["edge_flops"] > 0) is always
+    run(*fit_words(data, server, "--always-merge")).check_refusal("--always-merge is given without --edge")
 
 
 def test_script_serves_until_it_is_interrupted(tmp_path: Path) -> None:

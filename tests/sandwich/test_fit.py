@@ -165,6 +165,43 @@ def test_without_an_edge_the_prompt_is_chosen_first(tmp_path: Path) -> None:
             folder=tmp_path,
         )
     assert found.prompt == "Good." and found.score == 1.0 and found.start_score == 0.0 and found.is_sequential
+    assert not found.is_merging and found.merged_score is None and found.plain_score is None
+
+
+@pytest.mark.parametrize(
+    ("says", "always", "kept", "scores"),
+    [
+        ("f", False, True, (1.0, 1.0, 0.0)),  # right where the cloud is wrong
+        ("no", False, False, (0.0, 0.0, 0.0)),  # no better: nothing is cheaper
+        ("no", True, True, (0.0, 0.0, 0.0)),
+    ],
+)
+def test_an_edge_behind_the_cloud_stays_where_it_is_better(
+    tmp_path: Path, says: str, always: bool, kept: bool, scores: tuple[float, ...]
+) -> None:
+    class Says(CrossingEdge):
+        def write(self, x: Any, jobs: Any) -> list[str]:
+            return [says for _ in jobs]
+
+    found = fit_crossing(crossing_cloud(), tmp_path, edge=Says(), config=replace(CONFIG, always_merges=always))
+    assert found.is_merging == kept and (found.score, found.merged_score, found.plain_score) == scores
+    assert found.spent.calls == NUM_CELLS, "the answers to compare with were paid for"
+    assert f"edge        {'kept' if kept else 'left out, as it is not better'}: with" in found.to_text()
+
+
+def test_an_edge_that_spoils_right_answers_is_left_out(tmp_path: Path) -> None:
+    cloud = MemoryCloud()
+    cloud.under = dict.fromkeys(PROMPTS, "f")
+    found = fit_crossing(cloud, tmp_path)
+    assert found.is_merging is False and found.merged_score == found.plain_score == found.score == 1.0
+
+    class Spoils(CrossingEdge):
+        def write(self, x: Any, jobs: Any) -> list[str]:
+            return ["no" for _ in jobs]
+
+    found = fit_crossing(cloud, tmp_path / "other", edge=Spoils())
+    assert (found.is_merging, found.score, found.merged_score, found.plain_score) == (False, 1.0, 0.0, 1.0)
+    assert json.loads((tmp_path / "other" / "result.json").read_text())["is_merging"] is False
 
 
 def test_a_race_leaves_the_good_prompt_and_asks_less(tmp_path: Path) -> None:
