@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The meaning of a cell: one more, and all are run again.
-PROTOCOL = 3
+PROTOCOL = 4
 OWN, CROSSED, SKILLS, MIXED = "own", "crossed", "skills", "mixed"
 SETS = (OWN, CROSSED, SKILLS, MIXED)
 MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
@@ -108,7 +108,7 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
         ("--num-things", 8, "of each domain; three facts are known of each"),
         ("--num-skills", 40, "training questions of skills on each device"),
         ("--num-test", 40, "test questions of skills"),
-        ("--num-public", 80, "texts of the server"),
+        ("--num-public", 240, "texts of the server"),
         ("--rounds", 10, ""),
         ("--local-steps", 20, "of each model on a device, in a round"),
         ("--cloud-steps", 10, "of the cloud's model, in a round"),

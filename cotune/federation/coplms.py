@@ -171,7 +171,7 @@ class CoPlms:
     """Learn from the other one only where it is better; else every chunk counts fully."""
     proxy_mix: float = 0.5
     """`mix` of the proxy."""
-    public_share: float = 0.25
+    public_share: float = 0.5
     """Of the texts in a step of the small model, the server's public ones, where it has any; 0: none."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Rank of the shared adapter by device name or pattern; all others have the adapter's."""

@@ -25,6 +25,7 @@ from cotune.federation.coordinator import Coordinator, RoundRules
 from cotune.federation.coplms import PROXY_CHANNEL, CloudHalf, CloudTuned, CoPlms
 from cotune.federation.device_agent import DeviceAgent
 from cotune.federation.in_process import InProcess, SimulatedDevice
+from cotune.federation.local_model import LocalSteps
 from cotune.federation.public_chunks import PublicText
 from cotune.federation.robust.mean import Mean
 from cotune.federation.run_secret import RunSecret
@@ -43,6 +44,10 @@ class CoTuned:
     """Average A and B each apart."""
     num_per_round: int | None = None
     """Devices that take part in a round; None: all."""
+    small_times: float = 3.0
+    """Steps of the small model, of the scene's: it is what answers, and its steps are the cheapest."""
+    proxy_times: float = 0.5
+    """Steps of each of the proxy's adapters, of the scene's."""
 
     def rounds(self, scene: Scene, account: Account) -> Iterator[Mapping[str, Party]]:
         """As `Contestant`."""
@@ -97,7 +102,7 @@ class CoTuned:
             raise InputError("sites differ in their steps, expected the same for all; the plan of a round has one")
         site = next(iter(scene.sites.values()))
         own, cloud = self.options, self.options.cloud
-        steps = replace(site.steps, learning_rate=scene.adapter_rate)
+        steps = replace(_times(site.steps, self.proxy_times), learning_rate=scene.adapter_rate)
         half = scene.saml(
             mix=cloud.mix,
             proxy_mix=cloud.proxy_mix,
@@ -108,7 +113,11 @@ class CoTuned:
             gate=own.device_steps.loss.gate,
         )
         return replace(
-            own, steps=steps, small_steps=site.steps, dst_steps=steps, cloud_half=_CountedHalf(half, account)
+            own,
+            steps=steps,
+            small_steps=_times(site.steps, self.small_times),
+            dst_steps=steps,
+            cloud_half=_CountedHalf(half, account),
         )
 
     @staticmethod
@@ -194,6 +203,10 @@ class _CountedHalf:
     ) -> CloudTuned:
         with self.account.at(CLOUD):
             return self.inner.tune(proxy=proxy, cloud=cloud, folds=folds, told=told, round_number=round_number)
+
+
+def _times(steps: LocalSteps, factor: float) -> LocalSteps:
+    return replace(steps, num_steps=max(1, round(factor * steps.num_steps)))
 
 
 def _on_account(account: Account, name: str, do: Work) -> Work:
