@@ -526,9 +526,9 @@ def deviations(results: Results) -> list[str]:
         "Operations are tokens times parameters: 2 for a forward pass, 2 more for the way back by activations and 2 by "
         "the weights that learn; embeddings, products inside of attention, scans and optimisers are left out.",
         f"Steps are multiples of the options' at which a method computes as much as ours, see the table: '{EQUAL}' is "
-        f"'{STANDALONE}' with that many, and the centralised bound takes the options' as often as there are devices. Ours takes "
-        f"{CoTuned().small_times:g} times the options' for small models and {CoTuned().proxy_times:g} for each adapter of "
-        "the proxy.",
+        f"'{STANDALONE}' with that many, and the centralised bound takes the options' as often as there are devices. "
+        f"Ours takes {CoTuned().small_times:g} times the options' for small models and {CoTuned().proxy_times:g} times "
+        "for each adapter of the proxy.",
         "A method whose devices do not train the cloud's model, or that has no cloud, leaves it as it was given.",
         "With FedAvg-LoRA, FlexLoRA and FedCoLLM what answers on a device is the proxy, which is larger than most "
         "small models here; with all others it is the device's own model.",
