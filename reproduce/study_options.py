@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,10 +131,16 @@ def results_of(args: argparse.Namespace, name: str) -> Path:
 
 @contextmanager
 def plain_endings() -> Iterator[None]:
-    """Inside, a budget that is spent and errors that are raised on purpose end the study with one sentence."""
+    """Inside, a budget that is spent and errors that are raised on purpose end the study with one sentence.
+
+    SIGTERM ends it as Ctrl-C does, so that what it started, such as a cloud of its own, ends with it.
+    """
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     except OutOfTimeError as error:
         sys.exit(str(error))
     except CotuneError as error:
         sys.exit(f"error: {error}")
+    finally:
+        signal.signal(signal.SIGTERM, before)

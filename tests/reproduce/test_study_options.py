@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 from pathlib import Path
 
 import adaptation_study
@@ -9,7 +11,7 @@ import mezo_kshot
 import pytest
 import spa_study
 import survey_memory
-from study_options import HERE, add_run_options, open_cells, results_of, study_parser
+from study_options import HERE, add_run_options, open_cells, plain_endings, results_of, study_parser
 
 from cotune.errors import InputError
 
@@ -68,3 +70,13 @@ def test_a_number_out_of_range_is_refused_before_anything_is_computed(
         PARSERS["spa_table2"].parse_args(options)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {sentence}; see python reproduce/spa_table2.py --help\n"
+
+
+def test_a_study_that_is_told_to_end_closes_what_it_opened() -> None:
+    before, closed = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(SystemExit) as ended, plain_endings():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            closed.append(True)
+    assert ended.value.code == 128 + signal.SIGTERM and closed and signal.getsignal(signal.SIGTERM) is before
