@@ -383,13 +383,13 @@ class Table:
 
 
 def by_budget(
-    name: str, methods: Mapping[str, Sequence[Value]], what: Sequence[str], x_label: str
+    name: str, methods: Mapping[str, Sequence[Value]], what: Sequence[str], x_label: str, *, unit: float = 1.0
 ) -> tuple[Html, dict[str, dict[str, Mean]]]:
-    """Quality under budgets: a plot and a table, and its numbers by method and budget."""
+    """Quality under budgets: a plot and a table in this unit, and its numbers by method and budget."""
     curves = {one: [value["curve"] for value in values] for one, values in methods.items() if one not in BOUNDS}
     budgets = budgets_of([curve for own in curves.values() for curve in own], what)
     means = {one: {f"{b:g}": mean_within(own, b, what) for b in budgets} for one, own in curves.items()}
-    lines = {one: [row[f"{b:g}"].point(b) for b in budgets] for one, row in means.items()}
+    lines = {one: [row[f"{b:g}"].point(b / unit) for b in budgets] for one, row in means.items()}
     plots = plots_of(
         name,
         "Loss after the last round that the budget pays for; means over seeds with 95 % intervals.",
@@ -398,7 +398,7 @@ def by_budget(
         y_label="held-out nats per token",
         is_log_x=True,
     )
-    columns = {f"{b:g}": [worded(means[one][f"{b:g}"]) for one in means] for b in budgets}
+    columns = {f"{b / unit:g}": [worded(means[one][f"{b:g}"]) for one in means] for b in budgets}
     return join([plots, grid(f"Nats per held-out token by {x_label}", "method", list(means), columns)]), means
 
 
@@ -421,7 +421,9 @@ def split_section(split: str, table: Table, share: float) -> tuple[Section, dict
         columns["Rouge-L"] = [worded(row["rouge_l"], 1) for row in rows.values()]
     parts = [grid("The whole run, of one device", "method", list(rows), columns)]
     if federated:
-        by_bytes, measured["by_bytes"] = by_budget(f"bytes_{split}", methods, ("up", "down"), "bytes of one device")
+        by_bytes, measured["by_bytes"] = by_budget(
+            f"bytes_{split}", methods, ("up", "down"), "KB of one device", unit=1e3
+        )
         by_time, measured["by_time"] = by_budget(f"time_{split}", methods, ("device_s",), "seconds of one device")
         parts += [by_bytes, by_time]
     if CENTRAL in methods and federated:
