@@ -224,7 +224,12 @@ def preferences_given(num_rounds: int | None, **settings: float | None) -> Prefe
 
     named: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     if num_rounds is not None:
-        return PreferenceConfig(num_rounds=num_rounds, **named)
+        try:
+            return PreferenceConfig(num_rounds=num_rounds, **named)
+        except InputError as error:
+            # By the name that was typed.
+            name, _, rest = str(error).partition(" ")
+            raise InputError(f"--dpo-{name.removeprefix('num_').replace('_', '-')} {rest}") from None
     for name in named:
         raise InputError(f"--dpo-{name.replace('_', '-')} is given without --dpo-rounds, expected it too; add it")
     return None

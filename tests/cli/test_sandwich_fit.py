@@ -270,7 +270,8 @@ def test_a_rewriter_learns_from_pairs_within_the_same_budget(
     other = run(*words, *learn[:2], "--pay", "--budget-calls", 60, "--resume")
     assert other.status == 2 and "a run with other examples, prompts or settings" in other.err.splitlines()[-1]
     run(*words[:-4], "--dpo-beta", 1).check_refusal("--dpo-beta is given without --dpo-rounds")
-    run(*words, "--dpo-rounds", 1, "--dpo-beta", 0).check_refusal("beta is 0")
+    run(*words, "--dpo-rounds", 1, "--dpo-beta", 0).check_refusal("--dpo-beta is 0")
+    run(*words, "--dpo-rounds", 0).check_refusal("--dpo-rounds is 0, expected at least 1")
     run(*fit_words(data, server, "--dpo-rounds", 1)).check_refusal("without --tune-rewriter")
 
 
