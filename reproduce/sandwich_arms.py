@@ -22,6 +22,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -130,20 +131,22 @@ class Sandwich:
 
 @dataclass(frozen=True, kw_only=True)
 class Routed:
-    """The edge where it is sure, else the cloud."""
+    """The edge where it is sure, else the cloud; the cloud alone without a threshold."""
 
     x: Vector
     prompt: str
-    threshold: float
+    threshold: float | None
 
     def open(self, bench: Bench, gate: CloudGate) -> Answer:
+        cloud, threshold = CloudAlone(prompt=self.prompt).open(bench, gate), self.threshold
+        if threshold is None:
+            return cloud
         alone = EdgeAlone(x=self.x).open(bench, gate)
-        cloud = CloudAlone(prompt=self.prompt).open(bench, gate)
         pipeline = bench.pipeline(gate)
 
         def answer(request: str) -> str:
             own = alone(request)
-            return own if confidence(bench, pipeline, self.x, request, own) >= self.threshold else cloud(request)
+            return own if confidence(bench, pipeline, self.x, request, own) >= threshold else cloud(request)
 
         return answer
 
@@ -512,8 +515,8 @@ def medoid(texts: Sequence[str]) -> str:
     return texts[int(np.argmax(likeness))]
 
 
-def best_threshold(rows: Sequence[tuple[float, float, float]]) -> float:
-    """The threshold with the best mean score; of equals the lowest, which asks the cloud least.
+def best_threshold(rows: Sequence[tuple[float, float, float]]) -> float | None:
+    """The threshold with the best mean score; of equals the lowest, which asks the cloud least. None: always ask it.
 
     Args:
         rows: how sure the edge was, its score, the cloud's.
@@ -522,12 +525,13 @@ def best_threshold(rows: Sequence[tuple[float, float, float]]) -> float:
         >>> best_threshold([(0.9, 1.0, 1.0), (0.2, 0.0, 1.0)])
         0.9
     """
-    choices = [0.0, *sorted({sure for sure, _, _ in rows}), float("inf")]
+    choices = [0.0, *sorted({sure for sure, _, _ in rows}), math.inf]
 
     def score(threshold: float) -> float:
         return sum(own if sure >= threshold else cloud for sure, own, cloud in rows)
 
-    return max(choices, key=lambda threshold: (score(threshold), -threshold))
+    best = max(choices, key=lambda threshold: (score(threshold), -threshold))
+    return best if math.isfinite(best) else None
 
 
 def confidence(bench: Bench, pipeline: Pipeline, x: Vector, request: str, own: str) -> float:

@@ -100,6 +100,7 @@ def test_choices_by_hand() -> None:
     assert medoid(["x", "a b", "a b c"]) == "a b" and medoid(["only"]) == "only"
     # The edge is right where it is sure; never asking it costs a point, always asking it too.
     assert best_threshold([(0.9, 1, 0), (0.5, 1, 1), (0.1, 0, 1)]) == 0.5
+    assert best_threshold([(0.9, 0, 1), (0.5, 0, 1)]) is None  # the cloud is always better
     assert best_threshold([]) == 0.0
 
 
