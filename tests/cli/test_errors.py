@@ -281,8 +281,13 @@ def test_only_advice_on_an_optional_kernel_is_silenced(
 ) -> None:
     run("--version")
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    # Servers of other tests set up logging anew, which silences all loggers that were there.
+    # Other tests, and servers in them, set up logging anew, which silences loggers that were there.
     monkeypatch.setattr(logger, "disabled", False)
+    caplog.set_level(logging.WARNING, logger=logger.name)
+    above: logging.Logger | None = logger
+    while above is not None:
+        monkeypatch.setattr(above, "propagate", True)
+        above = above.parent
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "No module named 'kernels'")
     logger.warning("Failed to load anything else")
     assert [record.getMessage() for record in caplog.records] == ["Failed to load anything else"]
