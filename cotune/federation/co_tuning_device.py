@@ -191,8 +191,7 @@ class CoTuningDevice:
     @cached_property
     def texts(self) -> list[PairedText]:
         """Its texts, as the proxy and as the small model read them."""
-        most = self._own_proxy.fitting(self._small.fitting(self._max_tokens))
-        return pair_texts(self._examples, self._own_proxy.reader, self._small.reader, max_tokens=most)
+        return self._paired(self._examples)
 
     @cached_property
     def _own_texts(self) -> list[PairedText]:
@@ -393,8 +392,11 @@ class CoTuningDevice:
     def _public(self, arrays: AnyArrays) -> list[PairedText]:
         """The server's texts, as the proxy and as the small model read them."""
         examples = [one.example() for one in from_arrays(arrays) if len(one.sizes)]
+        return self._paired(examples) if examples else []
+
+    def _paired(self, examples: Sequence[Example]) -> list[PairedText]:
         most = self._own_proxy.fitting(self._small.fitting(self._max_tokens))
-        return pair_texts(examples, self._own_proxy.reader, self._small.reader, max_tokens=most) if examples else []
+        return pair_texts(examples, self._own_proxy.reader, self._small.reader, max_tokens=most)
 
     def _hold(self, model: PreTrainedModel, state: GradientState | None = None) -> None:
         self._held = max(self._held, held_bytes(model, state))

@@ -210,6 +210,16 @@ class CloudGate:
             usd=self.price.of(tokens_in, request.max_tokens),
         )
 
+    def cost_of(self, most: Cost, answer: ChatAnswer) -> Cost:
+        """What an answer cost; what it does not tell counts as the most.
+
+        Args:
+            most: of its request.
+        """
+        tokens_in = most.tokens_in if answer.tokens_in is None else answer.tokens_in
+        tokens_out = most.tokens_out if answer.tokens_out is None else answer.tokens_out
+        return Cost(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, usd=self.price.of(tokens_in, tokens_out))
+
     def is_there(self, request: ChatRequest) -> bool:
         """Whether its answer would cost nothing."""
         return self._cache is not None and self._cache.get(request.digest) is not None
@@ -305,9 +315,7 @@ class CloudGate:
         except WireError:
             self.account.paid(most, kind=self._kind)  # nobody knows; it stays reserved in full
             raise
-        tokens_in = most.tokens_in if answer.tokens_in is None else answer.tokens_in
-        tokens_out = most.tokens_out if answer.tokens_out is None else answer.tokens_out
-        paid = Cost(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, usd=self.price.of(tokens_in, tokens_out))
+        paid = self.cost_of(most, answer)
         if self._cache is not None:
             # Before it is settled: a process that is killed here has the answer, and counts it in full.
             self._cache.put(digest, answer)

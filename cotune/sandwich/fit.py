@@ -386,8 +386,8 @@ def fit(
             f"there are {len(train)} training and {len(validation)} validation examples, of the first {num_held} for "
             "the certificate; expected at least one of each beside them"
         )
-    parts: tuple[bool | str, ...] = (make_rewriter is not None, *([reflection.name] if reflection else []))
-    parts = (*parts, *([rewriter_settings] if rewriter_settings else []))
+    named = ([reflection.name] if reflection else []) + ([rewriter_settings] if rewriter_settings else [])
+    parts: tuple[bool | str, ...] = (make_rewriter is not None, *named)
     fingerprint = _fingerprint(pipeline, train, validation, variable, config, parts)
     key = _open_folder(folder, fingerprint, resume=resume)
     with ExitStack() as stack:

@@ -318,11 +318,7 @@ class Trials:
             if request.digest in self._counted:
                 continue
             self._counted.add(request.digest)
-            most = gate.most(request)
-            tokens_in = most.tokens_in if answer.tokens_in is None else answer.tokens_in
-            tokens_out = most.tokens_out if answer.tokens_out is None else answer.tokens_out
-            usd = gate.price.of(tokens_in, tokens_out)
-            self._cost += Cost(calls=1, tokens_in=tokens_in, tokens_out=tokens_out, usd=usd)
+            self._cost += gate.cost_of(gate.most(request), answer)
 
     def _check(self, share: float) -> None:
         """Refuse to begin another request where the share is spent: what comes after needs the rest."""
