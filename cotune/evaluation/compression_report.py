@@ -27,7 +27,7 @@ from cotune.evaluation.markup import (
     size,
     table,
 )
-from cotune.evaluation.plots import Bar, plot_bars
+from cotune.evaluation.plots import Bar, needs_log_axis, plot_bars
 from cotune.evaluation.report import REPORT_NAME, Section, render_page, write_page
 from cotune.evaluation.svg import INK, render_svg, series_colour
 
@@ -224,6 +224,9 @@ def _plot(rows: Sequence[CompressionRow], name: str, label: str) -> Html:
         f"{rows[index]['name']}: {number(score)} at {number(megabytes)} MB" for index, megabytes, score in points
     )
 
+    # Perplexities are at least 1; other scores may be 0, and never lie that far apart.
+    is_log = name == "perplexity" and needs_log_axis([score for _, _, score in points])
+
     def draw(axes: Axes) -> None:
         axes.plot([x for _, x, _ in points], [y for _, _, y in points], color=INK, linewidth=0.8, alpha=0.5)
         for index, x, y in points:
@@ -235,10 +238,12 @@ def _plot(rows: Sequence[CompressionRow], name: str, label: str) -> Html:
                 markersize=8,
                 label=_numbered(rows, index),
             )
+        if is_log:
+            axes.set_yscale("log")
         axes.set_xlim(left=0.0)
         axes.margins(y=0.15)
         axes.set_xlabel("Size on disk (MB)")
-        axes.set_ylabel(label)
+        axes.set_ylabel(f"{label}, log scale" if is_log else label)
         axes.figure.legend(loc="outside lower left", ncols=2, handlelength=1.4, columnspacing=1.4)
 
     return render_svg(f"plot-{name.replace('_', '-')}", described, 3.0 + 0.13 * len(points), draw)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _NAMED_SERIES = {"base": 6, "lora": 1, "plugin": 0}
 _LONGEST_LABEL = 28
-_LOG_SPREAD = 50.0  # beyond this ratio the shorter bars could not be told apart on a linear axis
+_LOG_SPREAD = 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,16 @@ def plot_bars(
     return render_svg(name, described, 0.75 + 0.36 * len(bars), draw)
 
 
+def needs_log_axis(values: Sequence[float]) -> bool:
+    """Whether positive values lie so far apart that a linear axis would show the small ones as one.
+
+    Example:
+        >>> needs_log_axis([1.0, 40.0]), needs_log_axis([1.0, 60.0])
+        (False, True)
+    """
+    return max(values) > _LOG_SPREAD * min(values)
+
+
 def plot_quality(rows: Sequence[QualityRow]) -> Html:
     """Rouge-L of each model with its interval."""
     measured = [row for row in rows if row.get("rouge_l") is not None]
@@ -91,7 +101,7 @@ def plot_perplexity(rows: Sequence[QualityRow]) -> Html:
     measured = [row for row in rows if row.get("perplexity") is not None]
     bars = [_quality_bar(row, "perplexity") for row in measured]
     values = [bar.value for bar in bars]
-    is_log = max(values) > _LOG_SPREAD * min(values)
+    is_log = needs_log_axis(values)
     axis_label = "Perplexity, log scale (shorter is better)" if is_log else "Perplexity (shorter is better)"
     return plot_bars("perplexity", bars, axis_label, is_log=is_log)
 

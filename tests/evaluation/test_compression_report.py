@@ -126,3 +126,9 @@ def test_a_plot_says_its_points(tmp_path: Path, names: list[str]) -> None:
     assert len(labels) == 2
     value = {"perplexity": "12.5 at 2.00 MB", "rouge_l": "0.410 at 2.00 MB"}[names[0]]
     assert any(value in label for label in labels)
+
+
+def test_perplexities_far_apart_stand_on_a_log_axis(tmp_path: Path) -> None:
+    far: CompressionRow = {**SOURCE, "judgement": {"perplexity": 1_250.0, "rouge_l": 0.41}}
+    assert "log scale" in page(tmp_path / "far", [far, EXPORTED])
+    assert "log scale" not in page(tmp_path / "near", [SOURCE, EXPORTED])
