@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from rich.table import Table
 from cotune.cli.connection import TlsCaOption, TokenFileOption, connector
 from cotune.cli.label_option import split_words
 from cotune.cli.output import Advance, print_json, progress, stderr, stdout
-from cotune.cli.run_folder import plain, run_folder, versions
+from cotune.cli.run_folder import command_line, plain, run_folder, versions
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -225,7 +223,7 @@ def compress(
             run,
             card.rows,
             title=f"{Path(model).name}, made smaller",
-            repeat=shlex.join(["cotune", *sys.argv[1:]]),
+            repeat=command_line(),
             settings=config,
             versions=versions(),
         )

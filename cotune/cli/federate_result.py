@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from cotune.cli.output import print_json, stderr
-from cotune.cli.run_folder import plain, write_json
+from cotune.cli.run_folder import command_line, plain, versions, write_json
 from cotune.durable import replacing
 from cotune.errors import InputError
 
@@ -111,7 +111,9 @@ def write_result(run: Path, settings: FederationSettings, at: Progress, summary:
             rows,
             title=f"Federated tuning with {settings.algorithm}",
             start_loss=at.start_loss,
+            repeat=command_line(),
             settings=plain(settings),
+            versions=versions(),
             summary=summary,
         )
 

@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import math
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def command_line() -> str:
+    """The command that is running, as a shell takes it, to do it again from the start."""
+    return shlex.join(["cotune", *(word for word in sys.argv[1:] if word != "--resume")])
 
 
 def plain(config: object) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cotune.cli.run_folder import write_json
+from cotune.cli.run_folder import command_line, versions, write_json
 from cotune.cli.tune_settings import Summary, Trained, TuneSettings
 from cotune.evaluation.method_cost import MethodSettings
 from cotune.evaluation.tuning_cost import Predicted, RunCost, predict_run
@@ -72,7 +72,9 @@ def record_run(
         loss="nats per token" if settings.objective == "nats" else f"1 - {settings.objective}",
         num_parameters=summary["num_parameters"],
         best_epoch=trained.best_epoch,
+        repeat=command_line(),
         settings=shown,
+        versions=versions(),
         privacy=None if privacy is None else (privacy, summary["privacy_assumptions"]),
         remarks=_SIDE_REMARKS if settings.method == "side" else (),
     )

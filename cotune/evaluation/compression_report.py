@@ -15,9 +15,7 @@ from cotune.evaluation.markup import (
     card_row,
     change,
     count,
-    dotted,
     escape,
-    facts,
     figure,
     fold,
     join,
@@ -28,7 +26,7 @@ from cotune.evaluation.markup import (
     table,
 )
 from cotune.evaluation.plots import Bar, needs_log_axis, plot_bars
-from cotune.evaluation.report import REPORT_NAME, Section, render_page, write_page
+from cotune.evaluation.report import REPORT_NAME, Section, render_page, setup_section, write_page
 from cotune.evaluation.svg import INK, render_svg, series_colour
 
 if TYPE_CHECKING:
@@ -130,7 +128,7 @@ def write_compression_report(
         sections.append(_speed_section(rows))
     if any(row.get("agreement") for row in rows):
         sections.append(_agreement_section(rows))
-    sections += [_layers_section(rows), _setup_section(repeat, settings, versions)]
+    sections += [_layers_section(rows), setup_section(settings, repeat, versions)]
     page = render_page(
         title,
         _lead(rows),
@@ -326,18 +324,6 @@ def _layers_section(rows: Sequence[CompressionRow]) -> Section:
         parts.append(fold(f"{row['name']}: {len(layers)} matrices", table(f"Weights after: {row['name']}", columns)))
     told = paragraph("Bits and zeros of every weight matrix, as they lie in the files.")
     return Section(name="layers", short="Layers", heading="Layer by layer", content=join([told, *parts]))
-
-
-def _setup_section(repeat: str, settings: Mapping[str, Any], versions: Mapping[str, str]) -> Section:
-    parts = [
-        Html(f'<h3>Repeat this run</h3><pre class="code">{escape(repeat)}</pre>'),
-        Html(f'<div class="panel"><h3>Versions</h3>{facts(list(versions.items()))}</div>'),
-        fold(
-            "The whole configuration",
-            facts([(name, str(value)) for name, value in dotted(settings) if value is not None]),
-        ),
-    ]
-    return Section(name="setup", short="Set-up", heading="Set-up, and how to repeat it", content=join(parts))
 
 
 def _score(row: CompressionRow, name: str) -> float | None:

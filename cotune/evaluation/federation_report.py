@@ -15,9 +15,7 @@ from cotune.evaluation.markup import (
     card,
     card_row,
     count,
-    dotted,
     escape,
-    facts,
     figure,
     join,
     number,
@@ -27,7 +25,7 @@ from cotune.evaluation.markup import (
     table,
 )
 from cotune.evaluation.plots import Bar, plot_bars, plot_training
-from cotune.evaluation.report import REPORT_NAME, Section, render_page, write_page
+from cotune.evaluation.report import REPORT_NAME, Section, render_page, setup_section, write_page
 from cotune.evaluation.report_schema import TrainingCurve
 
 _BYTES_NOTES = (
@@ -67,7 +65,9 @@ def write_federation_report(
     *,
     title: str,
     start_loss: float | None,
+    repeat: str,
     settings: Mapping[str, Any],
+    versions: Mapping[str, str],
     summary: Mapping[str, Any],
 ) -> Path:
     """Write `folder/report.html`.
@@ -77,7 +77,8 @@ def write_federation_report(
         rounds: at least one.
         title: of the page.
         start_loss: held-out loss before round 1, nats per token.
-        settings: of the run, to be shown.
+        repeat: the command that does it again.
+        settings, versions: of the run, to be shown.
         summary: for whoever wants the numbers; `privacy`, an account with its `summary` and `assumptions`, and `audit`,
             with a `summary`, and `proxy_download_bytes` are shown.
 
@@ -87,16 +88,7 @@ def write_federation_report(
     sections = [_loss_section(rounds, start_loss), _bytes_section(rounds), _rounds_section(rounds)]
     if summary.get("privacy") or summary.get("audit"):
         sections.append(_privacy_section(summary.get("privacy"), summary.get("audit")))
-    sections.append(
-        Section(
-            name="setup",
-            short="Set-up",
-            heading="How it was run",
-            content=facts(
-                [(name, str(value)) for name, value in dotted(settings) if value is not None and value != {}]
-            ),
-        )
-    )
+    sections.append(setup_section(settings, repeat, versions))
     page = render_page(
         title,
         _lead(rounds, start_loss),

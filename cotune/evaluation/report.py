@@ -16,6 +16,7 @@ from cotune.evaluation.markup import NO_HTML, Html, bullets, escape, fold, join,
 from cotune.evaluation.report_cards import key_cards
 from cotune.evaluation.report_schema import check_report_metrics
 from cotune.evaluation.report_sections import SECTIONS
+from cotune.evaluation.setup_content import SETUP_HEADING, setup_content
 
 REPORT_NAME = "report.html"
 
@@ -72,6 +73,18 @@ class Section:
     short: str
     heading: str
     content: Html
+
+
+def setup_section(settings: Mapping[str, Any], repeat: str, versions: Mapping[str, str]) -> Section:
+    """The last section of a page.
+
+    Args:
+        settings: of the run.
+        repeat: the command that does it again.
+        versions: by library.
+    """
+    content = setup_content(settings, repeat=[repeat], versions=versions) or NO_HTML
+    return Section(name="setup", short="Set-up", heading=SETUP_HEADING, content=content)
 
 
 def render_page(title: str, lead: str, sections: Sequence[Section], *, cards: Html = NO_HTML, as_json: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from cotune.evaluation import plots
 from cotune.evaluation.coloured_text import coloured_text, decision_bar, legend
 from cotune.evaluation.generation_metrics import GenerationMetrics
-from cotune.evaluation.markup import Html, bullets, dotted, escape, facts, figure, fold, join, paragraph
+from cotune.evaluation.markup import Html, bullets, escape, facts, figure, fold, join, paragraph
 from cotune.evaluation.report_schema import Example, GatePoint, ReportMetrics, SectionName, TrainingCurve
 from cotune.evaluation.report_tables import (
     bytes_table,
@@ -22,6 +22,7 @@ from cotune.evaluation.report_tables import (
     speed_series,
     speed_table,
 )
+from cotune.evaluation.setup_content import SETUP_HEADING, setup_content
 
 _GLOSSARY = (
     "M: blocking round trips per token. q: share of tokens where the personal and the base token differ. "
@@ -162,19 +163,12 @@ def training_section(report: ReportMetrics) -> Html | None:
 
 def setup_section(report: ReportMetrics) -> Html | None:
     """Configuration, seeds, versions, and how to repeat the run."""
-    parts = []
-    if repeat := report.get("repeat"):
-        parts.append(Html(f'<h3>Repeat this run</h3><pre class="code">{escape(chr(10).join(repeat))}</pre>'))
-    panels = [
-        Html(f'<div class="panel"><h3>{title}</h3>{facts((name, str(value)) for name, value in dotted(values))}</div>')
-        for title, values in (("Seeds", report.get("seeds")), ("Versions", report.get("versions")))
-        if values
-    ]
-    if panels:
-        parts.append(Html(f'<div class="grid">{join(panels)}</div>'))
-    if config := report.get("config"):
-        parts.append(fold("The whole configuration", facts((name, str(value)) for name, value in dotted(config))))
-    return join(parts) if parts else None
+    return setup_content(
+        report.get("config"),
+        repeat=report.get("repeat") or (),
+        versions=report.get("versions"),
+        seeds=report.get("seeds"),
+    )
 
 
 SECTIONS: dict[SectionName, tuple[str, str, Callable[[ReportMetrics, GenerationMetrics | None], Html | None]]] = {
@@ -185,7 +179,7 @@ SECTIONS: dict[SectionName, tuple[str, str, Callable[[ReportMetrics, GenerationM
     "gate": ("Gate", "When to ask the device", lambda report, _: gate_section(report)),
     "egress": ("Privacy", "What left the device", lambda report, _: egress_section(report)),
     "training": ("Training", "How it learned", lambda report, _: training_section(report)),
-    "setup": ("Set-up", "Set-up, and how to repeat it", lambda report, _: setup_section(report)),
+    "setup": ("Set-up", SETUP_HEADING, lambda report, _: setup_section(report)),
 }
 """Name in the navigation, heading and content of each section, in reading order."""
 

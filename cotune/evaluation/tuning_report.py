@@ -15,9 +15,7 @@ from cotune.evaluation.markup import (
     card,
     card_row,
     count,
-    dotted,
     escape,
-    facts,
     figure,
     join,
     number,
@@ -26,7 +24,7 @@ from cotune.evaluation.markup import (
     table,
 )
 from cotune.evaluation.plots import plot_training
-from cotune.evaluation.report import REPORT_NAME, Section, render_page, write_page
+from cotune.evaluation.report import REPORT_NAME, Section, render_page, setup_section, write_page
 from cotune.evaluation.report_schema import TrainingCurve
 from cotune.evaluation.tuning_cost import RunCost
 
@@ -58,7 +56,9 @@ def write_tuning_report(
     loss: str,
     num_parameters: int,
     best_epoch: int,
+    repeat: str,
     settings: Mapping[str, Any],
+    versions: Mapping[str, str],
     privacy: tuple[str, Sequence[str]] | None = None,
     remarks: Sequence[str] = (),
 ) -> Path:
@@ -72,7 +72,8 @@ def write_tuning_report(
         loss: what the losses are, such as "nats per token".
         num_parameters: that were trained.
         best_epoch: whose parameters are the result.
-        settings: of the run, to be shown.
+        repeat: the command that does it again.
+        settings, versions: of the run, to be shown.
         privacy: what was spent, and what that rests on.
         remarks: on the losses.
 
@@ -86,8 +87,7 @@ def write_tuning_report(
         sections.append(
             Section(name="privacy", short="Privacy", heading="What it gives away of a text", content=content)
         )
-    shown = [(name, str(value)) for name, value in dotted(settings) if value is not None and value != {}]
-    sections.append(Section(name="setup", short="Set-up", heading="How it was run", content=facts(shown)))
+    sections.append(setup_section(settings, repeat, versions))
     page = render_page(
         title,
         _lead(epochs, best_epoch, loss),

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from cotune.cli.run_folder import CONFIG_FILE, run_folder
+from cotune.cli.run_folder import CONFIG_FILE, command_line, run_folder
 from cotune.errors import InputError
 
 
@@ -75,3 +76,8 @@ def test_numbers_that_json_lacks_are_written_as_words(tmp_path: Path) -> None:
     with run_folder(tmp_path, "cotune federate", {"gate": float("inf"), "rest": [1.5, {"low": float("-inf")}]}):
         pass
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["config"] == {"gate": "inf", "rest": [1.5, {"low": "-inf"}]}
+
+
+def test_the_command_to_repeat_begins_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/cotune", "federate", "my config.toml", "--resume", "--out", "a"])
+    assert command_line() == "cotune federate 'my config.toml' --out a"

@@ -60,7 +60,9 @@ def page(tmp_path: Path, rounds: list[RoundRow], start_loss: float | None = 3.0)
         rounds,
         title="Together",
         start_loss=start_loss,
+        repeat="cotune federate mine.toml",
         settings={"algorithm": "seed", "data.limit": None},
+        versions={"cotune": "0.9.0"},
         summary={"out": "there"},
     )
     return path.read_text(encoding="utf-8")
@@ -76,7 +78,7 @@ def test_every_round_and_refusal_is_told(tmp_path: Path) -> None:
     assert "&lt;that&gt;" in text and "<that>" not in text
     assert "both ways, all counted; 750 B after the first" in told
     assert "A device sends and receives 750 B in a round" in told and "5 of 6" in told
-    assert "data.limit" not in told
+    assert "data.limit" not in told and "cotune federate mine.toml" in told and "0.9.0" in told
     numbers = html.unescape(text)[html.unescape(text).index('{\n "summary"') :]
     assert len(json.JSONDecoder().raw_decode(numbers)[0]["rounds"]) == 3
 
@@ -93,7 +95,14 @@ def test_what_was_held_and_downloaded_once_stands_on_top(tmp_path: Path) -> None
     told = page(tmp_path, [row(1, device_held_bytes=5_000_000), row(2, device_held_bytes=None)])
     assert "Most that a device held" in told and "5.00 MB" in told and "Downloaded once" not in told
     write_federation_report(
-        tmp_path, ROUNDS, title="t", start_loss=None, settings={}, summary={"proxy_download_bytes": 70_000_000}
+        tmp_path,
+        ROUNDS,
+        title="t",
+        start_loss=None,
+        repeat="cotune federate mine.toml",
+        settings={},
+        versions={},
+        summary={"proxy_download_bytes": 70_000_000},
     )
     told = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Downloaded once" in told and "70.0 MB" in told and "Most that a device held" not in told

@@ -27,6 +27,8 @@ def page(folder: Path, epochs: list[EpochRow], cost: RunCost, **changes: Any) ->
         "loss": "nats per token",
         "num_parameters": 1234,
         "best_epoch": epochs[-1]["epoch"],
+        "repeat": "cotune tune starter texts.jsonl",
+        "versions": {"cotune": "0.9.0"},
         "settings": {"rank": 4, "alpha": None, "resolved": {"loop": {"epochs": 2}}},
     }
     write_tuning_report(folder, epochs, cost, **{**about, **changes})
@@ -49,9 +51,9 @@ def test_measured_stands_beside_predicted(tmp_path: Path) -> None:
     assert ("Tokens per second", "500", "–") in cells  # noqa: RUF001
     assert "lora on &lt;model&gt;" in html and "Privacy" not in html
     assert "resolved.loop.epochs" in html and "alpha" not in html
-    raw = re.search(r'<pre class="code">(.*?)</pre>', html, re.DOTALL)
-    assert raw is not None
-    told = json.loads(raw[1].replace("&quot;", '"'))
+    repeat, raw = re.findall(r'<pre class="code">(.*?)</pre>', html, re.DOTALL)
+    assert repeat == "cotune tune starter texts.jsonl" and "0.9.0" in html
+    told = json.loads(raw.replace("&quot;", '"'))
     assert told["cost"]["predicted"]["peak_bytes"] == 110_000_000 and len(told["epochs"]) == 3
 
 
