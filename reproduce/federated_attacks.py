@@ -77,7 +77,9 @@ class Rule:
         return rule_named(self.name, self.options)
 
 
-_USUAL = {"rule": {"name": "trimmed_mean", "share": TRIMMED}}
+_TRIMMING = {"rule": {"name": "trimmed_mean", "share": TRIMMED}}
+USUAL = "long out + clip + trim"
+"""The product's own, of five devices or more."""
 RULES: dict[str, Rule] = {
     "mean": Rule(name="mean", options={}),
     "median": Rule(name="median", options={}),
@@ -85,8 +87,9 @@ RULES: dict[str, Rule] = {
     "multi-krum": Rule(name="multi_krum", options={"num_byzantine": 2}),
     "bulyan, f = 1": Rule(name="bulyan", options={"num_byzantine": 1}),
     "clip": Rule(name="clip_to_median_norm", options={"rule": "mean"}),
-    "clip + trim": Rule(name="clip_to_median_norm", options=_USUAL),
-    "clip + trim + judge": Rule(name="clip_to_median_norm", options=_USUAL, is_judged=True),
+    "clip + trim": Rule(name="clip_to_median_norm", options=_TRIMMING),
+    USUAL: Rule(name="leave_out_long", options={"rule": {"name": "clip_to_median_norm", **_TRIMMING}}),
+    "clip + trim + judge": Rule(name="clip_to_median_norm", options=_TRIMMING, is_judged=True),
     "mean + judge": Rule(name="mean", options={}, is_judged=True),
 }
 # Changes the arrays of a reply, and how many examples it claims.
@@ -135,6 +138,8 @@ class Attack:
 ATTACKS: dict[str, Attack] = {
     NONE: Attack(lie=None),
     "-10 g": Attack(lie=times(-10.0)),
+    # Not long enough to be left out for it.
+    "-3 g": Attack(lie=times(-3.0)),
     "1e6 noise": Attack(lie=normal(1e6)),
     "NaN": Attack(lie=not_a_number),
     "1e9 examples": Attack(lie=claims(10**9, times(-10.0)), weights="examples"),
@@ -449,13 +454,15 @@ def build(study: FederatedStudy) -> Page:
             "The honest loss of a ratio is that of the plain mean over all devices, the texts of later liars included.",
             "Replies that are not finite are refused before any rule sees them, and a device with three of them is "
             "asked no more: the column NaN tests these checks, not the rules.",
+            f"The product's own rule is {USUAL}, with the judge. It leaves out what is longer than four median norms: -10 g "
+            "and noise, and not -3 g.",
             "With 1e9 examples weights go by claims, which the coordinator limits to four times the median claim; the "
             "liars send -10 g. Rules other than the mean give every device one vote.",
             "Bulyan with two liars needs eleven replies; with ten devices it is set to one, as in the spec.",
         ],
         lines=[
             *(
-                f"{name:10s} {rule:20s} " + "  ".join(f"{attack} {_cell(one)}" for attack, one in columns.items())
+                f"{name:10s} {rule:22s} " + "  ".join(f"{attack} {_cell(one)}" for attack, one in columns.items())
                 for name, found in measured.items()
                 for rule, columns in found.items()
             ),

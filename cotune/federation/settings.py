@@ -140,9 +140,10 @@ class CombineSettings:
     """How the replies of a round become one."""
 
     rule: str = "auto"
-    """See `cotune.federation.robust.rules`. `auto`: replies clipped to their median norm, then the trimmed mean. Where
-    fewer than five devices are asked, the mean stands for the trimmed one; with two, nothing is clipped either. For
-    `mixed` and `fwdllm` the replies of each class, or half, are counted instead, as they come."""
+    """See `cotune.federation.robust.rules`. `auto`: replies longer than four times their median norm are left out, the
+    others clipped to their median norm, then the trimmed mean. Where fewer than five devices are asked, the mean stands
+    for the trimmed one; with two, nothing is clipped or left out either. For `mixed` and `fwdllm` the replies of each
+    class, or half, are counted instead, as they come."""
     options: Mapping[str, object] = field(default_factory=dict)
     """Of the rule."""
 

@@ -21,9 +21,9 @@ from cotune.federation.settings import CombineSettings, DataSettings, Federation
     ("num_devices", "per_round", "combine", "told"),
     [
         (2, None, CombineSettings(), "Mean()"),
-        (3, None, CombineSettings(), "ClipToMedianNorm(rule=Mean())"),
-        (10, 4, CombineSettings(), "ClipToMedianNorm(rule=Mean())"),
-        (10, 5, CombineSettings(), "ClipToMedianNorm(rule=TrimmedMean(share=0.2))"),
+        (3, None, CombineSettings(), "LeaveOutLong(rule=ClipToMedianNorm(rule=Mean()), times=4.0)"),
+        (10, 4, CombineSettings(), "LeaveOutLong(rule=ClipToMedianNorm(rule=Mean()), times=4.0)"),
+        (10, 5, CombineSettings(), "LeaveOutLong(rule=ClipToMedianNorm(rule=TrimmedMean(share=0.2)), times=4.0)"),
         (3, None, CombineSettings(rule="median"), "Median()"),
     ],
 )

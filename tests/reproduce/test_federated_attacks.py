@@ -12,6 +12,7 @@ from federated_attacks import (
     ATTACKS,
     NONE,
     RULES,
+    USUAL,
     cells_of,
     eavesdropper_words,
     holds,
@@ -26,6 +27,7 @@ from study_command import Command
 
 from cotune.errors import RefusedError
 from cotune.federation.messages import Reply, decode, encode
+from cotune.federation.robust.usual_rule import usual_rule
 from cotune.federation.signing import DeviceKey, Registry, sign, verify
 
 BASE = "0" * 64
@@ -58,6 +60,7 @@ def test_a_liar_signs_what_it_says_and_honest_replies_stay(attack: str) -> None:
     x = lied.arrays["x"]
     expected = {
         "-10 g": x.tolist() == [-10.0, 20.0],
+        "-3 g": x.tolist() == [-3.0, 6.0],
         "1e6 noise": np.abs(x).max() > 1e4,
         "NaN": np.isnan(x).all(),
         "1e9 examples": lied.num_examples == 10**9 and x.tolist() == [-10.0, 20.0],
@@ -101,6 +104,10 @@ def test_rules_of_the_table_bear_two_liars_of_ten() -> None:
     for rule in RULES.values():
         assert np.allclose(rule.combine()(updates, np.ones(10)), 1.0)
     assert len(set(liars_of([f"d{k}" for k in range(10)], 2, 0))) == 2
+
+
+def test_the_product_s_own_rule_is_in_the_table() -> None:
+    assert RULES[USUAL].combine() == usual_rule(10)
 
 
 def test_an_eavesdropper_is_told_of_by_what_it_has() -> None:

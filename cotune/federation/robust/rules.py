@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from cotune.errors import InputError
 from cotune.federation.robust.bulyan import Bulyan
 from cotune.federation.robust.clip_to_median_norm import ClipToMedianNorm
+from cotune.federation.robust.leave_out_long import LeaveOutLong
 from cotune.federation.robust.mean import Mean
 from cotune.federation.robust.median import Median
 from cotune.federation.robust.multi_krum import MultiKrum
@@ -15,7 +16,14 @@ from cotune.federation.robust.rule import RobustRule
 from cotune.federation.robust.trimmed_mean import TrimmedMean
 
 RULES: dict[
-    str, type[Mean] | type[Median] | type[TrimmedMean] | type[MultiKrum] | type[Bulyan] | type[ClipToMedianNorm]
+    str,
+    type[Mean]
+    | type[Median]
+    | type[TrimmedMean]
+    | type[MultiKrum]
+    | type[Bulyan]
+    | type[ClipToMedianNorm]
+    | type[LeaveOutLong],
 ] = {
     "mean": Mean,
     "median": Median,
@@ -23,6 +31,7 @@ RULES: dict[
     "multi_krum": MultiKrum,
     "bulyan": Bulyan,
     "clip_to_median_norm": ClipToMedianNorm,
+    "leave_out_long": LeaveOutLong,
 }
 """Name to class. Options are the class's fields."""
 
@@ -45,7 +54,7 @@ def rule_named(name: str, options: Mapping[str, object] | None = None) -> Robust
         Traceback (most recent call last):
         ...
         cotune.errors.InputError: name is 'krum', expected one of mean, median, trimmed_mean, multi_krum, bulyan, \
-clip_to_median_norm
+clip_to_median_norm, leave_out_long
     """
     if name not in RULES:
         raise InputError(f"name is {name!r}, expected one of {', '.join(RULES)}")

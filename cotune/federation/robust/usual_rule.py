@@ -8,27 +8,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.federation.robust.clip_to_median_norm import ClipToMedianNorm
+from cotune.federation.robust.leave_out_long import LeaveOutLong
 from cotune.federation.robust.mean import Mean
 from cotune.federation.robust.rule import RobustRule
 from cotune.federation.robust.trimmed_mean import TrimmedMean
 from cotune.federation.robust.votes import read_votes
 
 TRIMMED = 0.2
-"""Share of the replies that is left out at either end."""
+"""Share of the replies that is cut at either end, of those that are not left out for their length."""
 
 
 def usual_rule(num_replies: int) -> RobustRule:
-    """Replies clipped to their median norm, then the trimmed mean; the mean where too few are there to trim or to clip.
+    """Far too long replies left out, the others clipped to their median norm, and of these the trimmed mean.
+
+    Where too few are there to trim it is the mean, and nothing is clipped or left out where too few are there for a
+    median. What is left out never makes the replies too few for what follows: one of five cannot be, two of ten can.
 
     Example:
         >>> usual_rule(5)
-        ClipToMedianNorm(rule=TrimmedMean(share=0.2))
+        LeaveOutLong(rule=ClipToMedianNorm(rule=TrimmedMean(share=0.2)), times=4.0)
         >>> usual_rule(4), usual_rule(2)
-        (ClipToMedianNorm(rule=Mean()), Mean())
+        (LeaveOutLong(rule=ClipToMedianNorm(rule=Mean()), times=4.0), Mean())
     """
     trimmed = TrimmedMean(share=TRIMMED)
     # Of two lengths the median is no judge.
-    for rule in (ClipToMedianNorm(rule=trimmed), ClipToMedianNorm(rule=Mean())):
+    for combined in (trimmed, Mean()):
+        rule = LeaveOutLong(rule=ClipToMedianNorm(rule=combined))
         if num_replies >= rule.min_replies:
             return rule
     return Mean()

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "multi_krum": {"num_byzantine": 2},
     "bulyan": {"num_byzantine": 2},
     "clip_to_median_norm": {"rule": {"name": "trimmed_mean", "share": 0.2}},
+    "leave_out_long": {"rule": {"name": "trimmed_mean", "share": 0.2}, "times": 4},
 }
 RULE = pytest.mark.parametrize("name", RULES)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -197,6 +198,7 @@ def test_names_and_options() -> None:
         ("multi_krum", {}, "the rule multi_krum needs the option 'num_byzantine'"),
         ("trimmed_mean", {"share": 0.7}, "share is 0.7"),
         ("clip_to_median_norm", {}, "needs the option 'rule'"),
+        ("leave_out_long", {"rule": "mean", "times": 0.5}, "times is 0.5"),
         ("clip_to_median_norm", {"rule": 3}, "rule of clip_to_median_norm is 3"),
         ("clip_to_median_norm", {"rule": {"share": 0.2}}, "expected a name or a table with a name"),
         ("clip_to_median_norm", {"rule": {"name": "median", "share": 0.2}}, "median has no option 'share'"),

@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, dict[str, object]]] = {
     "bulyan": ("bulyan", {"num_byzantine": 1}),
     "clip, mean": ("clip_to_median_norm", {"rule": "mean"}),
     "clip, trimmed": ("clip_to_median_norm", {"rule": {"name": "trimmed_mean", "share": 0.2}}),
+    "long out, trimmed": ("leave_out_long", {"rule": {"name": "trimmed_mean", "share": 0.2}}),
 }
 ROBUST = [name for name in RULES if name != "mean"]
 ATTACKS = ["minus ten", "noise"]

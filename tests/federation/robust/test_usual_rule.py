@@ -18,6 +18,10 @@ from cotune.federation.robust.usual_rule import UsualRule, usual_rule
         ([[3.0, 4.0], [0.0, 5.0], [300.0, -400.0]], [2.0, 5 / 3], 0),
         # Of five each number loses its smallest and its largest.
         ([[1.0], [2.0], [3.0], [3.0], [1e6]], [8 / 3], 1),
+        # Of four the far too long one is left out, and 3 is clipped to 2.
+        ([[1.0], [2.0], [3.0], [1e6]], [5 / 3], 0),
+        # Of six it is left out too; 3 is clipped to 2 and -4 to -2, and of each sign one is cut.
+        ([[1.0], [2.0], [2.0], [3.0], [-4.0], [1e6]], [5 / 3], 1),
     ],
 )
 def test_each_number_of_replies_by_hand(rows: list[list[float]], expected: list[float], num_bad: int) -> None:
