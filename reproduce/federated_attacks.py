@@ -454,8 +454,8 @@ def build(study: FederatedStudy) -> Page:
             "The honest loss of a ratio is that of the plain mean over all devices, the texts of later liars included.",
             "Replies that are not finite are refused before any rule sees them, and a device with three of them is "
             "asked no more: the column NaN tests these checks, not the rules.",
-            f"The product's own rule is {USUAL}, with the judge. It leaves out what is longer than four median norms: -10 g "
-            "and noise, and not -3 g.",
+            f"The product's own rule is {USUAL}, with the judge. It leaves out what is longer than four median norms: "
+            "-10 g and noise, and not -3 g.",
             "With 1e9 examples weights go by claims, which the coordinator limits to four times the median claim; the "
             "liars send -10 g. Rules other than the mean give every device one vote.",
             "Bulyan with two liars needs eleven replies; with ten devices it is set to one, as in the spec.",

@@ -20,8 +20,8 @@ class LeaveOutLong:
         left out are those i with ||update_i|| > times * median_j ||update_j||, the longest first,
         as long as the other rule has its min_replies
 
-    A rule that trims pays for each liar twice, also for a gross one: it cuts the liar at one end and an honest device at
-    the other, so that what is left leans to one side. Whoever is left out by its length is cut alone.
+    A rule that trims pays for each liar twice, also for a gross one: it cuts the liar at one end and an honest device
+    at the other, so that what is left leans to one side. Whoever is left out by its length is cut alone.
 
     Norms are those of devices with a positive weight, one vote each, and the median is of all of them. More than half
     are never left out, and never so many that the other rule would refuse: one liar cannot void a round.
@@ -51,7 +51,9 @@ class LeaveOutLong:
     rule: RobustRule
     """What combines the others."""
     times: float = 4.0
-    """How long an update may be, in median norms: 1 or more."""
+    """How long an update may be, in median norms: 1 or more. Of ten honest devices with texts of four kinds, one kind
+    each, the longest update was at 1.0 to 1.2 median norms where weights are sent, at 1.2 to 1.7 where slopes are, and
+    at 2.1 where FedKSeed draws directions for each device; docs/log.md. Twice as much is 4."""
 
     def __post_init__(self) -> None:
         if not callable(self.rule):

@@ -44,7 +44,7 @@ class UsualRule:
     """`usual_rule` of the replies that it is shown, for algorithms that combine parts of a round's replies.
 
     A class of devices, or half of the replies, is smaller than the round, and its size is known only when they are
-    there. In parts of fewer than five a liar counts.
+    there. In parts of fewer than five a liar counts, but for a far too long one of four.
 
     Example:
         >>> updates = np.array([[1.0], [2.0], [2.0], [2.0], [1e6]], dtype=np.float32)
