@@ -52,8 +52,8 @@ class LeaveOutLong:
     """What combines the others."""
     times: float = 4.0
     """How long an update may be, in median norms: 1 or more. Of ten honest devices with texts of four kinds, one kind
-    each, the longest update was at 1.0 to 1.2 median norms where weights are sent, and at 1.3 to 2.5 where forward passes
-    alone measure slopes, which are as unlike as the texts' gradients; docs/log.md. 4 is well above these."""
+    each, the longest update was at 1.0 to 1.2 median norms where weights are sent, and at 1.3 to 2.5 where slopes of
+    forward passes are, which are as unlike as the texts' gradients; docs/log.md. 4 is well above these."""
 
     def __post_init__(self) -> None:
         if not callable(self.rule):
