@@ -3,13 +3,18 @@
 Its loss is 1 - exp(-mean nats of the target's tokens): one minus the geometric mean of their probabilities, which lies
 in [0, 1], as a certificate needs, and has a gradient. Gradients come by back-propagation; or, in the memory of
 inference, from differences along random directions (MeZO), where there is too little memory for the first.
+
+Unless told otherwise it has a copy gate (`cotune.tuning.copy_gate`) over c, the cloud's answers as they would be
+without an edge: untrained it writes c, and what it learns is where to leave it and for what. x is the adapter's numbers
+and then the gate's. Before and beside the cloud there is no c, and the gate has no part.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from cotune.data.batches import EncodedExample, encode_example, pad_batch
 from cotune.data.templates import Example, format_request
@@ -27,12 +32,13 @@ from cotune.models.backbone import Backbone
 from cotune.sandwich.account import Account
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.slopes import check_differences, estimate_slope
-from cotune.sandwich.pipeline import MergeJob
+from cotune.sandwich.pipeline import JoinAnswers, MergeJob
 from cotune.sandwich.rewrite_trials import Preference, questions_of
 from cotune.sandwich.text_problem import Cell
 from cotune.tuning.answer_loss import answer_nats
 from cotune.tuning.attached import Attachable
 from cotune.tuning.continuations import Choose, continuations, sampled
+from cotune.tuning.copy_gate import OFF_PATH, CopyGate, copied_tokens, copying, copying_nats
 from cotune.tuning.preference_loss import preference_losses, text_log_probs
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
 MERGE_TEMPLATE = "User: {request}\nAdvice: {answers}\nAssistant:"
 DRAFT_TEMPLATE = "User: {request}\nAdvice: {answers}\nDraft: {draft}\nAssistant:"
 REWRITE_TEMPLATE = "User: {request}\nWhat should be asked instead?\nAssistant:"
+_NOTHING = np.zeros(0, np.int64)
 _FIELD = re.compile(r"\{(request|answers|draft)\}")
 
 
@@ -60,6 +67,8 @@ class EdgeConfig:
     """mu, of zeroth_order."""
     num_directions: int = 4
     """q, of zeroth_order."""
+    copies: bool = True
+    """Behind the cloud, go on with its answer or write by itself, by a gate that is learnt; else always by itself."""
     seed: int = 0
     """Of the directions."""
 
@@ -75,10 +84,43 @@ class EdgeConfig:
 
 
 @dataclass(frozen=True)
+class _Text:
+    """What is read and learnt from, and at each target token the cloud's; see `copied_tokens`."""
+
+    example: EncodedExample
+    copied: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """c: its text, and its tokens as they would be written, with the end token."""
+
+    text: str
+    ids: NDArray[np.int64]
+
+    def begins_with(self, ids: Sequence[int]) -> bool:
+        """Whether these are its first tokens, or all of them."""
+        return self.ids[: len(ids)].tolist() == list(ids)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """x as tensors."""
+
+    params: dict[str, Tensor]
+    gate: CopyGate | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """In the order of x."""
+        return [*self.params.values(), *([self.gate.weight, self.gate.bias] if self.gate else [])]
+
+
+@dataclass(frozen=True)
 class _Batches:
     """Items in order, `size` of them at once; `losses` makes a number of each."""
 
-    losses: Callable[[dict[str, Tensor], slice], Tensor]
+    losses: Callable[[_Weights, slice], Tensor]
     num_items: int
     size: int
     num_tokens: int
@@ -95,11 +137,19 @@ class EdgeAdapter:
     """
 
     def __init__(
-        self, backbone: Backbone, model: PreTrainedModel, fresh: Attachable, config: EdgeConfig, account: Account
+        self,
+        backbone: Backbone,
+        model: PreTrainedModel,
+        fresh: Attachable,
+        config: EdgeConfig,
+        account: Account,
+        gate: CopyGate | None = None,
     ) -> None:
         self._backbone, self._model, self.config = backbone, model, config
+        self._gate = (gate or CopyGate.fresh(backbone.spec.hidden_size)) if config.copies else None
         self.count_in(account)
         self._shapes = {name: tensor.shape for name, tensor in fresh.params.items()}
+        self._num_adapter = sum(shape.numel() for shape in self._shapes.values())
         self._start = self.numbers_of(fresh)
         self._like = next(iter(fresh.params.values()))
         self._room = backbone.spec.max_context - fresh.num_virtual_tokens
@@ -107,22 +157,31 @@ class EdgeAdapter:
 
     def count_in(self, account: Account) -> None:
         """From now on, count tokens there, by this model's size; it is the account's own where no other is named."""
-        self._num_parameters = account.num_edge_parameters = num_multiplying(self._model)
+        self._num_parameters = num_multiplying(self._model) + (self._gate.num_parameters if self._gate else 0)
+        account.num_edge_parameters = self._num_parameters
         self.account = account
 
     def start(self) -> Vector:
-        """The untrained adapter."""
+        """The untrained adapter, and the gate as it was given."""
         return self._start.copy()
 
     def numbers_of(self, adapter: Attachable) -> Vector:
-        """Another adapter's numbers in this one's order: x where that one is to work.
+        """Another adapter's numbers in this one's order: x where that one is to work; the gate is the untrained one.
 
         Raises:
             InputError: it is of another shape.
         """
         if {name: tensor.shape for name, tensor in adapter.params.items()} != self._shapes:
             raise InputError("the adapter has other tensors than the edge's own, expected the same rank and layers")
-        return np.concatenate([adapter.params[name].detach().double().cpu().numpy().ravel() for name in self._shapes])
+        whole = _Weights({name: adapter.params[name] for name in self._shapes}, self._gate)
+        return np.concatenate([tensor.detach().double().cpu().numpy().ravel() for tensor in whole.tensors])
+
+    def gate(self, x: Vector) -> CopyGate | None:
+        """The copy gate with these numbers; None where nothing is copied."""
+        if self._gate is None:
+            return None
+        values = torch.from_numpy(x[self._num_adapter :].copy()).to(dtype=torch.float32, device=self._model.device)
+        return CopyGate(values[:-1], values[-1:])
 
     def params(self, x: Vector) -> dict[str, Tensor]:
         """The adapter's tensors with these numbers."""
@@ -178,25 +237,23 @@ class EdgeAdapter:
         texts = [(each.read, text) for each in preferences for text in (each.better, each.worse)]
         encoded = self._encode_after(texts)
 
-        def losses(params: dict[str, Tensor], part: slice) -> Tensor:
-            log_probs = self._log_probs(params, encoded[2 * part.start : 2 * part.stop]).reshape(-1, 2)
+        def losses(weights: _Weights, part: slice) -> Tensor:
+            log_probs = self._log_probs(weights, encoded[2 * part.start : 2 * part.stop]).reshape(-1, 2)
             return preference_losses(log_probs, torch.from_numpy(reference[part]).to(log_probs), beta=beta)
 
         size = max(1, self.config.num_batch_sequences // 2)
-        return _Batches(losses, len(preferences), size, sum(len(each.input_ids) for each in encoded))
+        return _Batches(losses, len(preferences), size, sum(len(each.example.input_ids) for each in encoded))
 
-    def _batches(
-        self, encoded: Sequence[EncodedExample], losses: Callable[[dict[str, Tensor], Sequence[EncodedExample]], Tensor]
-    ) -> _Batches:
+    def _batches(self, encoded: Sequence[_Text], losses: Callable[[_Weights, Sequence[_Text]], Tensor]) -> _Batches:
         """A text is an item."""
-        num_tokens, size = sum(len(each.input_ids) for each in encoded), self.config.num_batch_sequences
-        return _Batches(lambda params, part: losses(params, encoded[part]), len(encoded), size, num_tokens)
+        num_tokens, size = sum(len(each.example.input_ids) for each in encoded), self.config.num_batch_sequences
+        return _Batches(lambda weights, part: losses(weights, encoded[part]), len(encoded), size, num_tokens)
 
     def _forward(self, x: Vector, batches: _Batches) -> Vector:
         self.account.edge(forward_tokens=batches.num_tokens, num_parameters=self._num_parameters)
-        params = self.params(x)
+        whole = self._weights(x)
         with torch.no_grad():
-            return torch.cat([batches.losses(params, part) for part in batches.parts]).double().cpu().numpy()
+            return torch.cat([batches.losses(whole, part) for part in batches.parts]).double().cpu().numpy()
 
     def _gradient(self, x: Vector, batches: _Batches, weights: Vector, step: int) -> tuple[Vector, Vector]:
         if self.config.gradients == "zeroth_order":
@@ -210,23 +267,29 @@ class EdgeAdapter:
             )
             return losses, slope
         self.account.edge(backward_tokens=batches.num_tokens, num_parameters=self._num_parameters)
-        params = {name: tensor.requires_grad_() for name, tensor in self.params(x).items()}
-        found = []
+        whole, found = self._weights(x), list[Tensor]()
+        for tensor in whole.tensors:
+            tensor.requires_grad_()
         for part in batches.parts:
-            losses_here = batches.losses(params, part)
+            losses_here = batches.losses(whole, part)
             torch.autograd.backward(torch.dot(torch.from_numpy(weights[part]).to(losses_here), losses_here))
             found.append(losses_here.detach())
         slope = np.concatenate(
             [
                 np.zeros(tensor.numel()) if tensor.grad is None else tensor.grad.double().cpu().numpy().ravel()
-                for tensor in params.values()
+                for tensor in whole.tensors
             ]
         )
         return torch.cat(found).double().cpu().numpy(), slope
 
     def write(self, x: Vector, jobs: Sequence[MergeJob]) -> list[str]:
-        """z of each job, greedily, not yet restored."""
-        return self.write_after(x, [self._prompt(job) for job in jobs])
+        """z of each job, greedily, not yet restored; c as it is where all that was written is c.
+
+        So an answer of the cloud that is longer than `max_new_tokens` is not cut: these are the edge's own.
+        """
+        prompts = [self._prompt(job) for job in jobs]
+        sources = [self._source(prompt, job) for prompt, job in zip(prompts, jobs, strict=True)]
+        return self._write(x, prompts, _greedy, sources)
 
     def write_after(self, x: Vector, prompts_as_text: Sequence[str]) -> list[str]:
         """What the edge writes after each text, greedily; of a text that is too long its end is read.
@@ -234,53 +297,95 @@ class EdgeAdapter:
         Raises:
             InputError: no room is left for a text beside what shall be written.
         """
-        return self._write(x, prompts_as_text, lambda logits: logits.argmax(-1))
+        return self._write(x, prompts_as_text, _greedy)
 
     def sample_after(self, x: Vector, prompts_as_text: Sequence[str], *, temperature: float, seed: int) -> list[str]:
         """As `write_after`, drawn at a temperature above 0; the same seed gives the same texts."""
         return self._write(x, prompts_as_text, sampled(torch.Generator().manual_seed(seed), temperature))
 
-    def _write(self, x: Vector, prompts_as_text: Sequence[str], choose: Choose) -> list[str]:
-        params, texts, size = self.params(x), list[str](), self.config.num_batch_sequences
+    def _write(
+        self, x: Vector, prompts_as_text: Sequence[str], choose: Choose, sources: Sequence[_Source | None] | None = None
+    ) -> list[str]:
+        whole, texts, size = self._weights(x), list[str](), self.config.num_batch_sequences
         prompts, stops = [self._ids(text) for text in prompts_as_text], self._backbone.spec.eos_token_ids
+        sources = sources or [None] * len(prompts)
         for start in range(0, len(prompts), size):
-            batch = prompts[start : start + size]
-            written = continuations(
-                self._model,
-                params,
-                batch,
-                choose,
-                max_new_tokens=self.config.max_new_tokens,
-                stop_token_ids=stops,
-            )
-            written = [each[:-1] if each[-1] in stops else each for each in written]
-            num_tokens = sum(map(len, batch)) + sum(map(len, written))
+            batch, behind = prompts[start : start + size], sources[start : start + size]
+            num_tokens = sum(map(len, batch))
+            with self._choice(whole.gate, behind, choose) as mixed:
+                written = continuations(
+                    self._model,
+                    whole.params,
+                    batch,
+                    mixed,
+                    max_new_tokens=self.config.max_new_tokens,
+                    stop_token_ids=stops,
+                )
+            for ids, source in zip(written, behind, strict=True):
+                own = ids[:-1] if ids[-1] in stops else ids
+                num_tokens += len(own)
+                if source is not None and source.begins_with(ids):
+                    texts.append(source.text)
+                else:
+                    texts.append(self._tokenizer.decode(own, skip_special_tokens=True).strip())
             self.account.edge(forward_tokens=num_tokens, num_parameters=self._num_parameters)
-            texts += [self._tokenizer.decode(each, skip_special_tokens=True).strip() for each in written]
         return texts
 
-    def _losses(self, params: dict[str, Tensor], batch: Sequence[EncodedExample]) -> Tensor:
-        nats, lengths = self._nats(params, batch)
+    def _choice(
+        self, gate: CopyGate | None, sources: Sequence[_Source | None], choose: Choose
+    ) -> AbstractContextManager[Choose]:
+        if gate is None or not any(sources):
+            return nullcontext(choose)
+        return copying(self._head, gate, [each.ids if each else _NOTHING for each in sources], choose)
+
+    def _losses(self, weights: _Weights, batch: Sequence[_Text]) -> Tensor:
+        nats, lengths = self._nats(weights, batch)
         return 1 - torch.exp(-torch.stack([each.mean() for each in torch.split(nats, lengths)]))
 
-    def _log_probs(self, params: dict[str, Tensor], batch: Sequence[EncodedExample]) -> Tensor:
-        return text_log_probs(*self._nats(params, batch))
+    def _log_probs(self, weights: _Weights, batch: Sequence[_Text]) -> Tensor:
+        return text_log_probs(*self._nats(weights, batch))
 
-    def _nats(self, params: dict[str, Tensor], batch: Sequence[EncodedExample]) -> tuple[Tensor, list[int]]:
+    def _nats(self, weights: _Weights, batch: Sequence[_Text]) -> tuple[Tensor, list[int]]:
         """-log p of all target tokens, read at once, and how many each text has."""
-        padded = pad_batch(batch, self._backbone.spec.pad_token_id)
-        nats = answer_nats(self._model, self._model.get_output_embeddings(), params, padded)
-        return nats, [len(each.input_ids) - each.first_target for each in batch]
+        padded = pad_batch([each.example for each in batch], self._backbone.spec.pad_token_id)
+        lengths, copied = [len(each.copied) for each in batch], np.concatenate([each.copied for each in batch])
+        if weights.gate is None or (copied == OFF_PATH).all():
+            return answer_nats(self._model, self._head, weights.params, padded), lengths
+        path = torch.from_numpy(copied)
+        return copying_nats(self._model, self._head, weights.params, weights.gate, padded, path), lengths
 
-    def _encode_after(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedExample]:
-        return [self._encode_pair(Example(before, f" {after}")) for before, after in pairs]
+    def _weights(self, x: Vector) -> _Weights:
+        return _Weights(self.params(x), self.gate(x))
 
-    def _encode(self, cell: Cell) -> EncodedExample:
-        return self._encode_pair(Example(self._prompt(cell.job), f" {cell.example.target}"))
+    @property
+    def _head(self) -> nn.Module:
+        return self._model.get_output_embeddings()
 
-    def _encode_pair(self, example: Example) -> EncodedExample:
-        eos = self._backbone.spec.eos_token_ids
-        return encode_example(self._tokenizer, example, eos_token_id=eos[0], max_length=self._room)
+    def _encode_after(self, pairs: Sequence[tuple[str, str]]) -> list[_Text]:
+        encoded = [self._encode_pair(Example(before, f" {after}")) for before, after in pairs]
+        return [self._text(each, None) for each in encoded]
+
+    def _encode(self, cell: Cell) -> _Text:
+        prompt = self._prompt(cell.job)
+        encoded = self._encode_pair(Example(prompt, f" {cell.example.target}"))
+        return self._text(encoded, self._source(prompt, cell.job))
+
+    def _text(self, encoded: EncodedExample, source: _Source | None) -> _Text:
+        target = encoded.input_ids[encoded.first_target :]
+        return _Text(encoded, copied_tokens(target, source.ids if source else _NOTHING))
+
+    def _source(self, prompt: str, job: MergeJob) -> _Source | None:
+        """c, in the tokens in which a target of the same text would be learnt; None where there is none."""
+        if self._gate is None or not (job.answers or job.tool_runs):
+            return None
+        # What is written is stripped, so that the spaces around c are of no use.
+        text = JoinAnswers().merge(job).strip()
+        encoded = self._encode_pair(Example(prompt, f" {text}"), max_length=sys.maxsize)
+        return _Source(text, encoded.input_ids[encoded.first_target :])
+
+    def _encode_pair(self, example: Example, max_length: int | None = None) -> EncodedExample:
+        eos, length = self._backbone.spec.eos_token_ids, max_length or self._room
+        return encode_example(self._tokenizer, example, eos_token_id=eos[0], max_length=length)
 
     def _prompt(self, job: MergeJob) -> str:
         fields = {"request": job.request, "answers": "\n".join(job.answers), "draft": job.draft or ""}
@@ -294,9 +399,18 @@ class EdgeAdapter:
         return ids[-room:]
 
 
+def _greedy(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 @contextmanager
 def edge_adapter(
-    backbone: Backbone, fresh: Attachable, config: EdgeConfig, *, account: Account | None = None
+    backbone: Backbone,
+    fresh: Attachable,
+    config: EdgeConfig,
+    *,
+    account: Account | None = None,
+    gate: CopyGate | None = None,
 ) -> Iterator[EdgeAdapter]:
     """Inside, the backbone has the adapter attached; afterwards it is as before.
 
@@ -305,6 +419,7 @@ def edge_adapter(
         fresh: an adapter of its own, such as LoRA; its numbers are x to begin with.
         config: how it reads, writes and learns.
         account: counts its tokens; None: a new one.
+        gate: its numbers are x too, where something is copied; None: an untrained one.
 
     Example:
         >>> fresh = LoraAdapter.fresh(backbone.model, LoraShape())  # doctest: +SKIP
@@ -312,7 +427,7 @@ def edge_adapter(
         ...     edge.write(edge.start(), [MergeJob("Hi", ("Be kind.",))])
     """
     with fresh.attach(backbone.model) as model:
-        yield EdgeAdapter(backbone, model, fresh, config, account or Account())
+        yield EdgeAdapter(backbone, model, fresh, config, account or Account(), gate)
 
 
 @dataclass(frozen=True)
