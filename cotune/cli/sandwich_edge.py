@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeMerger, EdgeRewriter
     from cotune.sandwich.openai_cloud import OpenAiCloud
     from cotune.sandwich.rewriter_preferences import PreferenceConfig
+    from cotune.tuning.copy_gate import CopyGate
 
 KEY_VARIABLE = "COTUNE_CLOUD_KEY"
 FITTED_FILE, ADAPTER_FOLDER, REWRITER_FOLDER = "sandwich.json", "adapter", "rewriter"
@@ -115,6 +116,7 @@ class Fitted:
         hosted: of a soft prompt, the model that reads it, as `HostedModel.to_json` gives it; None for a cloud.
         is_rewriting: the edge works before the cloud too, with an adapter of its own.
         is_merging: it works behind the cloud.
+        is_copying: it has a copy gate there; those of older runs have none.
     """
 
     folder: Path
@@ -127,6 +129,7 @@ class Fitted:
     hosted: dict[str, Any] | None = None
     is_rewriting: bool = False
     is_merging: bool = True
+    is_copying: bool = False
 
     def save(self) -> None:
         """Write `sandwich.json`."""
@@ -160,7 +163,7 @@ class Fitted:
 def open_edge(
     model: str, config: EdgeConfig, *, rank: int = 4, seed: int = 0, dtype: str = "float32", device: str = "cpu"
 ) -> Iterator[tuple[EdgeAdapter, Callable[[Vector, Path], None]]]:
-    """An edge model with a fresh LoRA adapter, and a function that saves the adapter with given numbers.
+    """An edge model with a fresh LoRA adapter, and a function that saves adapter and copy gate with given numbers.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -171,17 +174,21 @@ def open_edge(
 
     backbone = Backbone.from_pretrained(model, dtype=dtype, device=device)
     fresh = LoraAdapter.fresh(backbone.model, LoraShape(rank=rank), seed=seed)
-    last: list[tuple[LoraAdapter, Path]] = []
+    last: list[tuple[LoraAdapter, CopyGate | None, Path]] = []
     with edge_adapter(backbone, fresh, config) as edge:
 
         def save(x: Vector, folder: Path) -> None:
-            last.append((fresh.trained(edge.params(x)), folder))
+            # Before the cloud there is nothing to copy, so a rewriter's gate is nobody's.
+            gate = edge.gate(x) if folder.name == ADAPTER_FOLDER else None
+            last.append((fresh.trained(edge.params(x)), gate, folder))
 
         yield edge, save
-    for adapter, folder in last:  # now that the model is itself again
+    for adapter, gate, folder in last:  # now that the model is itself again
         if folder.exists():
             remove_folder(folder)
         adapter.save(folder, backbone.model)
+        if gate is not None:
+            gate.save(folder)
 
 
 @contextmanager
@@ -196,6 +203,7 @@ def open_fitted_edge(
     from cotune.models.adapter_folder import load_adapter
     from cotune.models.backbone import Backbone
     from cotune.sandwich.edge_adapter import EdgeConfig, EdgeMerger, EdgeRewriter, edge_adapter
+    from cotune.tuning.copy_gate import CopyGate
 
     is_working = fitted.is_merging or fitted.is_rewriting
     if fitted.edge is None or fitted.template is None or fitted.max_new_tokens is None or not is_working:
@@ -203,9 +211,12 @@ def open_fitted_edge(
         return
     backbone = Backbone.from_pretrained(fitted.edge, dtype=dtype, device=device)
     adapter = load_adapter(fitted.folder / ADAPTER_FOLDER, backbone.model)
-    config = EdgeConfig(template=fitted.template, max_new_tokens=fitted.max_new_tokens)
+    config = EdgeConfig(
+        template=fitted.template, max_new_tokens=fitted.max_new_tokens, copies=fitted.is_copying
+    )
+    gate = CopyGate.load(fitted.folder / ADAPTER_FOLDER, backbone.spec.hidden_size) if fitted.is_copying else None
     before = load_adapter(fitted.folder / REWRITER_FOLDER, backbone.model) if fitted.is_rewriting else None
-    with edge_adapter(backbone, adapter, config) as edge:
+    with edge_adapter(backbone, adapter, config, gate=gate) as edge:
         rewriter = None if before is None else EdgeRewriter(edge, edge.numbers_of(before))
         yield EdgeMerger(edge, edge.start()) if fitted.is_merging else None, rewriter
 

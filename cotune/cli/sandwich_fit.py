@@ -117,6 +117,13 @@ def fit(
             help="With --edge: keep it behind the cloud also where the cloud's answers as they are do as well.",
         ),
     ] = False,
+    no_copy: Annotated[
+        bool,
+        typer.Option(
+            "--no-copy",
+            help="With --edge: it writes all of its answer itself, instead of going on with the cloud's where it should.",
+        ),
+    ] = False,
     gradients: Annotated[
         str, typer.Option(help="Of the adapter: backprop, or zeroth_order for little memory.")
     ] = "backprop",
@@ -245,6 +252,8 @@ def fit(
         raise InputError("--tune-rewriter is given without --edge, expected the model that rewrites; add it")
     if always_merge and edge is None:
         raise InputError("--always-merge is given without --edge, expected the model that merges; add it")
+    if no_copy and edge is None:
+        raise InputError("--no-copy is given without --edge, expected the model that merges; add it")
     preferences = preferences_given(dpo_rounds, beta=dpo_beta, leak_weight=dpo_leak_weight, min_gap=dpo_min_gap)
     if preferences is not None and tune_rewriter is None:
         raise InputError("--dpo-rounds is given without --tune-rewriter, expected the rounds before; add it")
@@ -345,6 +354,7 @@ def fit(
                 max_new_tokens=max_new_tokens,
                 gradients=cast("Literal['backprop', 'zeroth_order']", gradients),
                 smoothing_radius=smoothing_radius,
+                copies=not no_copy,
                 seed=seed,
             )
             tuned, save = stack.enter_context(open_edge(edge, edge_config, rank=rank, seed=seed))
@@ -395,6 +405,7 @@ def fit(
             hosted=described,
             is_rewriting=bool(rewriters),
             is_merging=result.is_merging,
+            is_copying=edge_config.copies if edge_config else False,
         ).save()
     if as_json:
         print_json({**result.to_json(), "rewriter": rewriters[0].to_json() if rewriters else None})

@@ -100,7 +100,7 @@ class _Source:
 
     def begins_with(self, ids: Sequence[int]) -> bool:
         """Whether these are its first tokens, or all of them."""
-        return self.ids[: len(ids)].tolist() == list(ids)
+        return np.array_equal(self.ids[: len(ids)], ids)
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ class EdgeAdapter:
         self._num_adapter = sum(shape.numel() for shape in self._shapes.values())
         self._start = self.numbers_of(fresh)
         self._like = next(iter(fresh.params.values()))
+        self._head: nn.Module = model.get_output_embeddings()
         self._room = backbone.spec.max_context - fresh.num_virtual_tokens
         self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
 
@@ -356,10 +357,6 @@ class EdgeAdapter:
 
     def _weights(self, x: Vector) -> _Weights:
         return _Weights(self.params(x), self.gate(x))
-
-    @property
-    def _head(self) -> nn.Module:
-        return self._model.get_output_embeddings()
 
     def _encode_after(self, pairs: Sequence[tuple[str, str]]) -> list[_Text]:
         encoded = [self._encode_pair(Example(before, f" {after}")) for before, after in pairs]

@@ -1,15 +1,15 @@
 """A copy gate: a model that has a source in front of it goes on with it, or writes a token of its own.
 
-Pointer-generator (See, Liu and Manning, arXiv 1704.04368), equation 9, with one place to copy from instead of attention:
+Pointer-generator (See, Liu and Manning, arXiv 1704.04368), equation 9, with one place to copy from and no attention:
 
     p(z_t | z_<t) = (1 - g_t) p_x(z_t | z_<t) + g_t 1[z_<t = c_<t] 1[z_t = c_t]        g_t = sigmoid(w . u_t + b)
 
-c is the source, its end token included; p_x the model; u_t its last hidden state, of Euclidean length 1. Where z has left
-c, or c is at its end, g_t counts as 0: there the model writes alone. What is learnt is w and b, beside the model's own x.
+c is the source, its end token included; p_x the model; u_t its last hidden state, of Euclidean length 1. Where z has
+left c, or c is over, g_t counts as 0: there the model writes alone. What is learnt is w and b, beside the model's own.
 
 Why length 1: the slope along w is then never longer than that along b, and a step of Adam, which moves each number by
 its rate, moves the gate's logit by about sqrt(hidden) rates. That is enough to turn it round in some dozens of steps at
-an adapter's rate, and hidden times that, as with numbers of size 1 each, would throw it about.
+an adapter's rate; with u_t of numbers of size 1 it would be sqrt(hidden) times that, and one step could throw it over.
 """
 
 from __future__ import annotations

@@ -16,13 +16,17 @@ from cotune.data import Example, encode_example
 from cotune.errors import InputError
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
+from cotune.sandwich.account import Account
+from cotune.sandwich.chat import ToolCall
 from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeDrafter, EdgeMerger, EdgeRewriter, edge_adapter
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.fit import prepare_examples
-from cotune.sandwich.pipeline import MergeJob, Pipeline, PipelineConfig
+from cotune.sandwich.pipeline import JoinAnswers, MergeJob, Pipeline, PipelineConfig
 from cotune.sandwich.rewrite_trials import Preference
-from cotune.sandwich.text_problem import Cell
+from cotune.sandwich.text_problem import Cell, FitExample
+from cotune.sandwich.tools import ToolRun
+from cotune.tuning.copy_gate import CopyGate
 
 TEMPLATE = "{request}|{answers}:"
 
@@ -48,14 +52,26 @@ def edge(backbone: Backbone) -> Iterator[EdgeAdapter]:
         yield made
 
 
+@pytest.fixture
+def plain(backbone: Backbone, edge: EdgeAdapter) -> EdgeAdapter:
+    """The same without a copy gate."""
+    config = EdgeConfig(template=TEMPLATE, num_batch_sequences=1, copies=False)
+    return EdgeAdapter(backbone, edge._model, FreshLike(edge), config, Account())
+
+
+def cell_of(request: str, target: str, *answers: str) -> Cell:
+    """What an edge reads and learns, without a pipeline."""
+    return Cell(FitExample(PrivateExample(request, target), None, target), answers)  # type: ignore[arg-type]
+
+
 def somewhere(edge: EdgeAdapter) -> np.ndarray:
     return edge.start() + 0.1 * np.random.default_rng(0).normal(size=edge.start().size)
 
 
 def test_the_loss_is_one_less_the_mean_probability_of_the_targets_tokens(
-    backbone: Backbone, edge: EdgeAdapter, cells: list[Cell]
+    backbone: Backbone, plain: EdgeAdapter, cells: list[Cell]
 ) -> None:
-    losses = edge.losses(edge.start(), cells)
+    losses = plain.losses(plain.start(), cells)
     tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
     # Braces in an answer stay as they are; the target has the request's placeholders.
     example = encode_example(tokenizer, Example("What now?|no\nmaybe:", " so it is"), eos_token_id=1, max_length=128)
@@ -204,3 +220,66 @@ def test_pairs_are_learnt_from_in_the_memory_of_inference_too(backbone: Backbone
     before = edge.account.taken().edge_backward_tokens
     _, estimated = twin.preference_gradient(x, PREFERENCES, reference, 0, beta=0.5)
     assert float(exact @ estimated) > 0 and edge.account.taken().edge_backward_tokens == before
+
+
+ANSWERS = [("yes <PERSON_4821>, so it is",), ("one", "", "two"), (" maybe \n",)]
+
+
+def test_an_untrained_merge_is_the_clouds_answer(edge: EdgeAdapter) -> None:
+    """As `JoinAnswers` has it, placeholders and all, also where it is longer than the edge may write."""
+    jobs = [MergeJob("Hi Ann", answers) for answers in ANSWERS]
+    assert edge.write(edge.start(), jobs) == [JoinAnswers().merge(job).strip() for job in jobs]
+    called = ToolRun(ToolCall(id="1", name="balance", arguments="{}"), {}, 12, is_done=True)
+    assert edge.write(edge.start(), [MergeJob("Hi", ("",), tool_runs=(called,))]) == ["balance: 12"]
+    long = "so it is " * 40
+    assert edge.write(edge.start(), [MergeJob("Hi", (long,))]) == [long.strip()]
+    assert edge.write(edge.start(), [MergeJob("Hi", ("",))]) == [""]
+
+
+def test_without_an_answer_or_before_the_cloud_nothing_is_copied(edge: EdgeAdapter, plain: EdgeAdapter) -> None:
+    x, own = edge.start(), plain.start()
+    assert len(x) == len(own) + 25  # w of a hidden size of 24, and b
+    assert edge.write(x, [MergeJob("Hi", ())]) == plain.write(own, [MergeJob("Hi", ())])
+    assert edge.write_after(x, ["Hi|yes:"]) == plain.write_after(own, ["Hi|yes:"]) != ["yes"]
+    assert edge.losses(x, [cell_of("Hi", "no")]) == pytest.approx(plain.losses(own, [cell_of("Hi", "no")]))
+    pairs = [("Hi", "so it is")]
+    assert edge.log_probs_after(x, pairs) == pytest.approx(plain.log_probs_after(own, pairs))
+    assert not edge.gradient_after(x, pairs, np.ones(1), 0)[1][len(own) :].any()
+
+
+def test_a_right_answer_is_copied_token_by_token(edge: EdgeAdapter) -> None:
+    """The target and c are the same tokens, so that each is copied: the loss is at most 1 - g."""
+    right = [cell_of("Hi", "yes <PERSON_4821>, so it is", *ANSWERS[0]), cell_of("Hi", "one\n\ntwo", *ANSWERS[1])]
+    assert (edge.losses(edge.start(), right) <= 0.1 + 1e-6).all()
+    wrong = cell_of("Hi", "no", "yes")
+    assert edge.losses(edge.start(), [wrong])[0] > 0.5
+
+
+def test_the_gates_slopes_are_those_of_the_losses(edge: EdgeAdapter, cells: list[Cell]) -> None:
+    x, weights = somewhere(edge), np.array([0.4, 0.6])
+    mixed = [cell_of("Hi", "no, so it is", "no"), cell_of("What now?", "yes", "yes")]
+    _, slope = edge.gradient(x, mixed, weights, step=0)
+    for place in (len(x) - 3, len(x) - 1):  # one of w, and b
+        turn = np.zeros(len(x))
+        turn[place] = 2e-2
+        rise = weights @ (edge.losses(x + turn, mixed) - edge.losses(x - turn, mixed)) / 4e-2
+        assert slope[place] == pytest.approx(rise, rel=0.05, abs=1e-5) and rise
+
+
+def test_a_gate_that_was_kept_is_the_start(backbone: Backbone, edge: EdgeAdapter) -> None:
+    kept = CopyGate(torch.linspace(-1, 1, 24), torch.tensor([-40.0]))
+    twin = EdgeAdapter(backbone, edge._model, FreshLike(edge), edge.config, edge.account, kept)
+    x, job = twin.start(), MergeJob("Hi", ("yes",))
+    found = twin.gate(x)
+    assert found is not None and torch.equal(found.weight, kept.weight) and torch.equal(found.bias, kept.bias)
+    # It trusts nothing, so the model writes by itself.
+    assert twin.write(x, [job]) != ["yes"] == edge.write(edge.start(), [job])
+
+
+def test_the_gate_counts_among_the_edges_parameters(edge: EdgeAdapter, plain: EdgeAdapter) -> None:
+    sizes = []
+    for each in (plain, edge):
+        account = Account()
+        each.count_in(account)
+        sizes.append(account.num_edge_parameters)
+    assert sizes[1] == sizes[0] + 25
