@@ -440,6 +440,21 @@ FITTED = ("F joint", "G penalty", "H cuts", "H grown")
 """Arms that leave the edge behind the cloud out where it does not help."""
 WITH_FLOPS = ("C sft", "D distilled", "E alternated", "K routed")
 """Arms that learn with as many operations of the edge as `SANDWICH`."""
+WITHOUT_ADVICE = (
+    "raw",
+    "A zero_shot",
+    "random",
+    "icl",
+    "B search",
+    "B gepa",
+    "B mipro",
+    "C sft",
+    "D distilled",
+    "I consistent",
+    "K routed",
+    "edge",
+)
+"""Arms in which no edge reads what a cloud says, so that a copy gate has no part in them."""
 LEARNING = (
     "B search",
     "C sft",

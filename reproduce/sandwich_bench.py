@@ -209,7 +209,14 @@ def spending(taken: Taken) -> dict[str, float]:
 
 @contextmanager
 def opened_edge(
-    backbone: Backbone, task: Task, course: Course, *, seed: int, max_context: int, template: str = MERGE_TEMPLATE
+    backbone: Backbone,
+    task: Task,
+    course: Course,
+    *,
+    seed: int,
+    max_context: int,
+    template: str = MERGE_TEMPLATE,
+    copies: bool = True,
 ) -> Iterator[EdgeAdapter]:
     """The edge model with a fresh LoRA adapter; afterwards it is as before.
 
@@ -221,7 +228,7 @@ def opened_edge(
     if task.max_new_tokens >= room:
         raise InputError(f"the edge reads at most {room} tokens, which leaves no room for {task.max_new_tokens}")
     fresh = LoraAdapter.fresh(backbone.model, LoraShape(rank=course.rank), seed=seed)
-    config = EdgeConfig(template=template, max_new_tokens=task.max_new_tokens, seed=seed)
+    config = EdgeConfig(template=template, max_new_tokens=task.max_new_tokens, copies=copies, seed=seed)
     backbone.spec = replace(whole, max_context=room)
     try:
         with edge_adapter(backbone, fresh, config) as edge:

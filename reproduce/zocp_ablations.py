@@ -2,7 +2,8 @@
 
     tolerance          how much worse than the best the prompt may be: 0 to 0.3
     smoothing radius   of differences along random directions, where the adapter learns without back-propagation
-    halves             the edge before the cloud, behind it, both, or nowhere; serial or parallel
+    halves             the edge before the cloud, behind it, both, or nowhere; serial or parallel; behind it without a
+                       copy gate, so that it writes all of its answer itself
 
 The two epsilons are two things: the radius must stand out of the noise, which is measured; the tolerance is a price.
 """
@@ -34,6 +35,7 @@ from cotune.sandwich.text_problem import AnswerTable, Cell
 
 NAME = "zocp_ablations"
 MODES = ("serial", "parallel")
+NO_COPY = "post without copy, serial"
 NUM_REPEATS = 8
 _NUM_CELLS = 4
 
@@ -122,6 +124,12 @@ class Ablations:
                     return self.study.run(self.task, label, arm, seed, self.tokens, template=template)
 
                 found[label] = self.runs(label, one)
+        alone: Arm = partial(fitted, constraint="cut", half="post", always_merges=True)
+
+        def uncopied(seed: int) -> Value:
+            return self.study.run(self.task, "post, serial", alone, seed, self.tokens, copies=False)
+
+        found[NO_COPY] = self.runs(NO_COPY, uncopied)
         for half in ("pre", "both"):
             tuned: Arm = partial(fitted, constraint="cut", half=half, is_tuned_before=True, always_merges=True)
             label = f"{half} tuned, serial"

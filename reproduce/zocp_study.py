@@ -16,7 +16,7 @@ import torch
 from cells import Cells, Value
 from mean import Mean
 from page import about_run
-from sandwich_arms import ARMS, FITTED, SANDWICH, WITH_FLOPS
+from sandwich_arms import ARMS, FITTED, SANDWICH, WITH_FLOPS, WITHOUT_ADVICE
 from sandwich_bench import Arm, Bench, Course, judge, opened_edge, own_cloud
 from sandwich_tasks import TASKS, Sizes, Task, load_task
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive, study_parser
@@ -147,6 +147,7 @@ class Study:
         where: Where | None = None,
         key: Mapping[str, Any] | None = None,
         template: str = MERGE_TEMPLATE,
+        copies: bool = True,
     ) -> Value:
         """One arm, trained and judged; `refused` with a reason where the budget bought nothing.
 
@@ -156,6 +157,7 @@ class Study:
             course, where: other ones than the study's.
             key: what else the cell depends on.
             template: what the edge behind the cloud reads.
+            copies: it has a copy gate there.
 
         Raises:
             OutOfTimeError: the time is spent.
@@ -175,7 +177,7 @@ class Study:
             return {**value, "peak_memory_mb": None if held is None else held / 1e6}
 
         more = {"arm": name, "edge_flops": flops, **({"merging": "chosen"} if name in FITTED else {}), **(key or {})}
-        return self.cell(task, seed, tokens, more, work, course=course, where=where, template=template)
+        return self.cell(task, seed, tokens, more, work, course=course, where=where, template=template, copies=copies)
 
     def cell(
         self,
@@ -188,6 +190,7 @@ class Study:
         course: Course | None = None,
         where: Where | None = None,
         template: str = MERGE_TEMPLATE,
+        copies: bool = True,
     ) -> Value:
         """Whatever is done on a bench, kept."""
         where, course = where or self.where, course or self.course
@@ -207,12 +210,14 @@ class Study:
             "max_context": args.max_context,
             "dtype": args.dtype,
             "has_draft": "{draft}" in template,
+            # Cells without a copy gate have no such word, so that they are what they were.
+            **({"copies": True} if copies and key.get("arm") not in WITHOUT_ADVICE else {}),
             "data": digest_of(drawn),
         }
         return self.cells.get(
             f"{self.name}-{self.model_name}-{task}",
             whole,
-            lambda: self._on_bench(drawn, seed, tokens, course, where, template, work),
+            lambda: self._on_bench(drawn, seed, tokens, course, where, template, copies, work),
         )
 
     def _on_bench(
@@ -223,6 +228,7 @@ class Study:
         course: Course,
         where: Where,
         template: str,
+        copies: bool,
         work: Callable[[Bench], Value],
     ) -> Value:
         args = self.args
@@ -233,7 +239,15 @@ class Study:
                 model=where.model,
                 price=Price(usd_per_million_in=args.usd_in, usd_per_million_out=args.usd_out),
                 edge=stack.enter_context(
-                    opened_edge(self.backbone, task, course, seed=seed, max_context=args.max_context, template=template)
+                    opened_edge(
+                        self.backbone,
+                        task,
+                        course,
+                        seed=seed,
+                        max_context=args.max_context,
+                        template=template,
+                        copies=copies,
+                    )
                 ),
                 budget=Budget(tokens=tokens),
                 course=course,

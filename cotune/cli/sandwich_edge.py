@@ -211,9 +211,7 @@ def open_fitted_edge(
         return
     backbone = Backbone.from_pretrained(fitted.edge, dtype=dtype, device=device)
     adapter = load_adapter(fitted.folder / ADAPTER_FOLDER, backbone.model)
-    config = EdgeConfig(
-        template=fitted.template, max_new_tokens=fitted.max_new_tokens, copies=fitted.is_copying
-    )
+    config = EdgeConfig(template=fitted.template, max_new_tokens=fitted.max_new_tokens, copies=fitted.is_copying)
     gate = CopyGate.load(fitted.folder / ADAPTER_FOLDER, backbone.spec.hidden_size) if fitted.is_copying else None
     before = load_adapter(fitted.folder / REWRITER_FOLDER, backbone.model) if fitted.is_rewriting else None
     with edge_adapter(backbone, adapter, config, gate=gate) as edge:

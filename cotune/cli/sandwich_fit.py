@@ -121,7 +121,7 @@ def fit(
         bool,
         typer.Option(
             "--no-copy",
-            help="With --edge: it writes all of its answer itself, instead of going on with the cloud's where it should.",
+            help="With --edge: it writes all of its answer itself, and goes on with nothing of the cloud's.",
         ),
     ] = False,
     gradients: Annotated[

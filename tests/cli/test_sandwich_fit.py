@@ -175,11 +175,24 @@ def test_fit_with_an_edge_saves_its_adapter_for_ask(
     shown = json.loads(done.out)
     assert shown["taken"]["edge_backward_tokens"] > 0 and shown["taken"]["edge_flops"] > 0
     assert (data / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert Fitted.load(data / "run").is_copying and (data / "run" / "adapter" / "copy_gate.safetensors").is_file()
     words = ["sandwich", "ask", data / "prompts.txt", "--cloud", server.base_url, "--fitted", data / "run", *SLOW]
     asked = run(*words, "--json")
-    # Two tokens of an untrained edge are never right: it is shipped only where that is asked for.
+    # An edge that copies is as good as the cloud and no better: it is shipped only where that is asked for.
     assert asked.status == 0 and shown["is_merging"] is always and (json.loads(asked.out)["edge_flops"] > 0) is always
+    if always:
+        said = "Paris" if "capital" in shown["prompt"] else f"About {(data / 'prompts.txt').read_text().strip()}"
+        assert json.loads(asked.out)["text"] == said
+        # A folder from before there was a gate is read as it was; one that lost its gate is not.
+        (data / "run" / "adapter" / "copy_gate.safetensors").unlink()
+        run(*words).check_refusal("no copy gate of this model")
+        fields = json.loads((data / "run" / "sandwich.json").read_text())
+        del fields["is_copying"]
+        (data / "run" / "sandwich.json").write_text(json.dumps(fields))
+        older = run(*words, "--json")
+        assert older.status == 0 and json.loads(older.out)["text"] != said
     run(*fit_words(data, server, "--always-merge")).check_refusal("--always-merge is given without --edge")
+    run(*fit_words(data, server, "--no-copy")).check_refusal("--no-copy is given without --edge")
 
 
 def test_script_serves_until_it_is_interrupted(tmp_path: Path) -> None:

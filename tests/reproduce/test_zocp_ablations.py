@@ -29,5 +29,11 @@ def test_the_command_changes_one_thing_at_a_time(tmp_path: Path, tiny_model: Pat
     assert radius["0.001"]["sigma"] == radius["1.0"]["sigma"] and radius["1.0"]["least"]["mean"] > 0
     serial = [f"{half}, serial" for half in ("none", "pre", "post", "both")]
     tuned = ["pre tuned, serial", "both tuned, serial"]
-    assert list(measured["halves"]) == [*serial, "post, parallel", "both, parallel", *tuned]
+    assert list(measured["halves"]) == [
+        *serial,
+        "post, parallel",
+        "both, parallel",
+        "post without copy, serial",
+        *tuned,
+    ]
     assert command("zocp_ablations", [*options, "--tolerances", -1])[0] == 2

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sandwich_arms import ARMS, LEARNING, WITH_FLOPS, best_threshold, medoid
+from dspy_arms import DSPY_ARMS
+from sandwich_arms import ARMS, LEARNING, WITH_FLOPS, WITHOUT_ADVICE, best_threshold, medoid
 from sandwich_bench import Bench
 from sandwich_tasks import TASKS, Sizes, call_score, load_task, made_examples, tool_graph_f1
 from study_command import Command
@@ -157,6 +158,19 @@ def test_the_break_even_by_hand() -> None:
 def test_every_learning_arm_is_one_of_the_arms() -> None:
     assert set(LEARNING) | set(WITH_FLOPS) <= set(ARMS)
     assert {name[0] for name in ARMS if name[1] == " "} == set("ABCDEFGHIJK")
+    assert set(WITHOUT_ADVICE) <= set(ARMS) | set(DSPY_ARMS)
+
+
+def test_cells_of_edges_that_copy_are_others(tmp_path: Path, tiny_model: Path) -> None:
+    words = [*OPTIONS, "--model", tiny_model, "--cloud", "http://127.0.0.1:9/v1", "--cells", tmp_path / "cells"]
+    study = Study(make_parser("x", "", "").parse_args([*map(str, words)]), Where("http://127.0.0.1:9/v1", "m"), "x")
+
+    def asked(name: str, copies: bool) -> dict[str, Any]:
+        return study.cell("nlu", 0, 5, {"arm": name}, lambda bench: {"copies": bench.edge.config.copies}, copies=copies)
+
+    assert [asked("H cuts", copies)["copies"] for copies in (False, True, False)] == [False, True, False]
+    # Where no edge reads advice, a cell from before there was a gate is still true.
+    assert asked("A zero_shot", False) == asked("A zero_shot", True)
 
 
 @pytest.mark.integration

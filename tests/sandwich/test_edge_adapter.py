@@ -17,6 +17,7 @@ from cotune.errors import InputError
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
 from cotune.sandwich.account import Account
+from cotune.sandwich.bilevel.step_rules import AdamRule
 from cotune.sandwich.chat import ToolCall
 from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.edge_adapter import EdgeAdapter, EdgeConfig, EdgeDrafter, EdgeMerger, EdgeRewriter, edge_adapter
@@ -283,3 +284,20 @@ def test_the_gate_counts_among_the_edges_parameters(edge: EdgeAdapter, plain: Ed
         each.count_in(account)
         sizes.append(account.num_edge_parameters)
     assert sizes[1] == sizes[0] + 25
+
+
+def test_it_learns_to_leave_the_cloud_where_it_is_always_wrong() -> None:
+    """The cloud says "a" to all; of cats that is right, of dogs it is not."""
+    asked = ["What has the {}?", "Where is the {}?", "The {}, please"]
+    made = [(text.format(animal), z) for animal, z in (("cat", "a"), ("dog", "b")) for text in asked]
+    cells = [cell_of(request, target, "a") for request, target in made]
+    backbone = tiny_backbone("llama")
+    fresh, rule = LoraAdapter.fresh(backbone.model, LoraShape(rank=4), seed=0), AdamRule()
+    with edge_adapter(backbone, fresh, EdgeConfig(template="{answers}|{request}:", max_new_tokens=4)) as edge:
+        x = edge.start()
+        assert edge.write(x, [cell.job for cell in cells]) == ["a"] * 6
+        for step in range(60):
+            x = rule.step(x, edge.gradient(x, cells, np.full(6, 1 / 6), step)[1], 3e-2)
+        assert edge.write(x, [cell.job for cell in cells]) == ["a"] * 3 + ["b"] * 3
+        # And of a cat question that it never saw.
+        assert edge.write(x, [MergeJob("Who sees the cat?", ("a",))]) == ["a"]

@@ -150,15 +150,15 @@ def test_an_untrained_gate_writes_the_source_and_nothing_else_changes(backbone: 
     params, head = dict(model.named_parameters()), model.get_output_embeddings()
     assert gate.trust(torch.ones(1, len(gate.weight))).tolist() == pytest.approx([START_TRUST])
 
-    def write(**options: int) -> list[list[int]]:
+    def write(length: int = 6) -> list[list[int]]:
         with copying(head, gate, SOURCES, lambda logits: logits.argmax(-1)) as choose:
-            return continuations(model, params, PROMPTS, choose, stop_token_ids={END}, **{"max_new_tokens": 6, **options})
+            return continuations(model, params, PROMPTS, choose, max_new_tokens=length, stop_token_ids={END})
 
     alone = continuations(
         model, params, PROMPTS, lambda logits: logits.argmax(-1), max_new_tokens=6, stop_token_ids={END}
     )
     assert write() == [SOURCES[0].tolist(), SOURCES[1].tolist(), alone[2]]
-    assert write(max_new_tokens=2)[0] == [8, 3]
+    assert write(2)[0] == [8, 3]
     # A gate that trusts nothing writes what the model writes.
     gate = CopyGate(gate.weight, torch.tensor([-50.0]))
     assert write() == alone
