@@ -288,16 +288,15 @@ def test_the_gate_counts_among_the_edges_parameters(edge: EdgeAdapter, plain: Ed
 
 def test_it_learns_to_leave_the_cloud_where_it_is_always_wrong() -> None:
     """The cloud says "a" to all; of cats that is right, of dogs it is not."""
-    asked = ["What has the {}?", "Where is the {}?", "The {}, please"]
-    made = [(text.format(animal), z) for animal, z in (("cat", "a"), ("dog", "b")) for text in asked]
+    made = [(f"{count} {what}", z) for what, z in (("cat", "a"), ("dog", "b")) for count in ("one", "two", "my")]
     cells = [cell_of(request, target, "a") for request, target in made]
     backbone = tiny_backbone("llama")
     fresh, rule = LoraAdapter.fresh(backbone.model, LoraShape(rank=4), seed=0), AdamRule()
-    with edge_adapter(backbone, fresh, EdgeConfig(template="{answers}|{request}:", max_new_tokens=4)) as edge:
+    with edge_adapter(backbone, fresh, EdgeConfig(template="{answers} {request}:", max_new_tokens=4)) as edge:
         x = edge.start()
         assert edge.write(x, [cell.job for cell in cells]) == ["a"] * 6
-        for step in range(60):
-            x = rule.step(x, edge.gradient(x, cells, np.full(6, 1 / 6), step)[1], 3e-2)
+        for step in range(100):
+            x = rule.step(x, edge.gradient(x, cells, np.full(6, 1 / 6), step)[1], 2e-2)
         assert edge.write(x, [cell.job for cell in cells]) == ["a"] * 3 + ["b"] * 3
-        # And of a cat question that it never saw.
-        assert edge.write(x, [MergeJob("Who sees the cat?", ("a",))]) == ["a"]
+        # Of animals in requests that it never saw, too.
+        assert edge.write(x, [MergeJob(f"the {what}", ("a",)) for what in ("cat", "dog")]) == ["a", "b"]
