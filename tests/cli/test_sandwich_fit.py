@@ -157,7 +157,7 @@ def test_fit_with_an_edge_saves_its_adapter_for_ask(
     run: Callable[..., Any], data: Path, server: ScriptedServer, always: bool
 ) -> None:
     more = (
-        *(["--always-merge"] if always else []),
+        "--always-merge" if always else "--no-copy",
         "--edge",
         "starter",
         "--steps",
@@ -175,16 +175,17 @@ def test_fit_with_an_edge_saves_its_adapter_for_ask(
     shown = json.loads(done.out)
     assert shown["taken"]["edge_backward_tokens"] > 0 and shown["taken"]["edge_flops"] > 0
     assert (data / "run" / "adapter" / "adapter_model.safetensors").is_file()
-    assert Fitted.load(data / "run").is_copying and (data / "run" / "adapter" / "copy_gate.safetensors").is_file()
+    gate = data / "run" / "adapter" / "copy_gate.safetensors"
+    assert Fitted.load(data / "run").is_copying is gate.is_file() is always
     words = ["sandwich", "ask", data / "prompts.txt", "--cloud", server.base_url, "--fitted", data / "run", *SLOW]
     asked = run(*words, "--json")
-    # An edge that copies is as good as the cloud and no better: it is shipped only where that is asked for.
+    # Two tokens of an untrained edge are never right: it is shipped only where that is asked for.
     assert asked.status == 0 and shown["is_merging"] is always and (json.loads(asked.out)["edge_flops"] > 0) is always
     if always:
         said = "Paris" if "capital" in shown["prompt"] else f"About {(data / 'prompts.txt').read_text().strip()}"
         assert json.loads(asked.out)["text"] == said
         # A folder from before there was a gate is read as it was; one that lost its gate is not.
-        (data / "run" / "adapter" / "copy_gate.safetensors").unlink()
+        gate.unlink()
         run(*words).check_refusal("no copy gate of this model")
         fields = json.loads((data / "run" / "sandwich.json").read_text())
         del fields["is_copying"]
