@@ -41,6 +41,8 @@ CONFIG = FitConfig(solve=SolveConfig(num_steps=300, x_rate=0.2, y_rate=0.5, tole
 class CrossingEdge:
     """The losses above; which of them by the target."""
 
+    name = "crossing"
+
     def start(self) -> Vector:
         return np.zeros(1)
 

@@ -165,7 +165,7 @@ def fit(
         bool, typer.Option("--show-targets", help="With --grow-every: targets are shown too, redacted.")
     ] = False,
     steps: Annotated[int, typer.Option(help="At most.")] = 60,
-    x_rate: Annotated[float, typer.Option(help="Of the adapter (Adam).")] = 1e-2,
+    x_rate: Annotated[float, typer.Option(help="Of the adapter (Adam).")] = 2e-3,
     y_rate: Annotated[float, typer.Option(help="Of the prompt.")] = 0.5,
     batch_size: Annotated[int, typer.Option(help="Examples in one step.")] = 8,
     cloud_weight: Annotated[float, typer.Option(help="Of the cloud's own answer in the prompt's loss.")] = 0.0,

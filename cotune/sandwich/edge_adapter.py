@@ -156,6 +156,11 @@ class EdgeAdapter:
         self._room = backbone.spec.max_context - fresh.num_virtual_tokens
         self._tokenizer = Tokenizer.from_str(backbone.tokenizer_json.decode())
 
+    @property
+    def name(self) -> str:
+        """The model's digest, and how it reads, writes and learns."""
+        return f"{self._backbone.spec.backbone_digest} {self.config}"
+
     def count_in(self, account: Account) -> None:
         """From now on, count tokens there, by this model's size; it is the account's own where no other is named."""
         self._num_parameters = num_multiplying(self._model) + (self._gate.num_parameters if self._gate else 0)

@@ -69,6 +69,11 @@ MakeRewriter = Callable[[Pipeline, Sequence[PrivateExample], bytes], Rewriter]
 class TunedEdge(EdgeLosses, Protocol):
     """An edge that also writes, and whose work is counted."""
 
+    @property
+    def name(self) -> str:
+        """Its model and settings, in any words; a run goes on with the same alone."""
+        ...
+
     def count_in(self, account: Account) -> None:
         """From now on, count tokens and parameters there."""
         ...
@@ -387,6 +392,9 @@ def fit(
             "the certificate; expected at least one of each beside them"
         )
     named = ([reflection.name] if reflection else []) + ([rewriter_settings] if rewriter_settings else [])
+    if edge is not None:
+        # Rank and seed of the adapter are in its first numbers.
+        named += [edge.name, hashlib.sha256(edge.start().tobytes()).hexdigest()]
     parts: tuple[bool | str, ...] = (make_rewriter is not None, *named)
     fingerprint = _fingerprint(pipeline, train, validation, variable, config, parts)
     key = _open_folder(folder, fingerprint, resume=resume)

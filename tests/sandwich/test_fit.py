@@ -235,6 +235,11 @@ def test_another_run_is_not_mixed_in(tmp_path: Path) -> None:
         fit_crossing(crossing_cloud(), tmp_path)
     with pytest.raises(InputError, match="other examples, prompts or settings"):
         fit_crossing(crossing_cloud(), tmp_path, resume=True, variable=PromptPool(["x"]))
+    other = CrossingEdge()
+    other.name = "crossing, with other settings"
+    with pytest.raises(InputError, match="other examples, prompts or settings"):
+        fit_crossing(crossing_cloud(), tmp_path, resume=True, edge=other)
+    fit_crossing(crossing_cloud(), tmp_path, resume=True)
 
 
 def test_too_few_examples_are_refused(tmp_path: Path) -> None:
