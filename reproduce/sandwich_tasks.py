@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -84,7 +84,15 @@ class Task:
     allow_list: tuple[str, ...] = field(default=(), repr=False)
 
 
-def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2", is_strict: bool = False) -> Task:
+def load_task(
+    name: str,
+    root: Path | None,
+    sizes: Sizes,
+    *,
+    nlu: str = "sst2",
+    is_strict: bool = False,
+    own_labels: Mapping[str, str] | None = None,
+) -> Task:
     """A task by name.
 
     Args:
@@ -94,9 +102,10 @@ def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2", 
         nlu: the data set of nlu.
         is_strict: only words stay that several requests of the training part use, or that are public: in prompts, in
             labels, in descriptions of tools.
+        own_labels: of nlu, what the user calls a label; requests name the public one, and the cloud is not told.
 
     Raises:
-        InputError: there is no such task, or too few examples.
+        InputError: there is no such task, too few examples, or no such label.
     """
     found = {part: examples_of(name, root, part, nlu=nlu) for part in PARTS}
     for number, part in enumerate(PARTS):
@@ -116,6 +125,8 @@ def load_task(name: str, root: Path | None, sizes: Sizes, *, nlu: str = "sst2", 
             public += [each.target for each in found["train"]]
         allowed = {word.casefold() for text in public for word in _WORD_FORM.findall(text)}
         allowed |= set(learn_common_words((each.request for each in found["train"]), min_texts=_MIN_TEXTS))
+    if name == "nlu" and own_labels:
+        found = _in_own_words(found, own_labels)
     rest = found["train"][sizes.num_train : sizes.num_train + sizes.num_unlabelled]
     is_made = root is None
     return Task(
@@ -208,6 +219,20 @@ def _labels(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateE
     labels = ", ".join(sorted({row["label"] for row in rows}))
     for row in rows:
         yield PrivateExample(f"{row['text']}\nOne of: {labels}", row["label"])
+
+
+def _in_own_words(
+    found: Mapping[str, list[PrivateExample]], own_labels: Mapping[str, str]
+) -> dict[str, list[PrivateExample]]:
+    labels = {each.target for rows in found.values() for each in rows}
+    for label in own_labels:
+        if label not in labels:
+            known = ", ".join(sorted(labels))
+            raise InputError(f"own labels rename {label!r:.40}, expected one of {known}; correct it")
+    return {
+        part: [replace(each, target=own_labels.get(each.target, each.target)) for each in rows]
+        for part, rows in found.items()
+    }
 
 
 def tool_graph_f1(text: str, references: Sequence[str]) -> float:

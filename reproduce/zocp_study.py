@@ -55,6 +55,14 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
     parser = study_parser(name, description, "examples:\n" + examples, data="folder with the data sets of the tasks")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
     parser.add_argument("--nlu", choices=("sst2", "trec"), default="sst2", help="data of nlu (default: %(default)s)")
+    parser.add_argument(
+        "--own-labels",
+        nargs="+",
+        type=own_label,
+        default=[],
+        metavar="LABEL=WORD",
+        help="of nlu, what the user calls a label and nobody else is told, such as human=person",
+    )
     parser.add_argument("--strict", action="store_true", help="replace all but common and public words, too")
     parser.add_argument("--cloud", help="base URL of an OpenAI-compatible API; cotune's own on loopback if left out")
     parser.add_argument(
@@ -74,6 +82,19 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
         )
     add_run_options(parser, name)
     return parser
+
+
+def own_label(text: str) -> tuple[str, str]:
+    """A label and the user's word for it.
+
+    Example:
+        >>> own_label("human=person")
+        ('human', 'person')
+    """
+    label, sign, word = text.partition("=")
+    if not (label and sign and word):
+        raise argparse.ArgumentTypeError(f"{text!r} is no LABEL=WORD, such as human=person")
+    return label, word
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +152,12 @@ class Study:
         if (name, seed) not in self._tasks:
             args = self.args
             self._tasks[name, seed] = load_task(
-                name, args.data_root, sizes_of(args, seed), nlu=args.nlu, is_strict=args.strict
+                name,
+                args.data_root,
+                sizes_of(args, seed),
+                nlu=args.nlu,
+                is_strict=args.strict,
+                own_labels=dict(args.own_labels),
             )
         return self._tasks[name, seed]
 

@@ -426,6 +426,11 @@ def deviations_of(study: Study) -> list[str]:
         "An arm may leave some of its tokens unspent: a request is only sent if the most it could cost fits.",
         "Arms without a cloud learn with as many operations of the edge as H, or more by at most a step.",
         "Latency is that of one request after the other, on this machine and to this cloud.",
+        *(
+            ["The user has own words for labels, which requests and prompts do not tell: " + told + "."]
+            if (told := ", ".join(f"{word} for {label}" for label, word in args.own_labels))
+            else []
+        ),
         *(["Strict: words that few requests of the training part use are replaced too."] if args.strict else []),
         *(["Requests are made by cotune, far too easy to tell arms apart."] if args.data_root is None else []),
     ]

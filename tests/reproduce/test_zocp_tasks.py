@@ -60,6 +60,15 @@ def test_requests_of_the_public_sets(tmp_path: Path) -> None:
         load_task("nlu", tmp_path, Sizes(**{**vars(SIZES), "num_train": 4}), nlu="trec")
     with pytest.raises(InputError, match="is not there"):
         load_task("nlu", tmp_path / "none", SIZES)
+    own = load_task("nlu", tmp_path, SIZES, nlu="trec", own_labels={"x": "ex"})
+    assert [each.target for each in own.test] == [
+        {"x": "ex"}.get(each.target, each.target) for each in found["nlu"].test
+    ]
+    assert "x" not in {each.target for each in own.train} and "ex" in {each.target for each in own.train}
+    # The user's word is told to nobody.
+    assert own.test[0].request.endswith("\nOne of: x, y")
+    with pytest.raises(InputError, match="own labels rename 'z', expected one of x, y"):
+        load_task("nlu", tmp_path, SIZES, nlu="trec", own_labels={"z": "ex"})
 
 
 def test_strict_tasks_send_common_and_public_words_alone() -> None:
