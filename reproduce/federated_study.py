@@ -38,7 +38,7 @@ from cotune.data.batches import EncodedExample
 from cotune.data.templates import Example
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.federation.algorithm import Algorithm, Combine
-from cotune.federation.algorithms import ALGORITHMS, KINDS
+from cotune.federation.algorithms import ALGORITHMS, KINDS, POOLED
 from cotune.federation.annealed import cosine_share
 from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import ResidentBackbone
@@ -389,6 +389,8 @@ class FederatedStudy:
             "protocol": PROTOCOL,
             **{name: getattr(args, name) for name in (*shared, *sizes)},
             **({} if args.schedule == CONSTANT else {"schedule": args.schedule}),
+            # In the first cells of these the usual rule trimmed away what they learn.
+            **({"usual": "untrimmed"} if key.get("algorithm") in POOLED and "rule" not in key else {}),
             "backbone": self.backbone.spec.backbone_digest[:16],
         }
 

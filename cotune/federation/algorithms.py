@@ -56,7 +56,9 @@ HALVING = frozenset({"fwdllm"})
 """Algorithms that show a rule one half of a round's replies, and then the other."""
 IN_PARTS = HALVING | {"mixed"}
 """Algorithms that show a rule parts of a round's replies: halves, or classes of devices."""
-REPLAYED = frozenset({"seed", "fedkseed", "fedkseed_pro"})
+POOLED = frozenset({"fedkseed", "fedkseed_pro"})
+"""Algorithms whose devices each fill the few places of a reply that they drew: at most places most of them say 0."""
+REPLAYED = POOLED | {"seed"}
 """Algorithms whose devices replay the steps of earlier rounds, all with one learning rate."""
 # The field that no configuration gives: directions come from the run's secret.
 SEEDS = "seeds"

@@ -10,7 +10,7 @@ from typing import Any
 
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm, Combine
-from cotune.federation.algorithms import ALGORITHMS, HALVING, IN_PARTS, REPLAYED, algorithm_named, check_kind
+from cotune.federation.algorithms import ALGORITHMS, HALVING, IN_PARTS, POOLED, REPLAYED, algorithm_named, check_kind
 from cotune.federation.annealed import Annealed
 from cotune.federation.coplms import CoPlms
 from cotune.federation.eva_start import EvaStart
@@ -162,7 +162,9 @@ def rule_of(settings: FederationSettings, *, num_devices: int) -> RobustRule:
     if name == USUAL:
         if options:
             raise InputError(f"combine.options is {options!r:.60} and the rule is auto, which has none; name the rule")
-        return UsualRule() if settings.algorithm in IN_PARTS else usual_rule(asked)
+        if settings.algorithm in IN_PARTS:
+            return UsualRule()
+        return usual_rule(asked, is_pooled=settings.algorithm in POOLED)
     rule = rule_named(name, options)
     whose, num_shown = "", asked
     if settings.algorithm in HALVING:

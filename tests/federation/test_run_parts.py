@@ -11,7 +11,7 @@ from cotune.errors import InputError
 from cotune.federation.coordinator import RoundRules
 from cotune.federation.robust.mean import Mean
 from cotune.federation.robust.median import Median
-from cotune.federation.robust.usual_rule import UsualRule
+from cotune.federation.robust.usual_rule import UsualRule, usual_rule
 from cotune.federation.run_parts import algorithm_of, combine_of, rule_of, with_num_layers, with_whole_paths
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import CombineSettings, DataSettings, FederationSettings
@@ -32,6 +32,11 @@ def test_the_usual_rule_fits_the_number_of_devices(
 ) -> None:
     settings = FederationSettings(rounds=RoundRules(num_devices_per_round=per_round), combine=combine)
     assert repr(rule_of(settings, num_devices=num_devices)) == told
+
+
+@pytest.mark.parametrize("algorithm", ["fedkseed", "fedkseed_pro"])
+def test_what_devices_draw_from_a_pool_is_not_trimmed(algorithm: str) -> None:
+    assert rule_of(FederationSettings(algorithm=algorithm), num_devices=10) == usual_rule(10, is_pooled=True)
 
 
 @pytest.mark.parametrize("algorithm", ["mixed", "fwdllm"])

@@ -18,21 +18,29 @@ TRIMMED = 0.2
 """Share of the replies that is cut at either end, of those that are not left out for their length."""
 
 
-def usual_rule(num_replies: int) -> RobustRule:
+def usual_rule(num_replies: int, *, is_pooled: bool = False) -> RobustRule:
     """Far too long replies left out, the others clipped to their median norm, and of these the trimmed mean.
 
     Where too few are there to trim it is the mean, and nothing is clipped or left out where too few are there for a
     median. What is left out never makes the replies too few for what follows: one of five cannot be, two of ten can.
+
+    Args:
+        num_replies: that are asked for, or there.
+        is_pooled: each device fills other places (`cotune.federation.algorithms.POOLED`). Then nothing is trimmed: what
+            one device alone says of a place would be cut as its largest number, and what is learnt with it. A liar of
+            the median norm counts as one device.
 
     Example:
         >>> usual_rule(5)
         LeaveOutLong(rule=ClipToMedianNorm(rule=TrimmedMean(share=0.2)), times=4.0)
         >>> usual_rule(4), usual_rule(2)
         (LeaveOutLong(rule=ClipToMedianNorm(rule=Mean()), times=4.0), Mean())
+        >>> usual_rule(5, is_pooled=True) == usual_rule(4)
+        True
     """
-    trimmed = TrimmedMean(share=TRIMMED)
+    trimmed = () if is_pooled else (TrimmedMean(share=TRIMMED),)
     # Of two lengths the median is no judge.
-    for combined in (trimmed, Mean()):
+    for combined in (*trimmed, Mean()):
         rule = LeaveOutLong(rule=ClipToMedianNorm(rule=combined))
         if num_replies >= rule.min_replies:
             return rule

@@ -42,3 +42,15 @@ def test_it_is_the_rule_of_that_number_to_the_bit() -> None:
     updates = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
     for num in range(1, 8):
         assert np.array_equal(UsualRule()(updates[:num], np.ones(num)), usual_rule(num)(updates[:num], np.ones(num)))
+
+
+def test_places_that_one_device_fills_are_kept_where_replies_are_pooled() -> None:
+    """Ten devices, each with its own place of ten: trimmed, nothing of it is left."""
+    updates = np.eye(10, dtype=np.float32)
+    assert not usual_rule(10)(updates, np.ones(10)).any()
+    np.testing.assert_allclose(usual_rule(10, is_pooled=True)(updates, np.ones(10)), np.full(10, 0.1), rtol=1e-6)
+    # A gross liar is left out, and one of the median norm counts as one device.
+    liar = np.full(10, -1e6, np.float32)
+    updates[0] = liar
+    told = usual_rule(10, is_pooled=True)(updates, np.ones(10))
+    np.testing.assert_allclose(told, [0.0, *[1 / 9] * 9], rtol=1e-6)
