@@ -168,8 +168,9 @@ class FitResult:
         x: numbers of the edge; empty where it has none.
         score: metric on the validation examples with what is to be shipped; None where the budget ended before.
         start_score: with the first prompt and the untrained edge.
-        merged_score, plain_score: with that prompt and the edge, and with the cloud's answers as they are; None without
-            an edge behind the cloud, or where the budget ended before.
+        merged_score, plain_score: with that prompt and the edge, and with the cloud's answers as they are, on training
+            examples, since the edge learns from the validation examples; None without an edge behind the cloud, or
+            where no answers are there to compare with.
         is_merging: the edge behind the cloud is to be shipped.
         certificate: None where none was asked for or the budget ended before.
         leaks: of the private values that examples name, in all that was sent.
@@ -448,18 +449,23 @@ def fit(
         prompt = variable.best(found.y)
         judge = _Judge(pipeline, edge, metric, problem.table)
         score = judge.score(prompt, found.x, judged)
-        # The same answers, which were paid for: a tuned edge that copies them badly is worse than none.
-        plain = None if edge is None else judge.plain_score(prompt, judged)
-        is_dropped = not config.always_merges and score is not None and plain is not None and plain >= score
+        certificate = _certify(problem, variable, found.x, found.y, held, config)
+        merged = plain = None
+        is_dropped = False
+        if edge is not None:
+            # x learnt from the validation examples: those of training tell whether it helps, and were paid for.
+            seen = [each for each in (*searched, *held) if problem.table.knows(prompt, each)] or judged
+            merged, plain = judge.score(prompt, found.x, seen), judge.plain_score(prompt, seen)
+            is_dropped = not config.always_merges and merged is not None and plain is not None and plain >= merged
         result = FitResult(
             prompt=prompt,
             x=found.x,
-            score=plain if is_dropped else score,
+            score=judge.plain_score(prompt, judged) if is_dropped else score,
             start_score=judge.score(first, losses.start(), judged),
-            merged_score=None if edge is None else score,
+            merged_score=merged,
             plain_score=plain,
             is_merging=edge is not None and not is_dropped,
-            certificate=_certify(problem, variable, found.x, found.y, held, config),
+            certificate=certificate,
             leaks=measure_leaks(
                 [example.private for example in (*train, *validation)],
                 sent.payloads,

@@ -141,6 +141,10 @@ class AnswerTable:
         prepared = example.prepared
         return [self._pipeline.request_of(prepared, question, prompt) for question in prepared.questions]
 
+    def knows(self, prompt: str, example: FitExample) -> bool:
+        """Whether it was filled."""
+        return (prompt, id(example)) in self._known
+
     def answers(self, prompt: str, example: FitExample) -> tuple[ChatAnswer, ...]:
         """Of a cell that was filled."""
         return self._known[prompt, id(example)]

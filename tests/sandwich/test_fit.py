@@ -189,6 +189,18 @@ def test_an_edge_behind_the_cloud_stays_where_it_is_better(
     assert f"edge        {'kept' if kept else 'left out, as it is not better'}: with" in found.to_text()
 
 
+def test_an_edge_that_is_right_on_what_it_learnt_from_alone_is_left_out(tmp_path: Path) -> None:
+    cloud = MemoryCloud()
+    cloud.under = dict.fromkeys(PROMPTS, "no idea")
+
+    class Remembers(CrossingEdge):
+        def write(self, x: Any, jobs: Any) -> list[str]:
+            return ["F" if "validate" in job.request else "no" for job in jobs]
+
+    found = fit_crossing(cloud, tmp_path, edge=Remembers())
+    assert (found.is_merging, found.merged_score, found.plain_score, found.score) == (False, 0.0, 0.0, 0.0)
+
+
 def test_an_edge_that_spoils_right_answers_is_left_out(tmp_path: Path) -> None:
     cloud = MemoryCloud()
     cloud.under = dict.fromkeys(PROMPTS, "f")
