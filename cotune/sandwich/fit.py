@@ -31,7 +31,7 @@ from cotune.errors import BudgetError, InputError
 from cotune.sandwich.account import Account, Taken
 from cotune.sandwich.bilevel.certificate import Certificate, certify
 from cotune.sandwich.bilevel.problem import Vector
-from cotune.sandwich.bilevel.solve import Refresh, SolveConfig, solve
+from cotune.sandwich.bilevel.solve import Refresh, Solution, SolveConfig, solve
 from cotune.sandwich.budget import Budget, Purse
 from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache
 from cotune.sandwich.cost import Cost, shown_usd
@@ -175,6 +175,7 @@ class FitResult:
         certificate: None where none was asked for or the budget ended before.
         leaks: of the private values that examples name, in all that was sent.
         reason: why the search ended: steps, patience or budget.
+        num_more: steps of the edge after a budget that ended, on what was answered under the prompt.
         is_sequential: the edge had no part in how prompts compare.
         history: looks at the constraint.
         spent: over all runs in the folder.
@@ -193,6 +194,7 @@ class FitResult:
     certificate: Certificate | None
     leaks: LeakMetrics
     reason: str
+    num_more: int
     is_sequential: bool
     history: tuple[Refresh, ...] = field(repr=False)
     spent: Cost
@@ -212,6 +214,7 @@ class FitResult:
             "certificate": None if self.certificate is None else self.certificate.to_json(),
             "leaks": self.leaks.to_json(),
             "reason": self.reason,
+            "num_more": self.num_more,
             "is_sequential": self.is_sequential,
             "history": [asdict(each) for each in self.history],
             "spent": asdict(self.spent),
@@ -242,7 +245,8 @@ class FitResult:
                 f"{leaks['leak_words']:.2%} as words of their own outside of what is public",
                 *self._race_text(),
                 *self._growth_text(),
-                f"ended       by {self.reason}, after {looks.step} steps",
+                f"ended       by {self.reason}, after {looks.step} steps"
+                + (f"; the edge learnt for {self.num_more} more from what was answered" if self.num_more else ""),
                 f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens{shown_usd(self.spent.usd)}",
                 self.taken.to_text(),
             ]
@@ -447,6 +451,9 @@ def fit(
         found = solve(problem, losses.start(), variable.start(), config.solve, on_refresh=told, grow=growth)
         variable = problem.variable
         prompt = variable.best(found.y)
+        num_more = 0
+        if edge is not None and found.reason == "budget":
+            found, num_more = _go_on(problem, prompt, found, config.solve, on_refresh)
         judge = _Judge(pipeline, edge, metric, problem.table)
         score = judge.score(prompt, found.x, judged)
         certificate = _certify(problem, variable, found.x, found.y, held, config)
@@ -472,6 +479,7 @@ def fit(
                 [text for example in (*train, *validation) for text in example.public],
             ),
             reason=found.reason,
+            num_more=num_more,
             is_sequential=found.is_sequential,
             history=found.history,
             spent=purse.spent,
@@ -501,6 +509,29 @@ def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key
         draft = pipeline.drafter.draft(example.request) if is_parallel and pipeline.drafter else None
         prepared.append(FitExample(example, one, one.request.redact(example.target).text, draft))
     return prepared
+
+
+def _go_on(
+    problem: TextProblem,
+    prompt: str,
+    found: Solution,
+    config: SolveConfig,
+    on_refresh: Callable[[Refresh], None],
+) -> tuple[Solution, int]:
+    """x learns on where the budget ended, which asks nothing; gap and history are those of the search."""
+    done = found.history[-1].step
+    answered = problem.answered(prompt)
+    if answered is None or config.num_steps <= done:
+        return found, 0
+    steps = replace(config, constraint="none", num_steps=config.num_steps - done, patience=None)
+    more = solve(
+        answered,
+        found.x,
+        answered.variable.start(),
+        steps,
+        on_refresh=lambda seen: on_refresh(replace(seen, step=done + seen.step)),
+    )
+    return replace(found, x=more.x), steps.num_steps
 
 
 class _Judge:

@@ -134,6 +134,17 @@ def test_a_budget_is_never_exceeded_and_what_was_found_is_kept(tmp_path: Path, c
     assert more.certificate is not None and len(cloud.requests) == NUM_CELLS
 
 
+def test_the_edge_goes_on_learning_where_the_budget_ended(tmp_path: Path) -> None:
+    """16 calls are one look: then the first prompt stays, under which F is least at x = 3."""
+    cloud, looks = crossing_cloud(), list[int]()
+    found = fit_crossing(cloud, tmp_path, Budget(calls=16), on_refresh=lambda seen: looks.append(seen.step))
+    assert (found.reason, found.prompt, found.history[-1].step, found.num_more) == ("budget", PROMPTS[0], 0, 300)
+    assert found.x[0] == pytest.approx(3.0, abs=0.02) and len(cloud.requests) == 16 and looks[-1] == 300
+    assert (
+        "ended       by budget, after 0 steps; the edge learnt for 300 more from what was answered" in found.to_text()
+    )
+
+
 def test_a_projection_sends_nothing_and_is_not_exceeded(tmp_path: Path) -> None:
     cloud = crossing_cloud()
     with redactor_here() as redactor:
