@@ -202,7 +202,12 @@ class Study:
             held = meter.read()
             return {**value, "peak_memory_mb": None if held is None else held / 1e6}
 
-        more = {"arm": name, "edge_flops": flops, **({"merging": "chosen on train, the edge going on"} if name in FITTED else {}), **(key or {})}
+        more = {
+            "arm": name,
+            "edge_flops": flops,
+            **({"merging": "judged on train"} if name in FITTED else {}),
+            **(key or {}),
+        }
         return self.cell(task, seed, tokens, more, work, course=course, where=where, template=template, copies=copies)
 
     def cell(
