@@ -193,6 +193,14 @@ def test_one_flipped_bit_is_refused(place: int) -> None:
         decode(bytes(altered), Reply)
 
 
+@pytest.mark.parametrize("space", [b"\t", b"\n", b"\r"])
+def test_what_json_takes_for_a_space_cannot_stand_for_one(space: bytes) -> None:
+    header_end = 8 + int.from_bytes(SAMPLE[:8], "little")
+    assert SAMPLE[header_end - 1 : header_end] == b" "
+    with pytest.raises(FrameError, match="tabs or ends of lines"):
+        decode(SAMPLE[: header_end - 1] + space + SAMPLE[header_end:], Reply)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_truncated_doubled_and_overwritten_bytes_are_refused(data: st.DataObject) -> None:
