@@ -94,12 +94,13 @@ def unpack(block: bytes, what: str) -> tuple[dict[str, NDArray[Any]], dict[str, 
         raise FrameError(f"{what} claims a header of {header_bytes} bytes, {len(block) - _LENGTH.size} came")
     _check_limit(header_bytes, MAX_HEADER_BYTES, "bytes of header", what)
     start = _LENGTH.size + header_bytes
-    if any(each in block[_LENGTH.size : start] for each in b"\t\n\r"):
+    text = block[_LENGTH.size : start]
+    if any(each in text for each in b"\t\n\r"):
         # Spaces fill a header up to a multiple of eight bytes; what else JSON takes for a space could stand for them.
         raise FrameError(
             f"{what}: its header has tabs or ends of lines, expected none; use the same version everywhere"
         )
-    header = _parse_object(block[_LENGTH.size : start], what)
+    header = _parse_object(text, what)
     metadata = header.pop(_METADATA, None)
     if not isinstance(metadata, dict) or metadata.keys() != {_NOTE} or not isinstance(metadata[_NOTE], str):
         raise FrameError(f"{what} has metadata {metadata!r:.80}, expected one text {_NOTE!r}")

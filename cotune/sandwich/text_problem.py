@@ -129,9 +129,7 @@ class AnswerTable:
         Raises:
             BudgetError, WireError: see `CloudGate.ask`.
         """
-        wanted = [
-            (prompt, example) for prompt in prompts for example in examples if (prompt, id(example)) not in self._known
-        ]
+        wanted = [(prompt, example) for prompt in prompts for example in examples if not self.knows(prompt, example)]
         requests = [self.requests(prompt, example) for prompt, example in wanted]
         asked = iter(self._pipeline.ask_all([request for each in requests for request in each]))
         for (prompt, example), each in zip(wanted, requests, strict=True):
