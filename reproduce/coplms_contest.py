@@ -23,7 +23,7 @@ from cells import Value
 from coplms_models import CLOUD, FAMILIES, MAX_TOKENS, PROXY, SIZES, SMALLER_PROXY, make_models
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive
 
-from cotune.data.domain_questions import DomainQuestions, generate_domains, generate_public
+from cotune.data.domain_questions import DomainQuestions, generate_domains, generate_public, open_questions
 from cotune.data.templates import Example
 from cotune.distillation.mutual_loss import MutualLossConfig
 from cotune.errors import NonFiniteLossError
@@ -35,7 +35,6 @@ from cotune.federation.comparison.coplms_reconstruction import CoPlmsReconstruct
 from cotune.federation.comparison.fedcollm import FedCoLlm
 from cotune.federation.comparison.federated_lora import FederatedLora
 from cotune.federation.comparison.fedmkt import FedMkt
-from cotune.federation.comparison.greedy_texts import write_greedily
 from cotune.federation.comparison.party import Party
 from cotune.federation.comparison.scene import Account, Contestant, Scene, Site
 from cotune.federation.comparison.seqkd import SeqKd
@@ -43,14 +42,16 @@ from cotune.federation.comparison.standalone import Standalone
 from cotune.federation.comparison.zero_shot import ZeroShot
 from cotune.federation.coplms import CloudSettings, CoPlms
 from cotune.federation.flexlora import FlexLora
+from cotune.federation.greedy_texts import write_greedily
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.mutual_descent import SideBatch
+from cotune.federation.open_questions import Answering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The meaning of a cell: one more, and all are run again.
-PROTOCOL = 4
+PROTOCOL = 5
 OWN, CROSSED, SKILLS, MIXED = "own", "crossed", "skills", "mixed"
 SETS = (OWN, CROSSED, SKILLS, MIXED)
 MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
@@ -136,7 +137,10 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
 
 def options(args: argparse.Namespace, **changes: Any) -> CoPlms:
     """Ours, as the study runs it."""
-    return replace(CoPlms(private_rank=args.rank), **changes)
+    return replace(
+        CoPlms(private_rank=args.rank, answering=Answering(max_new_tokens=MAX_NEW_TOKENS)),
+        **changes,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +174,7 @@ ABLATIONS: dict[str, Ablation] = {
     "no DST": Ablation(method=lambda args: CoTuned(options=options(args, private_rank=0))),
     "no SAML": Ablation(method=_alone),
     "no public texts on devices": Ablation(method=lambda args: CoTuned(options=options(args, public_share=0.0))),
+    "no open questions": Ablation(method=lambda args: CoTuned(options=options(args), asks=False)),
     "no gate": Ablation(method=lambda args: CoTuned(options=options(args, gated=False))),
     "gate on the server": Ablation(method=lambda args: CoTuned(options=options(args, cloud=CloudSettings(gated=True)))),
     "L_byte alone": Ablation(method=_loss(byte_weight=1.0)),
@@ -194,6 +199,11 @@ class Questions:
 
     domains: list[DomainQuestions]
     public: list[Example]
+
+    @property
+    def open(self) -> list[str]:
+        """Questions about all things that the server has no answer to."""
+        return [one for domain in self.domains for one in open_questions(domain)]
 
     def of_device(self, place: int) -> dict[str, list[Example]]:
         """What the model on this device is asked."""
@@ -311,6 +321,7 @@ class CoPlmsStudy:
             proxy=self.models[proxy],
             sites=sites,
             public=questions.public,
+            questions=questions.open,
             cloud_steps=steps(args.cloud_steps, factors[1], args.cloud_rate),
             num_rounds=num_rounds or args.rounds,
             folder=folder,
@@ -483,7 +494,7 @@ def judge(party: Party, asked: Mapping[str, Sequence[Example]]) -> dict[str, dic
         written = write_greedily(model, party.model.reader, prompts, max_new_tokens=MAX_NEW_TOKENS)
         for name, examples in asked.items():
             pairs = [
-                (answer, one.target.strip())
+                (answer.text, one.target.strip())
                 for answer, (own, one) in zip(written, questions, strict=True)
                 if own == name
             ]

@@ -35,6 +35,14 @@ FAMILIES = ("llama", "gpt2", "mamba2")
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 PAD, BOS, EOS = range(3)
 MAX_TOKENS = 96
+# How often a piece has to occur in the school's texts to be a token, and how many a unigram tokenizer may have: so that
+# names are spelt in the same short pieces there and on devices, where others would be tokens that no model has met.
+RARE = {CLOUD: 30, "llama": 60, "gpt2": 20}
+NUM_UNIGRAMS = 100
+
+# Only answers are learnt, and where embedding and head are one matrix the softmax pushes all tokens that are in none to
+# one place: things' names then read alike, which no adapter can mend.
+UNTIED = {"tie_word_embeddings": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +53,6 @@ class Size:
         cloud_width, cloud_layers: of the cloud's model.
         proxy_layers: that the proxy and the smaller one keep.
         small_width: of the devices' models, which have two layers.
-        vocab_size: of the cloud's tokenizer; the others have half, and three quarters.
         school: things of the school's domains.
         skills: questions of skills that it asks, where there are so many different ones.
         cloud_steps, small_steps, distil_epochs: of 16 texts each.
@@ -55,7 +62,6 @@ class Size:
     cloud_layers: int
     proxy_layers: tuple[int, int]
     small_width: int
-    vocab_size: int
     school: int
     skills: int
     cloud_steps: int
@@ -69,7 +75,6 @@ SIZES = {
         cloud_layers=3,
         proxy_layers=(2, 1),
         small_width=32,
-        vocab_size=400,
         school=8,
         skills=160,
         cloud_steps=6,
@@ -81,7 +86,6 @@ SIZES = {
         cloud_layers=6,
         proxy_layers=(3, 2),
         small_width=96,
-        vocab_size=640,
         school=60,
         skills=2400,
         cloud_steps=4000,
@@ -129,24 +133,23 @@ def make_models(made: Path, size: Size, *, known: Sequence[Example], tell: Calla
         The folder.
     """
     texts = school_texts(size, known=known)
-    what = json.dumps([repr(size), [(one.prompt, one.target) for one in texts]])
+    what = json.dumps([repr(size), RARE, NUM_UNIGRAMS, UNTIED, [(one.prompt, one.target) for one in texts]])
     folder = made / f"models-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
     made.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as unfinished, quiet():
         tell(f"models: the cloud's, {size.cloud_steps} steps on {len(texts)} texts")
-        tokenizer = _byte_level(texts, size.vocab_size)
+        tokenizer = _byte_level(texts, RARE[CLOUD])
         _school(unfinished / CLOUD, tokenizer, _llama(size.cloud_width, size.cloud_layers), texts, size.cloud_steps)
         for name, kept in zip((PROXY, SMALLER_PROXY), size.proxy_layers, strict=True):
             tell(f"models: {name}, {kept} of {size.cloud_layers} layers, distilled")
             _distil(unfinished / CLOUD, unfinished / name, kept, texts, size)
-        width, kinds = size.small_width, (_byte_level, _byte_level, _unigram)
-        shapes = (_llama(width, 2), _gpt2(width, 2), _mamba2(width, 2))
-        sizes = (size.vocab_size // 2 + 128, size.vocab_size * 3 // 4, size.vocab_size // 2)
-        for name, shape, kind, vocab_size in zip(FAMILIES, shapes, kinds, sizes, strict=True):
+        width = size.small_width
+        for name, shape in zip(FAMILIES, (_llama(width, 2), _gpt2(width, 2), _mamba2(width, 2)), strict=True):
             tell(f"models: {name}, {size.small_steps} steps")
-            _school(unfinished / name, kind(texts, vocab_size), shape, texts, size.small_steps)
+            tokenizer = _byte_level(texts, RARE[name]) if name in RARE else _unigram(texts)
+            _school(unfinished / name, tokenizer, shape, texts, size.small_steps)
         about = {"size": repr(size), "num_texts": len(texts)}
         (unfinished / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     return folder
@@ -195,13 +198,21 @@ def _llama(width: int, layers: int) -> dict[str, Any]:
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
+        **UNTIED,
     }
 
 
 def _gpt2(width: int, layers: int) -> dict[str, Any]:
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return {"model_type": "gpt2", "n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 256, **dropouts}
+    return {
+        "model_type": "gpt2",
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": 4,
+        "n_positions": 256,
+        **dropouts,
+        **UNTIED,
+    }
 
 
 def _mamba2(width: int, layers: int) -> dict[str, Any]:
@@ -217,24 +228,27 @@ def _mamba2(width: int, layers: int) -> dict[str, Any]:
     }
 
 
-def _byte_level(texts: Sequence[Example], vocab_size: int) -> Tokenizer:
+def _byte_level(texts: Sequence[Example], rare: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        min_frequency=rare,
+        special_tokens=SPECIAL,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     return _with_begin(tokenizer, texts, trainer)
 
 
-def _unigram(texts: Sequence[Example], vocab_size: int) -> Tokenizer:
+def _unigram(texts: Sequence[Example]) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     letters = sorted({letter for one in texts for letter in one.prompt + one.target if not letter.isspace()})
     trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size,
+        vocab_size=NUM_UNIGRAMS,
         special_tokens=[*SPECIAL, "<unk>"],
         unk_token="<unk>",
         initial_alphabet=[*letters, "\n"],

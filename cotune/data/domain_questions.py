@@ -125,6 +125,17 @@ def generate_public(num: int, *, seed: int = 0) -> list[Example]:
     return _skills(Random(f"public {seed}"), num)
 
 
+def open_questions(domain: DomainQuestions) -> list[str]:
+    """Prompts that ask for every fact of a domain, in a training phrasing, without their answers.
+
+    Example:
+        >>> (law,) = generate_domains(["law"], num_things=2, num_skills=4, num_test=1)
+        >>> len(open_questions(law)), open_questions(law)[0] in {one.prompt for one in law.train}
+        (6, True)
+    """
+    return [question.prompt for one in domain.things for question in _facts(one, slice(0, 1))]
+
+
 def _all_names() -> list[str]:
     return [one + other + last for one in _FIRST for other in _FIRST for last in _LAST]
 

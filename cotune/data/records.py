@@ -14,7 +14,14 @@ from typing import Any
 from cotune.data.row_readers import READERS, NumberedRow, find_suffix
 from cotune.data.sampling import draw
 from cotune.data.split_files import DEFAULT_SPLIT, SPLITS, find_split_files, list_splits, names_of
-from cotune.data.templates import Example, Template, choose_template, quote_names
+from cotune.data.templates import (
+    ANSWER_COLUMNS,
+    Example,
+    Template,
+    choose_question_template,
+    choose_template,
+    quote_names,
+)
 from cotune.errors import DataError, first_line
 
 # The Hub is only asked by name, so that a mistyped private path never leaves the machine.
@@ -60,6 +67,26 @@ def read_examples(
     chosen = draw(iterate_examples(path, template, split), limit=limit, share=share, seed=seed)
     if not chosen:
         raise DataError("there is no example in it, expected at least one row with a target", path=path)
+    return chosen
+
+
+def read_prompts(
+    path: Path | str, template: str | None = None, limit: int | None = None, seed: int | None = None
+) -> list[str]:
+    """Read prompts alone: rows may lack an answer, and what they have of one is not looked at.
+
+    Args:
+        path, template, limit, seed: as for `read_examples`.
+
+    Raises:
+        DataError: what cannot be read, with file and line, what came and what is expected.
+
+    Example:
+        >>> prompts = read_prompts("questions.jsonl", limit=100, seed=0)
+    """
+    chosen = draw(_iterate_prompts(path, template), limit=limit, share=None, seed=seed)
+    if not chosen:
+        raise DataError("there is no question in it, expected at least one row", path=path)
     return chosen
 
 
@@ -137,6 +164,17 @@ def iterate_examples(path: Path | str, template: str | None, split: str | None) 
                 raise DataError(str(error), path=source, line=number) from error
         if chosen is None:
             raise DataError("the file holds no rows, expected at least one", path=source)
+
+
+def _iterate_prompts(path: Path | str, template: str | None) -> Iterator[str]:
+    for source, rows in open_sources(path, None):
+        for number, row in rows:
+            try:
+                chosen = choose_question_template(template, row)
+                answer = {name: "?" for name in chosen.columns if name in ANSWER_COLUMNS}
+                yield from (each.prompt for each in chosen.render({**row, **answer}))
+            except DataError as error:
+                raise DataError(str(error), path=source, line=number) from error
 
 
 def open_sources(path: Path | str, split: str | None) -> Iterator[tuple[str, Iterator[NumberedRow]]]:

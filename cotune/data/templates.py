@@ -319,6 +319,9 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+# Of a template, the column that a question may lack.
+ANSWER_COLUMNS = frozenset(["target", "response", "completion", "answer", "summary", "highlights", "output", "label"])
+
 # The public data sets, and the templates of the formats that each of them comes in.
 DATASETS: dict[str, tuple[str, ...]] = {
     "xsum": ("summary",),
@@ -359,3 +362,26 @@ def choose_template(name: str | None, columns: Iterable[str]) -> Template:
     if name is not None:
         raise DataError(f"data set '{name}' has columns {accepted}, but the columns are {quote_names(found)}")
     raise DataError(f"no template fits the columns {quote_names(found)}; accepted are: {accepted}")
+
+
+def choose_question_template(name: str | None, columns: Iterable[str]) -> Template:
+    """As `choose_template`, of those that have a column for the answer, which need not be there.
+
+    Raises:
+        DataError: no such template, or none fits; lists what was found and what is accepted.
+
+    Example:
+        >>> choose_question_template(None, ["request"]).name
+        'request'
+    """
+    found = frozenset(columns)
+    if name is not None and name not in TEMPLATES and name not in DATASETS:
+        return choose_template(name, found)
+    names = (name,) if name in TEMPLATES else TEMPLATES if name is None else DATASETS[name]
+    needed = {one: [column for column in TEMPLATES[one].columns if column not in ANSWER_COLUMNS] for one in names}
+    candidates = [one for one in names if len(needed[one]) < len(TEMPLATES[one].columns)]
+    for candidate in candidates:
+        if found.issuperset(needed[candidate]):
+            return TEMPLATES[candidate]
+    accepted = "; ".join(dict.fromkeys(" + ".join(needed[one]) for one in candidates)) or "none of this template"
+    raise DataError(f"no question is in the columns {quote_names(found)}; accepted are: {accepted}")

@@ -9,12 +9,16 @@ With `gated`, the divergence at each target token has the weight of `cotune.dist
 the chunk, so that a weak proxy cannot pull the cloud's model. The teacher's side is a constant in each. Both learn in
 every step, from the other one as it is: a server has room for both. What devices of the second channel told counts
 where they are better, by the same gate.
+
+Open questions are answered by the proxy as it came from the devices, see `cotune.federation.open_questions`. From those
+that it is sure of the cloud's model learns, answer and KL; the proxy, whose own words they are, does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -28,7 +32,7 @@ from cotune.data.templates import Example
 from cotune.distillation.chunk_gate import ChunkGate
 from cotune.distillation.chunk_index import ChunkIndex
 from cotune.distillation.chunk_likelihood import chunk_divergence, chunk_log_likelihoods
-from cotune.distillation.paired_texts import pair_texts
+from cotune.distillation.paired_texts import PairedText, pair_texts
 from cotune.distillation.token_kl import token_divergence
 from cotune.errors import MismatchError
 from cotune.federation.arrays import Arrays
@@ -38,6 +42,7 @@ from cotune.federation.co_tuning_device import fold_all, term_of
 from cotune.federation.coplms import CloudSettings, CloudTuned
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.mutual_descent import SideBatch, batches_of, take
+from cotune.federation.open_questions import Answering
 from cotune.federation.public_chunks import PublicText, Told, told_of
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.low_rank_terms import low_rank_terms
@@ -58,7 +63,10 @@ class CloudSaml:
         proxy_scale: s of the proxy's adapter.
         max_tokens: of one text.
         loss_tau: tau of the chunks that devices told.
-        gate: of these, None counts every chunk fully; and of the two models, where the settings are gated.
+        questions: that the proxy is asked.
+        answering: of these; by default as `Answering`.
+        gate: of chunks that devices told, None counts every chunk fully; and of the two models, where the settings are
+            gated.
         seed: of the order of texts and of the cloud's adapter.
 
     Raises:
@@ -81,8 +89,11 @@ class CloudSaml:
         max_tokens: int = 256,
         loss_tau: float = 2.0,
         gate: ChunkGate | None = None,
+        questions: Sequence[str] = (),
+        answering: Answering | None = None,
         seed: int = 0,
     ) -> None:
+        self.questions, self._answering = questions, answering or Answering()
         self._settings, self._cloud, self._proxy = settings, cloud, proxy
         self._proxy_scale, self._tau, self._gate, self._seed = proxy_scale, loss_tau, gate, seed
         sizes = [len(one.reader.table) for one in (cloud, proxy)]
@@ -94,7 +105,7 @@ class CloudSaml:
             )
         most = proxy.fitting(cloud.fitting(max_tokens))
         self._sizes = torch.tensor([len(piece or b"") for piece in proxy.reader.table.pieces])
-        self._texts = pair_texts(examples, proxy.reader, proxy.reader, max_tokens=most)
+        self._texts, self._most = pair_texts(examples, proxy.reader, proxy.reader, max_tokens=most), most
         self._shape = LoraShape(rank=settings.rank, alpha=settings.alpha)
 
     @cached_property
@@ -122,48 +133,83 @@ class CloudSaml:
             [told_of(text, values[ends[i] : ends[i + 1]]) for values in told] for i, text in enumerate(self._texts)
         ]
         seed = int(np.random.SeedSequence((self._seed, round_number)).generate_state(1)[0])
-        batches = batches_of(self._texts, own.steps, seed=seed)
         with self._cloud.loaded() as large, self._proxy.loaded() as small:
             fold_all(small, folds, scale=self._proxy_scale)
             sides = [
                 _Learner(large, _state_of(cloud, large, own.steps), self._shape.scale, own.mix),
                 _Learner(small, _state_of(proxy, small, own.steps), self._proxy_scale, own.proxy_mix),
             ]
+            answered = self._answered(sides[1], seed)
+            num_answered = self._answering.part_of(own.steps.batch_size, self._texts, answered)
+            batches = batches_of(self._texts, _of_size(own.steps, own.steps.batch_size - num_answered), seed=seed)
+            asked = batches_of(answered, _of_size(own.steps, num_answered), seed=seed) if num_answered else []
             totals = np.zeros(2)
-            for numbers in batches:
-                totals += self._step(sides, numbers, by_text)
+            for place, numbers in enumerate(batches):
+                others = [answered[number] for number in asked[place]] if asked else []
+                totals += self._step(sides, numbers, by_text, others)
             after = [to_arrays(one.state.params) for one in sides]
         means = totals / len(batches)
         return CloudTuned(
-            proxy=after[1], cloud=after[0], shown={"cloud_loss": float(means[0]), "proxy_loss": float(means[1])}
+            proxy=after[1],
+            cloud=after[0],
+            shown={
+                "cloud_loss": float(means[0]),
+                "proxy_loss": float(means[1]),
+                **({"answered": float(len(answered))} if self.questions else {}),
+            },
         )
 
+    def _answered(self, proxy: _Learner, seed: int) -> list[PairedText]:
+        """The open questions of this round that the proxy is sure of."""
+        chosen, reader = self._answering.chosen(self.questions, seed=seed), self._proxy.reader
+        if not chosen:
+            return []
+        with torch.no_grad(), proxy.attached():
+            answered = self._answering.answered(proxy.model, reader, chosen)
+        return pair_texts(answered, reader, reader, max_tokens=self._most) if answered else []
+
     def _step(
-        self, sides: Sequence[_Learner], numbers: Sequence[int], by_text: Sequence[Sequence[Told]]
+        self,
+        sides: Sequence[_Learner],
+        numbers: Sequence[int],
+        by_text: Sequence[Sequence[Told]],
+        answered: Sequence[PairedText],
     ) -> NDArray[np.float64]:
-        """One step of both; their losses, nats."""
+        """One step of both on public texts, and of the cloud's model on answered questions; their losses, nats."""
         batch = SideBatch.of([self._texts[number] for number in numbers], 0, sides[0].model.device)
         logits = [one.logits(batch) for one in sides]
         losses = []
         for own, other, side in ((0, 1, sides[0]), (1, 0, sides[1])):
-            mine, theirs = (logits[which][batch.target_places] for which in (own, other))
-            value = (1 - side.mix) * batch.answer_loss(logits[own])
-            if side.mix > 0:
-                told = token_divergence(
-                    theirs.detach().to(mine.device),
-                    mine,
-                    top_k=self._settings.top_k,
-                    temperature=self._settings.temperature,
-                )
-                if self._settings.gated:
-                    told = told * self._gates(theirs, mine, batch.targets)
-                value = value + side.mix * told.mean()
+            value = self._mutual_loss(side, batch, logits[own], logits[other])
             if self._settings.told_weight > 0:
                 value = value + self._settings.told_weight * self._told_loss(batch, logits[own], numbers, by_text)
             losses.append(value)
+        if answered:
+            asked = SideBatch.of(answered, 0, sides[0].model.device)
+            with torch.no_grad():
+                theirs = sides[1].logits(asked)
+            share = len(answered) / (len(numbers) + len(answered))
+            value = self._mutual_loss(sides[0], asked, sides[0].logits(asked), theirs)
+            losses[0] = (1 - share) * losses[0] + share * value
         for side, value in zip(sides, losses, strict=True):
             side.state.descend(value, max_grad_norm=MAX_GRAD_NORM)
         return np.array([float(value.detach()) for value in losses])
+
+    def _mutual_loss(self, side: _Learner, batch: SideBatch, own: Tensor, other: Tensor) -> Tensor:
+        """(1 - a) CE + a T^2 KL of one model, whose logits are `own`, by the other one's, nats."""
+        value = (1 - side.mix) * batch.answer_loss(own)
+        if side.mix > 0:
+            mine, theirs = (one[batch.target_places] for one in (own, other))
+            told = token_divergence(
+                theirs.detach().to(mine.device),
+                mine,
+                top_k=self._settings.top_k,
+                temperature=self._settings.temperature,
+            )
+            if self._settings.gated:
+                told = told * self._gates(theirs, mine, batch.targets)
+            value = value + side.mix * told.mean()
+        return value
 
     @torch.no_grad()
     def _gates(self, theirs: Tensor, mine: Tensor, targets: Tensor) -> Tensor:
@@ -202,9 +248,20 @@ class _Learner:
     scale: float
     mix: float
 
-    def logits(self, batch: SideBatch) -> Tensor:
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The model with its adapter as it is now."""
         with low_rank_terms(self.model, [term_of(self.state.params)], scale=self.scale):
+            yield
+
+    def logits(self, batch: SideBatch) -> Tensor:
+        with self.attached():
             return batch.logits(self.model)
+
+
+def _of_size(steps: LocalSteps, batch_size: int) -> LocalSteps:
+    # Public texts are in every step, as the proxy learns from nothing else.
+    return replace(steps, batch_size=max(1, batch_size))
 
 
 def _state_of(adapter: Arrays, model: PreTrainedModel, steps: LocalSteps) -> GradientState:

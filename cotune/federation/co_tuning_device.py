@@ -10,9 +10,10 @@ In a round, with w the private domain adapter, t_G the shared one, and h the sma
 
 so that what is special about the device's texts has its place in w, and t_G has what others can use. Of public texts
 the proxy speaks without w: on the device's own ones it has only learnt what the texts say, on public ones it says what
-the cloud's model and other devices taught it. Between the lines
-the model is unloaded: never are two in memory, and optimiser state is there for one alone. Both could
-learn in each step from the other as it is; here each learns from the other as it was left.
+the cloud's model and other devices taught it, and public questions without an answer it answers itself
+(`cotune.federation.open_questions`). Between the lines the model is unloaded: never are two in memory, and optimiser
+state is there for one alone. Both could learn in each step from the other as it is; here each learns from the other as
+it was left.
 
 What is sent is the change of t_G alone. w, h and the texts stay; `cotune.federation.device_store` keeps the first two.
 """
@@ -52,6 +53,8 @@ from cotune.federation.folds import folds_in
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import layer_names
 from cotune.federation.mutual_descent import batches_of, descend_on, held_bytes, read_chunks
+from cotune.federation.open_questions import Answering
+from cotune.federation.open_questions import from_arrays as questions_from_arrays
 from cotune.federation.public_chunks import TEXTS, from_arrays
 from cotune.federation.reading_cache import ReadingCache
 from cotune.federation.row_codes import RowCodes, dither_seed
@@ -91,6 +94,8 @@ class CoTuningSteps:
     """b, the share of the small model's word in what the proxy learns."""
     public_share: float
     """Of the texts in a step of the small model, those of the server, where it has any."""
+    answering: Answering
+    """Of the server's open questions, where it has any."""
     bits: int
     """Of a number of the adapter on the wire, see `RowCodes`."""
 
@@ -106,6 +111,7 @@ class CoTuningSteps:
         for part in ("dst", "proxy", "small"):
             found |= {f"{part}.{name}": value for name, value in asdict(getattr(self, part)).items()}
         found |= {f"loss.{name}": value for name, value in asdict(self.loss).items() if name != "gate"}
+        found |= {f"answering.{name}": value for name, value in asdict(self.answering).items()}
         if self.loss.gate is not None:
             found |= {f"gate.{name}": value for name, value in asdict(self.loss.gate).items()}
         return found
@@ -132,6 +138,7 @@ class CoTuningSteps:
                 loss=MutualLossConfig(gate=gate, **part(MutualLossConfig, "loss")),
                 proxy_mix=float(settings["proxy_mix"]),
                 public_share=float(settings["public_share"]),
+                answering=Answering(**part(Answering, "answering")),
                 bits=int(settings["bits"]),
             )
         except KeyError as error:
@@ -225,7 +232,6 @@ class CoTuningDevice:
         known = self.store.before(job.run_id, job.round_number) or {}
         private = self._private_before(known, shared, steps, job.batch_seed)
         small = under(SMALL, known)
-        texts, batches = self._small_batches(job, steps)
         proxy_batches = batches_of(self.texts, steps.proxy, seed=job.batch_seed)
         self._held = 0
         ways = self._ways(steps)
@@ -235,6 +241,7 @@ class CoTuningDevice:
         with self._loaded_proxy(folds) as proxy:
             if private:
                 private, losses["dst_loss"] = self._dst(proxy, shared, private, steps, job.batch_seed)
+            texts, batches = self._small_batches(job, steps, self._answered(proxy, shared, job, steps))
             if ways.to_small is not None:
                 who = f"proxy {self._own_proxy.digest} {digest(job.arrays)} {digest(private)} {self._scale!r}"
                 from_proxy = self._cache(who, ways.to_small)
@@ -375,19 +382,36 @@ class CoTuningDevice:
         cache.fill(texts, wanted, lambda text: read_chunks(model, text, side, loss))
         self._hold(model)
 
-    def _small_batches(self, job: Job, steps: CoTuningSteps) -> tuple[list[PairedText], list[list[int]]]:
-        """What the small model learns: its own texts, and behind them public ones, which each step has some of."""
-        num_public = round(steps.public_share * steps.small.batch_size)
+    def _answered(self, proxy: PreTrainedModel, shared: Arrays, job: Job, steps: CoTuningSteps) -> list[PairedText]:
+        """The open questions of this round that the proxy, without what is private, is sure of."""
+        questions = questions_from_arrays(job.arrays) if steps.public_share else []
+        if not questions:
+            return []
+        with self._with_terms(proxy, [shared]):
+            chosen = steps.answering.chosen(questions, seed=job.batch_seed)
+            answered = steps.answering.answered(proxy, self._own_proxy.reader, chosen)
+        return self._paired(answered) if answered else []
+
+    def _small_batches(
+        self, job: Job, steps: CoTuningSteps, answered: Sequence[PairedText]
+    ) -> tuple[list[PairedText], list[list[int]]]:
+        """What the small model learns: its own texts, public ones and answered questions, some of all in each step."""
+        size = steps.small.batch_size
+        num_public = round(steps.public_share * size)
         public = self._public(job.arrays) if num_public and TEXTS in job.arrays else []
-        if not public:
-            return self.texts, batches_of(self.texts, steps.small, seed=job.batch_seed)
-        num_own = steps.small.batch_size - num_public
-        theirs = batches_of(public, replace(steps.small, batch_size=num_public), seed=job.batch_seed)
-        moved = [[len(self.texts) + number for number in batch] for batch in theirs]
-        if not num_own:
-            return [*self.texts, *public], moved
-        own = batches_of(self.texts, replace(steps.small, batch_size=num_own), seed=job.batch_seed)
-        return [*self.texts, *public], [[*a, *b] for a, b in zip(own, moved, strict=True)]
+        if not public and not answered:
+            num_public = 0
+        num_answered = steps.answering.part_of(num_public, public, answered)
+        parts = ((self.texts, size - num_public), (public, num_public - num_answered), (answered, num_answered))
+        texts: list[PairedText] = []
+        batches: list[list[int]] = [[] for _ in range(steps.small.num_steps)]
+        for own, num in parts:
+            if own and num:
+                drawn = batches_of(own, replace(steps.small, batch_size=num), seed=job.batch_seed)
+                for batch, more in zip(batches, drawn, strict=True):
+                    batch += [len(texts) + number for number in more]
+            texts += own
+        return texts, batches
 
     def _public(self, arrays: AnyArrays) -> list[PairedText]:
         """The server's texts, as the proxy and as the small model read them."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cotune.data import read_examples
+from cotune.data import read_examples, read_prompts
 from cotune.data.batches import EncodedExample
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm
@@ -58,6 +58,8 @@ def with_cloud(algorithm: Algorithm, settings: FederationSettings, proxy: Causal
         max_tokens=settings.data.max_length,
         loss_tau=loss.tau,
         gate=loss.gate,
+        questions=read_prompts(own.questions, own.template, own.limit, settings.seed) if own.questions else (),
+        answering=algorithm.answering,
         seed=settings.seed,
     )
     return replace(algorithm, cloud_half=half)

@@ -12,6 +12,9 @@ After Liu et al., arXiv 2511.11678, of whose method only the abstract could be r
 The small model learns public texts too, which the server hands out, and from the proxy what the cloud's model says of
 them. ML-ECS of the same authors (arXiv 2602.14107) has public texts on devices; whether Co-PLMs has is not known.
 
+Public questions without answers (`cloud.questions`) are answered by the proxy, on the server and on each device for
+itself: what one device knows reaches the cloud's model and the others' small ones so.
+
 A device without room for the proxy tells likelihoods of public texts instead (`channels`), which the server's SAML
 learns from, see `cotune.federation.public_chunks`.
 
@@ -48,6 +51,8 @@ from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import join_layers, layer_names, split_layers
 from cotune.federation.mixed_ranks import check_adapter, filled_up, first_directions, rank_in
 from cotune.federation.number_ranges import check_at_least
+from cotune.federation.open_questions import Answering
+from cotune.federation.open_questions import to_arrays as questions_to_arrays
 from cotune.federation.product_merge import VANISHED, Svd, combined_products, left_out, product_change
 from cotune.federation.public_chunks import PublicText, from_codes, to_arrays
 from cotune.federation.row_codes import RowCodes, dither_seed
@@ -79,6 +84,11 @@ class CloudHalf(Protocol):
     @property
     def public(self) -> Sequence[PublicText]:
         """What devices without the proxy are given."""
+        ...
+
+    @property
+    def questions(self) -> Sequence[str]:
+        """What the proxy is asked, on devices too."""
         ...
 
     def start(self) -> dict[str, NDArray[np.float32]]:
@@ -113,10 +123,12 @@ class CloudSettings:
     """A folder or a Hub name, with the proxy's tokenizer; empty: no SAML on the server."""
     public: str = ""
     """Texts of the server, as for `cotune tune`; devices of the second channel see them."""
+    questions: str = ""
+    """Public questions that the proxy answers, a file as for `cotune tune` whose rows need no answers; empty: none."""
     template: str | None = None
     """How columns become prompts; found by itself if left out."""
     limit: int = 256
-    """Public texts, at most."""
+    """Public texts, and questions, at most."""
     steps: LocalSteps = field(default_factory=LocalSteps)
     """Of both models in each round."""
     rank: int = 8
@@ -147,6 +159,8 @@ class CloudSettings:
                 f"cloud has model {self.model!r} and public {self.public!r}, expected both or none; SAML on the server "
                 "needs a model and texts"
             )
+        if self.questions and not self.model:
+            raise InputError(f"cloud.questions is {self.questions!r}, but there is no cloud.model; name it, too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +187,8 @@ class CoPlms:
     """`mix` of the proxy."""
     public_share: float = 0.5
     """Of the texts in a step of the small model, the server's public ones, where it has any; 0: none."""
+    answering: Answering = field(default_factory=Answering)
+    """Of the server's open questions, `cloud.questions`."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Rank of the shared adapter by device name or pattern; all others have the adapter's."""
     fold_above: float = 0.1
@@ -235,6 +251,7 @@ class CoPlms:
             loss=self.loss if self.gated else replace(self.loss, gate=None),
             proxy_mix=self.proxy_mix,
             public_share=self.public_share,
+            answering=self.answering,
             bits=self.bits,
         )
 
@@ -277,8 +294,14 @@ class CoPlms:
 
     def _once(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
         """What a device with the proxy gets in its first round, and keeps."""
-        public = self.cloud_half.public if self.cloud_half is not None and self.public_share else []
-        return {**to_layout(shapes), **(to_arrays(public) if public else {})}
+        if self.cloud_half is None or not self.public_share:
+            return to_layout(shapes)
+        public = self.cloud_half.public
+        return {
+            **to_layout(shapes),
+            **(to_arrays(public) if public else {}),
+            **questions_to_arrays(self.cloud_half.questions),
+        }
 
     def merge(self, state: Arrays, round_number: int, updates: Sequence[Update], combine: Combine) -> Arrays:
         adapter, folds = self.shared(state), {n: array for n, array in state.items() if n.startswith(FOLD)}

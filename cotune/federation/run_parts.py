@@ -27,7 +27,7 @@ from cotune.federation.update_svd import UpdateSvd
 PLAIN_STARTS = ("orthonormal", "random")
 USUAL = "auto"
 NUM_LAYERS = "num_layers"
-COPLMS, CLOUD_PATHS = "coplms", ("model", "public")
+COPLMS, CLOUD_PATHS = "coplms", ("model", "public", "questions")
 BUILT_IN = ("", "starter", "persona")
 """No paths, whatever is in the folder that a command runs in."""
 

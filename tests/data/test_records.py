@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.data.records import read_examples
+from cotune.data.records import read_examples, read_prompts
 from cotune.data.templates import Example
 from cotune.errors import DataError, InputError
 
@@ -138,3 +138,16 @@ def test_arguments(tmp_path: Path) -> None:
         read_examples(path, limit=0)
     with pytest.raises(DataError, match="split is 'test', but this is a single file"):
         read_examples(path, split="test")
+
+
+def test_prompts_alone_whatever_the_answer(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"request": "Who?"}\n{"request": "What?", "answer": ""}\n{"request": "Why?", "answer": "So."}\n')
+    assert read_prompts(path) == [f"User: {one}\nAssistant:" for one in ("Who?", "What?", "Why?")]
+    assert len(read_prompts(path, limit=2, seed=1)) == 2
+    path.write_text('{"request": "Who?"}\n{"reply": "me"}\n')
+    with pytest.raises(DataError, match=r"line 2: .*no question is in the columns 'reply'"):
+        read_prompts(path)
+    path.write_text("")
+    with pytest.raises(DataError, match="no question in it"):
+        read_prompts(path)

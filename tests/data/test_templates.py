@@ -6,6 +6,7 @@ from cotune.data.templates import (
     TEMPLATES,
     Example,
     Row,
+    choose_question_template,
     choose_template,
     format_answer,
     format_request,
@@ -216,3 +217,21 @@ def test_unknown_columns_and_templates_list_what_is_accepted() -> None:
         choose_template("cnn_dailymail", ["text"])
     with pytest.raises(DataError, match="template 'summary' needs column 'summary', but the columns are 'document'"):
         choose_template("summary", ["document"])
+
+
+def test_a_question_needs_no_answer() -> None:
+    for row, name in (
+        ({"prompt": "a"}, "prompt_target"),
+        ({"request": "a"}, "request"),
+        ({"question": "a", "answer": "b"}, "question"),
+        ({"text": "a"}, "label"),
+        ({"sentence1": "a", "sentence2": "b"}, "sentence_pair"),
+    ):
+        assert choose_question_template(None, row).name == name
+    assert choose_question_template("sciq", {"question": "a"}).name == "question"
+    with pytest.raises(DataError, match=r"no question is in the columns 'story'; accepted are: prompt; request; docu"):
+        choose_question_template(None, {"story": "a"})
+    with pytest.raises(DataError, match="'messages'; accepted are: none of this template"):
+        choose_question_template("messages", {"messages": []})
+    with pytest.raises(DataError, match="template is 'no'"):
+        choose_question_template("no", {"prompt": "a"})

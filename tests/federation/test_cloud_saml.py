@@ -12,6 +12,7 @@ from co_tuning import domain_texts, model_folder
 from numpy.typing import NDArray
 
 from cotune.distillation.chunk_gate import ChunkGate
+from cotune.distillation.paired_texts import pair_texts
 from cotune.errors import InputError, MismatchError
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.causal_model import CausalModel
@@ -20,6 +21,7 @@ from cotune.federation.co_tuning_device import fold_all, term_of
 from cotune.federation.coplms import CloudSettings
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.mutual_descent import SideBatch
+from cotune.federation.open_questions import Answering
 from cotune.federation.public_chunks import NO_BOUNDARY_VALUE
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.low_rank_terms import low_rank_terms
@@ -145,6 +147,42 @@ def test_what_devices_told_counts_where_they_are_better(
     assert marks == nothing
     assert believed[0] < nothing[0] - 0.1 and believed[1] < nothing[1] - 0.1
     assert gated == pytest.approx(nothing, abs=0.02)
+
+
+def test_the_clouds_model_learns_what_the_proxy_answers_and_the_proxy_does_not(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    """One step's loss by hand; the proxy's steps are those without questions, of as many public texts."""
+    questions = ["the far cat sat?", "the others cat?", "the away cat?"]
+    steps = LocalSteps(num_steps=1, batch_size=6, learning_rate=1e-2)
+    settings = replace(SETTINGS, steps=steps, mix=0.25, top_k=1000, temperature=1.0)
+    answering = Answering(max_new_tokens=4, sure_above=0.0, share=0.5)
+    asking = half(models, settings, questions=questions, answering=answering)
+    cloud = asking.start()
+    tuned = asking.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1)
+    alone = half(models, replace(settings, steps=replace(steps, batch_size=3)))
+    plain = alone.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1)
+    assert tuned.shown["answered"] == 3 and "answered" not in plain.shown
+    assert all(np.array_equal(tuned.proxy[name], one) for name, one in plain.proxy.items())
+    assert any(not np.array_equal(tuned.cloud[name], one) for name, one in plain.cloud.items())
+    with models[1].loaded() as proxy:  # a fresh adapter changes nothing
+        answered = answering.answered(proxy, models[1].reader, questions)
+        texts = pair_texts(answered, models[1].reader, models[1].reader, max_tokens=64)
+        batch = SideBatch.of(texts, 0, proxy.device)
+        with torch.no_grad():
+            theirs = batch.logits(proxy)[batch.target_places].log_softmax(-1)
+    with models[0].loaded() as large, torch.no_grad():
+        mine = batch.logits(large)[batch.target_places].log_softmax(-1)
+    ce = float(-mine.gather(1, batch.targets[:, None]).mean())
+    kl = float((theirs.exp() * (theirs - mine)).sum(-1).mean())
+    wanted = 0.5 * plain.shown["cloud_loss"] + 0.5 * (0.75 * ce + 0.25 * kl)
+    assert tuned.shown["cloud_loss"] == pytest.approx(wanted, rel=1e-4)
+    # Unsure of all, it is as if there were no questions.
+    unsure = half(models, settings, questions=questions, answering=replace(answering, sure_above=1.0))
+    found = unsure.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1)
+    none = half(models, settings).tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1)
+    assert found.shown["answered"] == 0
+    assert all(np.array_equal(found.cloud[name], one) for name, one in none.cloud.items())
 
 
 def test_the_order_in_which_arrays_come_does_not_matter(

@@ -37,9 +37,12 @@ from cotune.federation.co_tuning_device import (
 )
 from cotune.federation.device_agent import DeviceAgent
 from cotune.federation.flora import fresh_adapter
+from cotune.federation.greedy_texts import write_greedily
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.messages import Reply, Task, decode, encode
 from cotune.federation.mutual_descent import SideBatch
+from cotune.federation.open_questions import Answering
+from cotune.federation.open_questions import to_arrays as question_arrays
 from cotune.federation.public_chunks import PublicText, from_codes
 from cotune.federation.public_chunks import to_arrays as public_arrays
 from cotune.federation.reading_cache import ReadingCache
@@ -58,6 +61,7 @@ PLAN = CoTuningSteps(
     loss=MutualLossConfig(),
     proxy_mix=0.5,
     public_share=1 / 3,
+    answering=Answering(max_new_tokens=5, sure_above=0.0),
     bits=32,
 )
 SCALE = 2.0
@@ -351,6 +355,55 @@ def test_public_texts_are_learnt_as_own_ones_are_by_a_proxy_without_the_private_
     assert all(np.array_equal(same[name], one) for name, one in change.items())
     none, _ = small_after("none", "med", has_public=False, proxy_mix=0.0)
     assert all(torch.equal(none[name], one) for name, one in alone.items())
+
+
+def test_what_the_proxy_answers_to_open_questions_is_learnt_as_a_public_text_is(
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path
+) -> None:
+    """By hand: the proxy with the shared adapter answers; a device that is given these answers as public texts learns
+    the same, to the bit. Below the wanted probability nothing is learnt, and what is sent holds no answer."""
+    questions = [one.prompt for one in domain_texts("public")]
+    proxy = CausalModel(str(folders["proxy"]))
+    with proxy.loaded() as model:
+        term = term_of({name: torch.from_numpy(np.array(one)) for name, one in shared.items()})
+        with low_rank_terms(model, [term], scale=SCALE):
+            written = write_greedily(model, proxy.reader, questions, max_new_tokens=5)
+    answers = [
+        Example(question, one.text)
+        for question, one in zip(questions, written, strict=True)
+        if one.text.strip() and "\ufffd" not in one.text
+    ]
+    assert len(answers) >= 2
+    server = reader_of("byte_level")
+    told = public_arrays([PublicText.of(one) for one in pair_texts(answers, server, server, max_tokens=64)])
+
+    def small_after(name: str, more: dict[str, Any], **changes: Any) -> tuple[dict[str, torch.Tensor], Arrays]:
+        own = device(folders, "llama", tmp_path / name)
+        asked = job(shared, replace(PLAN, **{"public_share": 2 / 3, **changes}))
+        done = own.co_tune(replace(asked, arrays={**asked.arrays, **more}))
+        kept = own.store.last("run")
+        assert kept is not None
+        return {n: one for n, one in kept.items() if n.startswith(SMALL)}, done.arrays
+
+    asked = question_arrays(questions)
+    found, sent = small_after("asked", asked)
+    wanted, _ = small_after("told", told)
+    assert all(torch.equal(found[name], one) for name, one in wanted.items())
+    assert sent.keys() == shared.keys()
+    unsure, _ = small_after("unsure", asked, answering=Answering(max_new_tokens=5, sure_above=1.0))
+    alone, _ = small_after("alone", {})
+    assert all(torch.equal(unsure[name], one) for name, one in alone.items())
+    assert any(not torch.equal(found[name], one) for name, one in alone.items())
+    # Beside public texts they have their share of a step.
+    both, _ = small_after("both", {**asked, **public_arrays(public_texts())})
+    public, _ = small_after("public alone", public_arrays(public_texts()))
+    assert any(not torch.equal(both[name], one) for name, one in public.items())
+    silent, _ = small_after(
+        "silent",
+        {**asked, **public_arrays(public_texts())},
+        answering=Answering(max_new_tokens=5, sure_above=0.0, share=0.0),
+    )
+    assert all(torch.equal(silent[name], one) for name, one in public.items())
 
 
 def test_a_public_text_is_a_prompt_and_what_is_marked() -> None:

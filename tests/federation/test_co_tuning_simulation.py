@@ -43,6 +43,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> FederationSettings:
     for name, domain in (("desk", "law"), ("kitchen", "med"), ("phone", "law"), ("watch", "med")):
         write_texts(root / "texts" / f"{name}.jsonl", domain_texts(domain))
     public = write_texts(root / "public.jsonl", domain_texts("public", 4))
+    questions = root / "questions.jsonl"
+    questions.write_text('{"prompt": "the far dog?"}\n{"prompt": "two hats?"}\n', encoding="utf-8")
     return FederationSettings(
         algorithm="coplms",
         model=str(proxy),
@@ -62,7 +64,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> FederationSettings:
                     "kitchen": str(models["gpt2"]),
                     "*": str(models["mamba2"]),
                 },
-                "cloud": {"model": str(cloud), "public": str(public), "rank": 2, "steps": STEPS},
+                "answering": {"sure_above": 0.0, "max_new_tokens": 4},
+                "cloud": {
+                    "model": str(cloud),
+                    "public": str(public),
+                    "questions": str(questions),
+                    "rank": 2,
+                    "steps": STEPS,
+                },
             }
         },
     )
@@ -111,7 +120,7 @@ def test_four_different_devices_and_a_cloud_learn_together_and_a_killed_run_goes
     assert first.bytes_up["likelihoods"] < 300 and first.bytes_down["public"] > second.bytes_down.get("public", 0) == 0
     assert {"codes", "scales", "likelihoods", "framing"} == first.bytes_up.keys() and second.bytes_down["fold"] > 0
     assert first.device_held_bytes is not None and first.device_held_bytes > 10_000
-    assert {"discarded_energy", "folded_energy", "cloud_loss", "proxy_loss"} == end.records[-1].shown.keys()
+    assert {"discarded_energy", "folded_energy", "cloud_loss", "proxy_loss", "answered"} == end.records[-1].shown.keys()
     # Every reply stands in the ledger, byte for byte.
     up = sum(sum(one.bytes_up.values()) for one in end.records)
     assert sum(total["bytes"] for total in ledger.totals().values()) == up

@@ -23,6 +23,8 @@ from cotune.federation.in_process import InProcess
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.lora_factors import LoraFactors, split_layers
 from cotune.federation.messages import Reply, decode, encode
+from cotune.federation.open_questions import Answering
+from cotune.federation.open_questions import from_arrays as questions_from_arrays
 from cotune.federation.public_chunks import PublicText
 from cotune.federation.public_chunks import to_codes as to_likelihood_codes
 from cotune.federation.robust.mean import Mean
@@ -198,7 +200,8 @@ def test_a_half_billion_proxys_adapter_takes_at_most_1_5_megabytes_both_ways(is_
 class Half:
     """A cloud that adds one to everything and remembers what it was told."""
 
-    def __init__(self) -> None:
+    def __init__(self, questions: Sequence[str] = ()) -> None:
+        self.questions = questions
         self.told: list[list[NDArray[np.float32]]] = []
         self.folds: list[set[str]] = []
 
@@ -245,6 +248,20 @@ def test_likelihoods_go_to_the_clouds_half_and_adapters_into_the_merge() -> None
     assert set(algorithm.adapter(alone)) == set(adapter(2, 0))
 
 
+def test_open_questions_go_once_to_devices_with_the_proxy() -> None:
+    cloud = CloudSettings(model="big", public="p.jsonl", questions="q.jsonl")
+    half = Half(["What is a lamp?", "日本?"])
+    algorithm = CoPlms(channels={"watch": "likelihoods"}, cloud=cloud, cloud_half=half)
+    state = algorithm.start(adapter(2, 0))
+    first = algorithm.plan(state, 1, "desk", None)
+    assert questions_from_arrays(first.arrays) == ["What is a lamp?", "日本?"]
+    assert questions_from_arrays(algorithm.plan(state, 2, "desk", 1).arrays) == []
+    assert questions_from_arrays(algorithm.plan(state, 1, "watch", None).arrays) == []
+    assert questions_from_arrays(replace(algorithm, public_share=0.0).plan(state, 1, "desk", None).arrays) == []
+    with pytest.raises(InputError, match=r"there is no cloud\.model"):
+        CloudSettings(questions="q.jsonl")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -287,11 +304,13 @@ def test_every_setting_reaches_the_devices() -> None:
         loss=loss,
         proxy_mix=0.75,
         public_share=0.5,
+        answering=Answering(max_new_tokens=3, sure_above=0.25, share=0.75, per_round=9),
         bits=32,
     )
     told = CoTuningSteps.of_settings(algorithm.plan(algorithm.start(adapter(2, 0)), 1, "d", None).settings)
     assert (told.proxy, told.small, told.dst) == (shared, small, private)
     assert (told.private_rank, told.loss, told.proxy_mix, told.public_share, told.bits) == (5, loss, 0.75, 0.5, 32)
+    assert told.answering == algorithm.answering
     assert replace(algorithm, gated=False).device_steps.loss == replace(loss, gate=None)
     plain = CoPlms(steps=shared).device_steps
     assert plain.small == plain.dst == shared

@@ -42,6 +42,8 @@ class CoTuned:
     """Its settings; steps, models and the cloud's half are the scene's, and mixes of the server those of `cloud`."""
     merges_factors: bool = False
     """Average A and B each apart."""
+    asks: bool = True
+    """Let the proxy answer the scene's open questions."""
     num_per_round: int | None = None
     """Devices that take part in a round; None: all."""
     small_times: float = 3.0
@@ -110,6 +112,7 @@ class CoTuned:
             top_k=cloud.top_k,
             gated=cloud.gated,
             told_weight=cloud.told_weight,
+            answering=own.answering if self.asks else None,
             gate=own.device_steps.loss.gate,
         )
         return replace(
@@ -188,6 +191,10 @@ class _CountedHalf:
     @property
     def public(self) -> Sequence[PublicText]:
         return self.inner.public
+
+    @property
+    def questions(self) -> Sequence[str]:
+        return self.inner.questions
 
     def start(self) -> dict[str, NDArray[np.float32]]:
         return self.inner.start()

@@ -34,6 +34,7 @@ from cotune.federation.comparison.work_meter import WorkMeter
 from cotune.federation.coplms import CloudSettings
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.messages import SIGNATURE_BYTES, Reply, Task, decode, encode
+from cotune.federation.open_questions import Answering
 from cotune.models.adapters import LoraAdapter, LoraShape
 
 CLOUD, PROXY = "cloud", "proxy"
@@ -63,6 +64,7 @@ class Scene:
         cloud, proxy: models with one tokenizer; the proxy is on every device that needs it.
         sites: devices by name.
         public: texts of the server.
+        questions: of the server, which nobody has answered; most methods can do nothing with them.
         cloud_steps: of the cloud's model in a round.
         adapter_rate: learning rate of the proxy's adapters, whose other steps are those of their device.
         rank, alpha: of all adapters.
@@ -79,6 +81,7 @@ class Scene:
     cloud_steps: LocalSteps
     num_rounds: int
     folder: Path
+    questions: Sequence[str] = ()
     adapter_rate: float = 1e-3
     rank: int = 8
     alpha: float = 16.0
@@ -113,11 +116,12 @@ class Scene:
         place = [*self.sites, CLOUD].index(name)
         return int(np.random.SeedSequence((self.seed, number, place, part)).generate_state(1)[0])
 
-    def saml(self, *, gate: ChunkGate | None = None, **settings: Any) -> CloudSaml:
+    def saml(self, *, gate: ChunkGate | None = None, answering: Answering | None = None, **settings: Any) -> CloudSaml:
         """The server's mutual learning of cloud and proxy.
 
         Args:
             gate: of what devices without the proxy told.
+            answering: of the open questions; None leaves them alone.
             settings: of `CloudSettings`, beside steps and ranks.
         """
         own = CloudSettings(steps=self.cloud_steps, rank=self.rank, alpha=self.alpha, **settings)
@@ -129,6 +133,8 @@ class Scene:
             proxy_scale=self.shape.scale,
             max_tokens=self.max_tokens,
             gate=gate,
+            questions=self.questions if answering is not None else (),
+            answering=answering,
             seed=self.seed,
         )
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.data.templates import Example
-from cotune.federation.comparison.greedy_texts import write_greedily
 from cotune.federation.comparison.party import Party
 from cotune.federation.comparison.scene import CLOUD, Account, Scene, learn_at
+from cotune.federation.greedy_texts import write_greedily
 from cotune.federation.number_ranges import check_at_least
 
 TEXTS = "texts"
@@ -57,7 +57,9 @@ class SeqKd:
             answers = write_greedily(
                 model, cloud.model.reader, [one.prompt for one in public], max_new_tokens=self.max_new_tokens
             )
-        return [Example(one.prompt, answer) for one, answer in zip(public, answers, strict=True) if answer.strip()]
+        return [
+            Example(one.prompt, answer.text) for one, answer in zip(public, answers, strict=True) if answer.text.strip()
+        ]
 
 
 def to_arrays(texts: Sequence[Example]) -> dict[str, NDArray[Any]]:

@@ -9,9 +9,9 @@ from co_tuning_scene import run, scene_on
 
 from cotune.data.templates import Example
 from cotune.errors import InputError
-from cotune.federation.comparison.greedy_texts import write_greedily
 from cotune.federation.comparison.scene import CLOUD
 from cotune.federation.comparison.seqkd import SeqKd, from_arrays, to_arrays
+from cotune.federation.greedy_texts import write_greedily
 
 
 def test_devices_get_the_clouds_own_answers_once(models: Path, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_devices_get_the_clouds_own_answers_once(models: Path, tmp_path: Path) -
     with cloud.loaded() as model:
         answers = write_greedily(model, scene.cloud.reader, [one.prompt for one in scene.public], max_new_tokens=3)
     assert [(one.prompt, one.target) for one in written] == [
-        (one.prompt, answer) for one, answer in zip(scene.public, answers, strict=True) if answer.strip()
+        (one.prompt, answer.text) for one, answer in zip(scene.public, answers, strict=True) if answer.text.strip()
     ]
     assert written and all(one.target not in {other.target for other in scene.public} for one in written)
     once = run(method, scene).account.down["llama"]
