@@ -136,11 +136,9 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
 
 
 def options(args: argparse.Namespace, **changes: Any) -> CoPlms:
-    """Ours, as the study runs it."""
-    return replace(
-        CoPlms(private_rank=args.rank, answering=Answering(max_new_tokens=MAX_NEW_TOKENS)),
-        **changes,
-    )
+    """Ours, as the study runs it. Without DST: what the private adapter has learnt, the shared one need not, and then
+    no fact crosses."""
+    return replace(CoPlms(private_rank=0, answering=Answering(max_new_tokens=MAX_NEW_TOKENS)), **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +169,7 @@ def _alone(args: argparse.Namespace) -> Contestant:
 
 
 ABLATIONS: dict[str, Ablation] = {
-    "no DST": Ablation(method=lambda args: CoTuned(options=options(args, private_rank=0))),
+    "DST": Ablation(method=lambda args: CoTuned(options=options(args, private_rank=args.rank))),
     "no SAML": Ablation(method=_alone),
     "no public texts on devices": Ablation(method=lambda args: CoTuned(options=options(args, public_share=0.0))),
     "no open questions": Ablation(method=lambda args: CoTuned(options=options(args), asks=False)),

@@ -48,8 +48,8 @@ class CoTuned:
     """Devices that take part in a round; None: all."""
     small_times: float = 3.0
     """Steps of the small model, of the scene's: it is what answers, and its steps are the cheapest."""
-    proxy_times: float = 0.5
-    """Steps of each of the proxy's adapters, of the scene's."""
+    proxy_times: float = 1.5
+    """Steps of each of the proxy's adapters, of the scene's: all that crosses goes through them."""
 
     def rounds(self, scene: Scene, account: Account) -> Iterator[Mapping[str, Party]]:
         """As `Contestant`."""
