@@ -24,6 +24,7 @@ from study_options import StudyParser, add_run_options, at_least_one, open_cells
 from cotune.errors import BudgetError
 from cotune.evaluation.measured_memory import PeakMeter
 from cotune.models.backbone import Backbone
+from cotune.models.weights import digest_folder, find_model_folder
 from cotune.sandwich.budget import Budget
 from cotune.sandwich.cost import Price
 from cotune.sandwich.edge_adapter import MERGE_TEMPLATE
@@ -44,10 +45,12 @@ class Where:
 
     Attributes:
         url, model: of the API.
+        weights: the beginning of their digest, of a model that cotune hosts; empty: nobody can tell.
     """
 
     url: str
     model: str
+    weights: str = ""
 
 
 def make_parser(name: str, description: str | None, examples: str) -> StudyParser:
@@ -236,6 +239,7 @@ class Study:
             "cloud_model": where.model,
             # On loopback the port changes; elsewhere the URL says whose model it is.
             "cloud": "own" if args.cloud is None else where.url,
+            **({"weights": where.weights} if where.weights else {}),
             "usd_in": args.usd_in,
             "usd_out": args.usd_out,
             "max_context": args.max_context,
@@ -291,10 +295,18 @@ class Study:
 @contextmanager
 def opened_study(args: argparse.Namespace, name: str) -> Iterator[Study]:
     """A study with its cloud: that of `--cloud`, or cotune's own, which ends with the block."""
-    with ExitStack() as stack:
-        url = args.cloud or stack.enter_context(own_cloud(args.cloud_model))
-        model = args.cloud_model if args.cloud else Path(args.cloud_model).name
-        yield Study(args, Where(url, model), name)
+    with opened_where(args, args.cloud_model) as where:
+        yield Study(args, where, name)
+
+
+@contextmanager
+def opened_where(args: argparse.Namespace, model: str) -> Iterator[Where]:
+    """This model at `--cloud`, or hosted by cotune while the block runs."""
+    if args.cloud:
+        yield Where(args.cloud, model)
+        return
+    with own_cloud(model) as url:
+        yield Where(url, Path(model).name, digest_folder(find_model_folder(model))[:16])
 
 
 @contextmanager

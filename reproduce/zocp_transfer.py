@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from cells import OutOfTimeError, Value
 from page import Page
 from result_folder import grid
 from sandwich_arms import Sandwich, best_prompt, fitted, sandwich_pipeline
-from sandwich_bench import Bench, Learnt, judge, own_cloud
+from sandwich_bench import Bench, Learnt, judge
 from study_options import at_least_one, plain_endings, results_of
 from zocp_study import (
     EXPECTED,
@@ -31,6 +30,7 @@ from zocp_study import (
     make_parser,
     opened_cloud,
     opened_study,
+    opened_where,
     score_of,
 )
 
@@ -165,10 +165,7 @@ def main() -> None:
     """Entry point."""
     args = parser().parse_args()
     with plain_endings(), opened_study(args, NAME) as study, ExitStack() as stack:
-        others = [
-            Where(args.cloud, model) if args.cloud else Where(stack.enter_context(own_cloud(model)), Path(model).name)
-            for model in args.others
-        ]
+        others = [stack.enter_context(opened_where(args, model)) for model in args.others]
         page = build(Transfer(study, others))
         page.publish(
             results_of(args, NAME),
