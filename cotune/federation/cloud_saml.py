@@ -165,7 +165,7 @@ class CloudSaml:
         if not chosen:
             return []
         with torch.no_grad(), proxy.attached():
-            answered = self._answering.answered(proxy.model, reader, chosen)
+            answered = self._answering.answered(proxy.model, reader, chosen, max_tokens=self._most)
         return pair_texts(answered, reader, reader, max_tokens=self._most) if answered else []
 
     def _step(

@@ -389,7 +389,9 @@ class CoTuningDevice:
             return []
         with self._with_terms(proxy, [shared]):
             chosen = steps.answering.chosen(questions, seed=job.batch_seed)
-            answered = steps.answering.answered(proxy, self._own_proxy.reader, chosen)
+            own = self._own_proxy
+            most = own.fitting(self._max_tokens)
+            answered = steps.answering.answered(proxy, own.reader, chosen, max_tokens=most)
         return self._paired(answered) if answered else []
 
     def _small_batches(

@@ -77,18 +77,23 @@ class Answering:
             return 0
         return round(self.share * num_texts) if public else num_texts
 
-    def answered(self, model: PreTrainedModel, reader: Reader, questions: Sequence[str]) -> list[Example]:
+    def answered(
+        self, model: PreTrainedModel, reader: Reader, questions: Sequence[str], *, max_tokens: int
+    ) -> list[Example]:
         """The questions that a model is sure of, with its answers.
 
         Args:
             model: loaded, with what answers attached.
             reader: its own.
-            questions: prompts.
+            questions: prompts; one that leaves no room for an answer stays open.
+            max_tokens: of question and answer.
         """
-        written = write_greedily(model, reader, questions, max_new_tokens=self.max_new_tokens)
+        room = max_tokens - self.max_new_tokens
+        fitting = [one for one in questions if 0 < len(reader.tokenizer.encode(one).ids) <= room]
+        written = write_greedily(model, reader, fitting, max_new_tokens=self.max_new_tokens)
         return [
             Example(question, one.text)
-            for question, one in zip(questions, written, strict=True)
+            for question, one in zip(fitting, written, strict=True)
             # Bytes that are no text could not be read again as the model wrote them.
             if one.text.strip() and "\ufffd" not in one.text and math.exp(one.log_likelihood) >= self.sure_above
         ]

@@ -166,7 +166,7 @@ def test_the_clouds_model_learns_what_the_proxy_answers_and_the_proxy_does_not(
     assert all(np.array_equal(tuned.proxy[name], one) for name, one in plain.proxy.items())
     assert any(not np.array_equal(tuned.cloud[name], one) for name, one in plain.cloud.items())
     with models[1].loaded() as proxy:  # a fresh adapter changes nothing
-        answered = answering.answered(proxy, models[1].reader, questions)
+        answered = answering.answered(proxy, models[1].reader, questions, max_tokens=64)
         texts = pair_texts(answered, models[1].reader, models[1].reader, max_tokens=64)
         batch = SideBatch.of(texts, 0, proxy.device)
         with torch.no_grad():

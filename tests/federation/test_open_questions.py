@@ -46,11 +46,17 @@ def test_an_answer_is_believed_from_its_mean_probability_on(tmp_path: Path) -> N
         text = own.reader.table.pieces[word]
         assert text is not None
         for sure_above, num in ((0.0, 3), (0.59, 3), (0.61, 0)):  # sqrt(0.9 * 0.4) = 0.6
-            found = Answering(sure_above=sure_above).answered(model, own.reader, ASKED)
+            found = Answering(sure_above=sure_above).answered(model, own.reader, ASKED, max_tokens=64)
             assert found == [Example(one, text.decode()) for one in ASKED][:num]
         # The end does not fit any more: what was written counts alone.
-        cut = Answering(sure_above=0.89, max_new_tokens=1).answered(model, own.reader, ASKED)
+        cut = Answering(sure_above=0.89, max_new_tokens=1).answered(model, own.reader, ASKED, max_tokens=64)
         assert len(cut) == 3
+        # The longest question has no room for an answer of 16 tokens.
+        lengths = [len(own.reader.tokenizer.encode(one).ids) for one in ASKED]
+        short = Answering(sure_above=0.0).answered(model, own.reader, ASKED, max_tokens=max(lengths) + 15)
+        assert [one.prompt for one in short] == [
+            one for one, num in zip(ASKED, lengths, strict=True) if num < max(lengths)
+        ]
 
 
 def test_what_is_no_text_or_nothing_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +66,10 @@ def test_what_is_no_text_or_nothing_is_no_answer(tmp_path: Path, monkeypatch: py
         for text, is_one in ((" fine", True), ("  \n", False), ("", False), (" \ufffd", False)):
             made = type(real)(text, -0.01)
             monkeypatch.setattr(open_questions, "write_greedily", lambda *args, own=made, **options: [own])
-            assert Answering().answered(model, own.reader, ["the cat?"]) == [Example("the cat?", text)] * is_one
+            assert (
+                Answering().answered(model, own.reader, ["the cat?"], max_tokens=64)
+                == [Example("the cat?", text)] * is_one
+            )
 
 
 def test_a_round_asks_some_and_other_rounds_ask_others() -> None:
