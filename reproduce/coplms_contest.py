@@ -1,8 +1,8 @@
-"""Methods of co-tuning on questions of made-up domains: one run of one method as a cell, all that it knew and cost.
+"""Methods of co-tuning on questions of several domains: one run of one method as a cell, all that it knew and cost.
 
-Each device has the texts of one domain. What a model answers is asked in four sets: facts of its own domain in a new
-phrasing, facts of the other devices' domains, which its texts never named ("crossed"), skills with new numbers, and
-sums over two things. The cloud's model has no domain of its own: all facts crossed to it.
+Each device has the texts of one domain. What a model answers is asked in four sets: of its own domain, of the other
+devices' domains ("crossed"), of skills, and sums over two things, see `coplms_texts`. The cloud's model has no domain
+of its own: everything crossed to it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from adaptation_study import best_rate
 from cells import Value
-from coplms_models import CLOUD, FAMILIES, MAX_TOKENS, PROXY, SIZES, SMALLER_PROXY, make_models
+from coplms_models import CLOUD, FAMILIES, MAX_TOKENS, PROXY, SIZES, SMALLER_PROXY, make_models, school_texts
+from coplms_texts import CROSSED, MAX_SEEDS, OWN, SEARCH_WORLD, SKILLS, Questions, school_of, texts_of
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive
 
-from cotune.data.domain_questions import DomainQuestions, generate_domains, generate_public, open_questions
 from cotune.data.templates import Example
 from cotune.distillation.mutual_loss import MutualLossConfig
 from cotune.errors import NonFiniteLossError
@@ -52,12 +52,7 @@ if TYPE_CHECKING:
 
 # The meaning of a cell: one more, and all are run again.
 PROTOCOL = 5
-OWN, CROSSED, SKILLS, MIXED = "own", "crossed", "skills", "mixed"
-SETS = (OWN, CROSSED, SKILLS, MIXED)
 MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
-MAX_SEEDS = 9
-SEARCH_WORLD = MAX_SEEDS
-"""Seed of the facts and texts on which learning rates are searched, which no test has."""
 RATE_FACTORS = (0.25, 0.5, 1.0)
 ZERO_SHOT, OURS, STANDALONE, EQUAL = "zero-shot", "ours", "standalone", "standalone, equal compute"
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
@@ -96,6 +91,13 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
         + "\nWithout --models, cotune makes small ones, once. Finished cells are kept in --cells and never run again.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    made.add_argument("--data-root", type=Path, help="folder of data sets")
+    made.add_argument(
+        "--datasets", nargs="+", help="folders there, one for each device in turn, instead of made-up domains"
+    )
+    made.add_argument(
+        "--school", nargs="+", help="with --datasets: folders there that models have read before; the rest is public"
+    )
     made.add_argument(
         "--models", type=Path, help="a folder with cloud, proxy, proxy-smaller, llama, gpt2 and mamba2 in it"
     )
@@ -116,6 +118,9 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
         ("--batch-size", 8, "texts in one step"),
         ("--rank", 8, "of all adapters"),
         ("--top-k", 32, "logits that FedMKT sends of each token"),
+        ("--max-tokens", MAX_TOKENS, "of one text"),
+        ("--num-train", 240, "texts of a device, with --datasets"),
+        ("--num-open", 40, "open questions of each of --datasets"),
     ):
         made.add_argument(option, type=at_least_one, default=default, help=f"{what} (default: %(default)s)".strip())
     for option, rate, whose in (
@@ -186,53 +191,6 @@ ABLATIONS: dict[str, Ablation] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """The texts of one seed.
-
-    Attributes:
-        domains: one for each device.
-        public: of the server.
-    """
-
-    domains: list[DomainQuestions]
-    public: list[Example]
-
-    @property
-    def open(self) -> list[str]:
-        """Questions about all things that the server has no answer to."""
-        return [one for domain in self.domains for one in open_questions(domain)]
-
-    def of_device(self, place: int) -> dict[str, list[Example]]:
-        """What the model on this device is asked."""
-        own = self.domains[place]
-        others = [one for index, domain in enumerate(self.domains) if index != place for one in domain.facts]
-        return {OWN: own.facts, CROSSED: others, SKILLS: own.skills, MIXED: own.mixed}
-
-    def of_all(self) -> dict[str, list[Example]]:
-        """What the cloud's model and the proxy are asked."""
-        facts = [one for domain in self.domains for one in domain.facts]
-        mixed = [one for domain in self.domains for one in domain.mixed]
-        return {OWN: [], CROSSED: facts, SKILLS: self.domains[0].skills, MIXED: mixed}
-
-    def asked(self) -> set[str]:
-        """Every question of every test."""
-        return {
-            one.prompt for place in range(len(self.domains)) for own in self.of_device(place).values() for one in own
-        }
-
-    def without(self, prompts: set[str]) -> Questions:
-        """The same with none of these questions in any test."""
-
-        def left(examples: Sequence[Example]) -> list[Example]:
-            return [one for one in examples if one.prompt not in prompts]
-
-        domains = [
-            replace(one, facts=left(one.facts), skills=left(one.skills), mixed=left(one.mixed)) for one in self.domains
-        ]
-        return replace(self, domains=domains)
-
-
 class CoPlmsStudy:
     """The models, the texts and the cells.
 
@@ -247,9 +205,7 @@ class CoPlmsStudy:
         self.cells = open_cells(args)
         self.folder = args.models
         if self.folder is None:
-            worlds = [self.questions(max(args.devices), seed) for seed in (*range(MAX_SEEDS), SEARCH_WORLD)]
-            known = [one for world in worlds for one in self._kept_out(world)]
-            self.folder = make_models(args.made, SIZES[args.size], known=known)
+            self.folder = make_models(args.made, SIZES[args.size], self._school(), max_tokens=args.max_tokens)
         self.models = {
             one: CausalModel(str(Path(self.folder) / one), args.dtype, args.device)
             for one in (CLOUD, PROXY, SMALLER_PROXY, *FAMILIES)
@@ -258,29 +214,17 @@ class CoPlmsStudy:
             self.num_parameters = sum(one.numel() for one in cloud.parameters())
         self.digest = "-".join(model.digest[:6] for model in self.models.values())
 
-    def questions(self, num_devices: int, seed: int) -> Questions:
-        """Texts of so many devices; those of fewer devices are the first of more."""
+    def _school(self) -> list[Example]:
+        """What models read before they meet any device."""
         args = self.args
-        domains = generate_domains(
-            [f"domain-{place}" for place in range(max(args.devices))],
-            num_things=args.num_things,
-            num_skills=args.num_skills,
-            num_test=args.num_test,
-            seed=seed,
-        )
-        tested = {one.prompt for one in domains[0].skills}
-        public = [one for one in generate_public(2 * args.num_public, seed=seed) if one.prompt not in tested]
-        return Questions(domains=domains[:num_devices], public=public[: args.num_public])
+        if args.datasets:
+            return school_of(args)
+        worlds = [self.questions(max(args.devices), seed) for seed in (*range(MAX_SEEDS), SEARCH_WORLD)]
+        return school_texts(SIZES[args.size], known=[one for world in worlds for one in world.kept_out()])
 
-    @staticmethod
-    def _kept_out(questions: Questions) -> list[Example]:
-        """What no model may have read before: facts of devices, and all that tests ask; skills may be practised."""
-        found = []
-        for domain in questions.domains:
-            names = [thing.name for thing in domain.things]
-            found += [one for one in domain.train if any(name in one.prompt for name in names)]
-            found += [*domain.facts, *domain.skills, *domain.mixed]
-        return found
+    def questions(self, num_devices: int, seed: int) -> Questions:
+        """As `texts_of`."""
+        return texts_of(self.args, num_devices, seed)
 
     def scene(
         self,
@@ -326,7 +270,7 @@ class CoPlmsStudy:
             adapter_rate=args.adapter_rate * rate_factor,
             rank=rank,
             alpha=2.0 * rank,
-            max_tokens=MAX_TOKENS,
+            max_tokens=args.max_tokens,
             seed=seed,
         )
 
@@ -336,6 +280,9 @@ class CoPlmsStudy:
         sizes = ("num_things", "num_skills", "num_test", "num_public", "rounds", "local_steps", "cloud_steps")
         rates = ("rate", "adapter_rate", "cloud_rate", "batch_size", "rank", "top_k", "dtype")
         whole = {**key, **{one: getattr(args, one) for one in (*sizes, *rates)}, "models": self.digest}
+        if args.datasets:
+            own = {one: getattr(args, one) for one in ("max_tokens", "num_train", "num_open")}
+            whole |= {**own, "datasets": " ".join(args.datasets), "school": " ".join(args.school)}
 
         def measured() -> Value:
             try:
@@ -343,7 +290,8 @@ class CoPlmsStudy:
             except NonFiniteLossError:
                 return {"diverged": True}
 
-        return self.cells.get(self.name, {**whole, "domains": max(args.devices), "protocol": PROTOCOL}, measured)
+        group = "-".join([self.name, *(["+".join(args.datasets)] if args.datasets else [])])
+        return self.cells.get(group, {**whole, "domains": max(args.devices), "protocol": PROTOCOL}, measured)
 
     def flops(self, name: str, num_devices: int, factor: float) -> dict[str, float]:
         """Operations of one round: the mean of a device, and the cloud's."""
@@ -414,26 +362,34 @@ class CoPlmsStudy:
     def _searched(self, method: Contestant, num_devices: int, **changes: Any) -> Value:
         """The share of wrong answers at the end, over all sets alike: the mean of the devices' and the cloud's."""
         tested = [self.questions(max(self.args.devices), seed) for seed in range(self.args.seeds)]
-        questions = self.questions(num_devices, SEARCH_WORLD).without({one for own in tested for one in own.asked()})
+        questions = self.questions(num_devices, SEARCH_WORLD).without({one for own in tested for one in own.tested()})
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=0, **changes)
             (parties,) = deque(method.rounds(scene, Account()), maxlen=1)
-            devices = [right_of(parties[f"device-{place}"], questions.of_device(place)) for place in range(num_devices)]
-            cloud = right_of(parties[CLOUD], questions.of_all())
+            most = self.args.max_tokens
+            devices = [
+                right_of(parties[f"device-{place}"], questions.of_device(place), max_tokens=most)
+                for place in range(num_devices)
+            ]
+            cloud = right_of(parties[CLOUD], questions.of_all(), max_tokens=most)
         return {"wrong": 1 - (sum(devices) / num_devices + cloud) / 2}
 
     def _run(self, method: Contestant, num_devices: int, seed: int, **changes: Any) -> Value:
         questions, account, curve = self.questions(num_devices, seed), Account(), []
         asked = {f"device-{place}": questions.of_device(place) for place in range(num_devices)}
-        everything = questions.of_all()
+        everything, most = questions.of_all(), self.args.max_tokens
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=seed, **changes)
             parties: Mapping[str, Party] = {}
             for parties in method.rounds(scene, account):
-                bits = {one: bits_of(party, asked.get(one, everything)) for one, party in parties.items()}
+                bits = {
+                    one: bits_of(party, asked.get(one, everything), max_tokens=most) for one, party in parties.items()
+                }
                 curve.append({"bits": bits, **_bytes(account, scene.sites)})
             return {
-                "parties": {one: judge(party, asked.get(one, everything)) for one, party in parties.items()},
+                "parties": {
+                    one: judge(party, asked.get(one, everything), max_tokens=most) for one, party in parties.items()
+                },
                 "curve": curve,
                 **_bytes(account, scene.sites),
                 "gflop": _mean(account.flops, scene.sites) / 1e9,
@@ -456,13 +412,13 @@ def solved(wanted: float, once: float, twice: float) -> float:
     return max(0.0, 1.0 + (wanted - once) / each) if each > 0 else 1.0
 
 
-def bits_per_byte(model: PreTrainedModel, party: Party, examples: Sequence[Example]) -> float:
+def bits_per_byte(model: PreTrainedModel, party: Party, examples: Sequence[Example], *, max_tokens: int) -> float:
     """What the answers cost, their end left out of the bytes.
 
     Args:
         model: the party's, loaded.
     """
-    texts = sorted(party.read(examples, max_tokens=MAX_TOKENS), key=lambda text: len(text.sides[0].input_ids))
+    texts = sorted(party.read(examples, max_tokens=max_tokens), key=lambda text: len(text.sides[0].input_ids))
     nats, num_bytes = 0.0, sum(len(text.text.encode()) - text.from_byte for text in texts)
     for begin in range(0, len(texts), TEXTS_AT_ONCE):
         batch = SideBatch.of(texts[begin : begin + TEXTS_AT_ONCE], 0, model.device)
@@ -471,24 +427,27 @@ def bits_per_byte(model: PreTrainedModel, party: Party, examples: Sequence[Examp
     return nats / math.log(2) / num_bytes
 
 
-def bits_of(party: Party, asked: Mapping[str, Sequence[Example]]) -> float:
+def bits_of(party: Party, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> float:
     """Of all sets but the sums."""
+    examples = [one for name in (OWN, CROSSED, SKILLS) for one in asked[name]]
     with party.loaded() as model:
-        return bits_per_byte(model, party, [one for name in (OWN, CROSSED, SKILLS) for one in asked[name]])
+        return bits_per_byte(model, party, examples, max_tokens=max_tokens)
 
 
-def right_of(party: Party, asked: Mapping[str, Sequence[Example]]) -> float:
+def right_of(party: Party, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> float:
     """Exact match, 0 to 1: the mean over the sets that have questions."""
-    found = judge(party, asked)
+    found = judge(party, asked, max_tokens=max_tokens)
     return sum(own["em"] for own in found.values()) / len(found)
 
 
-def judge(party: Party, asked: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, float]]:
+def judge(party: Party, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> dict[str, dict[str, float]]:
     """EM, Rouge-L, both 0 to 1, and bits per byte of each set that has questions."""
     questions = [(name, one) for name, examples in asked.items() for one in examples]
     found = {}
     with party.loaded() as model:
-        prompts = [one.prompt for _, one in questions]
+        # As far as they fit into what the model reads.
+        texts = party.read([one for _, one in questions], max_tokens=max_tokens)
+        prompts = [one.text.encode()[: one.from_byte].decode() for one in texts]
         written = write_greedily(model, party.model.reader, prompts, max_new_tokens=MAX_NEW_TOKENS)
         for name, examples in asked.items():
             pairs = [
@@ -500,7 +459,7 @@ def judge(party: Party, asked: Mapping[str, Sequence[Example]]) -> dict[str, dic
                 found[name] = {
                     "em": float(np.mean([exact_match(answer, truth) for answer, truth in pairs])),
                     "rouge_l": float(np.mean([rouge_l(answer, truth) for answer, truth in pairs])),
-                    "bits": bits_per_byte(model, party, examples),
+                    "bits": bits_per_byte(model, party, examples, max_tokens=max_tokens),
                 }
     return found
 

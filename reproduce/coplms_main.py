@@ -18,16 +18,10 @@ from cells import OutOfTimeError, Value
 from coplms_contest import (
     ABLATIONS,
     BOUNDS,
-    CROSSED,
     EQUAL,
-    MAX_SEEDS,
     METHODS,
-    MIXED,
     OURS,
-    OWN,
     PROTOCOL,
-    SETS,
-    SKILLS,
     STANDALONE,
     ZERO_SHOT,
     CoPlmsStudy,
@@ -36,6 +30,7 @@ from coplms_contest import (
 )
 from coplms_memory import measured_peak
 from coplms_models import CLOUD, PROXY
+from coplms_texts import CROSSED, MAX_SEEDS, MIXED, OWN, SETS, SKILLS
 from lora_init import plots_of
 from mean import Mean
 from page import Page, about_run
@@ -56,7 +51,7 @@ EXPECTED = {
 }
 DEVICES = "devices"
 BARS = 5
-WORDS = {OWN: "own facts", CROSSED: "crossed facts", SKILLS: "skills", MIXED: "sums"}
+WORDS = {OWN: "own domain", CROSSED: "crossed", SKILLS: "skills", MIXED: "sums"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
             "--budget-minutes 30",
             "--size toy --devices 3 --seeds 1 --rounds 1 --local-steps 2 --cloud-steps 1",
             "--models my-models --devices 3",
+            "--data-root data --datasets trec babi arc_easy --school dailydialog cola --max-tokens 128",
         ),
     )
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
@@ -518,11 +514,12 @@ def _plain(values: Sequence[Value]) -> list[Value]:
 
 def deviations(results: Results) -> list[str]:
     """Where this is another study than the paper's, and what its numbers mean."""
+    args = results.study.args
     # A comma in a name is none between names.
     rates = {name.replace(",", ""): results.rates[name] for name in results.searched}
     searched = {name.replace(",", ""): found for name, found in results.searched.items()}
     return [
-        "Small models and made-up questions: numbers compare the methods with each other, and none with the paper's.",
+        f"Small models and {_asked(args)}: numbers compare the methods with each other, none with the paper's.",
         "Operations are tokens times parameters: 2 for a forward pass, 2 more for the way back by activations and 2 by "
         "the weights that learn; embeddings, products inside of attention, scans and optimisers are left out.",
         f"Steps are multiples of the options' at which a method computes as much as ours, see the table: '{EQUAL}' is "
@@ -533,19 +530,24 @@ def deviations(results: Results) -> list[str]:
         "With FedAvg-LoRA, FlexLoRA and FedCoLLM what answers on a device is the proxy, which is larger than most "
         "small models here; with all others it is the device's own model.",
         "All learning rates of a method, of small models, the proxy's adapters and the cloud's, are one multiple of "
-        f"the options', the best of a search with {results.study.args.devices[0]} devices on facts and texts that no "
+        f"the options', the best of a search with {args.devices[0]} devices on facts and texts that no "
         "test has, by exact match, see the table. Other numbers of devices use it too, and ablations that of ours.",
         *edge_notes(rates, searched),
-        f"Adapters of ours travel in {options(results.study.args).bits} bits a number, those of others in float32, as "
+        f"Adapters of ours travel in {options(args).bits} bits a number, those of others in float32, as "
         "they were published; FedMKT's logits are float16 with int32 ids.",
         "Answers are one word or number, so that Rouge-L and EM differ only where a model writes more.",
         "Held at once are weights, gradients and optimiser state; activations are not counted."
         + " The peak of a round is all that a process took beyond what it had before, with the models that it loads: "
         "the largest device's, of two steps with its longest texts, in the middle one of three processes."
         * bool(results.peaks),
-        "Crossed facts are those of the other devices' domains; with one device there are none.",
+        "Crossed is what is asked of the other devices' domains; with one device that is nothing.",
+        "Everybody may have the open questions, to which the server has no answers; ours alone asks its proxy.",
         f"Cells of protocol {PROTOCOL}; intervals are Student's over seeds, each with facts and texts of its own.",
     ]
+
+
+def _asked(args: argparse.Namespace) -> str:
+    return f"{len(args.datasets)} data sets" if args.datasets else "made-up questions"
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from coplms_contest import METHODS, CoPlmsStudy, Questions, make_parser
+from coplms_contest import METHODS, CoPlmsStudy, make_parser
+from coplms_texts import Questions
 from federated_memory import NUM_CHILDREN, TIMEOUT_S
 
 from cotune.data.templates import Example
@@ -34,6 +35,9 @@ _OPTIONS = (
     "batch_size",
     "rank",
     "top_k",
+    "max_tokens",
+    "num_train",
+    "num_open",
     "dtype",
     "device",
     "threads",
@@ -90,6 +94,8 @@ def measured_peak(args: argparse.Namespace, models: Path, name: str) -> dict[str
     options = ["--method", name, "--models", str(models), "--devices", str(args.devices[0])]
     for word in _OPTIONS:
         options += [f"--{word.replace('_', '-')}", str(getattr(args, word))]
+    if args.datasets:
+        options += ["--data-root", str(args.data_root), "--datasets", *args.datasets, "--school", *args.school]
     options += ["--rounds", "1", "--local-steps", str(NUM_STEPS), "--cloud-steps", "1", "--seeds", "1"]
     found = [run_measured([str(Path(__file__)), *options], timeout_s=TIMEOUT_S) for _ in range(NUM_CHILDREN)]
     return sorted(found, key=lambda one: int(one["peak_bytes"]))[NUM_CHILDREN // 2]

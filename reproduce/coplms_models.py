@@ -120,20 +120,28 @@ def school_texts(size: Size, *, known: Sequence[Example]) -> list[Example]:
     return list(free.values())
 
 
-def make_models(made: Path, size: Size, *, known: Sequence[Example], tell: Callable[[str], None] = print) -> Path:
+def make_models(
+    made: Path,
+    size: Size,
+    texts: Sequence[Example],
+    *,
+    max_tokens: int = MAX_TOKENS,
+    tell: Callable[[str], None] = print,
+) -> Path:
     """All models, in folders of one; there whole or not at all, and never made twice of the same texts.
 
     Args:
         made: where the folder goes, whose name says what was made of what.
         size: how large.
-        known: as for `school_texts`.
+        texts: what all of them read, for instance `school_texts`.
+        max_tokens: of one text.
         tell: told what is made.
 
     Returns:
         The folder.
     """
-    texts = school_texts(size, known=known)
-    what = json.dumps([repr(size), RARE, NUM_UNIGRAMS, UNTIED, [(one.prompt, one.target) for one in texts]])
+    read = [(one.prompt, one.target) for one in texts]
+    what = json.dumps([repr(size), RARE, NUM_UNIGRAMS, UNTIED, max_tokens, read])
     folder = made / f"models-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
@@ -141,52 +149,58 @@ def make_models(made: Path, size: Size, *, known: Sequence[Example], tell: Calla
     with new_folder(folder) as unfinished, quiet():
         tell(f"models: the cloud's, {size.cloud_steps} steps on {len(texts)} texts")
         tokenizer = _byte_level(texts, RARE[CLOUD])
-        _school(unfinished / CLOUD, tokenizer, _llama(size.cloud_width, size.cloud_layers), texts, size.cloud_steps)
+        school = _School(texts, max_tokens)
+        school.teach(unfinished / CLOUD, tokenizer, _llama(size.cloud_width, size.cloud_layers), size.cloud_steps)
         for name, kept in zip((PROXY, SMALLER_PROXY), size.proxy_layers, strict=True):
             tell(f"models: {name}, {kept} of {size.cloud_layers} layers, distilled")
-            _distil(unfinished / CLOUD, unfinished / name, kept, texts, size)
+            school.distil(unfinished / CLOUD, unfinished / name, kept, size)
         width = size.small_width
         for name, shape in zip(FAMILIES, (_llama(width, 2), _gpt2(width, 2), _mamba2(width, 2)), strict=True):
             tell(f"models: {name}, {size.small_steps} steps")
             tokenizer = _byte_level(texts, RARE[name]) if name in RARE else _unigram(texts)
-            _school(unfinished / name, tokenizer, shape, texts, size.small_steps)
+            school.teach(unfinished / name, tokenizer, shape, size.small_steps)
         about = {"size": repr(size), "num_texts": len(texts)}
         (unfinished / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     return folder
 
 
-def _school(folder: Path, tokenizer: Tokenizer, shape: Mapping[str, Any], texts: Sequence[Example], steps: int) -> None:
-    """A fresh model that learns the school's texts."""
-    fresh = folder.with_name(f"{folder.name}.fresh")
-    own = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": tokenizer.get_vocab_size()}
-    with seeded(len(folder.name), tokenizer.get_vocab_size()):
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, **own)).save_pretrained(fresh)
-    (fresh / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    party = Party(CausalModel(str(fresh)))
-    read = party.read(texts, max_tokens=MAX_TOKENS)
-    # Half of the steps at a third of the rate: the end is what counts. At three times these rates a Llama of six layers
-    # ends with twice the loss.
-    for part, rate in enumerate((1e-3, 3e-4)):
-        how = LocalSteps(num_steps=max(1, steps // 2), batch_size=16, learning_rate=rate)
-        party = teach(party, read, how, seed=part)
-    with party.loaded() as model:
-        model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    for file in fresh.iterdir():
-        file.unlink()
-    fresh.rmdir()
+@dataclass(frozen=True)
+class _School:
+    texts: Sequence[Example]
+    max_tokens: int
 
+    def teach(self, folder: Path, tokenizer: Tokenizer, shape: Mapping[str, Any], steps: int) -> None:
+        """A fresh model that learns the school's texts."""
+        fresh = folder.with_name(f"{folder.name}.fresh")
+        own = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": tokenizer.get_vocab_size()}
+        with seeded(len(folder.name), tokenizer.get_vocab_size()):
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, **own)).save_pretrained(fresh)
+        (fresh / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        party = Party(CausalModel(str(fresh)))
+        read = party.read(self.texts, max_tokens=self.max_tokens)
+        # Half of the steps at a third of the rate: the end is what counts. At three times these rates a Llama of six
+        # layers ends with twice the loss.
+        for part, rate in enumerate((1e-3, 3e-4)):
+            how = LocalSteps(num_steps=max(1, steps // 2), batch_size=16, learning_rate=rate)
+            party = teach(party, read, how, seed=part)
+        with party.loaded() as model:
+            model.save_pretrained(folder)
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        for file in fresh.iterdir():
+            file.unlink()
+        fresh.rmdir()
 
-def _distil(cloud: Path, folder: Path, kept: int, texts: Sequence[Example], size: Size) -> None:
-    backbone = Backbone.from_pretrained(str(cloud))
-    student = with_fewer_layers(backbone, spread_layers(size.cloud_layers, kept))
-    encoded = encode_examples(backbone.tokenizer_json, texts, backbone.description, MAX_TOKENS)
-    settings = DistilSettings(
-        divergence=ForwardKl(),
-        loop=LoopConfig(epochs=size.distil_epochs, learning_rate=1e-3),
-        num_batch_sequences=16,
-    )
-    distil(student, LocalTeacher(backbone), encoded, settings).save_model(folder, student)
+    def distil(self, cloud: Path, folder: Path, kept: int, size: Size) -> None:
+        """A proxy of the cloud's model, with some of its layers."""
+        backbone = Backbone.from_pretrained(str(cloud))
+        student = with_fewer_layers(backbone, spread_layers(size.cloud_layers, kept))
+        encoded = encode_examples(backbone.tokenizer_json, self.texts, backbone.description, self.max_tokens)
+        settings = DistilSettings(
+            divergence=ForwardKl(),
+            loop=LoopConfig(epochs=size.distil_epochs, learning_rate=1e-3),
+            num_batch_sequences=16,
+        )
+        distil(student, LocalTeacher(backbone), encoded, settings).save_model(folder, student)
 
 
 def _llama(width: int, layers: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from co_tuning import model_folder
 from co_tuning_scene import make_models
-from coplms_contest import ABLATIONS, EQUAL, METHODS, SEARCH_WORLD, CoPlmsStudy, solved
+from coplms_contest import ABLATIONS, EQUAL, METHODS, CoPlmsStudy, solved
 from coplms_main import (
     bits_within,
     cost_grid,
@@ -22,6 +22,7 @@ from coplms_main import (
     verdicts,
     worded,
 )
+from coplms_texts import SEARCH_WORLD, texts_of
 from study_command import Command
 
 
@@ -97,22 +98,19 @@ def test_every_name_makes_a_method() -> None:
         own = ABLATIONS[name]
         changed = method != ours or own.proxy != "proxy" or own.rank(8) != 8 or own.share != 1
         assert changed, f"{name} is ours"
-    assert (
-        len({repr(made[name]) for name in ("L_byte alone", "L_chunk alone", "L_tok alone", "no gate", "no DST")}) == 5
-    )
+    names = ("L_byte alone", "L_chunk alone", "L_tok alone", "no gate", "DST", "no open questions")
+    assert len({repr(made[name]) for name in names}) == len(names)
 
 
 def test_no_question_of_a_test_is_asked_where_rates_are_searched() -> None:
     args = parser().parse_args(["--seeds", "9", "--devices", "3"])
-    study = object.__new__(CoPlmsStudy)
-    study.args = args
-    tested = {one for seed in range(args.seeds) for one in study.questions(3, seed).asked()}
-    searched = study.questions(3, SEARCH_WORLD)
-    assert searched.asked() & tested, "sums of small numbers are few"
+    tested = {one for seed in range(args.seeds) for one in texts_of(args, 3, seed).tested()}
+    searched = texts_of(args, 3, SEARCH_WORLD)
+    assert searched.tested() & tested, "sums of small numbers are few"
     left = searched.without(tested)
-    assert not left.asked() & tested and left.asked() == searched.asked() - tested
+    assert not left.tested() & tested and left.tested() == searched.tested() - tested
     assert [one.train for one in left.domains] == [one.train for one in searched.domains]
-    things = [{thing.name for one in own.domains for thing in one.things} for own in (left, study.questions(3, 0))]
+    things = [{name for one in own.domains for name in one.names} for own in (left, texts_of(args, 3, 0))]
     assert len(left.domains[0].skills) >= 10 and len(things[0] & things[1]) <= 1
 
 
@@ -120,7 +118,7 @@ def test_wrong_answers_of_a_search_are_the_mean_of_devices_and_cloud(monkeypatch
     study = object.__new__(CoPlmsStudy)
     study.args = parser().parse_args(["--seeds", "1", "--devices", "2"])
     monkeypatch.setattr(CoPlmsStudy, "scene", lambda self, questions, folder, **changes: changes["rate_factor"])
-    monkeypatch.setattr("coplms_contest.right_of", lambda party, asked: party)
+    monkeypatch.setattr("coplms_contest.right_of", lambda party, asked, max_tokens: party)
 
     class Method:
         def rounds(self, scene: float, account: object) -> Any:
