@@ -180,7 +180,7 @@ class CloudSaml:
         logits = [one.logits(batch) for one in sides]
         losses = []
         for own, other, side in ((0, 1, sides[0]), (1, 0, sides[1])):
-            value = self._mutual_loss(side, batch, logits[own], logits[other])
+            value = self._mutual_loss(side, batch, logits[own], logits[other], gated=self._settings.gated)
             if self._settings.told_weight > 0:
                 value = value + self._settings.told_weight * self._told_loss(batch, logits[own], numbers, by_text)
             losses.append(value)
@@ -189,13 +189,14 @@ class CloudSaml:
             with torch.no_grad():
                 theirs = sides[1].logits(asked)
             share = len(answered) / (len(numbers) + len(answered))
-            value = self._mutual_loss(sides[0], asked, sides[0].logits(asked), theirs)
+            # No gate: what would tell which of the two is better is what the proxy said.
+            value = self._mutual_loss(sides[0], asked, sides[0].logits(asked), theirs, gated=False)
             losses[0] = (1 - share) * losses[0] + share * value
         for side, value in zip(sides, losses, strict=True):
             side.state.descend(value, max_grad_norm=MAX_GRAD_NORM)
         return np.array([float(value.detach()) for value in losses])
 
-    def _mutual_loss(self, side: _Learner, batch: SideBatch, own: Tensor, other: Tensor) -> Tensor:
+    def _mutual_loss(self, side: _Learner, batch: SideBatch, own: Tensor, other: Tensor, *, gated: bool) -> Tensor:
         """(1 - a) CE + a T^2 KL of one model, whose logits are `own`, by the other one's, nats."""
         value = (1 - side.mix) * batch.answer_loss(own)
         if side.mix > 0:
@@ -206,7 +207,7 @@ class CloudSaml:
                 top_k=self._settings.top_k,
                 temperature=self._settings.temperature,
             )
-            if self._settings.gated:
+            if gated:
                 told = told * self._gates(theirs, mine, batch.targets)
             value = value + side.mix * told.mean()
         return value

@@ -149,13 +149,15 @@ def test_what_devices_told_counts_where_they_are_better(
     assert gated == pytest.approx(nothing, abs=0.02)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 def test_the_clouds_model_learns_what_the_proxy_answers_and_the_proxy_does_not(
-    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter, gated: bool
 ) -> None:
-    """One step's loss by hand; the proxy's steps are those without questions, of as many public texts."""
+    """One step's loss by hand; the proxy's steps are those without questions, of as many public texts. What the proxy
+    answered has no gate."""
     questions = ["the far cat sat?", "the others cat?", "the away cat?"]
     steps = LocalSteps(num_steps=1, batch_size=6, learning_rate=1e-2)
-    settings = replace(SETTINGS, steps=steps, mix=0.25, top_k=1000, temperature=1.0)
+    settings = replace(SETTINGS, steps=steps, mix=0.25, top_k=1000, temperature=1.0, gated=gated)
     answering = Answering(max_new_tokens=4, sure_above=0.0, share=0.5)
     asking = half(models, settings, questions=questions, answering=answering)
     cloud = asking.start()
