@@ -178,6 +178,7 @@ PUBLIC = {
         "generate_persona_exchanges",
         "persona_split",
         "read_examples",
+        "read_prompts",
         "read_splits",
         "token_batches",
     ],

@@ -6,21 +6,19 @@ of what it weighs in 5 bits.
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.federation.arrays import AnyArrays, Shapes
+from cotune.federation.json_array import from_json_array, to_json_array
 
 LAYOUT = "layout"
 
 
 def to_layout(shapes: Shapes) -> dict[str, NDArray[np.uint8]]:
     """These shapes as one array, names sorted."""
-    text = json.dumps({name: list(shapes[name]) for name in sorted(shapes)}, separators=(",", ":"))
-    return {LAYOUT: np.frombuffer(text.encode(), np.uint8)}
+    return {LAYOUT: to_json_array({name: list(shapes[name]) for name in sorted(shapes)}, "names and shapes")}
 
 
 def from_layout(arrays: AnyArrays) -> dict[str, tuple[int, ...]]:
@@ -35,10 +33,7 @@ def from_layout(arrays: AnyArrays) -> dict[str, tuple[int, ...]]:
     """
     if LAYOUT not in arrays:
         raise InputError(f"arrays have no {LAYOUT!r}, expected one with the first task; use one version of cotune")
-    try:
-        told = json.loads(arrays[LAYOUT].tobytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{LAYOUT} is no JSON ({error!s:.80}); use one version of cotune") from None
+    told = from_json_array(arrays[LAYOUT], f"names and shapes in {LAYOUT}")
     if not isinstance(told, dict) or not all(_is_shape(one) for one in told.values()):
         raise InputError(f"{LAYOUT} is {told!r:.80}, expected two sizes for each name; use one version of cotune")
     return {name: (one[0], one[1]) for name, one in told.items()}

@@ -13,20 +13,19 @@ copy of the proxy and the server asks its own: questions travel once, and answer
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cotune.data.templates import Example
 from cotune.distillation.paired_texts import Reader
 from cotune.errors import InputError
 from cotune.federation.greedy_texts import write_greedily
+from cotune.federation.json_array import from_json_array, to_json_array
 from cotune.federation.number_ranges import check_at_least
 
 if TYPE_CHECKING:
@@ -107,10 +106,7 @@ def to_arrays(questions: Sequence[str]) -> dict[str, NDArray[Any]]:
     """
     if not questions:
         return {}
-    written = json.dumps(list(questions), ensure_ascii=False).encode()
-    if len(written) > MAX_QUESTION_BYTES:
-        raise InputError(f"the questions have {len(written):,} bytes, at most {MAX_QUESTION_BYTES:,}; give fewer")
-    return {QUESTIONS: np.frombuffer(written, np.uint8)}
+    return {QUESTIONS: to_json_array(list(questions), "the questions", max_bytes=MAX_QUESTION_BYTES)}
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[str]:
@@ -125,10 +121,7 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[str]:
     """
     if QUESTIONS not in arrays:
         return []
-    try:
-        found = json.loads(arrays[QUESTIONS].tobytes())
-    except ValueError:
-        found = None
+    found = from_json_array(arrays[QUESTIONS], "the questions")
     if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
-        raise InputError("the questions cannot be read, expected a list of texts; use one version of cotune")
+        raise InputError(f"the questions are {found!r:.80}, expected a list of texts; use one version of cotune")
     return found

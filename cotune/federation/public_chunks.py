@@ -14,7 +14,6 @@ Steps are even in log(1 - l): half a step is 0.8 % of 1 - l. So 1,000 texts of 2
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from cotune.distillation.alignment import Alignment, ChunkTokens, align
 from cotune.distillation.byte_spans import ByteSpans
 from cotune.distillation.paired_texts import PairedText
 from cotune.errors import InputError
+from cotune.federation.json_array import from_json_array, to_json_array
 
 MOST_NATS = 64.0
 NO_NUMBER, NO_BOUNDARY = 254, 255
@@ -34,7 +34,6 @@ STEP = float(np.log1p(MOST_NATS)) / (NO_NUMBER - 1)
 # What the two marks are decoded to; likelihoods are 0 or less.
 NO_NUMBER_VALUE, NO_BOUNDARY_VALUE = 1.0, 2.0
 TEXTS, SIZES, HEADS = "public/texts", "public/sizes", "public/heads"
-MAX_TEXT_BYTES = 2**26
 MAX_PIECE_BYTES = 255
 
 
@@ -151,11 +150,8 @@ def to_arrays(texts: Sequence[PublicText]) -> dict[str, NDArray[Any]]:
     Raises:
         InputError: they are too long together.
     """
-    written = json.dumps([one.text for one in texts], ensure_ascii=False).encode()
-    if len(written) > MAX_TEXT_BYTES:
-        raise InputError(f"the public texts have {len(written):,} bytes, at most {MAX_TEXT_BYTES:,}; give fewer")
     return {
-        TEXTS: np.frombuffer(written, np.uint8),
+        TEXTS: to_json_array([one.text for one in texts], "the public texts"),
         SIZES: np.concatenate([np.zeros(0, np.uint8), *(one.sizes.astype(np.uint8) for one in texts)]),
         HEADS: np.array([[one.start, len(one.sizes), one.has_end] for one in texts], np.int64).reshape(-1, 3),
     }
@@ -168,7 +164,7 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[PublicText]:
         InputError: they are missing, or do not belong together.
     """
     try:
-        texts = json.loads(arrays[TEXTS].tobytes())
+        texts = from_json_array(arrays[TEXTS], "the public texts")
         heads, sizes = arrays[HEADS].astype(np.int64), arrays[SIZES].astype(np.int64)
         if not isinstance(texts, list) or len(texts) != len(heads) or int(heads[:, 1].sum()) != len(sizes):
             raise ValueError("their numbers differ")

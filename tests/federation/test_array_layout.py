@@ -19,7 +19,7 @@ def test_there_and_back_with_names_sorted() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is no JSON"),
+        ("{", "are no JSON"),
         ("[1]", "expected two sizes"),
         ('{"a":[2]}', "expected two sizes"),
         ('{"a":[2,true]}', "expected two sizes"),

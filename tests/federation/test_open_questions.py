@@ -91,7 +91,7 @@ def test_questions_travel_whole(questions: list[str]) -> None:
 
 @pytest.mark.parametrize("written", [b"{}", b'[""]', b"[3]", b"[", b"\xff"])
 def test_what_is_no_list_of_questions_is_refused(written: bytes) -> None:
-    with pytest.raises(InputError, match="expected a list of texts"):
+    with pytest.raises(InputError, match="the questions are "):
         from_arrays({QUESTIONS: np.frombuffer(written, np.uint8)})
 
 

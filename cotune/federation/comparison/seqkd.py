@@ -9,18 +9,17 @@ device reaches another one, and the cloud's model stays as it is. Greedy decodin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cotune.data.templates import Example
 from cotune.federation.comparison.party import Party
 from cotune.federation.comparison.scene import CLOUD, Account, Scene, learn_at
 from cotune.federation.greedy_texts import write_greedily
+from cotune.federation.json_array import from_json_array, to_json_array
 from cotune.federation.number_ranges import check_at_least
 
 TEXTS = "texts"
@@ -64,10 +63,9 @@ class SeqKd:
 
 def to_arrays(texts: Sequence[Example]) -> dict[str, NDArray[Any]]:
     """Texts as a message carries them."""
-    written = json.dumps([[one.prompt, one.target] for one in texts], ensure_ascii=False).encode()
-    return {TEXTS: np.frombuffer(written, np.uint8)}
+    return {TEXTS: to_json_array([[one.prompt, one.target] for one in texts], "the texts")}
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Example]:
     """What `to_arrays` gave."""
-    return [Example(prompt, target) for prompt, target in json.loads(arrays[TEXTS].tobytes())]
+    return [Example(prompt, target) for prompt, target in from_json_array(arrays[TEXTS], "the texts")]
