@@ -194,6 +194,35 @@ def best_rate(nats: Mapping[float, float | None]) -> float:
     return min(finite, key=lambda rate: finite[rate])
 
 
+def search_wider(
+    rates: Sequence[float], measure: Callable[[float], float | None], *, most: int
+) -> dict[float, float | None]:
+    """Measure some learning rates, then halves or doubles beyond them for as long as the best one is at an end.
+
+    Args:
+        rates: measured in any case; one alone is what was asked for, and stays alone.
+        measure: nats of a rate, or wrong answers: less is better; None where it diverged.
+        most: rates in all, beyond which the best one may stay at an end.
+
+    Returns:
+        What was measured, by rate.
+
+    Example:
+        >>> search_wider([0.5, 1.0], lambda rate: abs(rate - 2.1), most=8)
+        {0.5: 1.6, 1.0: 1.1, 2.0: 0.10000000000000009, 4.0: 1.9}
+    """
+    found = {rate: measure(rate) for rate in sorted(rates)}
+    while len(found) < most and any(value is not None for value in found.values()):
+        best = best_rate(found)
+        end = at_edge(best, list(found))
+        # As good as another one is no sign that a better one lies outside.
+        if end is None or list(found.values()).count(found[best]) > 1:
+            break
+        further = best / 2 if end == "smallest" else best * 2
+        found[further] = measure(further)
+    return dict(sorted(found.items()))
+
+
 def at_edge(rate: float, rates: Sequence[float]) -> str | None:
     """Whether a best learning rate is at an end of the search, where a better one may lie outside.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from adaptation_study import best_rate
+from adaptation_study import best_rate, search_wider
 from cells import Value
 from coplms_models import CLOUD, FAMILIES, MAX_TOKENS, PROXY, SIZES, SMALLER_PROXY, make_models, school_texts
 from coplms_texts import CROSSED, MAX_SEEDS, OWN, SEARCH_WORLD, SKILLS, Questions, school_of, texts_of
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 # The meaning of a cell: one more, and all are run again.
 PROTOCOL = 5
 MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
-RATE_FACTORS = (0.25, 0.5, 1.0)
+RATE_FACTORS, MOST_RATES = (0.5, 1.0), 6
 ZERO_SHOT, OURS, STANDALONE, EQUAL = "zero-shot", "ours", "standalone", "standalone, equal compute"
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     ZERO_SHOT: lambda args: ZeroShot(),
@@ -114,7 +114,7 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
         ("--num-public", 240, "texts of the server"),
         ("--rounds", 10, ""),
         ("--local-steps", 20, "of each model on a device, in a round"),
-        ("--cloud-steps", 10, "of the cloud's model, in a round"),
+        ("--cloud-steps", 30, "of the cloud's model, in a round"),
         ("--batch-size", 8, "texts in one step"),
         ("--rank", 8, "of all adapters"),
         ("--top-k", 32, "logits that FedMKT sends of each token"),
@@ -134,7 +134,8 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
         type=positive,
         nargs="+",
         default=list(RATE_FACTORS),
-        help="searched for every method, times these learning rates (default: %(default)s)",
+        help="searched for every method, times these learning rates, then by twos beyond them while the best one is "
+        f"at an end, {MOST_RATES} at most (default: %(default)s)",
     )
     add_run_options(made, name)
     return made
@@ -320,8 +321,8 @@ class CoPlmsStudy:
         )
 
     def search(self, name: str) -> dict[float, float | None]:
-        """The share of wrong answers by multiples of all learning rates, with the first number of devices; None where
-        a loss was not finite.
+        """The share of wrong answers by multiples of all learning rates, with the first number of devices, until the
+        best one is between others; None where a loss was not finite.
 
         Facts and texts are of a world that no test has, and what is a question of any test is not asked. Bits per byte
         would choose the smallest rate for everybody: whoever learns facts becomes surer of what he does not know, too.
@@ -336,7 +337,7 @@ class CoPlmsStudy:
             )
             return None if value["diverged"] else float(value["wrong"])
 
-        return {one: wrong(one) for one in sorted(self.args.rate_factors)}
+        return search_wider(self.args.rate_factors, wrong, most=max(MOST_RATES, len(self.args.rate_factors)))
 
     def rate_factor(self, name: str) -> float:
         """The best one of the search; what does not learn has none to search."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from co_tuning import model_folder
 from co_tuning_scene import make_models
-from coplms_contest import ABLATIONS, EQUAL, METHODS, CoPlmsStudy, solved
+from coplms_contest import ABLATIONS, EQUAL, METHODS, MOST_RATES, CoPlmsStudy, solved
 from coplms_main import (
     bits_within,
     cost_grid,
@@ -146,10 +146,11 @@ def test_the_command_writes_its_folder_and_never_repeats_a_cell(tmp_path: Path, 
     assert set(ours["parties"]) == {"device-0", "device-1", "cloud", "proxy"} and "proxy" not in equal["parties"]
     assert ours["parties"]["device-0"].keys() == {"own", "crossed", "skills", "mixed"}
     assert ours["parties"]["cloud"].keys() == {"crossed", "skills", "mixed"}
-    # Both rates are searched, and the one with the fewest wrong answers is taken.
+    # Both rates are searched, and perhaps others; the one with the fewest wrong answers is taken.
     for name in (EQUAL, "ours"):
         searched = {float(factor): wrong for factor, wrong in measured["search"][name].items()}
-        assert list(searched) == [0.5, 4.0] and measured["rates"][name] == min(searched, key=searched.get)
+        assert {0.5, 4.0} <= set(searched) and len(searched) <= MOST_RATES
+        assert measured["rates"][name] == min(searched, key=searched.get)
     # The same compute but for a part of a step, and more steps for that than the two of the options.
     assert equal["gflop"] == pytest.approx(ours["gflop"], rel=0.3) and measured["factors"][EQUAL][0] > 1.2
     assert equal["up"] == equal["down"] == equal["download"] == 0 < ours["up"] < ours["download"]

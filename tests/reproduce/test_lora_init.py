@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adaptation_study import at_edge, best_rate, edge_notes, worded
+from adaptation_study import at_edge, best_rate, edge_notes, search_wider, worded
 from lora_init import STARTS, TimedStart, summarise, verdicts
 from mean import Mean
 from study_command import Command
@@ -57,6 +57,17 @@ def test_the_best_rate_is_a_finite_one_and_ends_of_the_search_are_named() -> Non
     (note,) = edge_notes({"a": 0.1, "b": 0.03}, {"a": rates, "b": rates})
     assert "largest" in note and note.endswith(": a.")
     assert worded(None) == "-" and worded(Mean.of([0.25]), 1) == "0.2"
+
+
+def test_a_search_goes_on_while_the_best_rate_is_at_an_end() -> None:
+    def measured(rates: list[float], best: float, *, most: int = 6) -> list[float]:
+        return list(search_wider(rates, lambda rate: None if rate > 5 else abs(rate - best), most=most))
+
+    assert measured([0.5, 1.0], 2.1) == [0.5, 1.0, 2.0, 4.0] and measured([0.5, 1.0], 0.3) == [0.125, 0.25, 0.5, 1.0]
+    assert measured([0.5, 1.0], 4.0) == [0.5, 1.0, 2.0, 4.0, 8.0], "what diverged is an end, too"
+    assert measured([0.5, 1.0], 0.0, most=4) == [0.125, 0.25, 0.5, 1.0] and measured([1.0], 9.0) == [1.0]
+    assert measured([1.0, 2.0], 1.5) == [1.0, 2.0], "as good as another"
+    assert measured([6.0, 7.0], 1.0) == [6.0, 7.0], "smaller ones are for whoever asked"
 
 
 def test_every_start_of_the_product_is_compared() -> None:
