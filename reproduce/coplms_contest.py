@@ -21,7 +21,18 @@ import torch
 from adaptation_study import best_rate, search_wider
 from cells import Value
 from coplms_models import CLOUD, FAMILIES, MAX_TOKENS, PROXY, SIZES, SMALLER_PROXY, make_models, school_texts
-from coplms_texts import CROSSED, MAX_SEEDS, OWN, SEARCH_WORLD, SKILLS, Questions, school_of, texts_of
+from coplms_texts import (
+    CROSSED,
+    MAX_SEEDS,
+    OWN,
+    SEARCH_WORLD,
+    SKILLS,
+    Questions,
+    school_of,
+    texts_of,
+    texts_of_search,
+    texts_of_test,
+)
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive
 
 from cotune.data.templates import Example
@@ -107,7 +118,8 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
         "--devices", type=at_least_one, nargs="+", default=[3, 1, 5], help="ablations use the first (default: 3 1 5)"
     )
     for option, default, what in (
-        ("--seeds", 3, "runs of every cell, each with facts of its own"),
+        ("--seeds", MAX_SEEDS, "runs with the first number of devices, each with facts of its own"),
+        ("--side-seeds", 3, "runs with other numbers of devices, and of ablations"),
         ("--num-things", 8, "of each domain; three facts are known of each"),
         ("--num-skills", 40, "training questions of skills on each device"),
         ("--num-test", 40, "test questions of skills"),
@@ -220,12 +232,8 @@ class CoPlmsStudy:
         args = self.args
         if args.datasets:
             return school_of(args)
-        worlds = [self.questions(max(args.devices), seed) for seed in (*range(MAX_SEEDS), SEARCH_WORLD)]
+        worlds = [texts_of(args, max(args.devices), seed) for seed in (*range(MAX_SEEDS), SEARCH_WORLD)]
         return school_texts(SIZES[args.size], known=[one for world in worlds for one in world.kept_out()])
-
-    def questions(self, num_devices: int, seed: int) -> Questions:
-        """As `texts_of`."""
-        return texts_of(self.args, num_devices, seed)
 
     def scene(
         self,
@@ -300,7 +308,11 @@ class CoPlmsStudy:
         def run() -> Value:
             with TemporaryDirectory() as folder:
                 scene = self.scene(
-                    self.questions(num_devices, 0), Path(folder), seed=0, factors=(factor, factor), num_rounds=1
+                    texts_of_test(self.args, num_devices, 0),
+                    Path(folder),
+                    seed=0,
+                    factors=(factor, factor),
+                    num_rounds=1,
                 )
                 account = Account()
                 for _ in METHODS[name](self.args).rounds(scene, account):
@@ -362,8 +374,7 @@ class CoPlmsStudy:
 
     def _searched(self, method: Contestant, num_devices: int, **changes: Any) -> Value:
         """The share of wrong answers at the end, over all sets alike: the mean of the devices' and the cloud's."""
-        tested = [self.questions(max(self.args.devices), seed) for seed in range(self.args.seeds)]
-        questions = self.questions(num_devices, SEARCH_WORLD).without({one for own in tested for one in own.tested()})
+        questions = texts_of_search(self.args, num_devices)
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=0, **changes)
             (parties,) = deque(method.rounds(scene, Account()), maxlen=1)
@@ -376,7 +387,7 @@ class CoPlmsStudy:
         return {"wrong": 1 - (sum(devices) / num_devices + cloud) / 2}
 
     def _run(self, method: Contestant, num_devices: int, seed: int, **changes: Any) -> Value:
-        questions, account, curve = self.questions(num_devices, seed), Account(), []
+        questions, account, curve = texts_of_test(self.args, num_devices, seed), Account(), []
         asked = {f"device-{place}": questions.of_device(place) for place in range(num_devices)}
         everything, most = questions.of_all(), self.args.max_tokens
         with TemporaryDirectory() as folder:

@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         __doc__ or "",
         examples=(
             "--budget-minutes 30",
-            "--size toy --devices 3 --seeds 1 --rounds 1 --local-steps 2 --cloud-steps 1",
+            "--size toy --devices 3 --seeds 1 --side-seeds 1 --rounds 1 --local-steps 2 --cloud-steps 1",
             "--models my-models --devices 3",
             "--data-root data --datasets trec babi arc_easy --school dailydialog cola --max-tokens 128",
         ),
@@ -229,13 +229,16 @@ class Results:
         first = args.devices[0]
         for num in args.devices:
             for name in args.methods:
-                if found := self._seeds(f"{name}, {num} devices", lambda s, a=name, b=num: self.study.run(a, b, s)):
+                seeds = args.seeds if num == first else args.side_seeds
+                what = f"{name}, {num} devices"
+                if found := self._seeds(what, seeds, lambda s, a=name, b=num: self.study.run(a, b, s)):
                     self.runs.setdefault(num, {})[name] = found
                     if num == first:
                         self._tell(name)
             if num == first:
                 for name in args.ablations:
-                    if found := self._seeds(f"ablation {name}", lambda s, a=name: self.study.ablate(a, first, s)):
+                    what = f"ablation {name}"
+                    if found := self._seeds(what, args.side_seeds, lambda s, a=name: self.study.ablate(a, first, s)):
                         self.ablations[name] = found
 
     def _tell(self, name: str) -> None:
@@ -255,10 +258,10 @@ class Results:
             except CotuneError as error:
                 self.refused[f"memory of {name}"] = str(error)
 
-    def _seeds(self, what: str, run: Callable[[int], Value]) -> list[Value]:
+    def _seeds(self, what: str, num: int, run: Callable[[int], Value]) -> list[Value]:
         found = []
         try:
-            for seed in range(self.study.args.seeds):
+            for seed in range(num):
                 value = run(seed)
                 if value["diverged"]:
                     raise InputError("a loss was nan or inf; lower the learning rates")
@@ -267,7 +270,7 @@ class Results:
             self.unfinished.append(what)
         except CotuneError as error:
             self.refused[what] = str(error)
-        return found if len(found) == self.study.args.seeds else []
+        return found if len(found) == num else []
 
 
 def quality_grid(caption: str, head: str, rows: Mapping[str, Sequence[Value]], who: str) -> Html:
@@ -400,7 +403,8 @@ def bytes_part(num: int, rows: Mapping[str, Sequence[Value]]) -> Html:
 
 def ablation_section(results: Results, num: int) -> Section:
     """Ours with one thing changed."""
-    rows = {**({OURS: results.runs[num][OURS]} if OURS in results.runs.get(num, {}) else {}), **results.ablations}
+    ours = results.runs.get(num, {}).get(OURS, [])[: results.study.args.side_seeds]
+    rows = {**({OURS: ours} if ours else {}), **results.ablations}
     content = [
         quality_grid("On devices", "ours with", rows, DEVICES),
         quality_grid("The cloud's model", "ours with", rows, CLOUD),
@@ -436,10 +440,10 @@ def rates_section(results: Results) -> Section:
 def build(study: CoPlmsStudy) -> Page:
     """Measure what is missing and show what there is."""
     args, results = study.args, Results(study)
-    if args.seeds > MAX_SEEDS or len(set(args.devices)) < len(args.devices):
+    if max(args.seeds, args.side_seeds) > MAX_SEEDS or len(set(args.devices)) < len(args.devices):
         raise InputError(
-            f"--seeds is {args.seeds} and --devices {args.devices}, expected at most {MAX_SEEDS} seeds, as made models "
-            "know none of their facts, and each number of devices once"
+            f"--seeds is {args.seeds}, --side-seeds {args.side_seeds} and --devices {args.devices}, expected at most "
+            f"{MAX_SEEDS} seeds, as made models know none of their facts, and each number of devices once"
         )
     results.fill()
     if not results.runs:
@@ -542,7 +546,8 @@ def deviations(results: Results) -> list[str]:
         * bool(results.peaks),
         "Crossed is what is asked of the other devices' domains; with one device that is nothing.",
         "Everybody may have the open questions, to which the server has no answers; ours alone asks its proxy.",
-        f"Cells of protocol {PROTOCOL}; intervals are Student's over seeds, each with facts and texts of its own.",
+        f"Cells of protocol {PROTOCOL}; intervals are Student's over seeds, each with facts and texts of its own: "
+        f"{args.seeds} of {args.devices[0]} devices, {args.side_seeds} of ablations and other numbers of devices.",
     ]
 
 

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from coplms_contest import METHODS, CoPlmsStudy, make_parser
-from coplms_texts import Questions
+from coplms_texts import Questions, texts_of_test
 from federated_memory import NUM_CHILDREN, TIMEOUT_S
 
 from cotune.data.templates import Example
@@ -103,7 +103,7 @@ def measured_peak(args: argparse.Namespace, models: Path, name: str) -> dict[str
 
 def measure(study: CoPlmsStudy, name: str) -> dict[str, int]:
     """A round of all devices, one after another. In a child only."""
-    questions = study.questions(study.args.devices[0], 0)
+    questions = texts_of_test(study.args, study.args.devices[0], 0)
     # First with little, after which all libraries are loaded.
     one_round(study, name, of_length(questions, 1, longest=False))
     return {"peak_bytes": one_round(study, name, of_length(questions, study.args.batch_size, longest=True)).peak_bytes}

@@ -23,6 +23,8 @@ from cotune.errors import InputError
 OWN, CROSSED, SKILLS, MIXED = "own", "crossed", "skills", "mixed"
 SETS = (OWN, CROSSED, SKILLS, MIXED)
 MAX_SEEDS = 9
+FIRST_SEEDS = 3
+"""Where the search would ask what a test asks, it yields to these; the tests of further seeds yield to the search."""
 SEARCH_WORLD = MAX_SEEDS
 """Seed of the facts and texts on which learning rates are searched, which no test has."""
 SCHOOL_SEED = 10**6
@@ -103,6 +105,24 @@ class Questions:
             found += [one for one in domain.train if any(name in one.prompt for name in domain.names)]
             found += [*domain.asked, *domain.skills, *domain.mixed]
         return found
+
+
+def texts_of_search(args: argparse.Namespace, num_devices: int) -> Questions:
+    """On which learning rates are searched: a world of its own, without what the tests of the first seeds ask.
+
+    Args, errors: as for `texts_of`.
+    """
+    tested = [texts_of(args, max(args.devices), seed).tested() for seed in range(FIRST_SEEDS)]
+    return texts_of(args, num_devices, SEARCH_WORLD).without(set().union(*tested))
+
+
+def texts_of_test(args: argparse.Namespace, num_devices: int, seed: int) -> Questions:
+    """Of a seed's runs, without what is asked where learning rates are searched.
+
+    Args, errors: as for `texts_of`.
+    """
+    whole = texts_of(args, num_devices, seed)
+    return whole if seed < FIRST_SEEDS else whole.without(texts_of_search(args, max(args.devices)).tested())
 
 
 def texts_of(args: argparse.Namespace, num_devices: int, seed: int) -> Questions:

@@ -11,6 +11,7 @@ from co_tuning import model_folder
 from co_tuning_scene import make_models
 from coplms_contest import CoPlmsStudy
 from coplms_memory import MeasuredAccount, measure, measured_peak, of_length, one_round, parser
+from coplms_texts import texts_of_test
 
 LITTLE = ["--devices", "2", "--num-things", "2", "--num-skills", "2", "--num-test", "1", "--num-public", "2"]
 LITTLE += ["--batch-size", "2", "--rank", "4", "--local-steps", "1", "--cloud-steps", "1", "--rounds", "1"]
@@ -48,7 +49,7 @@ def test_the_devices_work_is_measured_and_the_clouds_is_not(
 
 
 def test_texts_are_the_longest_or_the_shortest(study: CoPlmsStudy) -> None:
-    questions = study.questions(2, 0)
+    questions = texts_of_test(study.args, 2, 0)
     for longest in (True, False):
         for own, whole in zip(of_length(questions, 3, longest=longest).domains, questions.domains, strict=True):
             lengths = sorted((len(one.prompt + one.target) for one in whole.train), reverse=longest)
