@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -97,6 +98,29 @@ class ChunkReadings:
             else None,
             merged=_joined([one.merged for one in parts]),
         )
+
+    def of_texts(self, num_chunks: Sequence[int], num_starts: Sequence[int]) -> list[ChunkReadings]:
+        """Of each text of a batch, the opposite of `joined`.
+
+        Args:
+            num_chunks: of each text.
+            num_starts: of each text, the chunks that have a start of their own.
+
+        Example:
+            >>> both = ChunkReadings(log_likelihoods=torch.tensor([-1.0, -2.0, -3.0]))
+            >>> [one.log_likelihoods.tolist() for one in both.of_texts([1, 2], [1, 1])]
+            [[-1.0], [-2.0, -3.0]]
+        """
+        common = self.top_common
+        return [
+            ChunkReadings(
+                log_likelihoods=self.log_likelihoods[chunks],
+                next_bytes=None if self.next_bytes is None else self.next_bytes[starts],
+                top_common=None if common is None else TopCommon(common.places[starts], common.log_probs[starts]),
+                merged=None if self.merged is None else self.merged[starts],
+            )
+            for chunks, starts in zip(_one_after_another(num_chunks), _one_after_another(num_starts), strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +252,11 @@ class MutualLoss:
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     found = [one for one in parts if one is not None]
     return torch.cat(found) if found else None
+
+
+def _one_after_another(sizes: Sequence[int]) -> list[slice]:
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _starts(logits: Tensor, index: ChunkIndex) -> Tensor:

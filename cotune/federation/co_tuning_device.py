@@ -250,7 +250,7 @@ class CoTuningDevice:
                 for adapters, numbers in (([shared, private], own), ([shared], wanted - own)):
                     if numbers:
                         with self._with_terms(proxy, adapters):
-                            self._fill(from_proxy, proxy, PROXY_SIDE, ways.to_small, texts, numbers)
+                            self._fill(from_proxy, proxy, PROXY_SIDE, ways.to_small, texts, numbers, steps.proxy)
         from_small, readings = None, None if from_proxy is None else _readings_from(from_proxy, texts)
         with self._trained_small(
             small, texts, SMALL_SIDE, batches, steps.small, loss=ways.to_small, readings=readings
@@ -258,7 +258,7 @@ class CoTuningDevice:
             if ways.to_proxy is not None:
                 from_small = self._cache(f"small {self._small.digest} {digest(_as_numpy(small))}", ways.to_proxy)
                 wanted = {number for batch in proxy_batches for number in batch}
-                self._fill(from_small, model, SMALL_SIDE, ways.to_proxy, self.texts, wanted)
+                self._fill(from_small, model, SMALL_SIDE, ways.to_proxy, self.texts, wanted, steps.small)
         with self._loaded_proxy(folds) as proxy:
             after, losses["proxy_loss"] = self._descend_proxy(
                 proxy,
@@ -378,8 +378,10 @@ class CoTuningDevice:
         loss: MutualLoss,
         texts: Sequence[PairedText],
         wanted: Collection[int],
+        steps: LocalSteps,
     ) -> None:
-        cache.fill(texts, wanted, lambda text: read_chunks(model, text, side, loss))
+        # Together as many as the model learns at once, which takes more memory than reading them.
+        cache.fill(texts, wanted, lambda some: read_chunks(model, some, side, loss), at_once=steps.batch_size)
         self._hold(model)
 
     def _answered(self, proxy: PreTrainedModel, shared: Arrays, job: Job, steps: CoTuningSteps) -> list[PairedText]:

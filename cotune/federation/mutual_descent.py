@@ -101,10 +101,18 @@ def batches_of(texts: Sequence[PairedText], steps: LocalSteps, *, seed: int) -> 
 
 
 @torch.no_grad()
-def read_chunks(model: PreTrainedModel, text: PairedText, side: int, loss: MutualLoss) -> ChunkReadings:
-    """What a model says of one text, as the loss needs it; alone, so that it depends on no other text."""
-    batch = SideBatch.of([text], side, model.device)
-    return loss.read(batch.logits(model)[None], batch.index)
+def read_chunks(
+    model: PreTrainedModel, texts: Sequence[PairedText], side: int, loss: MutualLoss
+) -> list[ChunkReadings]:
+    """What a model says of each of these texts, as the loss needs it, in one pass.
+
+    Rounding depends on which texts are read together; nothing else does.
+    """
+    batch = SideBatch.of(texts, side, model.device)
+    usable = [text.alignment.is_usable for text in texts]
+    starts = [text.alignment.has_own_start & own for text, own in zip(texts, usable, strict=True)]
+    read = loss.read(batch.logits(model)[None], batch.index)
+    return read.of_texts([int(own.sum()) for own in usable], [int(own.sum()) for own in starts])
 
 
 def descend_on(

@@ -4,7 +4,8 @@ A file for each text, bounded in bytes as `cotune.file_cache` says. Its name is 
 which loss, and both sides' tokens and chunks of the text, so that nothing old is ever taken for something new.
 
 Next-byte log-probabilities are kept in float16, 514 bytes for each chunk with a start of its own; likelihoods in
-float32. They are read back from the file also in the run that wrote them: a run that was interrupted sees the same.
+float32. They are read back from the file also in the run that wrote them: a run that was interrupted sees the same. For
+that, too, which texts are read together depends on all that are wanted, not on what is there already.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ FORMAT = "cotune chunk readings 1"
 SUFFIX = ".readings"
 HEADER_BYTES = 1024  # the most of a file beside its numbers
 
-# Reads one text.
-Read = Callable[[PairedText], ChunkReadings]
+# Reads some texts in one pass.
+Read = Callable[[Sequence[PairedText]], Sequence[ChunkReadings]]
 
 
 class ReadingCache:
@@ -44,7 +45,7 @@ class ReadingCache:
 
     Example:
         >>> cache = ReadingCache(Path("run/readings"), teacher=digest, config=loss.config)  # doctest: +SKIP
-        >>> cache.fill(texts, wanted, lambda text: read_chunks(proxy, text, 0, loss))  # doctest: +SKIP
+        >>> cache.fill(texts, wanted, lambda some: read_chunks(proxy, some, 0, loss))  # doctest: +SKIP
         >>> cache.get(texts[3]).log_likelihoods  # doctest: +SKIP
     """
 
@@ -54,23 +55,38 @@ class ReadingCache:
         self._files = FileCache(folder, suffix=SUFFIX, what="readings", max_bytes=max_bytes)
         self._who, self._config = f"{FORMAT}\n{teacher}\n{config!r}\n", config
 
-    def fill(self, texts: Sequence[PairedText], wanted: Collection[int], read: Read) -> int:
+    def fill(self, texts: Sequence[PairedText], wanted: Collection[int], read: Read, *, at_once: int = 1) -> int:
         """Have the readings of the wanted texts on disk; `read` is asked for what is not there yet.
 
+        Args:
+            texts: all of them.
+            wanted: which, by number.
+            read: what says them.
+            at_once: texts that are given to it together, of like lengths. Where one of them is missing all are read,
+                and what was there stays.
+
         Returns:
-            How many texts were read.
+            How many readings were missing.
 
         Raises:
             InputError: they do not fit into the bound, which is known before anything is read, or the disk refuses.
         """
         keys = {number: self._key(texts[number]) for number in sorted(set(wanted))}
         self._files.check_bound(sum(self._num_bytes(texts[number]) for number in keys))
-        num_read, needed = 0, set(keys.values())
-        for number, key in keys.items():
-            if self._files.get(key) is None:
-                self._files.put(key, _encoded(read(texts[number])), needed=needed)
-                num_read += 1
-        return num_read
+        num_missing, needed = 0, set(keys.values())
+        # By bytes, which are the same on both sides.
+        by_length = sorted(keys, key=lambda number: (texts[number].alignment.num_bytes, number))
+        for begin in range(0, len(by_length), at_once):
+            together = by_length[begin : begin + at_once]
+            missing = {number for number in together if self._files.get(keys[number]) is None}
+            if not missing:
+                continue
+            readings = read([texts[number] for number in together])
+            for number, one in zip(together, readings, strict=True):
+                if number in missing:
+                    self._files.put(keys[number], _encoded(one), needed=needed)
+            num_missing += len(missing)
+        return num_missing
 
     def get(self, text: PairedText) -> ChunkReadings:
         """What `fill` stored.

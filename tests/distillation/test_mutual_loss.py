@@ -350,6 +350,15 @@ def test_readings_of_texts_are_those_of_their_batch() -> None:
     parts = [loss.read(logits[row : row + 1], ChunkIndex.of_batch([pair], 0)) for row, pair in enumerate(pairs)]
     index, student = ChunkIndex.of_batch(pairs, 1), logits_of("unigram", 2)
     assert torch.equal(loss(ChunkReadings.joined(parts), student, index).loss, loss(whole, student, index).loss)
+    sizes = [(len(one.log_likelihoods), 0 if one.next_bytes is None else len(one.next_bytes)) for one in parts]
+    for one, part in zip(whole.of_texts(*zip(*sizes, strict=True)), parts, strict=True):
+        assert one.top_common is not None and part.top_common is not None
+        assert one.next_bytes is not None and part.next_bytes is not None
+        assert one.merged is not None and part.merged is not None
+        assert torch.equal(one.log_likelihoods, part.log_likelihoods) and torch.equal(one.merged, part.merged)
+        assert torch.equal(one.next_bytes, part.next_bytes)
+        assert torch.equal(one.top_common.places, part.top_common.places)
+        assert torch.equal(one.top_common.log_probs, part.top_common.log_probs)
     bare = MutualLoss(only("chunk_weight"), table_of("byte_level"), table_of("unigram"))
     joined = ChunkReadings.joined([bare.read(logits, ChunkIndex.of_batch(pairs, 0))])
     assert joined.next_bytes is joined.top_common is joined.merged is None

@@ -291,7 +291,7 @@ def test_parts_can_be_left_out(
     assert CoTuningSteps.of_settings(plan.as_settings()) == plan
     own, filled = device(folders, "gpt2", tmp_path), []
     real = ReadingCache.fill
-    monkeypatch.setattr(ReadingCache, "fill", lambda *arguments: filled.append(real(*arguments)))
+    monkeypatch.setattr(ReadingCache, "fill", lambda *given, **named: filled.append(real(*given, **named)))
     done = own.co_tune(job(shared, plan))
     kept = own.store.last("run")
     assert kept is not None and any(name.startswith(PRIVATE) for name in kept) == (plan.private_rank > 0)

@@ -63,7 +63,7 @@ def test_both_ways_the_student_learns_from_readings(teacher: int, student: int) 
     tables = (PROXY.table, SMALL.table)
     config = MutualLossConfig(mix=1.0, gate=None)
     loss = MutualLoss(config, tables[teacher], tables[student])
-    readings = [read_chunks(both[teacher], text, teacher, loss) for text in texts]
+    readings = read_chunks(both[teacher], texts, teacher, loss)
     model = both[student]
     state = GradientState.inside(model, dict(model.named_parameters()), weight_decay=0.0)
 
@@ -77,6 +77,23 @@ def test_both_ways_the_student_learns_from_readings(teacher: int, student: int) 
         model, state, texts, student, batches_of(texts, STEPS, seed=0), STEPS, loss=loss, readings=readings.__getitem__
     )
     assert distance() < 0.8 * before and math.isfinite(told)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_texts_that_are_read_together_are_read_as_alone(side: int) -> None:
+    texts, tables = texts_of(), (PROXY.table, SMALL.table)
+    config = MutualLossConfig(token_weight=0.5, top_k=4, drops_merged=True)
+    loss, model = MutualLoss(config, tables[side], tables[1 - side]), models()[side]
+    together = read_chunks(model, texts, side, loss)
+    assert len({len(text.sides[side].input_ids) for text in texts}) > 1, "some are padded"
+    for one, text in zip(together, texts, strict=True):
+        (alone,) = read_chunks(model, [text], side, loss)
+        assert torch.allclose(one.log_likelihoods, alone.log_likelihoods, atol=1e-4)
+        assert one.next_bytes is not None and alone.next_bytes is not None
+        assert torch.allclose(one.next_bytes.exp(), alone.next_bytes.exp(), atol=1e-5)
+        assert one.top_common is not None and alone.top_common is not None
+        assert torch.allclose(one.top_common.log_probs, alone.top_common.log_probs, atol=1e-4)
+        assert one.merged is not None and alone.merged is not None and torch.equal(one.merged, alone.merged)
 
 
 def test_without_a_loss_the_texts_alone_are_learnt() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,20 +27,21 @@ def texts() -> list[PairedText]:
 def read_with(config: MutualLossConfig, texts: list[PairedText], asked: list[int]) -> dict[int, ChunkReadings]:
     loss = MutualLoss(config, reader_of("byte_level").table, reader_of("unigram").table)
     model = device_model("llama", vocab_size=len(reader_of("byte_level").table))
-    return {number: read_chunks(model, texts[number], 0, loss) for number in asked}
+    return dict(zip(asked, read_chunks(model, [texts[number] for number in asked], 0, loss), strict=True))
 
 
 def test_readings_come_back_and_are_asked_for_once(tmp_path: Path, texts: list[PairedText]) -> None:
     known = read_with(CONFIG, texts, [0, 1, 3])
     asked: list[int] = []
 
-    def read(text: PairedText) -> ChunkReadings:
-        asked.append(next(number for number, one in enumerate(texts) if one is text))
-        return known[asked[-1]]
+    def read(some: Sequence[PairedText]) -> list[ChunkReadings]:
+        numbers = [next(number for number, one in enumerate(texts) if one is text) for text in some]
+        asked.extend(numbers)
+        return [known[number] for number in numbers]
 
     cache = ReadingCache(tmp_path, teacher="proxy 1", config=CONFIG)
-    assert cache.fill(texts, [3, 1, 3], read) == 2 and asked == [1, 3]
-    assert cache.fill(texts, [0, 1], read) == 1 and asked == [1, 3, 0]
+    assert cache.fill(texts, [3, 1, 3], read) == 2 and sorted(asked) == [1, 3]
+    assert cache.fill(texts, [0, 1], read) == 1 and asked[2:] == [0]
     for number, one in known.items():
         found = cache.get(texts[number])
         assert torch.equal(found.log_likelihoods, one.log_likelihoods)
@@ -51,10 +53,29 @@ def test_readings_come_back_and_are_asked_for_once(tmp_path: Path, texts: list[P
         assert found.merged is not None and one.merged is not None and torch.equal(found.merged, one.merged)
 
 
+def test_what_is_read_together_does_not_depend_on_what_is_there(tmp_path: Path, texts: list[PairedText]) -> None:
+    known = read_with(CONFIG, texts, [0, 1, 2, 3])
+    by_length = sorted(known, key=lambda number: texts[number].alignment.num_bytes)
+    groups: list[list[int]] = []
+
+    def read(some: Sequence[PairedText]) -> list[ChunkReadings]:
+        groups.append([next(number for number, one in enumerate(texts) if one is text) for text in some])
+        return [known[number] for number in groups[-1]]
+
+    cache = ReadingCache(tmp_path, teacher="proxy 1", config=CONFIG)
+    assert cache.fill(texts, known, read, at_once=3) == 4 and groups == [by_length[:3], by_length[3:]]
+    # As if it had been interrupted behind the first two, it reads all three of that group, and keeps what is there.
+    (lost,) = sorted(tmp_path.glob("*.readings"), key=lambda file: file.stat().st_mtime_ns)[2:3]
+    contents = {file: file.read_bytes() for file in tmp_path.glob("*.readings")}
+    lost.unlink()
+    assert cache.fill(texts, known, read, at_once=3) == 1 and groups[2:] == [by_length[:3]]
+    assert {file: file.read_bytes() for file in tmp_path.glob("*.readings")} == contents
+
+
 def test_another_teacher_another_loss_and_another_text_are_not_there(tmp_path: Path, texts: list[PairedText]) -> None:
     known = read_with(CONFIG, texts, [0])
     cache = ReadingCache(tmp_path, teacher="proxy 1", config=CONFIG)
-    cache.fill(texts, [0], lambda text: known[0])
+    cache.fill(texts, [0], lambda some: [known[0]])
     for teacher, config, number in (
         ("proxy 2", CONFIG, 0),
         ("proxy 1", MutualLossConfig(), 0),
@@ -70,4 +91,4 @@ def test_another_teacher_another_loss_and_another_text_are_not_there(tmp_path: P
 def test_what_does_not_fit_is_refused_before_anything_is_read(tmp_path: Path, texts: list[PairedText]) -> None:
     cache = ReadingCache(tmp_path, teacher="proxy 1", config=CONFIG, max_bytes=2000)
     with pytest.raises(InputError, match="may take 2,000 bytes"):
-        cache.fill(texts, [0, 1], lambda text: pytest.fail("nothing may be read"))
+        cache.fill(texts, [0, 1], lambda some: pytest.fail("nothing may be read"))
