@@ -299,7 +299,7 @@ class CoPlmsStudy:
             except NonFiniteLossError:
                 return {"diverged": True}
 
-        group = "-".join([self.name, *(["+".join(args.datasets)] if args.datasets else [])])
+        group = f"{self.name}-{'+'.join(args.datasets)}" if args.datasets else self.name
         return self.cells.get(group, {**whole, "domains": max(args.devices), "protocol": PROTOCOL}, measured)
 
     def flops(self, name: str, num_devices: int, factor: float) -> dict[str, float]:

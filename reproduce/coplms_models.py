@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,9 +187,7 @@ class _School:
         with party.loaded() as model:
             model.save_pretrained(folder)
         (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-        for file in fresh.iterdir():
-            file.unlink()
-        fresh.rmdir()
+        shutil.rmtree(fresh)
 
     def distil(self, cloud: Path, folder: Path, kept: int, size: Size) -> None:
         """A proxy of the cloud's model, with some of its layers."""

@@ -165,7 +165,7 @@ def _domain(made: DomainQuestions) -> Domain:
 
 def _read(args: argparse.Namespace, num_devices: int, seed: int) -> Questions:
     """Devices take turns in data sets; two of one data set have different texts and the same questions."""
-    root, places = _root(args), range(num_devices)
+    root = _root(args)
     skills = _taken(
         [one for name in args.school for one in _splits(root, name).test],
         args.num_test,
@@ -173,7 +173,7 @@ def _read(args: argparse.Namespace, num_devices: int, seed: int) -> Questions:
         f"test texts of {' and '.join(args.school)}",
     )
     domains = []
-    for place in places:
+    for place in range(num_devices):
         name, part = args.datasets[place % len(args.datasets)], place // len(args.datasets)
         needed = args.num_train * (1 + (num_devices - 1) // len(args.datasets)) + args.num_open
         splits = _splits(root, name)
@@ -204,7 +204,7 @@ def school_of(args: argparse.Namespace) -> list[Example]:
 
 
 def _num_school(args: argparse.Namespace, rows: Sequence[Example]) -> int:
-    # Three seeds' public texts overlap where a school is small, as those of a server would.
+    # Seeds' public texts overlap where a school is small, as those of a server would.
     return min(SCHOOL_TEXTS, len(rows) - args.num_public)
 
 

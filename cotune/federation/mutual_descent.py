@@ -109,10 +109,9 @@ def read_chunks(
     Rounding depends on which texts are read together; nothing else does.
     """
     batch = SideBatch.of(texts, side, model.device)
-    usable = [text.alignment.is_usable for text in texts]
-    starts = [text.alignment.has_own_start & own for text, own in zip(texts, usable, strict=True)]
+    starts = [text.alignment.has_own_start[text.alignment.is_usable] for text in texts]
     read = loss.read(batch.logits(model)[None], batch.index)
-    return read.of_texts([int(own.sum()) for own in usable], [int(own.sum()) for own in starts])
+    return read.of_texts([len(own) for own in starts], [int(own.sum()) for own in starts])
 
 
 def descend_on(

@@ -71,20 +71,22 @@ class ReadingCache:
         Raises:
             InputError: they do not fit into the bound, which is known before anything is read, or the disk refuses.
         """
-        keys = {number: self._key(texts[number]) for number in sorted(set(wanted))}
-        self._files.check_bound(sum(self._num_bytes(texts[number]) for number in keys))
-        num_missing, needed = 0, set(keys.values())
+        numbers = sorted(set(wanted))
+        self._files.check_bound(sum(self._num_bytes(texts[number]) for number in numbers))
+        # A text that is there twice has one reading.
+        by_key = {self._key(texts[number]): texts[number] for number in numbers}
         # By bytes, which are the same on both sides.
-        by_length = sorted(keys, key=lambda number: (texts[number].alignment.num_bytes, number))
+        by_length = sorted(by_key, key=lambda key: by_key[key].alignment.num_bytes)
+        num_missing, needed = 0, set(by_key)
         for begin in range(0, len(by_length), at_once):
             together = by_length[begin : begin + at_once]
-            missing = {number for number in together if self._files.get(keys[number]) is None}
+            missing = {key for key in together if self._files.get(key) is None}
             if not missing:
                 continue
-            readings = read([texts[number] for number in together])
-            for number, one in zip(together, readings, strict=True):
-                if number in missing:
-                    self._files.put(keys[number], _encoded(one), needed=needed)
+            readings = read([by_key[key] for key in together])
+            for key, one in zip(together, readings, strict=True):
+                if key in missing:
+                    self._files.put(key, _encoded(one), needed=needed)
             num_missing += len(missing)
         return num_missing
 

@@ -72,6 +72,19 @@ def test_what_is_read_together_does_not_depend_on_what_is_there(tmp_path: Path, 
     assert {file: file.read_bytes() for file in tmp_path.glob("*.readings")} == contents
 
 
+def test_a_text_that_is_there_twice_is_read_once(tmp_path: Path, texts: list[PairedText]) -> None:
+    known, sizes = read_with(CONFIG, texts, [0, 1]), []
+
+    def read(some: Sequence[PairedText]) -> list[ChunkReadings]:
+        sizes.append(len(some))
+        return [known[texts.index(text)] for text in some]
+
+    cache = ReadingCache(tmp_path, teacher="proxy 1", config=CONFIG)
+    twice = [texts[0], texts[1], texts[0]]
+    assert cache.fill(twice, [0, 1, 2], read, at_once=3) == 2 and sizes == [2]
+    assert torch.equal(cache.get(twice[2]).log_likelihoods, known[0].log_likelihoods)
+
+
 def test_another_teacher_another_loss_and_another_text_are_not_there(tmp_path: Path, texts: list[PairedText]) -> None:
     known = read_with(CONFIG, texts, [0])
     cache = ReadingCache(tmp_path, teacher="proxy 1", config=CONFIG)
