@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cotune.errors import FrameError
+from cotune.errors import ConnectionLostError, FrameError, WireError
 from cotune.federation.resident_wire import (
     HEAD,
     MAX_BODY_BYTES,
@@ -59,10 +60,21 @@ class ResidentClient:
         ends_s = time.monotonic() + timeout_s
         connection, token = connect(self._folder, ends_s)
         with connection:
-            send_message(connection, token + HEAD.pack(kind, len(data)), data, ends_s)
-            number, body = receive_message(connection, ends_s)
+            number, body = _exchanged(connection, token + HEAD.pack(kind, len(data)), data, ends_s)
         if number not in set(AnswerKind):
             raise FrameError(f"the trainer answered with kind {number}, expected one of {[*map(int, AnswerKind)]}")
         if number == AnswerKind.DONE:
             return Answer(kind=AnswerKind.DONE, data=body)
         return Answer(kind=AnswerKind(number), error=body.decode(errors="replace"))
+
+
+def _exchanged(connection: socket.socket, head: bytes, body: bytes, ends_s: float) -> tuple[int, bytes]:
+    """Send a request and get its answer, also one that was given before all of the request was taken."""
+    try:
+        send_message(connection, head, body, ends_s)
+    except ConnectionLostError as lost:
+        try:
+            return receive_message(connection, ends_s)
+        except WireError:
+            raise lost from None
+    return receive_message(connection, ends_s)
