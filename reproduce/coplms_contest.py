@@ -226,6 +226,8 @@ class CoPlmsStudy:
         with self.models[CLOUD].loaded() as cloud:
             self.num_parameters = sum(one.numel() for one in cloud.parameters())
         self.digest = "-".join(model.digest[:6] for model in self.models.values())
+        # What is made of one recipe differs in rounding from one kind of processor to another; cells are of the recipe.
+        self.recipe = self.digest if args.models else self.folder.name
 
     def _school(self) -> list[Example]:
         """What models read before they meet any device."""
@@ -288,16 +290,16 @@ class CoPlmsStudy:
         args = self.args
         sizes = ("num_things", "num_skills", "num_test", "num_public", "rounds", "local_steps", "cloud_steps")
         rates = ("rate", "adapter_rate", "cloud_rate", "batch_size", "rank", "top_k", "dtype")
-        whole = {**key, **{one: getattr(args, one) for one in (*sizes, *rates)}, "models": self.digest}
+        whole = {**key, **{one: getattr(args, one) for one in (*sizes, *rates)}, "models": self.recipe}
         if args.datasets:
             own = {one: getattr(args, one) for one in ("max_tokens", "num_train", "num_open")}
             whole |= {**own, "datasets": " ".join(args.datasets), "school": " ".join(args.school)}
 
         def measured() -> Value:
             try:
-                return {"diverged": False, **run()}
+                return {"diverged": False, "models": self.digest, **run()}
             except NonFiniteLossError:
-                return {"diverged": True}
+                return {"diverged": True, "models": self.digest}
 
         group = f"{self.name}-{'+'.join(args.datasets)}" if args.datasets else self.name
         return self.cells.get(group, {**whole, "domains": max(args.devices), "protocol": PROTOCOL}, measured)

@@ -539,15 +539,40 @@ def deviations(results: Results) -> list[str]:
         *edge_notes(rates, searched),
         f"Adapters of ours travel in {options(args).bits} bits a number, those of others in float32, as "
         "they were published; FedMKT's logits are float16 with int32 ids.",
-        "Answers are one word or number, so that Rouge-L and EM differ only where a model writes more.",
+        *(
+            []
+            if args.datasets
+            else ["Answers are one word or number, so Rouge-L and EM differ where a model writes more."]
+        ),
         "Held at once are weights, gradients and optimiser state; activations are not counted."
         + " The peak of a round is all that a process took beyond what it had before, with the models that it loads: "
         "the largest device's, of two steps with its longest texts, in the middle one of three processes."
         * bool(results.peaks),
         "Crossed is what is asked of the other devices' domains; with one device that is nothing.",
         "Everybody may have the open questions, to which the server has no answers; ours alone asks its proxy.",
+        *makings(results),
         f"Cells of protocol {PROTOCOL}; intervals are Student's over seeds, each with facts and texts of its own: "
         f"{args.seeds} of {args.devices[0]} devices, {args.side_seeds} of ablations and other numbers of devices.",
+    ]
+
+
+def makings(results: Results) -> list[str]:
+    """Whether all runs are of the same models, in words; one recipe gives others on another kind of processor."""
+    rows = [(f"{num} devices, {name}", v, own) for num, own in results.runs.items() for name, v in own.items()]
+    first = results.runs.get(results.study.args.devices[0], {})
+    rows += [(f"ours with {name}", values, first) for name, values in results.ablations.items()]
+    if len({value["models"] for _, values, _ in rows for value in values}) < 2:
+        return []
+    apart = [
+        what
+        for what, values, others in rows
+        if any(a["models"] != b["models"] for a, b in zip(values, others.get(OURS, []), strict=False))
+    ]
+    return [
+        "Not all seeds have the same models: made again by the same recipe on another kind of processor, they differ "
+        "in rounding and then in what they learn."
+        + (f" Of other models than ours at the same seed: {'; '.join(apart)}." if apart else "")
+        + " What is compared seed by seed had the same ones." * (not apart)
     ]
 
 
@@ -568,7 +593,7 @@ def main() -> None:
             vars(args),
             device=args.device,
             threads=args.threads,
-            models=study.digest,
+            models=study.recipe,
             backbone_parameters=study.num_parameters,
         ),
         lead=f"Models {Path(args.model).name}.",
