@@ -66,11 +66,14 @@ PROTOCOL = 5
 MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
 RATE_FACTORS, MOST_RATES = (0.5, 1.0), 6
 ZERO_SHOT, OURS, STANDALONE, EQUAL = "zero-shot", "ours", "standalone", "standalone, equal compute"
+CODED = "fedavg-lora, coded"
+"""With the codec of ours."""
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     ZERO_SHOT: lambda args: ZeroShot(),
     STANDALONE: lambda args: Standalone(),
     EQUAL: lambda args: Standalone(),
     "fedavg-lora": lambda args: FederatedLora(),
+    CODED: lambda args: FederatedLora(bits=options(args).bits),
     "flexlora": lambda args: FederatedLora(algorithm=FlexLora(ranks={"device-1": max(1, args.rank // 2)})),
     "seqkd": lambda args: SeqKd(max_new_tokens=MAX_NEW_TOKENS),
     "fedmkt, published": lambda args: FedMkt(is_fixed=False, top_k=args.top_k),
@@ -148,6 +151,12 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
         default=list(RATE_FACTORS),
         help="searched for every method, times these learning rates, then by twos beyond them while the best one is "
         f"at an end, {MOST_RATES} at most (default: %(default)s)",
+    )
+    made.add_argument(
+        "--least-rate",
+        type=positive,
+        default=0.1,
+        help="share of all learning rates that is left in the last round, after half a cosine (default: %(default)s)",
     )
     add_run_options(made, name)
     return made
@@ -283,6 +292,7 @@ class CoPlmsStudy:
             alpha=2.0 * rank,
             max_tokens=args.max_tokens,
             seed=seed,
+            least_rate=args.least_rate,
         )
 
     def cell(self, key: Mapping[str, Any], run: Callable[[], Value]) -> Value:
@@ -291,6 +301,8 @@ class CoPlmsStudy:
         sizes = ("num_things", "num_skills", "num_test", "num_public", "rounds", "local_steps", "cloud_steps")
         rates = ("rate", "adapter_rate", "cloud_rate", "batch_size", "rank", "top_k", "dtype")
         whole = {**key, **{one: getattr(args, one) for one in (*sizes, *rates)}, "models": self.recipe}
+        if args.least_rate < 1:
+            whole["least_rate"] = args.least_rate
         if args.datasets:
             own = {one: getattr(args, one) for one in ("max_tokens", "num_train", "num_open")}
             whole |= {**own, "datasets": " ".join(args.datasets), "school": " ".join(args.school)}
@@ -323,45 +335,68 @@ class CoPlmsStudy:
 
         return self.cell({"what": "flops", "method": name, "devices": num_devices, "factor": factor}, run)
 
-    def factors(self, name: str, num_devices: int) -> tuple[float, float]:
-        """Of the steps, so that a round costs what one of ours does; from two counts, as the rest costs the same."""
+    def factors(self, name: str, num_devices: int, num_rounds: int | None = None) -> tuple[float, float]:
+        """Of the steps, so that all rounds cost what those of ours do; from two counts, as the rest costs the same.
+
+        Args:
+            num_rounds: of the method, where it has fewer than ours.
+        """
         if name in AT_BASE:
             return 1.0, 1.0
+        times = 1.0 if num_rounds is None else self.args.rounds / num_rounds
         ours = self.flops(OURS, num_devices, 1.0)
         own = EQUAL if name == EQUAL else name
         once, twice = (self.flops(own, num_devices, factor) for factor in (1.0, 2.0))
-        return solved(ours["device"], once["device"], twice["device"]), solved(
-            ours["cloud"], once["cloud"], twice["cloud"]
+        return solved(times * ours["device"], once["device"], twice["device"]), solved(
+            times * ours["cloud"], once["cloud"], twice["cloud"]
         )
 
-    def search(self, name: str) -> dict[float, float | None]:
+    def paid_rounds(self, name: str, num_devices: int) -> int | None:
+        """How many rounds the bytes of ours pay for, at least one; None where they pay for all."""
+        most = total_bytes(self.run(OURS, num_devices, 0))
+        curve = self.run(name, num_devices, 0)["curve"]
+        paid = sum(total_bytes(one) <= most for one in curve[1:])
+        return None if paid == len(curve) - 1 else max(1, paid)
+
+    def search(self, name: str, num_rounds: int | None = None) -> dict[float, float | None]:
         """The share of wrong answers by multiples of all learning rates, with the first number of devices, until the
         best one is between others; None where a loss was not finite.
 
         Facts and texts are of a world that no test has, and what is a question of any test is not asked. Bits per byte
         would choose the smallest rate for everybody: whoever learns facts becomes surer of what he does not know, too.
+
+        Args:
+            num_rounds: of the method, where it has fewer than ours.
         """
         num = self.args.devices[0]
-        factors = self.factors(name, num)
+        own = {"factors": self.factors(name, num, num_rounds), "num_rounds": num_rounds}
 
         def wrong(rate_factor: float) -> float | None:
             value = self.cell(
-                {"what": "search", "method": name, "devices": num, "rate_factor": rate_factor},
-                lambda: self._searched(METHODS[name](self.args), num, factors=factors, rate_factor=rate_factor),
+                {"what": "search", "method": name, "devices": num, "rate_factor": rate_factor, **_fewer(num_rounds)},
+                lambda: self._searched(METHODS[name](self.args), num, rate_factor=rate_factor, **own),
             )
             return None if value["diverged"] else float(value["wrong"])
 
         return search_wider(self.args.rate_factors, wrong, most=max(MOST_RATES, len(self.args.rate_factors)))
 
-    def rate_factor(self, name: str) -> float:
+    def rate_factor(self, name: str, num_rounds: int | None = None) -> float:
         """The best one of the search; what does not learn has none to search."""
-        return 1.0 if name == ZERO_SHOT else best_rate(self.search(name))
+        return 1.0 if name == ZERO_SHOT else best_rate(self.search(name, num_rounds))
 
-    def run(self, name: str, num_devices: int, seed: int) -> Value:
-        """A method at equal compute and its own learning rate."""
-        own = {"factors": self.factors(name, num_devices), "rate_factor": self.rate_factor(name)}
-        key = {"what": "run", "method": name, "devices": num_devices, "seed": seed, "rate_factor": own["rate_factor"]}
-        return self.cell(key, lambda: self._run(METHODS[name](self.args), num_devices, seed, **own))
+    def run(self, name: str, num_devices: int, seed: int, num_rounds: int | None = None) -> Value:
+        """A method at equal compute and its own learning rate.
+
+        Args:
+            num_rounds: fewer than those of ours, each with as many more steps.
+        """
+        rate_factor = self.rate_factor(name, num_rounds)
+        key = {"what": "run", "method": name, "devices": num_devices, "seed": seed, "rate_factor": rate_factor}
+        own = {"factors": self.factors(name, num_devices, num_rounds), "rate_factor": rate_factor}
+        return self.cell(
+            {**key, **_fewer(num_rounds)},
+            lambda: self._run(METHODS[name](self.args), num_devices, seed, num_rounds=num_rounds, **own),
+        )
 
     def ablate(self, name: str, num_devices: int, seed: int) -> Value:
         """Ours with one thing changed, at the steps of the options and the learning rate of ours."""
@@ -476,6 +511,16 @@ def judge(party: Party, asked: Mapping[str, Sequence[Example]], *, max_tokens: i
                     "bits": bits_per_byte(model, party, examples, max_tokens=max_tokens),
                 }
     return found
+
+
+def total_bytes(point: Mapping[str, Any]) -> float:
+    """Of one device so far, the download too."""
+    return float(point["up"] + point["down"] + point["download"])
+
+
+def _fewer(num_rounds: int | None) -> dict[str, int]:
+    # Cells of all rounds say nothing of them here, as the options do.
+    return {} if num_rounds is None else {"paid_rounds": num_rounds}
 
 
 def _mean(by_name: Mapping[str, float], names: Mapping[str, Any]) -> float:

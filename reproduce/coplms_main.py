@@ -18,6 +18,7 @@ from cells import OutOfTimeError, Value
 from coplms_contest import (
     ABLATIONS,
     BOUNDS,
+    CODED,
     EQUAL,
     METHODS,
     OURS,
@@ -27,6 +28,7 @@ from coplms_contest import (
     CoPlmsStudy,
     make_parser,
     options,
+    total_bytes,
 )
 from coplms_memory import measured_peak
 from coplms_models import CLOUD, PROXY
@@ -119,11 +121,6 @@ def em_over_sets(values: Sequence[Value], who: str) -> str:
     return worded(mean_of(values, lambda one: over_sets(one, who, "em")), 1, 100)
 
 
-def total_bytes(point: Mapping[str, float]) -> float:
-    """Of one device so far, the download too."""
-    return float(point["up"] + point["down"] + point["download"])
-
-
 def bits_within(value: Value, num_bytes: float, who: str) -> float | None:
     """Bits per byte after the last round that costs at most so much; None where no round does."""
     paid = [one for number, one in enumerate(value["curve"]) if number and total_bytes(one) <= num_bytes]
@@ -147,10 +144,11 @@ def relative(ours: float, theirs: float) -> float | None:
 
 
 def verdicts(rows: Mapping[str, Sequence[Value]]) -> list[str]:
-    """Ours against the best other method at equal compute or less, for devices and cloud, in words.
+    """Ours against the best other method, for devices and cloud, in words.
 
     Args:
-        rows: by method the runs of all seeds, with one number of devices.
+        rows: by method the runs of all seeds, with one number of devices; of equal compute or less, and of equal
+            bytes or less where they shall be.
     """
     # Alone with fewer steps is a rival too, as more of them may be too many.
     rivals = [name for name in rows if name not in (OURS, *BOUNDS)]
@@ -215,6 +213,7 @@ class Results:
     def __init__(self, study: CoPlmsStudy) -> None:
         self.study = study
         self.runs: dict[int, dict[str, list[Value]]] = {}
+        self.shorter: dict[str, list[Value]] = {}
         self.ablations: dict[str, list[Value]] = {}
         self.factors: dict[str, tuple[float, float]] = {}
         self.rates: dict[str, float] = {}
@@ -236,10 +235,32 @@ class Results:
                     if num == first:
                         self._tell(name)
             if num == first:
+                self._fill_paid(first)
                 for name in args.ablations:
                     what = f"ablation {name}"
                     if found := self._seeds(what, args.side_seeds, lambda s, a=name: self.study.ablate(a, first, s)):
                         self.ablations[name] = found
+
+    def _fill_paid(self, num: int) -> None:
+        """The methods that send more than ours again, with the rounds that its bytes pay for."""
+        for name in self.runs.get(num, {}) if OURS in self.runs.get(num, {}) else ():
+            paid = self.study.paid_rounds(name, num)
+            if paid is None:
+                continue
+            what = f"{name}, {paid} round{'s' if paid > 1 else ''}"
+            if runs := self._seeds(what, self.study.args.seeds, lambda s, a=name, b=paid: self.study.run(a, num, s, b)):
+                self.shorter[what] = runs
+                self.factors[what] = self.study.factors(name, num, paid)
+                self.searched[what] = self.study.search(name, paid)
+                self.rates[what] = self.study.rate_factor(name, paid)
+
+    def at_equal_bytes(self) -> dict[str, list[Value]]:
+        """With the first number of devices, what costs no more bytes than ours; the rest with fewer rounds."""
+        rows = self.runs.get(self.study.args.devices[0], {})
+        if OURS not in rows:
+            return {}
+        most = max(total_bytes(one) for one in rows[OURS])
+        return {name: v for name, v in rows.items() if total_bytes(v[0]) <= most} | self.shorter
 
     def _tell(self, name: str) -> None:
         """At which steps and learning rate a method ran with the first number of devices, and its memory."""
@@ -401,6 +422,17 @@ def bytes_part(num: int, rows: Mapping[str, Sequence[Value]]) -> Html:
     return join([parts, told])
 
 
+def equal_bytes_section(num: int, rows: Mapping[str, Sequence[Value]]) -> Section:
+    """All methods with no more bytes than ours, those that send more with fewer rounds and more steps in each."""
+    content = [
+        quality_grid("On devices, means over devices and seeds", "method", rows, DEVICES),
+        quality_grid("The cloud's model, which has texts of no domain", "method", rows, CLOUD),
+        cost_grid(rows, "method"),
+    ]
+    heading = f"{num} devices, and no more bytes than ours"
+    return Section(name="equal-bytes", short="Equal bytes", heading=heading, content=join(content))
+
+
 def ablation_section(results: Results, num: int) -> Section:
     """Ours with one thing changed."""
     ours = results.runs.get(num, {}).get(OURS, [])[: results.study.args.side_seeds]
@@ -451,16 +483,21 @@ def build(study: CoPlmsStudy) -> Page:
             raise OutOfTimeError("the budget is spent before any method is finished; run again to go on")
         raise InputError(f"no method could be run: {next(iter(results.refused.values()), 'none was asked for')}")
     first = next(iter(results.runs))
-    said = {num: verdicts(rows) for num, rows in results.runs.items()}
+    equal_bytes = results.at_equal_bytes()
+    said = {f"{num} devices": verdicts(rows) for num, rows in results.runs.items()}
+    if results.shorter:
+        said |= {f"{first} devices, and no more bytes than ours": verdicts(equal_bytes)}
     sections = [
         Section(
             name="goals",
             short="Goals",
             heading="Ours against the best other method at equal compute or less",
-            content=bullets([f"{num} devices. {one}" for num, own in said.items() for one in own]),
+            content=bullets([f"{what}. {one}" for what, own in said.items() for one in own]),
         ),
         *(devices_section(num, rows, results.peaks if num == first else {}) for num, rows in results.runs.items()),
     ]
+    if results.shorter:
+        sections.append(equal_bytes_section(first, equal_bytes))
     if results.ablations:
         sections.append(ablation_section(results, args.devices[0]))
     sections.append(rates_section(results))
@@ -469,12 +506,13 @@ def build(study: CoPlmsStudy) -> Page:
         sections.append(Section(name="refused", short="Refused", heading="Not run", content=reasons))
     return Page(
         title="Co-tuning at equal compute, and by bytes",
-        lead=" ".join(said[first][:2]),
+        lead=" ".join(said[f"{first} devices"][:2]),
         expected=EXPECTED,
         measured={
             "runs": {num: {name: _plain(v) for name, v in rows.items()} for num, rows in results.runs.items()},
             "ablations": {name: _plain(v) for name, v in results.ablations.items()},
             "summary": {num: {name: summarise(v) for name, v in rows.items()} for num, rows in results.runs.items()},
+            "at_equal_bytes": {name: summarise(v) for name, v in equal_bytes.items()},
             "factors": results.factors,
             "rates": results.rates,
             "search": results.searched,
@@ -492,7 +530,7 @@ def build(study: CoPlmsStudy) -> Page:
                 for name, v in rows.items()
             ),
             *(f"{what}: {reason}" for what, reason in results.refused.items()),
-            *(f"{num} devices. {one}" for num, own in said.items() for one in own),
+            *(f"{what}. {one}" for what, own in said.items() for one in own),
         ],
         unfinished=results.unfinished,
     )
@@ -548,6 +586,21 @@ def deviations(results: Results) -> list[str]:
         + " The peak of a round is all that a process took beyond what it had before, with the models that it loads: "
         "the largest device's, of two steps with its longest texts, in the middle one of three processes."
         * bool(results.peaks),
+        *(
+            [
+                f"With {args.devices[0]} devices, what sends more than ours ran again with as many whole rounds as its "
+                "bytes pay for, at least one, as many more steps in each, and a search of its own. "
+                f"'{CODED}' is FedAvg-LoRA with the codec of ours, which was not published so."
+            ]
+            if results.shorter
+            else []
+        ),
+        "All learning rates "
+        + (
+            f"fall along half a cosine, to {args.least_rate:g} of what they are in the first round."
+            if args.least_rate < 1
+            else "stay as they are in all rounds."
+        ),
         "Crossed is what is asked of the other devices' domains; with one device that is nothing.",
         "Everybody may have the open questions, to which the server has no answers; ours alone asks its proxy.",
         *makings(results),

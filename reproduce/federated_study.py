@@ -39,7 +39,7 @@ from cotune.data.templates import Example
 from cotune.errors import InputError, NonFiniteLossError
 from cotune.federation.algorithm import Algorithm, Combine
 from cotune.federation.algorithms import ALGORITHMS, KINDS, POOLED
-from cotune.federation.annealed import cosine_share
+from cotune.federation.annealed import CosineRates
 from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import ResidentBackbone
 from cotune.federation.coordinator import Coordinator, FederationError, Progress, RoundRules
@@ -421,7 +421,11 @@ class FederatedStudy:
     def rate_share(self, round_number: int) -> float:
         """Of the learning rate in a round, counted from 1, by the schedule."""
         own = ScheduleSettings(kind=self.args.schedule)
-        return 1.0 if own.kind == CONSTANT else cosine_share(round_number, self.args.rounds, own.least)
+        return (
+            1.0
+            if own.kind == CONSTANT
+            else CosineRates(num_rounds=self.args.rounds, least=own.least).share(round_number)
+        )
 
     def settings(self, *, seed: int, algorithm: str | None = None, start: Start | None = None) -> FederationSettings:
         """The product's, as far as rules and starts need them; the usual rule depends on the algorithm."""

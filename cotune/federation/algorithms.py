@@ -62,8 +62,8 @@ REPLAYED = POOLED | {"seed"}
 """Algorithms whose devices replay the steps of earlier rounds, all with one learning rate."""
 # The field that no configuration gives: directions come from the run's secret.
 SEEDS = "seeds"
-# Likewise: models at work, which `cotune.federation.co_tuning_parts` puts in.
-CLOUD_HALF = "cloud_half"
+# Likewise: models at work, which `cotune.federation.co_tuning_parts` puts in, and rates, from the settings' schedule.
+LATER = ("cloud_half", "rates")
 
 
 def algorithm_named(
@@ -94,8 +94,7 @@ def algorithm_named(
     kind: Any = ALGORITHMS[name]
     own, table = {one.name for one in fields(kind)}, options or {}
     given: dict[str, Any] = {SEEDS: seeds} if SEEDS in own else {}
-    if CLOUD_HALF in own:
-        given[CLOUD_HALF] = None
+    given |= dict.fromkeys(own.intersection(LATER))
     usual = {"steps": steps} if "steps" in own and steps is not None else {}
     made: Algorithm = from_table(kind, table, where=f"options.{name}.", given=given, usual=usual)
     return made

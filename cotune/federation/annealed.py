@@ -29,7 +29,31 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Annealed:
+class CosineRates:
+    """lr_t / lr by round.
+
+    Example:
+        >>> [round(CosineRates(num_rounds=2, least=0.1).share(number), 3) for number in (1, 2, 3, 9)]
+        [1.0, 0.55, 0.1, 0.1]
+    """
+
+    num_rounds: int
+    """T."""
+    least: float = 0.1
+    """Share of the learning rates that is left; 1: they stay as they are."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, num_rounds=self.num_rounds)
+        check_share(least=self.least)
+
+    def share(self, round_number: int) -> float:
+        """Of the learning rates in a round, counted from 1."""
+        passed = min(round_number - 1, self.num_rounds) / self.num_rounds
+        return self.least + (1 - self.least) * (1 + math.cos(math.pi * passed)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annealed(CosineRates):
     """The server half; the devices' half is that of the algorithm inside.
 
     Example:
@@ -41,18 +65,6 @@ class Annealed:
 
     inner: Algorithm
     """Its learning rates are those of the first round."""
-    num_rounds: int
-    """T."""
-    least: float = 0.1
-    """Share of them that is left."""
-
-    def __post_init__(self) -> None:
-        check_at_least(1, num_rounds=self.num_rounds)
-        check_share(least=self.least)
-
-    def share(self, round_number: int) -> float:
-        """Of the learning rate in a round, counted from 1."""
-        return cosine_share(round_number, self.num_rounds, self.least)
 
     def start(self, adapter: Arrays) -> Arrays:
         return self.inner.start(adapter)
@@ -68,17 +80,6 @@ class Annealed:
 
     def _in(self, round_number: int) -> Algorithm:
         return at_rate(self.inner, self.share(round_number))
-
-
-def cosine_share(round_number: int, num_rounds: int, least: float) -> float:
-    """lr_t / lr, with the symbols above.
-
-    Example:
-        >>> [round(cosine_share(number, 4, 0.0), 3) for number in (1, 2, 3, 4, 5)]
-        [1.0, 0.854, 0.5, 0.146, 0.0]
-    """
-    passed = min(round_number - 1, num_rounds) / num_rounds
-    return least + (1 - least) * (1 + math.cos(math.pi * passed)) / 2
 
 
 def at_rate(kind: T, share: float) -> T:

@@ -35,6 +35,7 @@ from cotune.distillation.chunk_likelihood import chunk_divergence, chunk_log_lik
 from cotune.distillation.paired_texts import PairedText, pair_texts
 from cotune.distillation.token_kl import token_divergence
 from cotune.errors import MismatchError
+from cotune.federation.annealed import at_rate
 from cotune.federation.arrays import Arrays
 from cotune.federation.backbone_model import MAX_GRAD_NORM, to_arrays
 from cotune.federation.causal_model import CausalModel
@@ -126,9 +127,10 @@ class CloudSaml:
         folds: Mapping[int, Arrays],
         told: Sequence[NDArray[np.float32]],
         round_number: int,
+        rate_share: float = 1.0,
     ) -> CloudTuned:
         """As `cotune.federation.coplms.CloudHalf` says."""
-        own, ends = self._settings, np.cumsum([0, *(one.num_slots for one in self.public)])
+        own, ends = at_rate(self._settings, rate_share), np.cumsum([0, *(one.num_slots for one in self.public)])
         by_text = [
             [told_of(text, values[ends[i] : ends[i + 1]]) for values in told] for i, text in enumerate(self._texts)
         ]

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from cotune.distillation.mutual_loss import MutualLossConfig
 from cotune.errors import InputError
 from cotune.federation.algorithm import SHOWN, Combine, Plan, Update
+from cotune.federation.annealed import CosineRates, at_rate
 from cotune.federation.array_layout import to_layout
 from cotune.federation.arrays import Arrays, add, shapes_of
 from cotune.federation.catch_up import prefixed, under
@@ -103,6 +104,7 @@ class CloudHalf(Protocol):
         folds: Mapping[int, Arrays],
         told: Sequence[NDArray[np.float32]],
         round_number: int,
+        rate_share: float = 1.0,
     ) -> CloudTuned:
         """SAML between the cloud's model and the proxy.
 
@@ -111,6 +113,7 @@ class CloudHalf(Protocol):
             folds: what the proxy's weights hold besides, by round.
             told: what each device of the second channel said of all public texts.
             round_number: decides the order of texts.
+            rate_share: of the learning rates, in this round.
         """
         ...
 
@@ -205,6 +208,8 @@ class CoPlms:
     """The cloud's model."""
     cloud_half: CloudHalf | None = None
     """No setting: the cloud's model at work, or None without one."""
+    rates: CosineRates | None = None
+    """No setting: how all learning rates fall, those of the server too, see `[schedule]`; None: not at all."""
 
     def __post_init__(self) -> None:
         check_table(self.ranks, "ranks", at_least=1)
@@ -262,7 +267,7 @@ class CoPlms:
         return dict(adapter) | prefixed(CLOUD, cloud) | {ENERGY: zero, FOLDED: zero}
 
     def plan(self, state: Arrays, round_number: int, device: str, since: int | None) -> Plan:
-        settings = self.device_steps.as_settings()
+        settings = at_rate(self.device_steps, self._rate_share(round_number)).as_settings()
         if self.channel_of(device) == LIKELIHOOD_CHANNEL:
             assert self.cloud_half is not None, "checked with the settings"
             public = self.cloud_half.public
@@ -292,6 +297,9 @@ class CoPlms:
             decode=lambda arrays: codes.decode(arrays, shapes, dither_seed(round_number, f"{UP} {device}")),
         )
 
+    def _rate_share(self, round_number: int) -> float:
+        return 1.0 if self.rates is None else self.rates.share(round_number)
+
     def _once(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
         """What a device with the proxy gets in its first round, and keeps."""
         if self.cloud_half is None or not self.public_share:
@@ -318,6 +326,7 @@ class CoPlms:
                 folds=folds_in(folds, shapes, self.codes),
                 told=told,
                 round_number=round_number,
+                rate_share=self._rate_share(round_number),
             )
             adapter, cloud = tuned.proxy, tuned.cloud
             shown |= {SHOWN + name: number for name, number in tuned.shown.items()}

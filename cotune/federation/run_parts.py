@@ -11,7 +11,7 @@ from typing import Any
 from cotune.errors import InputError
 from cotune.federation.algorithm import Algorithm, Combine
 from cotune.federation.algorithms import ALGORITHMS, HALVING, IN_PARTS, POOLED, REPLAYED, algorithm_named, check_kind
-from cotune.federation.annealed import Annealed
+from cotune.federation.annealed import Annealed, CosineRates
 from cotune.federation.coplms import CoPlms
 from cotune.federation.eva_start import EvaStart
 from cotune.federation.gradient_start import GradientStart
@@ -69,12 +69,14 @@ def with_schedule(algorithm: Algorithm, settings: FederationSettings) -> Algorit
     own = settings.schedule
     if own.kind == CONSTANT:
         return algorithm
-    if settings.algorithm in REPLAYED or isinstance(algorithm, CoPlms):
-        why = "replays earlier steps with one learning rate" if settings.algorithm in REPLAYED else "has several rates"
+    if settings.algorithm in REPLAYED:
         raise InputError(
-            f"schedule.kind is {own.kind!r}, expected {CONSTANT!r} for {settings.algorithm}, which {why}; leave "
-            "[schedule] out"
+            f"schedule.kind is {own.kind!r}, expected {CONSTANT!r} for {settings.algorithm}, which replays earlier "
+            "steps with one learning rate; leave [schedule] out"
         )
+    if isinstance(algorithm, CoPlms):
+        # Its server learns, too, with the rates of a part that is put in later.
+        return replace(algorithm, rates=CosineRates(num_rounds=settings.rounds.num_rounds, least=own.least))
     return Annealed(inner=algorithm, num_rounds=settings.rounds.num_rounds, least=own.least)
 
 

@@ -12,8 +12,9 @@ from toy_federation import B, ToyModel, toy_adapter
 from cotune.errors import InputError
 from cotune.federation.algorithm import Job, Update
 from cotune.federation.algorithms import ALGORITHMS, REPLAYED, algorithm_named
-from cotune.federation.annealed import Annealed, at_rate
+from cotune.federation.annealed import Annealed, CosineRates, at_rate
 from cotune.federation.coordinator import RoundRules
+from cotune.federation.coplms import CoPlms
 from cotune.federation.descend import descend
 from cotune.federation.fedit import FedIT
 from cotune.federation.fwdllm import FwdLLM
@@ -81,11 +82,14 @@ def test_every_algorithm_is_annealed_or_refused(name: str) -> None:
         schedule=ScheduleSettings(kind="cosine", least=0.3),
     )
     secret = RunSecret(bytes(32))
-    if name in REPLAYED or name == "coplms":
+    if name in REPLAYED:
         with pytest.raises(InputError, match=rf"schedule\.kind is 'cosine', expected 'constant' for {name}"):
             algorithm_of(settings, secret)
         return
     made = algorithm_of(settings, secret)
+    if isinstance(made, CoPlms):
+        assert made.rates == CosineRates(num_rounds=6, least=0.3)
+        return
     assert isinstance(made, Annealed) and (made.num_rounds, made.least) == (6, 0.3)
     # Something does fall.
     assert at_rate(made.inner, 0.5) != made.inner

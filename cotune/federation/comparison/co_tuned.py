@@ -121,6 +121,7 @@ class CoTuned:
             small_steps=_times(site.steps, self.small_times),
             dst_steps=steps,
             cloud_half=_CountedHalf(half, account),
+            rates=scene.rates,
         )
 
     @staticmethod
@@ -207,9 +208,12 @@ class _CountedHalf:
         folds: Mapping[int, Arrays],
         told: Sequence[NDArray[np.float32]],
         round_number: int,
+        rate_share: float = 1.0,
     ) -> CloudTuned:
         with self.account.at(CLOUD):
-            return self.inner.tune(proxy=proxy, cloud=cloud, folds=folds, told=told, round_number=round_number)
+            return self.inner.tune(
+                proxy=proxy, cloud=cloud, folds=folds, told=told, round_number=round_number, rate_share=rate_share
+            )
 
 
 def _times(steps: LocalSteps, factor: float) -> LocalSteps:

@@ -25,6 +25,7 @@ from cotune.distillation.mapped_targets import TokenMap, WarpedText
 from cotune.distillation.paired_texts import PairedText, pair_texts
 from cotune.errors import InputError
 from cotune.federation.algorithm import Update
+from cotune.federation.annealed import at_rate
 from cotune.federation.arrays import difference
 from cotune.federation.backbone_model import MAX_GRAD_NORM
 from cotune.federation.comparison.party import Party
@@ -87,7 +88,14 @@ class CoPlmsReconstruction:
                 updates.append(Update(device=name, arrays=change, weight=weight))
             state = algorithm.merge(state, number, updates, Mean())
             with account.at(CLOUD):
-                tuned = saml.tune(proxy=state, cloud=parties[CLOUD].adapter, folds={}, told=[], round_number=number)
+                tuned = saml.tune(
+                    proxy=state,
+                    cloud=parties[CLOUD].adapter,
+                    folds={},
+                    told=[],
+                    round_number=number,
+                    rate_share=scene.rates.share(number),
+                )
             state, learnt[CLOUD] = dict(tuned.proxy), replace(parties[CLOUD], adapter=tuned.cloud)
             learnt[PROXY] = replace(proxy, adapter=tuned.proxy)
             parties = learnt
@@ -97,7 +105,8 @@ class CoPlmsReconstruction:
         self, scene: Scene, account: Account, name: str, number: int, proxy: Party, small: Party, device: _Device
     ) -> tuple[Party, Party]:
         """Steps of both, each from the other as it is."""
-        steps = (scene.proxy_steps(name), scene.sites[name].steps)
+        share = scene.rates.share(number)
+        steps = [at_rate(one, share) for one in (scene.proxy_steps(name), scene.sites[name].steps)]
         seed = scene.seed_of(number, name)
         with proxy.learning(steps[0]) as (g, g_state), small.learning(steps[1]) as (h, h_state):
             for numbers in batches_of(device.texts, steps[1], seed=seed):

@@ -45,6 +45,13 @@ class FedCoLlm:
         for number in range(1, scene.num_rounds + 1):
             state = lora_round(scene, account, algorithm, state, number, proxy, texts)
             with account.at(CLOUD):
-                tuned = saml.tune(proxy=state, cloud=cloud.adapter, folds={}, told=[], round_number=number)
+                tuned = saml.tune(
+                    proxy=state,
+                    cloud=cloud.adapter,
+                    folds={},
+                    told=[],
+                    round_number=number,
+                    rate_share=scene.rates.share(number),
+                )
             state, cloud = algorithm.start(tuned.proxy), replace(cloud, adapter=tuned.cloud)
             yield dict.fromkeys(scene.sites, replace(proxy, adapter=tuned.proxy)) | {CLOUD: cloud}

@@ -25,6 +25,7 @@ from cotune.data.templates import Example
 from cotune.distillation.chunk_gate import ChunkGate
 from cotune.distillation.paired_texts import PairedText
 from cotune.errors import InputError
+from cotune.federation.annealed import CosineRates, at_rate
 from cotune.federation.arrays import AnyArrays
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.causal_model import CausalModel
@@ -69,6 +70,7 @@ class Scene:
         adapter_rate: learning rate of the proxy's adapters, whose other steps are those of their device.
         rank, alpha: of all adapters.
         num_rounds: of every method.
+        least_rate: share of all learning rates that is left in the last rounds; 1: they stay.
         max_tokens: of one text.
         folder: for what devices of methods that need a disk keep; cleared by whoever made it.
         seed: of the order of texts, and of adapters.
@@ -87,10 +89,16 @@ class Scene:
     alpha: float = 16.0
     max_tokens: int = 128
     seed: int = 0
+    least_rate: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.sites or {CLOUD, PROXY} & self.sites.keys():
             raise InputError(f"sites are {sorted(self.sites)}, expected at least one, none named {CLOUD} or {PROXY}")
+
+    @property
+    def rates(self) -> CosineRates:
+        """How all learning rates fall."""
+        return CosineRates(num_rounds=self.num_rounds, least=self.least_rate)
 
     @property
     def shape(self) -> LoraShape:
@@ -252,10 +260,11 @@ def learn_at(
     Args:
         name, number: where, and in which round.
         party, texts, side, loss: as for `teach`.
-        steps: those of the scene for this name if left out.
+        steps: those of the scene for this name if left out; their learning rate falls as all do.
         part: of the round, where there are several.
     """
-    own = steps or (scene.cloud_steps if name == CLOUD else scene.sites[name].steps)
+    whole = steps or (scene.cloud_steps if name == CLOUD else scene.sites[name].steps)
+    own = at_rate(whole, scene.rates.share(number))
     seed = scene.seed_of(number, name, part)
     with account.at(name):
         if name == CLOUD:
