@@ -89,6 +89,22 @@ def test_both_learn_the_texts_and_with_each_other_come_nearer(
     assert distances(mutual, models, tuned.proxy, tuned.cloud)[2] < 0.7 * before[2]
 
 
+def test_a_share_of_the_learning_rate_is_a_share_of_the_step(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    plain = LocalSteps(num_steps=1, batch_size=3, learning_rate=0.5, optimizer="sgd")
+    own = half(models, replace(SETTINGS, steps=plain))
+    cloud = own.start()
+    moved = []
+    for share in (1.0, 0.25):
+        tuned = own.tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1, rate_share=share)
+        moved.append({name: tuned.proxy[name] - proxy_adapter[name] for name in proxy_adapter})
+        moved[-1] |= {f"cloud {name}": tuned.cloud[name] - cloud[name] for name in cloud}
+    assert any(np.abs(one).max() > 1e-3 for one in moved[0].values())
+    for name, whole in moved[0].items():
+        assert np.allclose(moved[1][name], 0.25 * whole, atol=1e-6)
+
+
 def test_without_mixing_each_learns_alone_and_with_it_from_the_other(
     models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
 ) -> None:

@@ -14,6 +14,7 @@ from cotune.distillation.chunk_gate import ChunkGate
 from cotune.distillation.mutual_loss import MutualLossConfig
 from cotune.errors import InputError
 from cotune.federation.algorithm import Plan, Update, shown_in
+from cotune.federation.annealed import CosineRates
 from cotune.federation.arrays import Arrays, shapes_of
 from cotune.federation.co_tuning_device import CoTuningSteps
 from cotune.federation.coordinator import Coordinator, RoundRules
@@ -204,6 +205,7 @@ class Half:
         self.questions = questions
         self.told: list[list[NDArray[np.float32]]] = []
         self.folds: list[set[str]] = []
+        self.rate_shares: list[float] = []
 
     @property
     def public(self) -> Sequence[PublicText]:
@@ -213,9 +215,17 @@ class Half:
         return {"x": np.zeros(2, np.float32)}
 
     def tune(
-        self, *, proxy: Arrays, cloud: Arrays, folds: Arrays, told: Sequence[NDArray[np.float32]], round_number: int
+        self,
+        *,
+        proxy: Arrays,
+        cloud: Arrays,
+        folds: Arrays,
+        told: Sequence[NDArray[np.float32]],
+        round_number: int,
+        rate_share: float = 1.0,
     ) -> CloudTuned:
         self.told.append(list(told))
+        self.rate_shares.append(rate_share)
         self.folds.append(set(folds))
         return CloudTuned(
             proxy={n: a + 1 for n, a in proxy.items()}, cloud={n: a + 1 for n, a in cloud.items()}, shown={"loss": 3.0}
@@ -246,6 +256,23 @@ def test_likelihoods_go_to_the_clouds_half_and_adapters_into_the_merge() -> None
         assert np.array_equal(alone[name], array + 1)
     assert algorithm.cloud_adapter(alone)["x"].tolist() == [2, 2]
     assert set(algorithm.adapter(alone)) == set(adapter(2, 0))
+
+
+def test_all_learning_rates_fall_on_devices_and_on_the_server() -> None:
+    half, own = Half(), LocalSteps(learning_rate=0.4)
+    cloud = CloudSettings(model="big", public="p.jsonl")
+    falling = CoPlms(steps=own, bits=32, cloud=cloud, cloud_half=half, rates=CosineRates(num_rounds=2, least=0.5))
+    state = falling.start(adapter(2, 0))
+    for number, share in ((1, 1.0), (2, 0.75), (3, 0.5), (9, 0.5)):
+        plan = falling.plan(state, number, "desk", None)
+        rates = {name: plan.settings[f"{name}.learning_rate"] for name in ("dst", "proxy", "small")}
+        assert rates == pytest.approx(dict.fromkeys(rates, 0.4 * share))
+        # Nothing else does.
+        assert plan.settings["loss.tau"] == falling.loss.tau
+        state = falling.merge(state, number, [update("desk", plan, adapter(2, number))], Mean())
+    assert half.rate_shares == pytest.approx([1.0, 0.75, 0.5, 0.5])
+    constant = replace(falling, rates=None).plan(state, 9, "desk", None)
+    assert constant.settings["proxy.learning_rate"] == 0.4
 
 
 def test_open_questions_go_once_to_devices_with_the_proxy() -> None:

@@ -16,6 +16,7 @@ from cotune.federation.comparison.coplms_reconstruction import CoPlmsReconstruct
 from cotune.federation.comparison.fedcollm import FedCoLlm
 from cotune.federation.comparison.federated_lora import FederatedLora
 from cotune.federation.comparison.fedmkt import FedMkt
+from cotune.federation.comparison.party import Party
 from cotune.federation.comparison.scene import CLOUD, PROXY, Contestant
 from cotune.federation.comparison.seqkd import SeqKd
 from cotune.federation.comparison.standalone import Standalone
@@ -29,6 +30,7 @@ CASES: dict[str, tuple[Contestant, bool, bool, bool, bool, bool]] = {
     "standalone": (Standalone(), True, True, False, False, False),
     "centralised": (Centralised(), True, True, False, False, False),
     "fedavg-lora": (FederatedLora(), True, False, True, True, True),
+    "fedavg-lora, coded": (FederatedLora(bits=5), True, False, True, True, True),
     "flexlora": (FederatedLora(algorithm=FlexLora(ranks={"gpt2": 1})), True, False, True, True, True),
     "seqkd": (SeqKd(max_new_tokens=3), True, False, False, True, False),
     "fedmkt": (FedMkt(top_k=4), True, True, True, True, False),
@@ -63,3 +65,21 @@ def test_a_method_teaches_whom_it_says_and_accounts_for_what_it_sends(name: str,
         assert all(np.array_equal(party.weights[key], again[one].weights[key]) for key in party.weights)
         with party.loaded() as model:
             assert model.get_output_embeddings().weight.shape[0] == len(party.model.reader.table)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, devices, *_) in CASES.items() if devices])
+def test_learning_rates_fall_in_every_method(name: str, models: Path, tmp_path: Path) -> None:
+    method, _, cloud, *_ = CASES[name]
+    constant = scene_on(models, tmp_path / "constant", num_rounds=2)
+    falling = replace(constant, folder=tmp_path / "falling", least_rate=0.1)
+    rounds = [run(method, scene).parties[1:] for scene in (constant, falling)]
+    for one in (*constant.sites, *([CLOUD] if cloud else [])):
+        first, last = ((rounds[0][number][one], rounds[1][number][one]) for number in (0, 1))
+        assert not differ(*first) and differ(*last)
+
+
+def differ(mine: Party, theirs: Party) -> bool:
+    """Whether two parties do, to the bit."""
+    return digest(mine.adapter) != digest(theirs.adapter) or any(
+        not mine.weights[name].equal(one) for name, one in theirs.weights.items()
+    )

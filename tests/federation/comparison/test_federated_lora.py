@@ -41,3 +41,16 @@ def test_a_device_of_lower_rank_gets_and_sends_less(models: Path, tmp_path: Path
         assert counted["gpt2"] < 0.75 * counted["llama"]
     assert ran.account.downloads["gpt2"] == ran.parties[0]["gpt2"].model.size_bytes
     assert CLOUD not in ran.account.flops
+
+
+def test_coded_it_sends_less_and_learns_nearly_the_same(models: Path, tmp_path: Path) -> None:
+    scene = scene_on(models, tmp_path)
+    plain, coded = (run(FederatedLora(bits=bits), scene) for bits in (32, 8))
+    for side in ("up", "down"):
+        for name in scene.sites:
+            assert getattr(coded.account, side)[name] < 0.6 * getattr(plain.account, side)[name]
+    start = scene.fresh(scene.proxy).adapter
+    theirs = coded.parties[-1]["llama"].adapter
+    moved = sum(float(((one - start[name]) ** 2).sum()) for name, one in plain.parties[-1]["llama"].adapter.items())
+    apart = sum(float(((one - theirs[name]) ** 2).sum()) for name, one in plain.parties[-1]["llama"].adapter.items())
+    assert 0 < apart < 0.05 * moved
