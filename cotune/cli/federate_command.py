@@ -91,6 +91,8 @@ def run(
     _check_run(folder, resume=resume)
 
     # Only now: it loads PyTorch, which takes seconds.
+    from cotune.federation.co_tuning_parts import inputs_of
+    from cotune.federation.coplms import CoPlms
     from cotune.federation.run_parts import algorithm_of, combine_of
     from cotune.federation.run_privacy import account_of, check_privacy
     from cotune.federation.run_secret import RunSecret
@@ -99,11 +101,13 @@ def run(
     from cotune.models.backbone import Backbone
 
     # What does not fit is refused before a model is loaded or a folder made.
-    algorithm_of(settings, RunSecret.generate())
+    own = algorithm_of(settings, RunSecret.generate())
     check_privacy(settings)
     shards = read_shards(settings)
     combine_of(settings, num_devices=len(shards.devices) + settings.audit.num_canaries)
     inputs = {"texts": shards.digest, "dtype": dtype}
+    if isinstance(own, CoPlms):
+        inputs |= inputs_of(own, settings)
     if resume:
         _check_inputs(folder, inputs)
     sealing_key = None if checkpoint_key is None else SealingKey.load(checkpoint_key)
@@ -162,7 +166,7 @@ def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     except ValueError:
         raise InputError(f"{folder / INPUTS_FILE} is damaged; remove it if the texts are those of the run") from None
     for name, value in inputs.items():
-        if began_with.get(name) != value:
+        if name in began_with and began_with[name] != value:
             raise InputError(
                 f"the {name} of the run in {folder} was {began_with.get(name)!s:.16} and is {value:.16} now; go on "
                 "with what it began with, or give another --out"

@@ -54,11 +54,13 @@ KINDS: Mapping[str, str] = {
 """The kind of adapter that an algorithm needs; all others take any, as far as their patterns of names fit."""
 HALVING = frozenset({"fwdllm"})
 """Algorithms that show a rule one half of a round's replies, and then the other."""
-IN_PARTS = HALVING | {"mixed"}
-"""Algorithms that show a rule parts of a round's replies: halves, or classes of devices."""
-POOLED = frozenset({"fedkseed", "fedkseed_pro"})
-"""Algorithms whose devices each fill the few places of a reply that they drew: at most places most of them say 0."""
-REPLAYED = POOLED | {"seed"}
+IN_PARTS = HALVING | {"mixed", "coplms"}
+"""Algorithms that show a rule parts of a round's replies: halves, classes of devices, or those with an adapter."""
+KSEED = frozenset({"fedkseed", "fedkseed_pro"})
+POOLED = KSEED | {"coplms"}
+"""Algorithms whose devices each say what no other one does: they fill the few places of a reply that they drew, where
+most others say 0; or they know a domain of their own. Trimming would cut just that."""
+REPLAYED = KSEED | {"seed"}
 """Algorithms whose devices replay the steps of earlier rounds, all with one learning rate."""
 # The field that no configuration gives: directions come from the run's secret.
 SEEDS = "seeds"

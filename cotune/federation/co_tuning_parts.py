@@ -5,6 +5,8 @@ The same parts stand behind a simulation and behind the server's folder of a dep
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +65,32 @@ def with_cloud(algorithm: Algorithm, settings: FederationSettings, proxy: Causal
         seed=settings.seed,
     )
     return replace(algorithm, cloud_half=half)
+
+
+def inputs_of(algorithm: CoPlms, settings: FederationSettings) -> dict[str, str]:
+    """SHA-256, hex, of what a run has beside its devices' texts; it goes on with the same alone.
+
+    Returns:
+        Of each simulated device's model by its pattern, and of the cloud's model, its public texts and its questions.
+
+    Raises:
+        InputError: a model or file cannot be read.
+    """
+    own = algorithm.cloud
+    found = {f"model of devices.{name}": CausalModel(str(model)).digest for name, model in algorithm.devices.items()}
+    if own.model:
+        rows = read_examples(own.public, own.template, own.limit, settings.seed)
+        asked = read_prompts(own.questions, own.template, own.limit, settings.seed) if own.questions else []
+        found |= {
+            "model of the cloud": CausalModel(own.model).digest,
+            "public texts": _digest_of([[one.prompt, one.target] for one in rows]),
+            "open questions": _digest_of(asked),
+        }
+    return found
+
+
+def _digest_of(told: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def scale_of(adapter: AdapterSettings) -> float:

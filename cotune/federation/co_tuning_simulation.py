@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cotune.errors import InputError
+from cotune.errors import CotuneError, InputError
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.co_tuning_device import CoTuningDevice
@@ -103,6 +103,11 @@ def simulate_co_tuning(
         )
         for device, texts in shards.devices.items()
     }
+    for device, own in devices.items():
+        try:
+            own.check()
+        except CotuneError as error:
+            raise InputError(f"{device} cannot take part: {error}") from error
     keys = {device: DeviceKey.generate() for device in devices}
     agents = [
         DeviceAgent(

@@ -165,7 +165,7 @@ def rule_of(settings: FederationSettings, *, num_devices: int) -> RobustRule:
         if options:
             raise InputError(f"combine.options is {options!r:.60} and the rule is auto, which has none; name the rule")
         if settings.algorithm in IN_PARTS:
-            return UsualRule()
+            return UsualRule(is_pooled=settings.algorithm in POOLED)
         return usual_rule(asked, is_pooled=settings.algorithm in POOLED)
     rule = rule_named(name, options)
     whose, num_shown = "", asked

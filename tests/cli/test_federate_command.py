@@ -291,11 +291,11 @@ def test_devices_without_memory_for_lora_get_seed_mode_by_what_the_planner_says(
     assert "void" not in (first["verdict"], second["verdict"])
 
 
-def co_tuned(tmp_path: Path, *, num_rounds: int) -> Path:
-    """Settings for two devices with models of their own, one of which has no room for the proxy."""
+def co_tuned(tmp_path: Path, *, num_rounds: int, devices: str = "ab") -> Path:
+    """Settings for devices with models of their own, of which b has no room for the proxy."""
     proxy, cloud = (model_folder(tmp_path / name, "llama", "byte_level", seed=1) for name in ("proxy", "cloud"))
     small = model_folder(tmp_path / "small", "gpt2", "byte_level")
-    for name in ("a", "b"):
+    for name in devices:
         (tmp_path / "texts").mkdir(exist_ok=True)
         write_texts(tmp_path / "texts" / f"{name}.jsonl", domain_texts("law", 4))
     public = write_texts(tmp_path / "public.jsonl", domain_texts("public", 3))
@@ -380,3 +380,46 @@ def test_devices_with_models_of_their_own_are_co_tuned(tmp_path: Path, run: Any)
     assert [one["verdict"] for one in rounds_of(out)] == ["accepted"] * 2
     kinds = {json.loads(line)["kind"] for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()}
     assert kinds == {"co_tune", "tell_likelihoods"}
+
+
+def test_devices_without_the_proxy_do_not_make_a_round_void(tmp_path: Path, run: Any) -> None:
+    """Of three devices two send an adapter: a rule for three would refuse them."""
+    path, out = co_tuned(tmp_path, num_rounds=1, devices="abc"), tmp_path / "out"
+    outcome = run("federate", path, "--out", out)
+    assert outcome.status == 0 and [one["verdict"] for one in rounds_of(out)] == ["accepted"], outcome.err
+
+
+@pytest.mark.parametrize("wrong", ["is not there", "has no tokenizer"])
+def test_a_device_whose_model_cannot_be_used_leaves_nothing_behind(tmp_path: Path, run: Any, wrong: str) -> None:
+    path = co_tuned(tmp_path, num_rounds=1)
+    small = tmp_path / "small"
+    if wrong == "is not there":
+        shutil.rmtree(small)
+    else:
+        (small / "tokenizer.json").unlink()
+    outcome = run("federate", path, "--out", tmp_path / "out")
+    assert outcome.status == 2 and str(small) in " ".join(outcome.err.split()).replace(" ", "")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ("public.jsonl", "the public texts of the run"),
+        ("small/model.safetensors", "the model of devices.* of the run"),
+    ],
+)
+def test_a_co_tuned_run_goes_on_with_the_same_texts_and_models(
+    tmp_path: Path, run: Any, changed: str, told: str
+) -> None:
+    path, out = co_tuned(tmp_path, num_rounds=1), tmp_path / "out"
+    assert run("federate", path, "--out", out).status == 0
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    if changed == "public.jsonl":
+        write_texts(tmp_path / changed, domain_texts("law", 3))
+    else:
+        other = model_folder(tmp_path / "other", "gpt2", "byte_level", seed=9)
+        shutil.copy(other / "model.safetensors", tmp_path / changed)
+    outcome = run("federate", path, "--out", out, "--num-rounds", 2, "--resume")
+    assert outcome.status == 2 and told in " ".join(outcome.err.split())
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before

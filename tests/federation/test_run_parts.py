@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cotune.errors import InputError
@@ -37,6 +38,15 @@ def test_the_usual_rule_fits_the_number_of_devices(
 @pytest.mark.parametrize("algorithm", ["fedkseed", "fedkseed_pro"])
 def test_what_devices_draw_from_a_pool_is_not_trimmed(algorithm: str) -> None:
     assert rule_of(FederationSettings(algorithm=algorithm), num_devices=10) == usual_rule(10, is_pooled=True)
+
+
+def test_what_one_domain_alone_knows_is_not_trimmed() -> None:
+    settings = FederationSettings(algorithm="coplms")
+    assert rule_of(settings, num_devices=10) == UsualRule(is_pooled=True)
+    # Ten devices, each with a layer of its own that it changed.
+    updates = np.eye(10, dtype=np.float32)
+    assert np.allclose(rule_of(settings, num_devices=10)(updates, np.ones(10)), 0.1)
+    assert not UsualRule()(updates, np.ones(10)).any()
 
 
 @pytest.mark.parametrize("algorithm", ["mixed", "fwdllm"])

@@ -54,11 +54,16 @@ class UsualRule:
     A class of devices, or half of the replies, is smaller than the round, and its size is known only when they are
     there. In parts of fewer than five a liar counts, but for a far too long one of four.
 
+    Attributes:
+        is_pooled: as for `usual_rule`.
+
     Example:
         >>> updates = np.array([[1.0], [2.0], [2.0], [2.0], [1e6]], dtype=np.float32)
         >>> UsualRule()(updates, np.ones(5)), UsualRule()(updates[:2], np.ones(2))
         (array([2.], dtype=float32), array([1.5], dtype=float32))
     """
+
+    is_pooled: bool = False
 
     @property
     def min_replies(self) -> int:
@@ -67,7 +72,7 @@ class UsualRule:
 
     def max_byzantine(self, num_replies: int) -> int:
         """As many as the rule for so many replies bears."""
-        return usual_rule(num_replies).max_byzantine(num_replies)
+        return usual_rule(num_replies, is_pooled=self.is_pooled).max_byzantine(num_replies)
 
     def __call__(
         self,
@@ -79,4 +84,4 @@ class UsualRule:
     ) -> NDArray[np.float32]:
         """What the rule for so many replies makes of them; see `RobustRule`."""
         votes = read_votes(updates, weights, scales=scales, min_replies=self.min_replies, reader="the usual rule")
-        return usual_rule(votes.num)(updates, weights, scales=scales)
+        return usual_rule(votes.num, is_pooled=self.is_pooled)(updates, weights, scales=scales)
