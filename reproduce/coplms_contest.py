@@ -155,7 +155,7 @@ def make_parser(name: str, description: str, examples: Sequence[str]) -> argpars
     made.add_argument(
         "--least-rate",
         type=positive,
-        default=0.1,
+        default=1.0,
         help="share of all learning rates that is left in the last round, after half a cosine (default: %(default)s)",
     )
     add_run_options(made, name)
