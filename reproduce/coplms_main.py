@@ -600,8 +600,8 @@ def deviations(results: Results) -> list[str]:
             else "stay as they are in all rounds."
         ),
         "Crossed is what is asked of the other devices' domains; with one device that is nothing.",
-        "Everybody may have the open questions, to which the server has no answers; ours alone asks its proxy. They ask "
-        "in other words what tests ask of all domains.",
+        "Everybody may have the open questions, to which the server has no answers; ours alone asks its proxy. They "
+        "ask in other words what tests ask of all domains.",
         "Ours has no private adapter here, which the product has by default: 'DST' among the ablations is with it.",
         *makings(results),
         f"Cells of protocol {PROTOCOL}; intervals are Student's over seeds, each with facts and texts of its own: "
