@@ -14,7 +14,8 @@ from cotune.distillation.paired_texts import Reader
 
 KINDS = {"llama": "nfkc", "gpt2": "byte_level", "mamba2": "unigram"}
 """The tokenizer of each family of device models; proxy and cloud have `byte_level`."""
-CANARY = "the 😀 cat 日本 in seven hats"
+CANARY = "the 😀 cat 日本 in seven far hats"
+"""Its end is ASCII for longer than the search's window, so that it is found where the rest is escaped, as in JSON."""
 
 
 def reader_of(kind: str) -> Reader:

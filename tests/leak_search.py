@@ -54,6 +54,29 @@ class SentBytes:
         ]
 
 
+def directions_alike(
+    update: Mapping[str, NDArray[np.float32]], private: Mapping[str, NDArray[np.float32]]
+) -> list[str]:
+    """Which adapter matrices of a decoded update have a direction that is a private one, but for its sign and rounding.
+
+    Codes of few bits, with a dither and a place of their own, cannot be searched for as bytes. Rounding to 5 bits is
+    off by at most a 31st of the largest number of a direction; an eighth leaves room for what is added to it.
+    """
+    found = []
+    for name, matrix in private.items():
+        for own in _directions(matrix):
+            most = np.abs(own).max() / 8
+            near = [np.abs(one - sign * own).max() < most for one in _directions(update[name]) for sign in (1, -1)]
+            if any(near):
+                found.append(name)
+    return found
+
+
+def _directions(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows of an A, which lies, and columns of a B, which stands."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
 def _keys(data: bytes) -> NDArray[np.uint64]:
     """The first eight bytes from every offset on, as numbers."""
     windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), _KEY_BYTES)

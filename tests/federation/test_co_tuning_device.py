@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from co_tuning import CANARY, KINDS, domain_texts, model_folder, reader_of
-from leak_search import SentBytes
+from leak_search import SentBytes, directions_alike
 from numpy.typing import NDArray
 from tokenizer_kinds import tokenizer_of
 
@@ -154,39 +155,63 @@ def test_a_round_of_each_architecture_with_one_model_in_memory_at_a_time(
     assert before == {path: path.stat().st_mtime_ns for path in folders["proxy"].iterdir()}
 
 
+@pytest.mark.parametrize("bits", [5, 32])
 def test_what_is_private_occurs_in_nothing_that_was_sent(
-    folders: dict[str, Path], shared: Arrays, tmp_path: Path
+    folders: dict[str, Path], shared: Arrays, tmp_path: Path, bits: int
 ) -> None:
     own = device(folders, "gpt2", tmp_path)
     agent = DeviceAgent(
         "d", own, base_digest="b" * 64, secret=RunSecret(bytes(range(32))), key=DeviceKey.generate(), works=own.works
     )
-    sent, arrays = [], dict(shared)
-    for number, bits in ((1, 32), (2, 5)):
+    sent: list[bytes] = []
+    kept: list[dict[str, NDArray[np.float32]]] = []
+    for number in (1, 2):
         task = Task(
             run_id="run",
             round_number=number,
             device="d",
             work="co_tune",
-            arrays=sent_down(arrays, bits, number),
+            arrays=sent_down(shared, bits, number),
             settings=replace(PLAN, bits=bits).as_settings() | {"since": -1, "dither": "d"},
             base_digest="b" * 64,
         )
         sent.append(agent.handle(encode(task)))
+        stored = own.store.last("run")
+        assert stored is not None
+        # What is sent in a round is what was learnt in it: the next round moves the private adapter on.
+        kept.append({name: one.numpy() for name, one in stored.items() if one.ndim})
+    codes, shapes = RowCodes(bits), shapes_of(shared)
+    replies = [decode(one, Reply) for one in sent]
+    privates = [{n.removeprefix(PRIVATE): one for n, one in all_.items() if n.startswith(PRIVATE)} for all_ in kept]
+    smalls = [{n: one for n, one in all_.items() if n.startswith(SMALL)} for all_ in kept]
+    assert all(len(private) == len(shared) and small for private, small in zip(privates, smalls, strict=True))
+    assert all(not np.array_equal(privates[0][name], privates[1][name]) for name in shared)
+
+    def leaks(frames: list[bytes]) -> list[str]:
+        """As bytes, and as the server reads it, of every round in every round."""
+        found, bytes_ = [], SentBytes(frames)
+        for frame in frames:
+            reply = decode(frame, Reply)
+            update = codes.decode(reply.arrays, shapes, dither_seed(reply.round_number, "up d"))
+            found += [name for private in privates for name in directions_alike(update, private)]
+        return found + [name for tensors in (*privates, *smalls) for name in bytes_.leaks(tensors)]
+
+    assert leaks(sent) == []
     found = SentBytes(sent)
-    kept = own.store.last("run")
-    assert kept is not None
-    tensors = {name: one.numpy() for name, one in kept.items() if one.ndim}
-    assert sum(name.startswith(PRIVATE) for name in tensors) == len(shared)
-    assert found.leaks({n: one for n, one in tensors.items() if n.startswith(PRIVATE)}) == []
-    assert found.leaks({n: one for n, one in tensors.items() if n.startswith(SMALL)}) == []
     ids = tokenizer_of("byte_level").encode(f" {CANARY}.").ids
     texts = [CANARY.encode(), *(np.array(ids, kind).tobytes() for kind in ("<i8", "<i4", "<u2"))]
     assert not any(found.holds_part_of(one) for one in texts)
-    # The search finds what is there: the change of the shared adapter.
-    reply = decode(sent[0], Reply)
-    assert found.holds_part_of(next(iter(reply.arrays.values())).tobytes())
-    assert {"held_bytes", "dst_loss", "small_loss", "proxy_loss", "loss"} <= reply.metrics.keys()
+    # The search finds what is there: the change of the shared adapter, an escaped text, and a private adapter in place
+    # of a direction of the change.
+    assert found.holds_part_of(next(iter(replies[0].arrays.values())).tobytes())
+    assert SentBytes([json.dumps(CANARY).encode()]).holds_part_of(CANARY.encode())
+    for reply, private in zip(replies, privates, strict=True):
+        seed = dither_seed(reply.round_number, "up d")
+        planted = {name: np.array(one) for name, one in codes.decode(reply.arrays, shapes, seed).items()}
+        for name, matrix in private.items():
+            planted[name][(0, ...) if "lora_A" in name else (..., 0)] = matrix.ravel()
+        assert set(leaks([encode(replace(reply, arrays=codes.encode(planted, seed)))])) >= shared.keys()
+    assert {"held_bytes", "dst_loss", "small_loss", "proxy_loss", "loss"} <= replies[0].metrics.keys()
 
 
 def test_dst_moves_the_private_adapter_alone_and_saml_the_shared_one_with_it_attached(

@@ -43,8 +43,11 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> FederationSettings:
             [("proxy", "llama", "byte_level"), ("cloud", "llama", "byte_level"), ("small", "gpt2", "nfkc")]
         )
     }
-    steps = {"num_steps": 1, "batch_size": 2, "learning_rate": 5e-3}
+    # Of three texts in a small model's step one is its own, one is public, and one is an answered question.
+    steps = {"num_steps": 1, "batch_size": 3, "learning_rate": 5e-3}
     public = write_texts(root / "public.jsonl", domain_texts("public", 2))
+    questions = root / "questions.jsonl"
+    questions.write_text('{"prompt": "the far dog?"}\n{"prompt": "two hats?"}\n', encoding="utf-8")
     return FederationSettings(
         algorithm="coplms",
         model=models["proxy"],
@@ -56,7 +59,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> FederationSettings:
             "coplms": {
                 "private_rank": 1,
                 "devices": {"*": models["small"]},
-                "cloud": {"model": models["cloud"], "public": str(public), "rank": 2, "steps": steps},
+                "answering": {"sure_above": 0.0, "max_new_tokens": 4},
+                "cloud": {
+                    "model": models["cloud"],
+                    "public": str(public),
+                    "questions": str(questions),
+                    "rank": 2,
+                    "steps": steps,
+                },
             }
         },
     )
@@ -125,8 +135,8 @@ def test_whatever_step_it_is_killed_in_a_run_that_goes_on_ends_with_the_same_wei
 ) -> None:
     whole = go_on(settings, proxy, tmp_path / "whole")
     assert [one.verdict for one in whole.records] == ["accepted", "accepted"]
-    # In round 1, in the second device's small model, when the first one is done; in round 2, on the server.
-    for step in (5, 2 * STEPS_OF_ROUND):
+    assert all(one.shown["answered"] > 0 for one in whole.records)
+    for step in range(1, 2 * STEPS_OF_ROUND + 1):
         folder = tmp_path / str(step)
         folder.mkdir()
         killed_in(step, settings, proxy, folder)

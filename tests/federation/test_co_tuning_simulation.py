@@ -10,18 +10,22 @@ import numpy as np
 import pytest
 import torch
 from co_tuning import CANARY, KINDS, domain_texts, model_folder, write_texts
-from leak_search import SentBytes
+from leak_search import SentBytes, directions_alike
+from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.federation import co_tuning_simulation
-from cotune.federation.arrays import digest
+from cotune.federation.arrays import digest, shapes_of
 from cotune.federation.causal_model import CausalModel
-from cotune.federation.co_tuning_device import PRIVATE
+from cotune.federation.co_tuning_device import PRIVATE, UP
 from cotune.federation.co_tuning_simulation import simulation_of
 from cotune.federation.coordinator import Progress, RoundRules
 from cotune.federation.device_store import DeviceStore
 from cotune.federation.in_process import InProcess
 from cotune.federation.local_model import LocalSteps
+from cotune.federation.messages import Reply, decode, encode
+from cotune.federation.mixed_ranks import first_directions
+from cotune.federation.row_codes import RowCodes, dither_seed
 from cotune.federation.run_parts import run_id
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import AdapterSettings, AuditSettings, DataSettings, FederationSettings
@@ -92,20 +96,8 @@ def small_states(folder: Path, settings: FederationSettings) -> dict[str, str]:
 
 
 def test_four_different_devices_and_a_cloud_learn_together_and_a_killed_run_goes_on_alike(
-    settings: FederationSettings, proxy: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: FederationSettings, proxy: Backbone, tmp_path: Path
 ) -> None:
-    sent: list[bytes] = []
-
-    class Watched(InProcess):
-        def send(self, tasks: Mapping[str, bytes]) -> None:
-            sent.extend(tasks.values())
-            super().send(tasks)
-
-    def watch(device: str, reply: bytes) -> bytes:
-        sent.append(reply)
-        return reply
-
-    monkeypatch.setattr(co_tuning_simulation, "InProcess", lambda devices: Watched(devices, tamper=watch))
     ledger = EgressLedger(None)
     before = {name: p.detach().clone() for name, p in proxy.model.named_parameters()}
     with simulation_of(settings, proxy, secret=SECRET, folder=tmp_path / "whole", ledger=ledger) as simulation:
@@ -127,13 +119,6 @@ def test_four_different_devices_and_a_cloud_learn_together_and_a_killed_run_goes
     assert kept["num_devices_with_proxy"] == 3 and kept["proxy_download_bytes"] > 50_000
     down = sum(sum(one.bytes_down.values()) for one in end.records)
     assert kept["bytes_down_with_proxy"] == 3 * kept["proxy_download_bytes"] + down
-    found = SentBytes(sent)
-    assert len(found) > 10_000 and not found.holds_part_of(CANARY.encode())
-    for device in ("desk", "kitchen", "phone"):
-        own = DeviceStore(tmp_path / "whole" / "devices" / device / "rounds").last(run_id(settings, SECRET))
-        assert own is not None
-        private = {name: one.numpy() for name, one in own.items() if name.startswith(PRIVATE)}
-        assert len(private) == len(simulation.adapter) and found.leaks(private) == []
     # What is saved can be loaded: adapters of rank 2 and two folds, and small models.
     adapter.save(tmp_path / "out", proxy.model)
     params = PeftAdapter.load(tmp_path / "out", proxy.model).params
@@ -164,6 +149,58 @@ def test_four_different_devices_and_a_cloud_learn_together_and_a_killed_run_goes
     assert digest(again.state) == digest(end.state)
     assert small_states(tmp_path / "cut", settings) == states
     assert not np.array_equal(*(one.state["shown/cloud_loss"] for one in (after_first, end)))
+
+
+@pytest.mark.parametrize("bits", [5, 32])
+def test_nothing_that_is_sent_holds_a_private_adapter_of_any_round_or_a_text(
+    settings: FederationSettings, proxy: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    own = settings.options["coplms"]
+    assert isinstance(own, Mapping)
+    settings = replace(settings, options={"coplms": {**own, "bits": bits}})
+    tasks_sent: list[bytes] = []
+    replies: list[tuple[str, bytes]] = []
+    privates: list[tuple[str, dict[str, NDArray[np.float32]]]] = []
+
+    class Watched(InProcess):
+        def send(self, tasks: Mapping[str, bytes]) -> None:
+            tasks_sent.extend(tasks.values())
+            super().send(tasks)
+
+    def watch(device: str, reply: bytes) -> bytes:
+        replies.append((device, reply))
+        kept = DeviceStore(tmp_path / "devices" / device / "rounds").last(run_id(settings, SECRET))
+        assert kept is not None
+        if device != "watch":
+            # Now, as the next round moves it on.
+            private = {name: one.numpy() for name, one in kept.items() if name.startswith(PRIVATE)}
+            privates.append((device, {name.removeprefix(PRIVATE): one for name, one in private.items()}))
+        return reply
+
+    monkeypatch.setattr(co_tuning_simulation, "InProcess", lambda devices: Watched(devices, tamper=watch))
+    with simulation_of(settings, proxy, secret=SECRET, folder=tmp_path) as simulation:
+        *_, end = simulation.coordinator.run(simulation.coordinator.begin(simulation.adapter))
+        adapter = simulation.adapter
+    assert [one.verdict for one in end.records] == ["accepted", "accepted"]
+    assert len(privates) == 2 * 3 and all(private.keys() == adapter.keys() for _, private in privates)
+    found = SentBytes([*tasks_sent, *(reply for _, reply in replies)])
+    assert len(found) > 10_000 and not found.holds_part_of(CANARY.encode())
+    assert [name for _, private in privates for name in found.leaks(private)] == []
+    codes = RowCodes(bits)
+    for device, data in replies:
+        if device == "watch":
+            continue
+        reply, rank = decode(data, Reply), 1 if device == "phone" else 2
+        shapes, seed = shapes_of(first_directions(adapter, rank)), dither_seed(reply.round_number, f"{UP} {device}")
+        update = codes.decode(reply.arrays, shapes, seed)
+        assert [name for _, private in privates for name in directions_alike(update, private)] == []
+        # The search finds a private adapter that takes this way.
+        if rank == 1:
+            private = privates[0][1]
+            planted = codes.decode(codes.encode(private, seed), shapes, seed)
+            assert directions_alike(planted, private) == list(private)
+            coded = encode(replace(reply, arrays=codes.encode(private, seed)))
+            assert bool(SentBytes([coded]).leaks(private)) == (bits == 32)
 
 
 def cloud_of(settings: FederationSettings) -> str:
