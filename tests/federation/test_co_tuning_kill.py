@@ -5,6 +5,7 @@ The process is a fork of this one, so that nothing is loaded twice; what it leav
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -40,14 +41,17 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> FederationSettings:
     models = {
         name: str(model_folder(root / name, family, kind, seed=seed))
         for seed, (name, family, kind) in enumerate(
-            [("proxy", "llama", "byte_level"), ("cloud", "llama", "byte_level"), ("small", "gpt2", "nfkc")]
+            [("proxy", "llama", "byte_level"), ("cloud", "llama", "byte_level"), ("small", "gpt2", "nfkc")],
+            start=1,
         )
     }
     # Of three texts in a small model's step one is its own, one is public, and one is an answered question.
     steps = {"num_steps": 1, "batch_size": 3, "learning_rate": 5e-3}
     public = write_texts(root / "public.jsonl", domain_texts("public", 2))
     questions = root / "questions.jsonl"
-    questions.write_text('{"prompt": "the far dog?"}\n{"prompt": "two hats?"}\n', encoding="utf-8")
+    # So many that the proxy has a word for some.
+    asked = [json.dumps({"prompt": one.prompt}) for one in domain_texts("public", 7)]
+    questions.write_text("\n".join(asked) + "\n", encoding="utf-8")
     return FederationSettings(
         algorithm="coplms",
         model=models["proxy"],
@@ -135,7 +139,7 @@ def test_whatever_step_it_is_killed_in_a_run_that_goes_on_ends_with_the_same_wei
 ) -> None:
     whole = go_on(settings, proxy, tmp_path / "whole")
     assert [one.verdict for one in whole.records] == ["accepted", "accepted"]
-    assert all(one.shown["answered"] > 0 for one in whole.records)
+    assert all(one.shown["answered"] > 0 for one in whole.records), [one.shown for one in whole.records]
     for step in range(1, 2 * STEPS_OF_ROUND + 1):
         folder = tmp_path / str(step)
         folder.mkdir()
