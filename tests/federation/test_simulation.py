@@ -42,7 +42,7 @@ def settings_of(path: Path | str, **changes: object) -> FederationSettings:
         data=DataSettings(path=str(path), num_devices=3, num_judge=4, max_length=48),
         adapter=AdapterSettings(rank=2),
         steps=LocalSteps(num_steps=3, batch_size=4, learning_rate=0.02),
-        options={"seed": {"num_directions": 6, "learning_rate": 0.01, "batch_size": 4}},
+        options={"seed": {"num_directions": 6, "learning_rate": 0.001, "batch_size": 4}},
         rounds=RoundRules(num_rounds=3),
     )
     return replace(base, **changes)

@@ -67,13 +67,22 @@ def test_the_best_other_method_at_equal_compute_is_what_counts() -> None:
         "seqkd": [value([0.3], 0.6)] * 2,
     }
     said = verdicts(rows)
-    assert len(said) == 7 and said[-1] == "Of 1 devices ours has the best EM on 1: device-0."
+    assert len(said) == 6
     # (0.33 + 0.3375) / 2 against (0.3 + 0.3075) / 2, told apart as the gain is the same with both seeds.
     assert "standalone, equal compute) 30.4" in said[1] and "+9.9 % relative, told apart" in said[1]
     assert "is reached" in said[1] and "seqkd" in said[4] and "not reached" in said[4]
     assert "bits per byte: ours 1.000" in said[2] and "0.000 ± 0.000, not told apart with 2 seeds" in said[5]
     assert verdicts({"ours": rows["ours"], "centralised": rows["centralised"]}) == []
     assert relative(0.5, 0.0) is None
+
+
+def test_with_several_devices_each_has_its_own_verdict() -> None:
+    said = verdicts({"ours": [value([0.6, 0.2], 0.5)] * 2, "standalone": [value([0.4, 0.4], 0.4)] * 2})
+    # A device's EM is the mean of its questions' and the skills': (0.6 + 0.3) / 2 against (0.4 + 0.2) / 2.
+    assert len(said) == 8 and said[6].startswith("On device-0, EM: ours 45.0") and "+50.0 % relative" in said[6]
+    assert said[6].endswith("is reached.")
+    assert said[7].startswith("On device-1, EM: ours 15.0") and "-50.0 % relative" in said[7]
+    assert said[7].endswith("not reached.")
 
 
 def test_a_measured_peak_stands_beside_what_is_held() -> None:

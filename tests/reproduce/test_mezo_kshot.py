@@ -165,7 +165,7 @@ def test_every_method_learns_and_leaves_the_model_alone(
     learner = LEARNERS[name]
     course = Course(num_steps=60 if learner.is_forward_only else 8, num_checks=2, num_batch_examples=8)
     before = judge(backbone, questions)
-    rate = {"mezo_accuracy": 3e-4, "mezo_sparse": 1e-2, "mezo_lora": 1e-2, "mezo": 1e-3}.get(name, 3e-3)
+    rate = {"mezo_accuracy": 3e-4, "mezo_sparse": 1e-2, "mezo_lora": 1e-3, "mezo": 1e-3}.get(name, 3e-3)
     learnt = learn(backbone, learner, questions[:16], questions[16:], course, learning_rate=rate, seed=0)
     assert [one.num_steps for one in learnt.curve] == [0, course.num_steps // 2, course.num_steps]
     (after,) = judge_adapted(backbone, learnt.adapted, questions[16:])
