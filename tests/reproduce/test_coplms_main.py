@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from coplms_main import (
 )
 from coplms_texts import FIRST_SEEDS, SEARCH_WORLD, texts_of, texts_of_search, texts_of_test
 from study_command import Command
+
+from cotune.federation.open_questions import Answering
 
 
 def value(devices: list[float], cloud: float, *, up: float = 1.0) -> dict[str, Any]:
@@ -139,6 +142,21 @@ def test_wrong_answers_of_a_search_are_the_mean_of_devices_and_cloud(monkeypatch
             yield {"device-0": 0.0, "device-1": 0.5, "cloud": scene, "proxy": 1.0}
 
     assert study._searched(Method(), 2, rate_factor=0.75) == {"wrong": 0.5}  # type: ignore[arg-type]
+
+
+def test_every_ablation_ends_elsewhere_than_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = make_models(tmp_path / "models")
+    model_folder(models / "proxy-smaller", "llama", "byte_level", seed=2)
+    sizes = "--devices 2 --rounds 1 --local-steps 1 --cloud-steps 1 --num-things 2 --num-skills 2 --num-test 1"
+    options = [*sizes.split(), "--num-public", "4", "--batch-size", "2", "--rank", "4", "--top-k", "4"]
+    args = parser().parse_args(["--models", str(models), "--cells", str(tmp_path / "cells"), *options])
+    monkeypatch.setattr(CoPlmsStudy, "rate_factor", lambda self, name, num_rounds=None: 1.0)
+    # Random models are sure of nothing, so that no answer would be learnt.
+    monkeypatch.setattr("coplms_contest.Answering", partial(Answering, sure_above=0.0))
+    study = CoPlmsStudy("toy", args)
+    ours = study.run("ours", 2, 0)["curve"]
+    same = [name for name in ABLATIONS if study.ablate(name, 2, 0)["curve"] == ours]
+    assert not same, f"{same} change nothing"
 
 
 @pytest.mark.integration
