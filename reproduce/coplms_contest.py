@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +34,16 @@ from coplms_texts import (
     texts_of_test,
 )
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive
+from torch.nn.functional import cross_entropy
 
 from cotune.data.templates import Example
 from cotune.distillation.mutual_loss import MutualLossConfig
+from cotune.distillation.paired_texts import PairedText
 from cotune.errors import NonFiniteLossError
 from cotune.evaluation.text_metrics import exact_match, rouge_l
+from cotune.federation.agreed_answers import answer_together
 from cotune.federation.causal_model import CausalModel
+from cotune.federation.comparison.beside import Beside
 from cotune.federation.comparison.centralised import Centralised
 from cotune.federation.comparison.co_tuned import CoTuned
 from cotune.federation.comparison.coplms_reconstruction import CoPlmsReconstruction
@@ -58,16 +62,20 @@ from cotune.federation.local_model import LocalSteps
 from cotune.federation.mutual_descent import SideBatch
 from cotune.federation.open_questions import Answering
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 # The meaning of a cell: one more, and all are run again.
 PROTOCOL = 5
 MAX_NEW_TOKENS, TEXTS_AT_ONCE = 8, 32
 RATE_FACTORS, MOST_RATES = (0.5, 1.0), 6
 ZERO_SHOT, OURS, STANDALONE, EQUAL = "zero-shot", "ours", "standalone", "standalone, equal compute"
-CODED = "fedavg-lora, coded"
-"""With the codec of ours."""
+BOTH = "ours, both answer"
+"""On a device the small model and the proxy give one answer together, see `cotune.federation.agreed_answers`."""
+CODED, ASKING = "fedavg-lora, coded", "fedcollm, asking"
+"""With the codec of ours, and with its open questions."""
+BESIDE = "fedavg-lora, coded, beside standalone"
+"""Neither knows of the other, and both answer together."""
+UNPUBLISHED = (CODED, ASKING, BESIDE)
+"""Made here of what was published and of parts of ours, to tell what these parts give."""
+TOGETHER = (BOTH, BESIDE)
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     ZERO_SHOT: lambda args: ZeroShot(),
     STANDALONE: lambda args: Standalone(),
@@ -79,13 +87,16 @@ METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     "fedmkt, published": lambda args: FedMkt(is_fixed=False, top_k=args.top_k),
     "fedmkt, fixed": lambda args: FedMkt(top_k=args.top_k),
     "fedcollm": lambda args: FedCoLlm(),
+    ASKING: lambda args: FedCoLlm(answering=options(args).answering),
+    BESIDE: lambda args: Beside(shared=FederatedLora(bits=options(args).bits)),
     "co-plms, MinED": lambda args: CoPlmsReconstruction(private_rank=args.rank),
     OURS: lambda args: CoTuned(options=options(args)),
+    BOTH: lambda args: CoTuned(options=options(args)),
     "centralised": lambda args: Centralised(),
 }
 BOUNDS = (ZERO_SHOT, "centralised")
 """Whose compute is what it is."""
-AT_BASE = (*BOUNDS, STANDALONE, OURS)
+AT_BASE = (*BOUNDS, STANDALONE, OURS, BOTH)
 """Who takes the steps of the options; all others take as many as make their devices and cloud work as much as ours."""
 
 
@@ -374,7 +385,7 @@ class CoPlmsStudy:
         def wrong(rate_factor: float) -> float | None:
             value = self.cell(
                 {"what": "search", "method": name, "devices": num, "rate_factor": rate_factor, **_fewer(num_rounds)},
-                lambda: self._searched(METHODS[name](self.args), num, rate_factor=rate_factor, **own),
+                lambda: self._searched(name, num, rate_factor=rate_factor, **own),
             )
             return None if value["diverged"] else float(value["wrong"])
 
@@ -395,7 +406,9 @@ class CoPlmsStudy:
         own = {"factors": self.factors(name, num_devices, num_rounds), "rate_factor": rate_factor}
         return self.cell(
             {**key, **_fewer(num_rounds)},
-            lambda: self._run(METHODS[name](self.args), num_devices, seed, num_rounds=num_rounds, **own),
+            lambda: self._run(
+                METHODS[name](self.args), num_devices, seed, together=name in TOGETHER, num_rounds=num_rounds, **own
+            ),
         )
 
     def ablate(self, name: str, num_devices: int, seed: int) -> Value:
@@ -409,35 +422,36 @@ class CoPlmsStudy:
         changes = {"rank": rank, "proxy": own.proxy, "rate_factor": rate_factor}
         return self.cell(key, lambda: self._run(method, num_devices, seed, **changes))
 
-    def _searched(self, method: Contestant, num_devices: int, **changes: Any) -> Value:
+    def _searched(self, name: str, num_devices: int, **changes: Any) -> Value:
         """The share of wrong answers at the end, over all sets alike: the mean of the devices' and the cloud's."""
         questions = texts_of_search(self.args, num_devices)
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=0, **changes)
-            (parties,) = deque(method.rounds(scene, Account()), maxlen=1)
-            most = self.args.max_tokens
+            (parties,) = deque(METHODS[name](self.args).rounds(scene, Account()), maxlen=1)
+            own, most = respondents(parties, together=name in TOGETHER), self.args.max_tokens
             devices = [
-                right_of(parties[f"device-{place}"], questions.of_device(place), max_tokens=most)
+                right_of(own[f"device-{place}"], questions.of_device(place), max_tokens=most)
                 for place in range(num_devices)
             ]
-            cloud = right_of(parties[CLOUD], questions.of_all(), max_tokens=most)
+            cloud = right_of(own[CLOUD], questions.of_all(), max_tokens=most)
         return {"wrong": 1 - (sum(devices) / num_devices + cloud) / 2}
 
-    def _run(self, method: Contestant, num_devices: int, seed: int, **changes: Any) -> Value:
+    def _run(self, method: Contestant, num_devices: int, seed: int, *, together: bool = False, **changes: Any) -> Value:
         questions, account, curve = texts_of_test(self.args, num_devices, seed), Account(), []
         asked = {f"device-{place}": questions.of_device(place) for place in range(num_devices)}
         everything, most = questions.of_all(), self.args.max_tokens
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=seed, **changes)
-            parties: Mapping[str, Party] = {}
+            answering: Mapping[str, Respondent] = {}
             for parties in method.rounds(scene, account):
+                answering = respondents(parties, together=together)
                 bits = {
-                    one: bits_of(party, asked.get(one, everything), max_tokens=most) for one, party in parties.items()
+                    one: bits_of(own, asked.get(one, everything), max_tokens=most) for one, own in answering.items()
                 }
                 curve.append({"bits": bits, **_bytes(account, scene.sites)})
             return {
                 "parties": {
-                    one: judge(party, asked.get(one, everything), max_tokens=most) for one, party in parties.items()
+                    one: judge(own, asked.get(one, everything), max_tokens=most) for one, own in answering.items()
                 },
                 "curve": curve,
                 **_bytes(account, scene.sites),
@@ -461,56 +475,93 @@ def solved(wanted: float, once: float, twice: float) -> float:
     return max(0.0, 1.0 + (wanted - once) / each) if each > 0 else 1.0
 
 
-def bits_per_byte(model: PreTrainedModel, party: Party, examples: Sequence[Example], *, max_tokens: int) -> float:
-    """What the answers cost, their end left out of the bytes.
-
-    Args:
-        model: the party's, loaded.
-    """
-    texts = sorted(party.read(examples, max_tokens=max_tokens), key=lambda text: len(text.sides[0].input_ids))
-    nats, num_bytes = 0.0, sum(len(text.text.encode()) - text.from_byte for text in texts)
-    for begin in range(0, len(texts), TEXTS_AT_ONCE):
-        batch = SideBatch.of(texts[begin : begin + TEXTS_AT_ONCE], 0, model.device)
-        with torch.no_grad():
-            nats += float(batch.answer_loss(batch.logits(model))) * len(batch.targets)
-    return nats / math.log(2) / num_bytes
+Respondent = Sequence[Party]
+"""Who answers in one place: one party, or several that answer together."""
 
 
-def bits_of(party: Party, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> float:
-    """Of all sets but the sums."""
-    examples = [one for name in (OWN, CROSSED, SKILLS) for one in asked[name]]
+def respondents(parties: Mapping[str, Party], *, together: bool) -> dict[str, Respondent]:
+    """Each party alone; or on every device its own model and what is shared, which is alone as `proxy`."""
+    alone = (CLOUD, PROXY)
+    return {
+        name: (party, parties[PROXY]) if together and name not in alone else (party,) for name, party in parties.items()
+    }
+
+
+def answer_nats(who: Respondent, examples: Sequence[Example], *, max_tokens: int) -> list[float]:
+    """-log p of each answer and its end; of several parties together, of their probabilities' mean."""
+    nats = [_party_nats(party, party.read(examples, max_tokens=max_tokens)) for party in who]
+    return [float(one) for one in math.log(len(who)) - np.logaddexp.reduce(-np.array(nats), axis=0)]
+
+
+@torch.no_grad()
+def _party_nats(party: Party, texts: Sequence[PairedText]) -> list[float]:
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number].sides[0].input_ids))
+    found = [0.0] * len(texts)
     with party.loaded() as model:
-        return bits_per_byte(model, party, examples, max_tokens=max_tokens)
+        for begin in range(0, len(order), TEXTS_AT_ONCE):
+            numbers = order[begin : begin + TEXTS_AT_ONCE]
+            batch = SideBatch.of([texts[number] for number in numbers], 0, model.device)
+            logits = batch.logits(model)[batch.target_places].float()
+            nats = cross_entropy(logits, batch.targets, reduction="none").double()
+            # Targets stand in the order of their texts.
+            counts = [int(texts[number].sides[0].is_target.sum()) for number in numbers]
+            for number, own in zip(numbers, torch.split(nats, counts), strict=True):
+                found[number] = float(own.sum())
+    return found
 
 
-def right_of(party: Party, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> float:
+def num_answer_bytes(who: Respondent, examples: Sequence[Example], *, max_tokens: int) -> int:
+    """As far as they fit into what the first party reads; the end of a text has none."""
+    texts = who[0].read(examples, max_tokens=max_tokens)
+    return sum(len(text.text.encode()) - text.from_byte for text in texts)
+
+
+def bits_of(who: Respondent, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> float:
+    """Bits per byte of the answers of all sets but the sums."""
+    examples = [one for name in (OWN, CROSSED, SKILLS) for one in asked[name]]
+    nats = sum(answer_nats(who, examples, max_tokens=max_tokens))
+    return nats / math.log(2) / num_answer_bytes(who, examples, max_tokens=max_tokens)
+
+
+def right_of(who: Respondent, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> float:
     """Exact match, 0 to 1: the mean over the sets that have questions."""
-    found = judge(party, asked, max_tokens=max_tokens)
+    found = judge(who, asked, max_tokens=max_tokens)
     return sum(own["em"] for own in found.values()) / len(found)
 
 
-def judge(party: Party, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> dict[str, dict[str, float]]:
+def judge(who: Respondent, asked: Mapping[str, Sequence[Example]], *, max_tokens: int) -> dict[str, dict[str, float]]:
     """EM, Rouge-L, both 0 to 1, and bits per byte of each set that has questions."""
     questions = [(name, one) for name, examples in asked.items() for one in examples]
+    written = answers_of(who, [one for _, one in questions], max_tokens=max_tokens)
+    nats = answer_nats(who, [one for _, one in questions], max_tokens=max_tokens)
     found = {}
-    with party.loaded() as model:
-        # As far as they fit into what the model reads.
-        texts = party.read([one for _, one in questions], max_tokens=max_tokens)
-        prompts = [one.text.encode()[: one.from_byte].decode() for one in texts]
-        written = write_greedily(model, party.model.reader, prompts, max_new_tokens=MAX_NEW_TOKENS)
-        for name, examples in asked.items():
-            pairs = [
-                (answer.text, one.target.strip())
-                for answer, (own, one) in zip(written, questions, strict=True)
-                if own == name
-            ]
-            if pairs:
-                found[name] = {
-                    "em": float(np.mean([exact_match(answer, truth) for answer, truth in pairs])),
-                    "rouge_l": float(np.mean([rouge_l(answer, truth) for answer, truth in pairs])),
-                    "bits": bits_per_byte(model, party, examples, max_tokens=max_tokens),
-                }
+    for name, examples in asked.items():
+        places = [place for place, (own, _) in enumerate(questions) if own == name]
+        pairs = [(written[place], questions[place][1].target.strip()) for place in places]
+        if pairs:
+            num_bytes = num_answer_bytes(who, examples, max_tokens=max_tokens)
+            found[name] = {
+                "em": float(np.mean([exact_match(answer, truth) for answer, truth in pairs])),
+                "rouge_l": float(np.mean([rouge_l(answer, truth) for answer, truth in pairs])),
+                "bits": sum(nats[place] for place in places) / math.log(2) / num_bytes,
+            }
     return found
+
+
+def answers_of(who: Respondent, questions: Sequence[Example], *, max_tokens: int) -> list[str]:
+    """What is written to each, one answer from all parties together."""
+    if len(who) > 1:
+        writers = {str(place): party for place, party in enumerate(who)}
+        prompts = [one.prompt for one in questions]
+        agreed = answer_together(writers, prompts, max_new_tokens=MAX_NEW_TOKENS, max_tokens=max_tokens)
+        return [one.text for one in agreed]
+    (party,) = who
+    # As far as they fit into what the model reads.
+    texts = party.read(questions, max_tokens=max_tokens)
+    prompts = [one.text.encode()[: one.from_byte].decode() for one in texts]
+    with party.loaded() as model:
+        written = write_greedily(model, party.model.reader, prompts, max_new_tokens=MAX_NEW_TOKENS)
+    return [one.text for one in written]
 
 
 def total_bytes(point: Mapping[str, Any]) -> float:

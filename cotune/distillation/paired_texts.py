@@ -103,7 +103,7 @@ def pair_text(example: Example, first: Reader, second: Reader, *, max_tokens: in
             f"max_tokens is {max_tokens}, expected at least 2: a token of the prompt and one of the target"
         )
     for reader in (first, second):
-        example = _without_excess(reader, fit_example(reader.tokenizer, example, max_length=max_tokens), max_tokens)
+        example = without_excess(reader, fit_example(reader.tokenizer, example, max_length=max_tokens), max_tokens)
     text, from_byte = example.prompt + example.target, len(example.prompt.encode())
     spans = [
         ByteSpans.of_text(one.tokenizer, text, one.table, end_id=one.end_id, max_tokens=max_tokens)
@@ -135,8 +135,8 @@ def pair_texts(examples: Sequence[Example], first: Reader, second: Reader, *, ma
     return found
 
 
-def _without_excess(reader: Reader, example: Example, max_tokens: int) -> Example:
-    """Without the start of its prompt, where prompt, target and end have too many tokens."""
+def without_excess(reader: Reader, example: Example, max_tokens: int) -> Example:
+    """Without the start of its prompt, where prompt, target and end have more than `max_tokens` tokens."""
     while True:
         encoding = reader.tokenizer.encode(example.prompt + example.target)
         excess = len(encoding.ids) + 1 - max_tokens

@@ -7,10 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from co_tuning import model_folder
 from co_tuning_scene import make_models
-from coplms_contest import ABLATIONS, EQUAL, METHODS, MOST_RATES, CoPlmsStudy, solved
+from coplms_contest import (
+    ABLATIONS,
+    BESIDE,
+    BOTH,
+    EQUAL,
+    METHODS,
+    MOST_RATES,
+    CoPlmsStudy,
+    answer_nats,
+    answers_of,
+    num_answer_bytes,
+    respondents,
+    solved,
+)
 from coplms_main import (
     bits_within,
     cost_grid,
@@ -26,6 +40,9 @@ from coplms_main import (
 from coplms_texts import FIRST_SEEDS, SEARCH_WORLD, texts_of, texts_of_search, texts_of_test
 from study_command import Command
 
+from cotune.data.templates import Example
+from cotune.federation.causal_model import CausalModel
+from cotune.federation.comparison.party import Party
 from cotune.federation.open_questions import Answering
 
 
@@ -88,6 +105,37 @@ def test_with_several_devices_each_has_its_own_verdict() -> None:
     assert said[7].endswith("not reached.")
 
 
+def test_what_nobody_published_is_told_beside_the_best_published_method() -> None:
+    told = {"ours": [0.40] * 2, BOTH: [0.44] * 2, "fedavg-lora": [0.40] * 2, BESIDE: [0.43] * 2}
+    said = verdicts({name: [value([one], 0.5) for one in own] for name, own in told.items()})
+    (both,) = (one for one in said if one.startswith(f"On devices, EM: {BOTH}"))
+    published, made = both.split("; the best of what was made for this study ")
+    assert "(fedavg-lora) 30.0" in published and published.endswith("the margin of 4.88 % is reached")
+    assert f"({BESIDE}) 32.2" in made and "+2.3 % relative" in made and made.endswith("is not reached.")
+    # The cloud's model is the same, whoever answers on devices.
+    assert len([one for one in said if one.startswith("In the cloud")]) == 3
+
+
+def test_of_two_models_that_answer_the_probabilities_are_averaged(tmp_path: Path) -> None:
+    models = make_models(tmp_path)
+    parties = {
+        name: Party(CausalModel(str(models / folder)))
+        for name, folder in (("device-0", "gpt2"), ("device-1", "llama"), ("cloud", "cloud"), ("proxy", "proxy"))
+    }
+    alone, both = (respondents(parties, together=one) for one in (False, True))
+    assert [len(one) for one in both.values()] == [2, 2, 1, 1] and {len(one) for one in alone.values()} == {1}
+    asked = [Example("the far cat?", " the hat."), Example("two?", " no")]
+    first, second, mean = (
+        np.exp(-np.array(answer_nats(who, asked, max_tokens=32)))
+        for who in (alone["device-0"], alone["proxy"], both["device-0"])
+    )
+    assert mean == pytest.approx((first + second) / 2)
+    assert num_answer_bytes(both["device-0"], asked, max_tokens=32) == len(" the hat. no")
+    answers = answers_of(both["device-0"], asked, max_tokens=32)
+    written = [answers_of(alone[name], asked, max_tokens=32) for name in ("device-0", "proxy")]
+    assert all(one in own for one, *own in zip(answers, *written, strict=True))
+
+
 def test_a_measured_peak_stands_beside_what_is_held() -> None:
     costs = ("up", "down", "download", "gflop", "cloud_gflop", "held_mb", "device_s", "cloud_s")
     rows = {name: [dict.fromkeys(costs, 1.0)] for name in ("ours", "zero-shot")}
@@ -134,14 +182,18 @@ def test_wrong_answers_of_a_search_are_the_mean_of_devices_and_cloud(monkeypatch
     study = object.__new__(CoPlmsStudy)
     study.args = parser().parse_args(["--seeds", "1", "--devices", "2"])
     monkeypatch.setattr(CoPlmsStudy, "scene", lambda self, questions, folder, **changes: changes["rate_factor"])
-    monkeypatch.setattr("coplms_contest.right_of", lambda party, asked, max_tokens: party)
+    monkeypatch.setattr("coplms_contest.right_of", lambda who, asked, max_tokens: sum(who))
 
     class Method:
         def rounds(self, scene: float, account: object) -> Any:
             yield {"device-0": 0.9, "device-1": 0.9, "cloud": 0.9}
-            yield {"device-0": 0.0, "device-1": 0.5, "cloud": scene, "proxy": 1.0}
+            yield {"device-0": 0.0, "device-1": 0.5, "cloud": scene, "proxy": 0.25}
 
-    assert study._searched(Method(), 2, rate_factor=0.75) == {"wrong": 0.5}  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "ours", lambda args: Method())  # type: ignore[arg-type, return-value]
+    monkeypatch.setitem(METHODS, BOTH, lambda args: Method())  # type: ignore[arg-type, return-value]
+    assert study._searched("ours", 2, rate_factor=0.75) == {"wrong": 0.5}
+    # Where both answer, the proxy of each device does, too.
+    assert study._searched(BOTH, 2, rate_factor=0.75) == {"wrong": 0.375}
 
 
 def test_every_ablation_ends_elsewhere_than_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@
 The released code cannot run: its divergence has no gradient, its teacher's logits are built from indices, and devices
 never get the distilled model. So the losses are those of the paper's idea by `cotune.federation.cloud_saml`, and
 secure aggregation, which changes no number, is left out. One architecture and tokenizer everywhere is its limit: what
-answers on a device is the proxy.
+answers on a device is the proxy. With `answering`, which the paper has not, the cloud's model learns the server's open
+questions, too, as the proxy answers them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cotune.federation.comparison.federated_lora import lora_round, proxy_texts
 from cotune.federation.comparison.party import Party
 from cotune.federation.comparison.scene import CLOUD, Account, Scene
 from cotune.federation.fedit import FedIT
+from cotune.federation.open_questions import Answering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class FedCoLlm:
     """a, of the other model against the texts, for both."""
     temperature: float = 1.0
     """T."""
+    answering: Answering | None = None
+    """Of the scene's open questions; None leaves them alone."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mix <= 1:
@@ -39,7 +43,7 @@ class FedCoLlm:
     def rounds(self, scene: Scene, account: Account) -> Iterator[Mapping[str, Party]]:
         """As `Contestant`."""
         algorithm, proxy, cloud = FedIT(), scene.fresh(scene.proxy), scene.start()[CLOUD]
-        saml = scene.plain_saml(mix=self.mix, temperature=self.temperature)
+        saml = scene.plain_saml(mix=self.mix, temperature=self.temperature, answering=self.answering)
         state, texts = algorithm.start(proxy.adapter), proxy_texts(scene, account, proxy)
         yield dict.fromkeys(scene.sites, proxy) | {CLOUD: cloud}
         for number in range(1, scene.num_rounds + 1):

@@ -146,10 +146,10 @@ class Scene:
             seed=self.seed,
         )
 
-    def plain_saml(self, *, mix: float, temperature: float) -> CloudSaml:
+    def plain_saml(self, *, mix: float, temperature: float, answering: Answering | None = None) -> CloudSaml:
         """As `saml`, with KL over the whole vocabulary at one share on both sides, and nothing that devices told."""
-        vocab_size = len(self.proxy.reader.table)
-        return self.saml(mix=mix, proxy_mix=mix, temperature=temperature, top_k=vocab_size, told_weight=0.0)
+        whole: dict[str, Any] = {"top_k": len(self.proxy.reader.table), "temperature": temperature}
+        return self.saml(answering=answering, mix=mix, proxy_mix=mix, told_weight=0.0, **whole)
 
 
 class Contestant(Protocol):

@@ -10,6 +10,7 @@ import pytest
 from co_tuning_scene import has_learnt, run, scene_on
 
 from cotune.federation.arrays import digest
+from cotune.federation.comparison.beside import Beside
 from cotune.federation.comparison.centralised import Centralised
 from cotune.federation.comparison.co_tuned import CoTuned
 from cotune.federation.comparison.coplms_reconstruction import CoPlmsReconstruction
@@ -23,6 +24,7 @@ from cotune.federation.comparison.standalone import Standalone
 from cotune.federation.comparison.zero_shot import ZeroShot
 from cotune.federation.coplms import CoPlms
 from cotune.federation.flexlora import FlexLora
+from cotune.federation.open_questions import Answering
 
 # The method; whether devices, and the cloud, learn; whether anything goes up, and down; whether the proxy is needed.
 CASES: dict[str, tuple[Contestant, bool, bool, bool, bool, bool]] = {
@@ -35,6 +37,8 @@ CASES: dict[str, tuple[Contestant, bool, bool, bool, bool, bool]] = {
     "seqkd": (SeqKd(max_new_tokens=3), True, False, False, True, False),
     "fedmkt": (FedMkt(top_k=4), True, True, True, True, False),
     "fedcollm": (FedCoLlm(), True, True, True, True, True),
+    "fedcollm, asking": (FedCoLlm(answering=Answering(sure_above=0.0, max_new_tokens=2)), True, True, True, True, True),
+    "fedavg-lora beside standalone": (Beside(), True, True, True, True, True),
     "co-plms": (CoPlmsReconstruction(private_rank=1), True, True, True, True, True),
     "ours": (CoTuned(options=CoPlms(private_rank=1)), True, True, True, True, True),
 }
@@ -46,7 +50,7 @@ def test_a_method_teaches_whom_it_says_and_accounts_for_what_it_sends(name: str,
     scene = scene_on(models, tmp_path / "first")
     ran = run(method, scene)
     before, after = ran.parties
-    travels = {PROXY} if name in ("co-plms", "ours") else set()
+    travels = {PROXY} if name in ("co-plms", "ours", "fedavg-lora beside standalone") else set()
     assert before.keys() == after.keys() == {*scene.sites, CLOUD} | travels
     assert all(has_learnt(before[one], after[one]) for one in travels)
     assert [has_learnt(before[one], after[one]) for one in scene.sites] == [devices] * 2

@@ -14,6 +14,7 @@ from cotune.errors import InputError
 from cotune.federation.arrays import digest
 from cotune.federation.comparison.fedcollm import FedCoLlm
 from cotune.federation.comparison.scene import CLOUD
+from cotune.federation.open_questions import Answering
 
 
 def test_the_losses_of_the_server_by_hand_and_their_gradients(models: Path, tmp_path: Path) -> None:
@@ -53,3 +54,13 @@ def test_devices_answer_with_the_distilled_adapter_and_begin_the_next_round_from
     assert digest(ran.parties[1]["llama"].adapter) != digest(plain.parties[1]["llama"].adapter)
     with pytest.raises(InputError, match="without it, it is FedAvg-LoRA"):
         FedCoLlm(mix=0.0)
+
+
+def test_the_clouds_model_learns_open_questions_where_it_may(models: Path, tmp_path: Path) -> None:
+    scene = replace(scene_on(models, tmp_path, ("llama",)), questions=["the far cat?", "hello world?", "two hats?"])
+    asking = FedCoLlm(answering=Answering(sure_above=0.0, max_new_tokens=1))
+    plain, asked = (run(method, scene).parties[1] for method in (FedCoLlm(), asking))
+    assert digest(plain[CLOUD].adapter) != digest(asked[CLOUD].adapter)
+    # Who answers learns nothing by it.
+    silent = run(asking, replace(scene, questions=[])).parties[1]
+    assert digest(silent[CLOUD].adapter) == digest(plain[CLOUD].adapter)
