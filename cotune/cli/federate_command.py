@@ -105,7 +105,8 @@ def run(
     own = algorithm_of(settings, RunSecret.generate())
     check_privacy(settings)
     shards = read_shards(settings)
-    combine_of(settings, num_devices=len(shards.devices) + settings.audit.num_canaries)
+    num_merged = own.num_with_proxy(shards.devices) if isinstance(own, CoPlms) else None
+    combine_of(settings, num_devices=len(shards.devices) + settings.audit.num_canaries, num_merged=num_merged)
     inputs = {"texts": shards.digest, "dtype": dtype}
     if isinstance(own, CoPlms):
         inputs |= inputs_of(own, settings)
@@ -160,18 +161,15 @@ def _check_run(folder: Path, *, resume: bool) -> None:
 
 def _check_inputs(folder: Path, inputs: Mapping[str, str]) -> None:
     """Refuse to go on with other texts or numbers than the run began with; one of an older version does not say it."""
+    from cotune.federation.run_parts import check_inputs
+
     try:
         began_with = json.loads((folder / INPUTS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
     except ValueError:
         raise InputError(f"{folder / INPUTS_FILE} is damaged; remove it if the texts are those of the run") from None
-    for name, value in inputs.items():
-        if name in began_with and began_with[name] != value:
-            raise InputError(
-                f"the {name} of the run in {folder} was {began_with.get(name)!s:.16} and is {value:.16} now; go on "
-                "with what it began with, or give another --out"
-            )
+    check_inputs(began_with, inputs, of=str(folder), instead="give another --out")
 
 
 def _simulate(

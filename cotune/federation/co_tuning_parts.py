@@ -76,17 +76,22 @@ def inputs_of(algorithm: CoPlms, settings: FederationSettings) -> dict[str, str]
     Raises:
         InputError: a model or file cannot be read.
     """
+    small = {f"model of devices.{name}": CausalModel(str(model)).digest for name, model in algorithm.devices.items()}
+    return small | inputs_of_cloud(algorithm, settings)
+
+
+def inputs_of_cloud(algorithm: CoPlms, settings: FederationSettings) -> dict[str, str]:
+    """As `inputs_of`, of what the server has."""
     own = algorithm.cloud
-    found = {f"model of devices.{name}": CausalModel(str(model)).digest for name, model in algorithm.devices.items()}
-    if own.model:
-        rows = read_examples(own.public, own.template, own.limit, settings.seed)
-        asked = read_prompts(own.questions, own.template, own.limit, settings.seed) if own.questions else []
-        found |= {
-            "model of the cloud": CausalModel(own.model).digest,
-            "public texts": _digest_of([[one.prompt, one.target] for one in rows]),
-            "open questions": _digest_of(asked),
-        }
-    return found
+    if not own.model:
+        return {}
+    rows = read_examples(own.public, own.template, own.limit, settings.seed)
+    asked = read_prompts(own.questions, own.template, own.limit, settings.seed) if own.questions else []
+    return {
+        "model of the cloud": CausalModel(own.model).digest,
+        "public texts": _digest_of([[one.prompt, one.target] for one in rows]),
+        "open questions": _digest_of(asked),
+    }
 
 
 def _digest_of(told: Sequence[object]) -> str:

@@ -134,7 +134,7 @@ def simulate_co_tuning(
                 own.save_small(name, folder / DEVICES / device / "model")
         if algorithm.cloud.model:
             save_cloud_adapter(algorithm, progress.state, folder / CLOUD_ADAPTER)
-        num = sum(algorithm.channel_of(device) == PROXY_CHANNEL for device in devices)
+        num = algorithm.num_with_proxy(devices)
         return {
             "proxy_download_bytes": proxy.size_bytes,
             "num_devices_with_proxy": num,
@@ -146,7 +146,7 @@ def simulate_co_tuning(
         settings=settings,
         coordinator=Coordinator(
             algorithm,
-            combine_of(settings, num_devices=len(agents)),
+            combine_of(settings, num_devices=len(agents), num_merged=algorithm.num_with_proxy(devices)),
             InProcess([SimulatedDevice(agent=agent) for agent in agents]),
             settings.rounds,
             registry=Registry({device: key.public_key for device, key in keys.items()}),

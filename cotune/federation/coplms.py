@@ -29,7 +29,7 @@ gradient and moments and what its layers keep for back-propagation; what either 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -239,6 +239,10 @@ class CoPlms:
             'likelihoods'
         """
         return str(next((one for pattern, one in self.channels.items() if fnmatchcase(device, pattern)), PROXY_CHANNEL))
+
+    def num_with_proxy(self, devices: Iterable[str]) -> int:
+        """Of these devices, who have the proxy and send what is merged."""
+        return sum(self.channel_of(one) == PROXY_CHANNEL for one in devices)
 
     @property
     def codes(self) -> RowCodes:

@@ -149,12 +149,13 @@ def with_start(algorithm: Algorithm, settings: FederationSettings) -> Algorithm:
     return wrappers[own.start]() if own.start in wrappers else algorithm
 
 
-def rule_of(settings: FederationSettings, *, num_devices: int) -> RobustRule:
+def rule_of(settings: FederationSettings, *, num_devices: int, num_merged: int | None = None) -> RobustRule:
     """The rule by which replies become one.
 
     Args:
         settings: of the run.
         num_devices: that can take part in all.
+        num_merged: of these, who send what is merged; all of them if left out.
 
     Raises:
         InputError: there is no such rule, or it needs more replies than devices are asked.
@@ -171,6 +172,8 @@ def rule_of(settings: FederationSettings, *, num_devices: int) -> RobustRule:
     whose, num_shown = "", asked
     if settings.algorithm in HALVING:
         whose, num_shown = f", of whose replies {settings.algorithm} shows it one half at a time", max(1, asked // 2)
+    elif num_merged is not None and num_merged < asked:
+        whose, num_shown = f", of which {num_merged} send what {settings.algorithm} merges", num_merged
     if rule.min_replies > num_shown:
         raise InputError(
             f"the rule {name} needs at least {rule.min_replies} replies and {asked} devices are asked in a round"
@@ -179,12 +182,13 @@ def rule_of(settings: FederationSettings, *, num_devices: int) -> RobustRule:
     return rule
 
 
-def combine_of(settings: FederationSettings, *, num_devices: int) -> Combine:
+def combine_of(settings: FederationSettings, *, num_devices: int, num_merged: int | None = None) -> Combine:
     """How replies become one: the private mean where the settings ask for privacy, else `rule_of`.
 
     Args:
         settings: of the run.
         num_devices: all that there are, canaries included.
+        num_merged: as for `rule_of`.
 
     Raises:
         InputError: as `rule_of` and `check_privacy`, or no round could begin with so few devices.
@@ -195,9 +199,29 @@ def combine_of(settings: FederationSettings, *, num_devices: int) -> Combine:
             "there are; lower it"
         )
     if not settings.privacy.is_on:
-        return rule_of(settings, num_devices=num_devices)
+        return rule_of(settings, num_devices=num_devices, num_merged=num_merged)
     check_privacy(settings)
     return private_mean(settings.privacy, min(settings.rounds.num_devices_per_round or num_devices, num_devices))
+
+
+def check_inputs(began_with: Mapping[str, object], now: Mapping[str, str], *, of: str, instead: str) -> None:
+    """Refuse to go on with other texts, models or numbers than a run began with.
+
+    Args:
+        began_with: digests by name; what an older version does not name is not checked.
+        now: the same, as they are.
+        of: which run.
+        instead: what else can be done.
+
+    Raises:
+        InputError: one differs; says which.
+    """
+    for name, value in now.items():
+        if name in began_with and began_with[name] != value:
+            raise InputError(
+                f"the {name} of the run in {of} was {began_with[name]!s:.16} and is {value:.16} now; go on with what "
+                f"it began with, or {instead}"
+            )
 
 
 def run_id(settings: FederationSettings, secret: RunSecret) -> str:

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[flower]'")
 
-from co_tuning import model_folder
+from co_tuning import domain_texts, model_folder, write_texts
 from co_tuning_trainers import agent_of, device_at
 from federated import BASE, SECRET, STEPS, ToyFederation, same_arrays
 from flower_deployment import FlowerDeployment, as_toml, deployment
@@ -28,8 +28,8 @@ from cotune.federation.arrays import Arrays, digest
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.checkpoint import load_last
+from cotune.federation.co_tuning_parts import with_cloud
 from cotune.federation.coordinator import Coordinator, Progress, RoundRules
-from cotune.federation.coplms import CoPlms
 from cotune.federation.device_store import DeviceStore
 from cotune.federation.flower.app_folder import AppConfig, write_app
 from cotune.federation.flower.server_folder import CHECKPOINTS, ServerFolder
@@ -38,6 +38,7 @@ from cotune.federation.local_model import LocalSteps
 from cotune.federation.progress_checkpoint import load_progress
 from cotune.federation.robust.mean import Mean
 from cotune.federation.rolora import RoLora
+from cotune.federation.run_parts import algorithm_of
 from cotune.federation.run_secret import direction_seed
 from cotune.federation.seed import SeedMode
 from cotune.models.adapters import LoraAdapter, LoraShape
@@ -155,25 +156,34 @@ def run_again(
 def co_tune(
     root: Path, flower: FlowerDeployment, first: ToyFederation, deadline_s: float
 ) -> tuple[tuple[Progress, Progress], tuple[list[str], list[str]]]:
-    """A round of co-tuned devices, whose trainers take the places of those that were killed."""
-    names = NAMES[:2]
+    """A round of co-tuned devices, of which d1 tells likelihoods alone, and of a cloud's model; their trainers take the
+    places of those that were killed."""
+    names, models = NAMES[:2], root / "models"
     for name, family, kind in (("d0", "llama", "nfkc"), ("d1", "gpt2", "byte_level"), ("proxy", "llama", "byte_level")):
-        model_folder(root / "models" / name, family, kind, seed=len(name))
+        model_folder(models / name, family, kind, seed=len(name))
+    cloud_model = model_folder(models / "cloud", "llama", "byte_level", seed=9)
+    public = write_texts(root / "public.jsonl", domain_texts("public", 3))
     for name in names:
         (root / name / "trainer.sock").unlink()
     script = str(Path(__file__).parents[1] / "co_tuning_trainers.py")
     flower.start("co-tuned", "python", script, str(root), SECRET.value.hex(), BASE, *names)
-    with CausalModel(str(root / "models" / "proxy")).loaded() as model:
+    proxy = CausalModel(str(models / "proxy"))
+    with proxy.loaded() as model:
         start = to_arrays(LoraAdapter.fresh(model, LoraShape(rank=2)).params)
     steps = LocalSteps(num_steps=1, batch_size=2, learning_rate=5e-3)
     tables = {
         "data": {"num_judge": 0},
         "steps": asdict(steps),
+        "adapter": {"rank": 2, "alpha": 16.0},
         "options.coplms": {"private_rank": 1},
+        "options.coplms.channels": {"d1": "likelihoods"},
+        "options.coplms.cloud": {"model": str(cloud_model), "public": str(public)},
+        "options.coplms.cloud.steps": asdict(steps),
         "rounds": {"num_rounds": 1, "deadline_s": deadline_s, "min_devices": 2},
         "combine": {"rule": "mean"},
     }
-    folder = prepare(root / "run-coplms", first, as_toml(tables, algorithm="coplms"), start=start)
+    toml = as_toml(tables, algorithm="coplms", model=proxy.name)
+    folder = prepare(root / "run-coplms", first, toml, start=start)
     write_app(root / "app-coplms", AppConfig(folder=str(folder.path)))
     for name in names:
         flower.expect(lambda name=name: (root / name / "trainer.sock").exists(), "the trainer listens", "co-tuned")
@@ -181,7 +191,7 @@ def co_tune(
     devices = {name: device_at(root, name, root / "simulated" / name) for name in names}
     agents = [agent_of(own, root, name, secret=SECRET, base=BASE) for name, own in devices.items()]
     coordinator = Coordinator(
-        CoPlms(steps=steps, private_rank=1),
+        with_cloud(algorithm_of(folder.settings, SECRET), folder.settings, proxy),
         Mean(),
         InProcess([SimulatedDevice(agent=agent) for agent in agents]),
         RoundRules(num_rounds=1),
@@ -260,6 +270,9 @@ def test_devices_with_models_of_their_own_learn_the_bits_of_one_process(story: S
     (record,) = deployed.records
     assert (record.verdict, record.counted, record.loss) == ("accepted", ["d0", "d1"], simulated.records[0].loss)
     assert same_arrays(deployed.state, simulated.state) and story.kept[0] == story.kept[1]
+    # One sent an adapter, the other one what it told of public texts, and the cloud's model learnt from both.
+    assert {"codes", "likelihoods"} <= record.bytes_up.keys() and "cloud_loss" in record.shown
+    assert any(name.startswith("cloud/") for name in deployed.state)
 
 
 def test_a_coordinator_that_was_killed_goes_on_along_the_same_curve(story: Story) -> None:

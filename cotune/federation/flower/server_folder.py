@@ -4,7 +4,8 @@
     registry.json       public keys of the devices
     run.secret          mode 0600; directions come from it, the devices have the same
     start.safetensors   the adapter before round 1
-    server.json         format, digest of the backbone, and the type of its numbers here
+    server.json         format, digest of the backbone, the type of its numbers here, and digests of what else the
+                        server has: the cloud's model of co-tuning and its texts
     checkpoints/        written by the run; where there are some, the run goes on after the last one
 
 `[data]` of the settings is about the texts of the server alone: of them, the `num_judge` that a simulation of the same
@@ -14,22 +15,29 @@ settings would hold out judge each round. With 0 of them no backbone is loaded h
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cotune.durable import new_folder, write_new
 from cotune.errors import CotuneError, InputError, MismatchError
-from cotune.federation.algorithm import Algorithm
+from cotune.federation.algorithm import Algorithm, Combine
 from cotune.federation.arrays import Arrays, check_arrays, shapes_of
 from cotune.federation.coordinator import Coordinator, Judge, Progress
 from cotune.federation.coplms import CoPlms
 from cotune.federation.identities import REGISTRY_FILE, SECRET_FILE
 from cotune.federation.packing import MAX_BLOCK_BYTES, pack, unpack
 from cotune.federation.progress_checkpoint import load_progress, save_progress
-from cotune.federation.run_parts import algorithm_of, combine_of, run_id, with_num_layers, with_whole_paths
+from cotune.federation.run_parts import (
+    algorithm_of,
+    check_inputs,
+    combine_of,
+    run_id,
+    with_num_layers,
+    with_whole_paths,
+)
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.settings import FederationSettings, as_toml
 from cotune.federation.signing import Registry
@@ -60,6 +68,7 @@ class ServerFolder:
         start: the adapter before round 1.
         base_digest: of the backbone.
         dtype: of the backbone's numbers, where it judges.
+        inputs: SHA-256, hex, of what else the server has, see `cotune.federation.co_tuning_parts.inputs_of_cloud`.
     """
 
     path: Path
@@ -69,6 +78,7 @@ class ServerFolder:
     start: Arrays
     base_digest: str
     dtype: str = DTYPE
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -81,19 +91,21 @@ class ServerFolder:
         start: Arrays,
         base_digest: str,
         dtype: str = DTYPE,
+        inputs: Mapping[str, str] | None = None,
     ) -> ServerFolder:
         """Write the folder, whole or not at all.
 
         Args:
             path: does not exist yet, or is empty.
             settings: as they are, or a TOML file of them.
-            registry, secret, start, base_digest, dtype: see above.
+            registry, secret, start, base_digest, dtype, inputs: see above.
 
         Raises:
             InputError: the folder holds something, the settings are wrong, or the disk refuses.
         """
         path, found = Path(path), _settings(settings)
-        server = json.dumps({"format": FORMAT, "base_digest": base_digest, "dtype": dtype}, indent=2) + "\n"
+        told = {"format": FORMAT, "base_digest": base_digest, "dtype": dtype, "inputs": dict(inputs or {})}
+        server = json.dumps(told, indent=2) + "\n"
         check_new(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +137,10 @@ class ServerFolder:
             dtype = DTYPE if server["format"] == FORMER_FORMAT else server["dtype"]
             if not isinstance(dtype, str):
                 raise ValueError("its dtype is no text; prepare it anew")
+            # Folders of earlier versions say nothing of them.
+            inputs = server.get("inputs", {})
+            if not isinstance(inputs, dict):
+                raise ValueError("its inputs are no table; prepare it anew")
         except OSError as error:
             raise InputError(f"{path} is no folder of a run ({error.strerror or error}); prepare one first") from None
         except (ValueError, TypeError, KeyError, RecursionError, CotuneError) as error:
@@ -138,6 +154,7 @@ class ServerFolder:
             start=start,
             base_digest=server["base_digest"],
             dtype=dtype,
+            inputs={str(name): str(one) for name, one in inputs.items()},
         )
 
     @classmethod
@@ -164,6 +181,7 @@ class ServerFolder:
         """
         # Only now: these load PyTorch and a backbone.
         from cotune.federation.backbone_model import ResidentBackbone
+        from cotune.federation.co_tuning_parts import inputs_of_cloud
         from cotune.federation.fresh_adapter import fresh_adapter
         from cotune.federation.simulation import check_tasks, read_shards, start_of
 
@@ -171,6 +189,8 @@ class ServerFolder:
         found = with_whole_paths(_settings(settings))
         check_new(Path(path))
         check_servable(found, secret, registry)
+        own = algorithm_of(found, secret)
+        inputs = inputs_of_cloud(own, found) if isinstance(own, CoPlms) else {}
         if found.data.num_judge:
             read_shards(found)
         backbone = _load_backbone(found, dtype)
@@ -188,6 +208,7 @@ class ServerFolder:
             start=start,
             base_digest=backbone.spec.backbone_digest,
             dtype=dtype,
+            inputs=inputs,
         )
 
     @property
@@ -238,7 +259,7 @@ class ServerFolder:
         with self._judge() as judge:
             coordinator = Coordinator(
                 self._algorithm(),
-                combine_of(self.settings, num_devices=len(self.registry.devices)),
+                _combine_of(self.settings, self.secret, self.registry),
                 transport,
                 self.settings.rounds,
                 registry=self.registry,
@@ -261,8 +282,10 @@ class ServerFolder:
             return algorithm
         # Only now: it loads PyTorch.
         from cotune.federation.causal_model import CausalModel
-        from cotune.federation.co_tuning_parts import with_cloud
+        from cotune.federation.co_tuning_parts import inputs_of_cloud, with_cloud
 
+        now = inputs_of_cloud(algorithm, self.settings)
+        check_inputs(self.inputs, now, of=str(self.path), instead="prepare another run")
         return with_cloud(algorithm, self.settings, CausalModel(self.settings.model, self.dtype))
 
     @contextmanager
@@ -321,8 +344,13 @@ def check_servable(settings: FederationSettings, secret: RunSecret, registry: Re
             f"audit.num_canaries is {settings.audit.num_canaries}, expected 0: made-up devices take part in "
             "simulations only; run `cotune federate` with these settings, or leave [audit] out"
         )
-    algorithm_of(settings, secret)
-    combine_of(settings, num_devices=len(registry.devices))
+    _combine_of(settings, secret, registry)
+
+
+def _combine_of(settings: FederationSettings, secret: RunSecret, registry: Registry) -> Combine:
+    own, devices = algorithm_of(settings, secret), registry.devices
+    num_merged = own.num_with_proxy(devices) if isinstance(own, CoPlms) else None
+    return combine_of(settings, num_devices=len(devices), num_merged=num_merged)
 
 
 def _settings(settings: Path | str | FederationSettings) -> FederationSettings:

@@ -10,6 +10,7 @@ pytest.importorskip("flwr", reason="flwr is not installed; pip install 'cotune[f
 
 from co_tuning import domain_texts, model_folder, write_texts
 
+from cotune.errors import InputError
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.co_tuning_device import CoTuningDevice
 from cotune.federation.device_agent import DeviceAgent
@@ -84,3 +85,43 @@ public = "{public}"
     assert record.shown["folded_energy"] > 0 and record.heldout_loss is not None
     assert {"cloud_loss", "proxy_loss"} <= record.shown.keys()
     assert any(name.startswith("cloud/") for name in end.state)
+
+    # Another run of the same folder has the same cloud and the same texts, or none.
+    write_texts(public, domain_texts("public", 4))
+    with (
+        pytest.raises(InputError, match=r"the public texts of the run in .* prepare another run"),
+        folder.coordinator(transport),
+    ):
+        pass
+    write_texts(public, domain_texts("public", 3))
+    with folder.coordinator(transport) as (coordinator, _):
+        assert coordinator is not None
+
+
+def test_a_rule_for_more_adapters_than_are_sent_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    proxy = model_folder(tmp_path / "proxy", "llama", "byte_level", seed=1)
+    public = write_texts(tmp_path / "public.jsonl", domain_texts("public", 3))
+    settings = tmp_path / "federation.toml"
+    settings.write_text(
+        f"""
+algorithm = "coplms"
+model = "{proxy}"
+[data]
+num_judge = 0
+[combine]
+rule = "median"
+[options.coplms]
+channels = {{ "small-*" = "likelihoods" }}
+[options.coplms.cloud]
+model = "{proxy}"
+public = "{public}"
+""",
+        encoding="utf-8",
+    )
+    names = ("a", "b", "small-c", "small-d")
+    registry = Registry({name: DeviceKey.generate().public_key for name in names})
+    with pytest.raises(
+        InputError, match=r"median needs at least 3 replies and 4 devices .* of which 2 send what coplms"
+    ):
+        ServerFolder.prepare_from_model(tmp_path / "run", settings, registry=registry, secret=SECRET)
+    assert not (tmp_path / "run").exists()
