@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cotune.cli.run_folder import write_json
 from cotune.durable import remove_folder
@@ -159,11 +159,23 @@ class Fitted:
         return made
 
 
+class SaveEdge(Protocol):
+    """Writes an edge's adapter when its model is itself again."""
+
+    def __call__(self, x: Vector, folder: Path, *, with_gate: bool) -> None:
+        """
+        Args:
+            x: its numbers.
+            folder: where; an earlier one goes.
+            with_gate: the copy gate, too, where the edge has one.
+        """
+
+
 @contextmanager
 def open_edge(
     model: str, config: EdgeConfig, *, rank: int = 4, seed: int = 0, dtype: str = "float32", device: str = "cpu"
-) -> Iterator[tuple[EdgeAdapter, Callable[[Vector, Path], None]]]:
-    """An edge model with a fresh LoRA adapter, and a function that saves adapter and copy gate with given numbers.
+) -> Iterator[tuple[EdgeAdapter, SaveEdge]]:
+    """An edge model with a fresh LoRA adapter, and a function that saves the adapter with given numbers.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -177,10 +189,8 @@ def open_edge(
     last: list[tuple[LoraAdapter, CopyGate | None, Path]] = []
     with edge_adapter(backbone, fresh, config) as edge:
 
-        def save(x: Vector, folder: Path) -> None:
-            # Before the cloud there is nothing to copy, so a rewriter's gate is nobody's.
-            gate = edge.gate(x) if folder.name == ADAPTER_FOLDER else None
-            last.append((fresh.trained(edge.params(x)), gate, folder))
+        def save(x: Vector, folder: Path, *, with_gate: bool) -> None:
+            last.append((fresh.trained(edge.params(x)), edge.gate(x) if with_gate else None, folder))
 
         yield edge, save
     for adapter, gate, folder in last:  # now that the model is itself again

@@ -391,9 +391,10 @@ def fit(
             on_refresh=told,
         )
         if save is not None:
-            save(result.x, out / ADAPTER_FOLDER)
+            save(result.x, out / ADAPTER_FOLDER, with_gate=True)
             for each in rewriters:
-                save(each.x, out / REWRITER_FOLDER)
+                # Before the cloud there is nothing to copy, so its gate is nobody's.
+                save(each.x, out / REWRITER_FOLDER, with_gate=False)
         Fitted(
             folder=out,
             model=name,
