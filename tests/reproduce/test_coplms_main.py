@@ -28,13 +28,14 @@ from coplms_contest import (
 from coplms_main import (
     bits_within,
     cost_grid,
+    margins,
     mean_of,
     over_sets,
     parser,
+    published,
     relative,
     score,
     total_bytes,
-    verdicts,
     worded,
 )
 from coplms_texts import FIRST_SEEDS, SEARCH_WORLD, texts_of, texts_of_search, texts_of_test
@@ -78,6 +79,12 @@ def test_within_a_budget_counts_the_last_round_that_it_pays_for_and_the_download
     assert bits_within(one, 100, "cloud") == 1.0
 
 
+def said_of(rows: dict[str, list[dict[str, Any]]], start: str) -> str:
+    """The one sentence that starts so."""
+    (found,) = (one.sentence for one in margins(rows) if one.sentence.startswith(start))
+    return found
+
+
 def test_the_best_other_method_at_equal_compute_is_what_counts() -> None:
     rows = {
         "ours": [value([0.44], 0.5), value([0.45], 0.5)],
@@ -86,34 +93,49 @@ def test_the_best_other_method_at_equal_compute_is_what_counts() -> None:
         "standalone, equal compute": [value([0.40], 0.5), value([0.41], 0.5)],
         "seqkd": [value([0.3], 0.6)] * 2,
     }
-    said = verdicts(rows)
-    assert len(said) == 6
+    assert len(margins(rows)) == 6
     # (0.33 + 0.3375) / 2 against (0.3 + 0.3075) / 2, told apart as the gain is the same with both seeds.
-    assert "standalone, equal compute) 30.4" in said[1] and "+9.9 % relative, told apart" in said[1]
-    assert "is reached" in said[1] and "seqkd" in said[4] and "not reached" in said[4]
-    assert "bits per byte: ours 1.000" in said[2] and "0.000 ± 0.000, not told apart with 2 seeds" in said[5]
-    assert verdicts({"ours": rows["ours"], "centralised": rows["centralised"]}) == []
+    devices = said_of(rows, "On devices, EM")
+    assert "(standalone, equal compute) 30.4" in devices and "+9.9 % relative, told apart" in devices
+    assert devices.endswith("the margin of 4.88 % is reached.")
+    cloud = said_of(rows, "In the cloud, EM")
+    assert "seqkd" in cloud and cloud.endswith("is not reached.")
+    bits = said_of(rows, "On devices, bits per byte: ours 1.000")
+    assert "not told apart with 2 seeds" in bits and bits.endswith("seeds; is not reached.")
+    assert margins({"ours": rows["ours"], "centralised": rows["centralised"]}) == []
     assert relative(0.5, 0.0) is None
 
 
+def test_fewer_bits_are_better() -> None:
+    told = {"ours": 0.5, "standalone": 0.7, "seqkd": 0.6}
+    rows = {name: [value([0.4], 0.4)] * 2 for name in told}
+    for name, values in rows.items():
+        rows[name] = [
+            {**one, "curve": [{**point, "bits": dict.fromkeys(point["bits"], told[name])} for point in one["curve"]]}
+            for one in values
+        ]
+    (bits,) = (one for one in margins(rows) if one.row.startswith("On devices, bits"))
+    assert bits.other == "seqkd" and bits.gain.mean == pytest.approx(-0.1) and bits.is_reached
+
+
 def test_with_several_devices_each_has_its_own_verdict() -> None:
-    said = verdicts({"ours": [value([0.6, 0.2], 0.5)] * 2, "standalone": [value([0.4, 0.4], 0.4)] * 2})
+    rows = {"ours": [value([0.6, 0.2], 0.5)] * 2, "standalone": [value([0.4, 0.4], 0.4)] * 2}
     # A device's EM is the mean of its questions' and the skills': (0.6 + 0.3) / 2 against (0.4 + 0.2) / 2.
-    assert len(said) == 8 and said[6].startswith("On device-0, EM: ours 45.0") and "+50.0 % relative" in said[6]
-    assert said[6].endswith("is reached.")
-    assert said[7].startswith("On device-1, EM: ours 15.0") and "-50.0 % relative" in said[7]
-    assert said[7].endswith("not reached.")
+    first, second = (said_of(rows, f"On device-{place} (") for place in (0, 1))
+    assert "(llama), EM: ours 45.0" in first and "+50.0 % relative" in first and first.endswith("is reached.")
+    assert "(gpt2), EM: ours 15.0" in second and "-50.0 % relative" in second and second.endswith("not reached.")
 
 
 def test_what_nobody_published_is_told_beside_the_best_published_method() -> None:
     told = {"ours": [0.40] * 2, BOTH: [0.44] * 2, "fedavg-lora": [0.40] * 2, BESIDE: [0.43] * 2}
-    said = verdicts({name: [value([one], 0.5) for one in own] for name, own in told.items()})
-    (both,) = (one for one in said if one.startswith(f"On devices, EM: {BOTH}"))
-    published, made = both.split("; the best of what was made for this study ")
-    assert "(fedavg-lora) 30.0" in published and published.endswith("the margin of 4.88 % is reached")
-    assert f"({BESIDE}) 32.2" in made and "+2.3 % relative" in made and made.endswith("is not reached.")
+    rows = {name: [value([one], 0.5) for one in own] for name, own in told.items()}
+    known, made = (one for one in margins(rows) if one.row == f"On devices, EM: {BOTH}")
+    assert known.other == "fedavg-lora" and known.is_best_published and known.is_reached
+    assert made.other == BESIDE and not made.is_best_published and not made.is_reached
+    assert "the best of what was made for this study" in made.sentence and "+2.3 % relative" in made.sentence
     # The cloud's model is the same, whoever answers on devices.
-    assert len([one for one in said if one.startswith("In the cloud")]) == 3
+    assert len([one for one in margins(rows) if one.where == "In the cloud"]) == 3
+    assert published("fedcollm, 1 round") and not any(map(published, (BESIDE, "fedcollm, asking, 1 round")))
 
 
 def test_of_two_models_that_answer_the_probabilities_are_averaged(tmp_path: Path) -> None:
