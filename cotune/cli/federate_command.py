@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from cotune.cli.default_group import group_with_default
 from cotune.cli.federate_answer import answer
+from cotune.cli.federate_device_model import device_model
 from cotune.cli.federate_identities import device_key, identities
 from cotune.cli.federate_keys import certificates, check_cryptography, key
 from cotune.cli.federate_prepare import prepare
@@ -46,7 +47,7 @@ federate = typer.Typer(
     no_args_is_help=True,
     help="Many devices tune one adapter together: `cotune federate CONFIG.toml --out DIR`.",
 )
-for _command in (key, certificates, identities, device_key, prepare, result, answer):
+for _command in (key, certificates, identities, device_key, prepare, result, device_model, answer):
     federate.command()(_command)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,14 +40,14 @@ from cotune.distillation.chunk_index import ChunkIndex
 from cotune.distillation.chunk_likelihood import chunk_log_likelihoods
 from cotune.distillation.mutual_loss import ChunkReadings, MutualLoss, MutualLossConfig
 from cotune.distillation.paired_texts import PairedText, pair_texts
-from cotune.errors import InputError, MismatchError
+from cotune.errors import InputError
 from cotune.federation.algorithm import Done, Job, Setting, Work
 from cotune.federation.array_layout import from_layout
 from cotune.federation.arrays import AnyArrays, Arrays, difference, digest
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.catch_up import under
 from cotune.federation.causal_model import CausalModel
-from cotune.federation.device_store import DeviceStore
+from cotune.federation.device_store import ROUNDS, DeviceStore
 from cotune.federation.flora import fresh_adapter
 from cotune.federation.folds import folds_in
 from cotune.federation.local_model import LocalSteps
@@ -58,6 +58,7 @@ from cotune.federation.open_questions import from_arrays as questions_from_array
 from cotune.federation.public_chunks import TEXTS, from_arrays
 from cotune.federation.reading_cache import ReadingCache
 from cotune.federation.row_codes import RowCodes, dither_seed
+from cotune.federation.small_model import SMALL, loaded_with, save_small_model
 from cotune.file_cache import DEFAULT_MAX_BYTES
 from cotune.models.low_rank_terms import LowRankTerm, Term, fold_low_rank, low_rank_terms
 from cotune.tuning.answer_loss import only_rows
@@ -71,7 +72,7 @@ LIKELIHOODS = "likelihoods"
 # Settings: by whose name the change that is sent is dithered.
 DITHER = "dither"
 DOWN, UP = "down", "up"
-PRIVATE, SMALL = "private/", "small/"
+PRIVATE = "private/"
 PROXY_SIDE, SMALL_SIDE = 0, 1
 _IN_PEFT = "base_model.model."
 
@@ -181,7 +182,7 @@ class CoTuningDevice:
     ) -> None:
         self._examples, self._small, self._proxy = list(examples), small, proxy
         self._scale, self._max_tokens, self._max_cache_bytes = scale, max_tokens, max_cache_bytes
-        self.store = DeviceStore(folder / "rounds")
+        self.store = DeviceStore(folder / ROUNDS)
         self._readings_folder = folder / "readings"
         self._held = 0
 
@@ -301,21 +302,8 @@ class CoTuningDevice:
         return Done(arrays={LIKELIHOODS: np.concatenate(codes)}, loss=loss, metrics={"held_bytes": float(self._held)})
 
     def save_small(self, run_id: str, folder: Path) -> None:
-        """Write the small model as it is now, as a whole folder that transformers loads.
-
-        Raises:
-            InputError: the folder cannot be written, or the device has not done a round.
-        """
-        known = self.store.last(run_id)
-        if known is None:
-            raise InputError(f"{self.store.folder} has no round of run {run_id}, expected one; run a round first")
-        small = under(SMALL, known)
-        try:
-            with self._loaded_small(small) as model:
-                model.save_pretrained(folder, safe_serialization=True)
-            (folder / "tokenizer.json").write_bytes(self._small.tokenizer_json)
-        except OSError as error:
-            raise InputError(f"the small model cannot be written to {folder}: {error.strerror}") from error
+        """As `cotune.federation.small_model.save_small_model`."""
+        save_small_model(self._small, self.store, run_id, folder)
 
     def _private_before(
         self, known: Mapping[str, Tensor], shared: Arrays, steps: CoTuningSteps, seed: int
@@ -436,20 +424,9 @@ class CoTuningDevice:
             fold_all(proxy, folds, scale=self._scale)
             yield proxy
 
-    @contextmanager
-    def _loaded_small(self, own: Mapping[str, Tensor]) -> Iterator[PreTrainedModel]:
+    def _loaded_small(self, own: Mapping[str, Tensor]) -> AbstractContextManager[PreTrainedModel]:
         """The small model with what it has learnt so far."""
-        with self._small.loaded() as model:
-            parameters = dict(model.named_parameters())
-            if own and {n: p.shape for n, p in parameters.items()} != {n: t.shape for n, t in own.items()}:
-                raise MismatchError(
-                    f"{self.store.folder} is of another small model than {self._small.name}; give that model, or an "
-                    "empty folder"
-                )
-            with torch.no_grad():
-                for name, value in own.items():
-                    parameters[name].copy_(value)
-            yield model
+        return loaded_with(self._small, own, of=self.store.folder)
 
     @contextmanager
     def _with_terms(self, proxy: PreTrainedModel, adapters: Sequence[Arrays]) -> Iterator[None]:

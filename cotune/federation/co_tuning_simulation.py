@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from cotune.durable import remove_folder
 from cotune.errors import CotuneError, InputError
 from cotune.federation.backbone_model import to_arrays
 from cotune.federation.causal_model import CausalModel
@@ -130,8 +131,11 @@ def simulate_co_tuning(
     def keep(progress: Progress) -> dict[str, Any]:
         """Small models and the cloud's adapter, and what was downloaded once."""
         for device, own in devices.items():
+            saved = folder / DEVICES / device / "model"
             if own.store.last(name) is not None:
-                own.save_small(name, folder / DEVICES / device / "model")
+                if saved.exists():
+                    remove_folder(saved)
+                own.save_small(name, saved)
         if algorithm.cloud.model:
             save_cloud_adapter(algorithm, progress.state, folder / CLOUD_ADAPTER)
         num = algorithm.num_with_proxy(devices)

@@ -17,6 +17,8 @@ from torch import Tensor
 from cotune.errors import InputError
 from cotune.tuning.stored_tensors import StoredTensors
 
+ROUNDS = "rounds"
+"""The store's folder among what a co-tuned device keeps."""
 _NAME = re.compile(r"round-(\d{6,10})\.safetensors")
 
 
@@ -59,6 +61,16 @@ class DeviceStore:
         """
         found = self._rounds(run_id)
         return dict(StoredTensors(found[max(found)])) if found else None
+
+    def last_round(self, run_id: str) -> int | None:
+        """Its number; None before the first one."""
+        return max(self._rounds(run_id), default=None)
+
+    def runs(self) -> list[str]:
+        """Of which something is there, by name."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and self._rounds(path.name))
 
     def save(self, run_id: str, round_number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write what is there after a round, and remove rounds that nobody needs any more.

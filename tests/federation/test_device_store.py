@@ -29,6 +29,15 @@ def test_rounds_build_on_the_one_before_and_old_ones_go(tmp_path: Path) -> None:
     assert before is not None and before["x"].item() == 50.0 and store.before("other", 6) is None
 
 
+def test_runs_and_their_last_rounds_are_told(tmp_path: Path) -> None:
+    store = DeviceStore(tmp_path / "d")
+    assert store.runs() == [] and store.last_round("r") is None
+    (tmp_path / "d" / "empty").mkdir(parents=True)
+    for run, number in (("s", 2), ("r", 9), ("r", 10)):
+        store.save(run, number, {"x": torch.zeros(1)})
+    assert store.runs() == ["r", "s"] and store.last_round("r") == 10 and store.last_round("empty") is None
+
+
 def test_a_run_whose_beginning_is_gone_is_refused(tmp_path: Path) -> None:
     store = DeviceStore(tmp_path)
     store.save("r", 7, {"x": torch.zeros(1)})

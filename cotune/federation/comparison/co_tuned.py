@@ -18,7 +18,7 @@ from cotune.errors import InputError
 from cotune.federation.algorithm import Combine, Done, Job, Plan, Update, Work, mean_of
 from cotune.federation.arrays import Arrays
 from cotune.federation.catch_up import under
-from cotune.federation.co_tuning_device import LIKELIHOODS, SMALL, CoTuningDevice
+from cotune.federation.co_tuning_device import LIKELIHOODS, CoTuningDevice
 from cotune.federation.comparison.party import Party
 from cotune.federation.comparison.scene import CLOUD, PROXY, Account, Scene
 from cotune.federation.coordinator import Coordinator, RoundRules
@@ -30,6 +30,7 @@ from cotune.federation.public_chunks import PublicText
 from cotune.federation.robust.mean import Mean
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.signing import DeviceKey, Registry
+from cotune.federation.small_model import SMALL
 
 _RUN = "comparison"
 
