@@ -6,11 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from co_tuning import model_folder
-
-pytest.importorskip("cryptography", reason="cryptography is not installed; pip install 'cotune[federated]'")
 
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.device_store import ROUNDS, DeviceStore
