@@ -203,6 +203,13 @@ def _privacy_section(account: Mapping[str, Any] | None, audit: Mapping[str, Any]
     return Section(name="privacy", short="Privacy", heading="What it gives away of a device", content=join(parts))
 
 
+def _numbers(values: Sequence[float | None]) -> list[Html]:
+    """Of one column: counts where all of them are whole."""
+    if all(one is None or float(one).is_integer() for one in values):
+        return [escape("" if one is None else count(int(one))) for one in values]
+    return [escape("" if one is None else number(one)) for one in values]
+
+
 def _rounds_section(rounds: Sequence[RoundRow]) -> Section:
     def text(value: float | None) -> Html:
         return escape("" if value is None else number(value))
@@ -224,7 +231,7 @@ def _rounds_section(rounds: Sequence[RoundRow]) -> Section:
                 Column("Seconds", [text(one["seconds"]) for one in rounds]),
                 Column("Device seconds", [text(one["device_seconds"]) for one in rounds]),
                 *(
-                    Column(name.replace("_", " ").capitalize(), [text(one["shown"].get(name)) for one in rounds])
+                    Column(name.replace("_", " ").capitalize(), _numbers([one["shown"].get(name) for one in rounds]))
                     for name in shown
                 ),
             ],

@@ -84,10 +84,12 @@ def test_every_round_and_refusal_is_told(tmp_path: Path) -> None:
 
 
 def test_what_an_algorithm_shows_is_a_column(tmp_path: Path) -> None:
-    text = page(tmp_path, [row(1, shown={"discarded_energy": 0.0125}), row(2, verdict="void")])
+    text = page(tmp_path, [row(1, shown={"answered": 46.0, "discarded_energy": 0.0125}), row(2, verdict="void")])
     rows = re.findall(r"<tr>(.*?)</tr>", text[text.index('id="rounds"') :], re.DOTALL)
     cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", one, re.DOTALL) for one in rows[:3]]
     assert [one[-1] for one in cells] == ["Discarded energy", "0.013", ""]
+    # Counts are whole.
+    assert [one[-2] for one in cells] == ["Answered", "46", ""]
     assert "Discarded energy" not in page(tmp_path, ROUNDS)
 
 
