@@ -698,7 +698,8 @@ def deviations(results: Results) -> list[str]:
         "With FedAvg-LoRA, FlexLoRA and FedCoLLM what answers on a device is the proxy, which is larger than most "
         "small models here; with all others it is the device's own model. "
         + f"'{BOTH}' is ours with one answer of both: of what each writes, that of the larger product of their "
-        "probabilities; bits per byte are of the mean of these there. Two models read each question twice.",
+        "probabilities; bits per byte are of the mean of these there. Two models read each question twice. "
+        "Where a proxy answers, it is with the adapter after the last round, whose way down is counted for nobody.",
         f"Published by nobody, and made here to tell what parts of ours give to others: '{CODED}', FedAvg-LoRA with "
         f"our codec; '{BESIDE}', that and small models that learn alone, both answering as with '{BOTH}'; '{ASKING}', "
         "whose cloud learns open questions as its proxy answers them.",
