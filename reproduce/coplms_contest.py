@@ -61,6 +61,7 @@ from cotune.federation.greedy_texts import write_greedily
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.mutual_descent import SideBatch
 from cotune.federation.open_questions import Answering
+from cotune.federation.robust.usual_rule import UsualRule
 
 # The meaning of a cell: one more, and all are run again.
 PROTOCOL = 5
@@ -206,6 +207,11 @@ def _alone(args: argparse.Namespace) -> Contestant:
     return CoTuned(options=options(args, loss=MutualLossConfig(mix=0.0), proxy_mix=0.0, cloud=silent))
 
 
+def _as_it_comes(args: argparse.Namespace) -> Contestant:
+    """A user's run that sets nothing: with a private adapter, and the usual rule."""
+    return CoTuned(options=options(args, private_rank=CoPlms().private_rank), rule=UsualRule(is_pooled=True))
+
+
 ABLATIONS: dict[str, Ablation] = {
     "DST": Ablation(method=lambda args: CoTuned(options=options(args, private_rank=args.rank))),
     "no SAML": Ablation(method=_alone),
@@ -217,6 +223,8 @@ ABLATIONS: dict[str, Ablation] = {
     "L_chunk alone": Ablation(method=_loss(chunk_weight=1.0)),
     "L_tok alone": Ablation(method=_loss(token_weight=1.0)),
     "naive merge": Ablation(method=lambda args: CoTuned(options=options(args), merges_factors=True)),
+    "usual rule": Ablation(method=lambda args: CoTuned(options=options(args), rule=UsualRule(is_pooled=True))),
+    "as it comes": Ablation(method=_as_it_comes),
     "smaller proxy": Ablation(method=METHODS[OURS], proxy=SMALLER_PROXY),
     "quarter of the rank": Ablation(method=METHODS[OURS], rank=lambda rank: max(1, rank // 4)),
     "twice the rank": Ablation(method=METHODS[OURS], rank=lambda rank: 2 * rank),

@@ -229,6 +229,19 @@ class CoPlms:
                 "channels has likelihoods, which only the server's SAML learns from; name the cloud's model and public "
                 "texts under cloud"
             )
+        if self.cloud.questions:
+            self._check_answers_have_room()
+
+    def _check_answers_have_room(self) -> None:
+        """Shares of a step are whole texts: that none of these are answers shall be asked for, and not happen."""
+        device = self.small_steps or self.steps
+        asking = {"a device": self.public_share * device.batch_size, "the cloud": float(self.cloud.steps.batch_size)}
+        for whose, num_public in asking.items():
+            if num_public and self.answering.share and not round(self.answering.share * round(num_public)):
+                raise InputError(
+                    f"answering.share is {self.answering.share}, of which nothing is left in a step of {whose}, whose "
+                    f"public texts are {round(num_public)}; take a larger batch_size, or answering.share = 0"
+                )
 
     def channel_of(self, device: str) -> str:
         """`proxy` or `likelihoods`.

@@ -289,6 +289,22 @@ def test_open_questions_go_once_to_devices_with_the_proxy() -> None:
         CloudSettings(questions="q.jsonl")
 
 
+def test_a_step_without_room_for_an_answer_is_refused() -> None:
+    cloud = CloudSettings(model="big", public="p.jsonl", questions="q.jsonl")
+    with pytest.raises(InputError, match=r"answering\.share is 0\.5.* of a device, whose public texts are 1;"):
+        CoPlms(cloud=cloud, steps=LocalSteps(batch_size=2))
+    one = replace(cloud, steps=LocalSteps(batch_size=1))
+    with pytest.raises(InputError, match="of the cloud, whose public texts are 1;"):
+        CoPlms(cloud=one)
+    for changes in (
+        {"answering": Answering(share=0.0)},
+        {"small_steps": LocalSteps(batch_size=4)},
+        {"public_share": 0.0},
+    ):
+        CoPlms(**({"cloud": cloud, "steps": LocalSteps(batch_size=2)} | changes))  # type: ignore[arg-type]
+    CoPlms(cloud=replace(one, questions=""), steps=LocalSteps(batch_size=1))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

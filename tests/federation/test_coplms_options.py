@@ -25,7 +25,7 @@ from cotune.federation.settings import AdapterSettings, DataSettings, Federation
 from cotune.models.backbone import Backbone
 
 SECRET = RunSecret(bytes(range(1, 33)))
-STEPS = {"num_steps": 1, "batch_size": 2, "learning_rate": 5e-3}
+STEPS = {"num_steps": 1, "batch_size": 4, "learning_rate": 5e-3}
 MORE = STEPS | {"num_steps": 2}
 MODELS = {
     "proxy": ("llama", "byte_level"),

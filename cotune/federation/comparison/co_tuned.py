@@ -28,6 +28,7 @@ from cotune.federation.in_process import InProcess, SimulatedDevice
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.public_chunks import PublicText
 from cotune.federation.robust.mean import Mean
+from cotune.federation.robust.rule import RobustRule
 from cotune.federation.run_secret import RunSecret
 from cotune.federation.signing import DeviceKey, Registry
 from cotune.federation.small_model import SMALL
@@ -43,6 +44,8 @@ class CoTuned:
     """Its settings; steps, models and the cloud's half are the scene's, and mixes of the server those of `cloud`."""
     merges_factors: bool = False
     """Average A and B each apart."""
+    rule: RobustRule = field(default_factory=Mean)
+    """By which changes of devices become one."""
     asks: bool = True
     """Let the proxy answer the scene's open questions."""
     num_per_round: int | None = None
@@ -77,7 +80,7 @@ class CoTuned:
                 account.download(name, scene.proxy)
         coordinator = Coordinator(
             FactorMerge(algorithm) if self.merges_factors else algorithm,
-            Mean(),
+            self.rule,
             _Counted([SimulatedDevice(agent=agent) for agent in agents], account),
             RoundRules(num_rounds=scene.num_rounds, num_devices_per_round=self.num_per_round, seed=scene.seed),
             registry=Registry({name: key.public_key for name, key in keys.items()}),
