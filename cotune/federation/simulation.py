@@ -306,9 +306,12 @@ def _domains(data: DataSettings, seed: int) -> dict[str, list[Example]]:
 def _take_judge(parts: dict[str, list[Example]], num_judge: int) -> tuple[list[Example], dict[str, list[Example]]]:
     """As many texts of every domain for the judge."""
     each = num_judge // len(parts)
-    for name, texts in parts.items():
-        if len(texts) <= each:
-            raise InputError(f"{name} has {len(texts)} texts, expected more than {each}, which the judge takes of each")
+    name, least = min(((name, len(texts)) for name, texts in parts.items()), key=lambda one: one[1])
+    if least <= each:
+        raise InputError(
+            f"num_judge is {num_judge}, of which {each} are from each domain, and {name} has {least} texts; take "
+            f"{(least - 1) * len(parts)} or fewer, or add texts"
+        )
     judge = [text for texts in parts.values() for text in texts[:each]]
     return judge, {name: texts[each:] for name, texts in parts.items()}
 

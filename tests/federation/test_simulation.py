@@ -218,3 +218,16 @@ def test_more_rounds_are_the_same_run_and_other_settings_another(texts: Path) ->
     assert (
         run_id(replace(settings, seed=1), SECRET) != run_id(settings, SECRET) != run_id(settings, RunSecret(bytes(32)))
     )
+
+
+def test_a_judge_that_leaves_a_domain_without_texts_is_refused(tmp_path: Path) -> None:
+    for name, num in (("law", 5), ("med", 3)):
+        rows = [json.dumps({"prompt": f"{name} {i}?", "completion": " yes."}) for i in range(num)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    asked = settings_of(tmp_path, data=DataSettings(path=str(tmp_path), split="domains", num_judge=6))
+    with pytest.raises(
+        InputError, match="num_judge is 6, of which 3 are from each domain, and med has 3 texts; take 4 or"
+    ):
+        read_shards(asked)
+    judge = replace(asked, data=replace(asked.data, num_judge=4))
+    assert {name: len(one) for name, one in read_shards(judge).devices.items()} == {"law": 3, "med": 1}
