@@ -11,8 +11,9 @@ In each round, with top-k logits of every party at the positions that predict th
 
 `cotune.distillation.mapped_targets` holds the mapping, with the released code's off-by-one and
 without. A CE is a mean over a party's own tokens, so that tokenizers with shorter tokens win; that is as
-published. The public texts are downloaded once by every device; logits go as float16 with int32 ids, at the answers'
-positions alone: fewer bytes than the whole data set that the released code sends.
+published. The public texts are downloaded once by every device, without those that some party has to cut where others
+need not; logits go as float16 with int32 ids, at the answers' positions alone: fewer bytes than the whole data set that
+the released code sends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cotune.data.templates import Example
 from cotune.distillation.mapped_targets import SparseTargets, TokenMap, WarpedText
 from cotune.distillation.paired_texts import PairedText, pair_texts
 from cotune.errors import InputError
@@ -93,10 +95,9 @@ class FedMkt:
         """As `Contestant`."""
         parties, most = scene.start(), scene.max_tokens
         own = {name: parties[name].read(site.examples, max_tokens=most) for name, site in scene.sites.items()}
-        public = {name: parties[name].read(scene.public, max_tokens=most) for name in parties}
-        ways = {name: _Way.between(scene, name, self.is_fixed) for name in scene.sites}
-        for name, way in ways.items():
-            way.check(public[CLOUD], public[name])
+        examples = whole_for_all(scene, parties)
+        public = {name: parties[name].read(examples, max_tokens=most) for name in parties}
+        ways = {name: _Way.between(scene, name, examples, self.is_fixed) for name in scene.sites}
         yield parties
         for number in range(1, scene.num_rounds + 1):
             learnt = {
@@ -108,7 +109,7 @@ class FedMkt:
                     said[name] = read_public(learnt[name], public[name], self.top_k)
             for name in scene.sites:
                 if number == 1:
-                    account.send_down(name, number, texts_to_arrays(scene.public), digest=scene.cloud.digest)
+                    account.send_down(name, number, texts_to_arrays(examples), digest=scene.cloud.digest)
                 came = account.send_up(name, number, said[name].as_arrays(), digest=scene.cloud.digest)
                 said[name] = Said.of_arrays(came, [len(ids) for ids in said[name].ids])
             offers = {name: way.to_cloud(said[name]) for name, way in ways.items()}
@@ -160,6 +161,32 @@ def read_public(party: Party, texts: Sequence[PairedText], top_k: int) -> Said:
     return Said(ids, values, np.array(losses, np.float32))
 
 
+def whole_for_all(scene: Scene, parties: Mapping[str, Party]) -> list[Example]:
+    """The public texts that no party has to cut where others need not; what is said of the others would not match.
+
+    Raises:
+        InputError: none is left.
+    """
+    most, examples = scene.max_tokens, scene.public
+    readings = [parties[name].read(examples, max_tokens=most) for name in (CLOUD, *scene.sites)]
+    readings += [_paired(scene, name, examples) for name in scene.sites]
+    found = [
+        example for example, *told in zip(examples, *readings, strict=True) if len({one.text for one in told}) == 1
+    ]
+    if not found:
+        raise InputError(
+            f"none of {len(examples)} public texts is read alike by all models, which cut them at {most} tokens of "
+            "their own; raise max_tokens, or take shorter texts"
+        )
+    return found
+
+
+def _paired(scene: Scene, name: str, examples: Sequence[Example]) -> list[PairedText]:
+    """As the cloud's model and a device's read them."""
+    cloud, small = scene.cloud, scene.sites[name].small
+    return pair_texts(examples, cloud.reader, small.reader, max_tokens=cloud.fitting(small.fitting(scene.max_tokens)))
+
+
 def choose(own: Said, offers: Sequence[tuple[Sequence[SparseTargets], NDArray[np.float32]]]) -> list[SparseTargets]:
     """For each text the targets of whoever has the least loss on it; the own ones where losses tie.
 
@@ -184,11 +211,10 @@ class _Way:
     is_fixed: bool
 
     @classmethod
-    def between(cls, scene: Scene, name: str, is_fixed: bool) -> _Way:
-        cloud, small = scene.cloud, scene.sites[name].small
-        most = cloud.fitting(small.fitting(scene.max_tokens))
-        texts = pair_texts(scene.public, cloud.reader, small.reader, max_tokens=most)
-        up, down = (TokenMap(a.reader.table, b.reader.table) for a, b in ((small, cloud), (cloud, small)))
+    def between(cls, scene: Scene, name: str, examples: Sequence[Example], is_fixed: bool) -> _Way:
+        small = scene.sites[name].small
+        texts = _paired(scene, name, examples)
+        up, down = (TokenMap(a.reader.table, b.reader.table) for a, b in ((small, scene.cloud), (scene.cloud, small)))
         return cls(
             up,
             down,
@@ -196,15 +222,6 @@ class _Way:
             [down.warped(one, teacher=0) for one in texts],
             is_fixed,
         )
-
-    def check(self, cloud: Sequence[PairedText], small: Sequence[PairedText]) -> None:
-        """All texts are whole on both sides."""
-        for one, mine, theirs in zip(self.up_texts, cloud, small, strict=True):
-            if not one.text.text == mine.text == theirs.text:
-                raise InputError(
-                    f"a public text of {len(mine.text.encode())} bytes is cut differently for two models, expected "
-                    "it whole; raise max_tokens, or leave it out"
-                )
 
     def to_cloud(self, said: Said) -> list[SparseTargets]:
         return _matched(self.up, self.up_texts, said, self.is_fixed)

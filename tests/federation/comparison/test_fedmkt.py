@@ -14,7 +14,7 @@ from co_tuning_scene import has_learnt, run, scene_on
 from cotune.data.templates import Example
 from cotune.distillation.mapped_targets import SparseTargets
 from cotune.errors import InputError
-from cotune.federation.comparison.fedmkt import FedMkt, Said, choose, read_public
+from cotune.federation.comparison.fedmkt import FedMkt, Said, choose, read_public, whole_for_all
 from cotune.federation.comparison.scene import CLOUD
 
 
@@ -76,8 +76,10 @@ def test_the_off_by_one_changes_what_is_learnt_and_texts_are_whole(models: Path,
     assert told.losses[0] == pytest.approx(wanted, rel=1e-4) and math.isfinite(wanted)
     assert np.array_equal(told.ids[0], log_q[places - 1].topk(3).indices.numpy())
     long = replace(scene, public=[Example("the cat? " * 40, " yes.")], max_tokens=40)
-    with pytest.raises(InputError, match="is cut differently for two models"):
+    with pytest.raises(InputError, match="none of 1 public texts is read alike by all models"):
         run(FedMkt(top_k=4), long)
+    some = replace(scene, public=[*long.public, *scene.public], max_tokens=40)
+    assert whole_for_all(some, some.start()) == list(scene.public)
 
 
 @pytest.mark.parametrize(("options", "words"), [({"top_k": 0}, "top_k is 0"), ({"ce_weight": 1.0}, "ce_weight is 1.0")])
