@@ -669,6 +669,7 @@ def summarise(values: Sequence[Value]) -> dict[str, Any]:
     }
     return {
         **found,
+        DEVICES: mean_of(values, lambda one: _percent(over_sets(one, DEVICES, "em"))),
         CLOUD: mean_of(values, lambda one: _percent(over_sets(one, CLOUD, "em"))),
         "kb": Mean.of([total_bytes(one) / 1e3 for one in values]).mean,
         "gflop": Mean.of([one["gflop"] for one in values]).mean,

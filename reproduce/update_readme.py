@@ -262,7 +262,10 @@ def by_federation(measured: Measured) -> str:
 
 def by_co_tuning(measured: Measured) -> str:
     num, methods = next(iter(measured["summary"].items()))
-    sets = {"own": "own facts", "crossed": "crossed facts", "skills": "skills", "cloud": "the cloud, all"}
+    sets = {name: name for name in ("own", "crossed", "skills")} | {
+        "devices": "devices, all",
+        "cloud": "the cloud, all",
+    }
     rows = [
         [
             name,
@@ -389,7 +392,8 @@ TABLES: dict[str, tuple[str, Callable[[Measured], str]]] = {
     ),
     "federated_scale": ("Of one device and round; seconds of the server and process memory are of all", by_scale),
     "coplms_main": (
-        "Exact match, %, ± 95 % over seeds, at equal compute but for the bounds; bytes with the proxy's download",
+        "Exact match, %, ± 95 % over seeds, on questions of a device's own domain, of others' (crossed) and of what "
+        "all have met, at equal compute but for the bounds; bytes with the proxy's download",
         by_co_tuning,
     ),
     "zocp_tasks": ("Score of 100, ± 95 % over seeds, and in brackets the cloud's tokens for an answer", by_arm),
