@@ -42,6 +42,7 @@ from cotune.distillation.paired_texts import PairedText
 from cotune.errors import NonFiniteLossError
 from cotune.evaluation.text_metrics import exact_match, rouge_l
 from cotune.federation.agreed_answers import answer_together
+from cotune.federation.algorithms import POOLED
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.comparison.beside import Beside
 from cotune.federation.comparison.centralised import Centralised
@@ -74,6 +75,8 @@ CODED, ASKING = "fedavg-lora, coded", "fedcollm, asking"
 """With the codec of ours, and with its open questions."""
 BESIDE = "fedavg-lora, coded, beside standalone"
 """Neither knows of the other, and both answer together."""
+USUAL = UsualRule(is_pooled="coplms" in POOLED)
+"""The rule of a run that names none."""
 UNPUBLISHED = (CODED, ASKING, BESIDE)
 """Made here of what was published and of parts of ours, to tell what these parts give."""
 TOGETHER = (BOTH, BESIDE)
@@ -209,7 +212,7 @@ def _alone(args: argparse.Namespace) -> Contestant:
 
 def _as_it_comes(args: argparse.Namespace) -> Contestant:
     """A user's run that sets nothing: with a private adapter, and the usual rule."""
-    return CoTuned(options=options(args, private_rank=CoPlms().private_rank), rule=UsualRule(is_pooled=True))
+    return CoTuned(options=options(args, private_rank=CoPlms().private_rank), rule=USUAL)
 
 
 ABLATIONS: dict[str, Ablation] = {
@@ -223,7 +226,7 @@ ABLATIONS: dict[str, Ablation] = {
     "L_chunk alone": Ablation(method=_loss(chunk_weight=1.0)),
     "L_tok alone": Ablation(method=_loss(token_weight=1.0)),
     "naive merge": Ablation(method=lambda args: CoTuned(options=options(args), merges_factors=True)),
-    "usual rule": Ablation(method=lambda args: CoTuned(options=options(args), rule=UsualRule(is_pooled=True))),
+    "usual rule": Ablation(method=lambda args: CoTuned(options=options(args), rule=USUAL)),
     "as it comes": Ablation(method=_as_it_comes),
     "smaller proxy": Ablation(method=METHODS[OURS], proxy=SMALLER_PROXY),
     "quarter of the rank": Ablation(method=METHODS[OURS], rank=lambda rank: max(1, rank // 4)),

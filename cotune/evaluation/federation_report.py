@@ -205,9 +205,8 @@ def _privacy_section(account: Mapping[str, Any] | None, audit: Mapping[str, Any]
 
 def _numbers(values: Sequence[float | None]) -> list[Html]:
     """Of one column: counts where all of them are whole."""
-    if all(one is None or float(one).is_integer() for one in values):
-        return [escape("" if one is None else count(int(one))) for one in values]
-    return [escape("" if one is None else number(one)) for one in values]
+    are_whole = all(one is None or float(one).is_integer() for one in values)
+    return [escape("" if one is None else count(int(one)) if are_whole else number(one)) for one in values]
 
 
 def _rounds_section(rounds: Sequence[RoundRow]) -> Section:

@@ -100,6 +100,11 @@ class CoTuningSteps:
     bits: int
     """Of a number of the adapter on the wire, see `RowCodes`."""
 
+    @property
+    def num_public(self) -> int:
+        """Texts of the server in a step of the small model, where it has any."""
+        return round(self.public_share * self.small.batch_size)
+
     def as_settings(self) -> dict[str, Setting]:
         """As a plan carries them."""
         found: dict[str, Setting] = {
@@ -388,8 +393,7 @@ class CoTuningDevice:
         self, job: Job, steps: CoTuningSteps, answered: Sequence[PairedText]
     ) -> tuple[list[PairedText], list[list[int]]]:
         """What the small model learns: its own texts, public ones and answered questions, some of all in each step."""
-        size = steps.small.batch_size
-        num_public = round(steps.public_share * size)
+        size, num_public = steps.small.batch_size, steps.num_public
         public = self._public(job.arrays) if num_public and TEXTS in job.arrays else []
         if not public and not answered:
             num_public = 0

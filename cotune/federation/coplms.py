@@ -234,13 +234,12 @@ class CoPlms:
 
     def _check_answers_have_room(self) -> None:
         """Shares of a step are whole texts: that none of these are answers shall be asked for, and not happen."""
-        device = self.small_steps or self.steps
-        asking = {"a device": self.public_share * device.batch_size, "the cloud": float(self.cloud.steps.batch_size)}
-        for whose, num_public in asking.items():
-            if num_public and self.answering.share and not round(self.answering.share * round(num_public)):
+        device = {"a device": self.device_steps.num_public} if self.public_share else {}
+        for whose, num_public in (device | {"the cloud": self.cloud.steps.batch_size}).items():
+            if self.answering.share and not self.answering.num_of(num_public):
                 raise InputError(
                     f"answering.share is {self.answering.share}, of which nothing is left in a step of {whose}, whose "
-                    f"public texts are {round(num_public)}; take a larger batch_size, or answering.share = 0"
+                    f"public texts are {num_public}; take a larger batch_size, or answering.share = 0"
                 )
 
     def channel_of(self, device: str) -> str:

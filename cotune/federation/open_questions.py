@@ -74,7 +74,11 @@ class Answering:
         """
         if not answered:
             return 0
-        return round(self.share * num_texts) if public else num_texts
+        return self.num_of(num_texts) if public else num_texts
+
+    def num_of(self, num_texts: int) -> int:
+        """How many of so many public texts are answered questions, beside others."""
+        return round(self.share * num_texts)
 
     def answered(
         self, model: PreTrainedModel, reader: Reader, questions: Sequence[str], *, max_tokens: int

@@ -306,7 +306,8 @@ def _domains(data: DataSettings, seed: int) -> dict[str, list[Example]]:
 def _take_judge(parts: dict[str, list[Example]], num_judge: int) -> tuple[list[Example], dict[str, list[Example]]]:
     """As many texts of every domain for the judge."""
     each = num_judge // len(parts)
-    name, least = min(((name, len(texts)) for name, texts in parts.items()), key=lambda one: one[1])
+    name = min(parts, key=lambda one: len(parts[one]))
+    least = len(parts[name])
     if least <= each:
         raise InputError(
             f"num_judge is {num_judge}, of which {each} are from each domain, and {name} has {least} texts; take "
