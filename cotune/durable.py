@@ -122,6 +122,27 @@ def write_new(path: Path, data: bytes, *, mode: int = OWNER_ONLY) -> None:
     sync(path.parent)
 
 
+def is_free(folder: Path, *, earlier: str | None = None) -> bool:
+    """Whether a result may be written here: nothing is at `folder`, or an empty folder, or an earlier result.
+
+    Args:
+        folder: where the result is to be.
+        earlier: name of the file by which an earlier result is known that may be written over; None: of none.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> is_free(folder), is_free(folder / "new")
+        (True, True)
+        >>> _ = (folder / "plugin.json").write_bytes(b"{}")
+        >>> is_free(folder), is_free(folder, earlier="plugin.json")
+        (False, True)
+    """
+    if not folder.is_dir():
+        return not folder.exists() and not folder.is_symlink()
+    return not any(folder.iterdir()) or (earlier is not None and (folder / earlier).is_file())
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write a folder that does not exist yet, with all its files or not at all.
 

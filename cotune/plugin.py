@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 import tempfile
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from cotune.durable import is_free, sync, write_new
 from cotune.errors import InputError, MismatchError
 
 FORMAT_VERSION = 1
@@ -163,7 +163,7 @@ class Plugin:
         for name, data in files.items():
             if len(data) > _MAX_BYTES[name]:
                 raise InputError(f"{name} would have {len(data)} bytes, at most {_MAX_BYTES[name]} are allowed")
-        if folder.exists() and not _may_replace(folder):
+        if not is_free(folder, earlier=_JSON_FILE):
             raise InputError(f"{folder} exists and is no plugin folder; choose another place or remove it")
         try:
             _write_folder(folder, files)
@@ -246,24 +246,17 @@ _MAX_BYTES = {
 }
 
 
-def _may_replace(folder: Path) -> bool:
-    """An empty folder, or one with a plugin in it."""
-    return folder.is_dir() and ((folder / _JSON_FILE).is_file() or not any(folder.iterdir()))
-
-
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write everything beside `folder`, readable by its owner alone, then put it in place by renaming."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for name, data in files.items():
-            with (fresh / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(fresh / name, data)
         _swap(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+    sync(folder.parent)
 
 
 def _swap(fresh: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cotune.durable import (
+    is_free,
     new_folder,
     new_sized_folder,
     remove_folder,
@@ -104,6 +105,20 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="no space"):
         write_folder(tmp_path / "f", {"a": b"1"})
     assert names(tmp_path) == []
+
+
+def test_only_where_nothing_would_be_lost_is_a_place_free(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "result.json").write_bytes(b"{}")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert {name: is_free(tmp_path / name) for name in ("new", "empty", "file", "held", "dangling")} == {
+        **dict.fromkeys(("new", "empty"), True),
+        **dict.fromkeys(("file", "held", "dangling"), False),
+    }
+    assert is_free(tmp_path / "held", earlier="result.json")
+    assert not is_free(tmp_path / "held", earlier="other.json")
 
 
 def test_a_new_folder_appears_when_it_is_whole(tmp_path: Path) -> None:

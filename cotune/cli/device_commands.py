@@ -33,6 +33,7 @@ from cotune.cli.offline_options import (
 from cotune.cli.offline_text import LOCAL_STYLE, write_offline
 from cotune.cli.output import print_json, progress, stderr, stdout
 from cotune.cli.serve_command import serve
+from cotune.durable import is_free
 from cotune.errors import InputError
 from cotune.generation.request import DRAFTED_SCHEDULES
 from cotune.generation.sampling import Sampling
@@ -302,7 +303,7 @@ def tune(
     from cotune.data.records import read_examples
 
     # What can be refused without PyTorch is refused before it is loaded, which takes seconds.
-    if out.exists() and not (out / "plugin.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out, earlier="plugin.json"):
         raise InputError(f"--out is {out}, which holds something else; give a new folder or that of a plugin")
     examples = read_examples(data, template, limit, seed, split, share=share)
 

@@ -9,6 +9,7 @@ import typer
 
 from cotune.cli.federate_keys import check_cryptography
 from cotune.cli.output import print_json, stderr
+from cotune.durable import is_free
 from cotune.errors import InputError
 
 
@@ -41,7 +42,7 @@ def device_model(
     own = found.co_tuning
     if own is None:
         raise InputError(f"{settings} has no [co_tuning], expected the settings of a co-tuned device; name its file")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise InputError(f"--out is {out}, which holds something already; give a new folder")
     store = DeviceStore(Path(own.folder) / ROUNDS)
     runs = store.runs()

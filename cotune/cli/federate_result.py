@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from cotune.cli.output import print_json, stderr
 from cotune.cli.run_folder import command_line, plain, versions, write_json
-from cotune.durable import replacing
+from cotune.durable import is_free, replacing
 from cotune.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check_out(out: Path) -> None:
     """
     if not out.name:
         raise InputError(f"--out is {str(out)!r}, expected the name of a new folder; give one")
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / RESULT_FILE).is_file())):
+    if not is_free(out, earlier=RESULT_FILE):
         raise InputError(f"--out is {out}, which holds something else; give a new folder")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from cotune.cli.tune_settings import TuneSettings
+from cotune.durable import is_free
 from cotune.errors import InputError
 
 # Written out, because the table of the methods needs PyTorch, which takes seconds; a test compares them.
@@ -176,7 +176,7 @@ def _check_privacy(settings: TuneSettings) -> None:
 def _check_folders(settings: TuneSettings) -> None:
     result_file = RESULT_FILES.get(settings.method, _PEFT_FILE)
     for folder, name, earlier in ((settings.out, "--out", result_file), (settings.merged, "--merged", None)):
-        if folder is not None and folder.exists() and not (folder.is_dir() and _is_free(folder, earlier)):
+        if folder is not None and not is_free(folder, earlier=earlier):
             raise InputError(f"{name} is {folder}, which holds something else; give a new folder")
     if settings.merged is None:
         return
@@ -187,8 +187,3 @@ def _check_folders(settings: TuneSettings) -> None:
                 f"--merged is {settings.merged} and --out {settings.out}, expected two folders of which none is in the "
                 "other or in its run"
             )
-
-
-def _is_free(folder: Path, earlier: str | None) -> bool:
-    """Whether a folder is empty, or holds an earlier result of the same kind, which may be written over."""
-    return not any(folder.iterdir()) or (earlier is not None and (folder / earlier).is_file())

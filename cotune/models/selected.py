@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cotune.durable import replacing
+from cotune.durable import is_free, replacing
 from cotune.errors import InputError
 from cotune.models.anatomy import decoder_layers
 from cotune.models.weights import quiet
@@ -179,7 +179,7 @@ class SelectedParameters:
         Raises:
             InputError: the folder holds something, or cannot be written.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_free(folder):
             raise InputError(f"{folder} holds something already; give a new folder for the whole model")
         try:
             with self.attach(model) as tuned, quiet():

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cotune.durable import new_folder, write_new
+from cotune.durable import is_free, new_folder, write_new
 from cotune.errors import CotuneError, InputError, MismatchError
 from cotune.federation.algorithm import Algorithm, Combine
 from cotune.federation.arrays import Arrays, check_arrays, shapes_of
@@ -328,8 +328,7 @@ def check_new(path: Path) -> None:
     Raises:
         InputError: `path` is no empty folder.
     """
-    is_empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-    if path.is_symlink() or not is_empty:
+    if path.is_symlink() or not is_free(path):
         raise InputError(f"{path} holds something already; give a new folder for a new run")
 
 
