@@ -62,6 +62,7 @@ from cotune.federation.greedy_texts import write_greedily
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.mutual_descent import SideBatch
 from cotune.federation.open_questions import Answering
+from cotune.federation.own_domain import OwnDomain
 from cotune.federation.robust.usual_rule import UsualRule
 
 # The meaning of a cell: one more, and all are run again.
@@ -77,9 +78,15 @@ BESIDE = "fedavg-lora, coded, beside standalone"
 """Neither knows of the other, and both answer together."""
 USUAL = UsualRule(is_pooled="coplms" in POOLED)
 """The rule of a run that names none."""
-UNPUBLISHED = (CODED, ASKING, BESIDE)
+BY_DOMAIN, BESIDE_BY_DOMAIN = "ours, both by domain", "fedavg-lora, coded, beside standalone, by domain"
+"""The same two, of which the small model counts more where a question is like the device's own texts, see
+`cotune.federation.own_domain`."""
+UNPUBLISHED = (CODED, ASKING, BESIDE, BESIDE_BY_DOMAIN)
 """Made here of what was published and of parts of ours, to tell what these parts give."""
-TOGETHER = (BOTH, BESIDE)
+VARIANTS = (OURS, BOTH, BY_DOMAIN)
+"""One method, and on devices three ways to answer."""
+WEIGHED = (BY_DOMAIN, BESIDE_BY_DOMAIN)
+TOGETHER = (BOTH, BESIDE, *WEIGHED)
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     ZERO_SHOT: lambda args: ZeroShot(),
     STANDALONE: lambda args: Standalone(),
@@ -92,15 +99,14 @@ METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     "fedmkt, fixed": lambda args: FedMkt(top_k=args.top_k),
     "fedcollm": lambda args: FedCoLlm(),
     ASKING: lambda args: FedCoLlm(answering=options(args).answering),
-    BESIDE: lambda args: Beside(shared=FederatedLora(bits=options(args).bits)),
+    **dict.fromkeys((BESIDE, BESIDE_BY_DOMAIN), lambda args: Beside(shared=FederatedLora(bits=options(args).bits))),
     "co-plms, MinED": lambda args: CoPlmsReconstruction(private_rank=args.rank),
-    OURS: lambda args: CoTuned(options=options(args)),
-    BOTH: lambda args: CoTuned(options=options(args)),
+    **dict.fromkeys(VARIANTS, lambda args: CoTuned(options=options(args))),
     "centralised": lambda args: Centralised(),
 }
 BOUNDS = (ZERO_SHOT, "centralised")
 """Whose compute is what it is."""
-AT_BASE = (*BOUNDS, STANDALONE, OURS, BOTH)
+AT_BASE = (*BOUNDS, STANDALONE, *VARIANTS)
 """Who takes the steps of the options; all others take as many as make their devices and cloud work as much as ours."""
 
 
@@ -418,7 +424,7 @@ class CoPlmsStudy:
         return self.cell(
             {**key, **_fewer(num_rounds)},
             lambda: self._run(
-                METHODS[name](self.args), num_devices, seed, together=name in TOGETHER, num_rounds=num_rounds, **own
+                METHODS[name](self.args), num_devices, seed, answering=name, num_rounds=num_rounds, **own
             ),
         )
 
@@ -439,7 +445,7 @@ class CoPlmsStudy:
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=0, **changes)
             (parties,) = deque(METHODS[name](self.args).rounds(scene, Account()), maxlen=1)
-            own, most = respondents(parties, together=name in TOGETHER), self.args.max_tokens
+            own, most = respondents(parties, questions, name), self.args.max_tokens
             devices = [
                 right_of(own[f"device-{place}"], questions.of_device(place), max_tokens=most)
                 for place in range(num_devices)
@@ -447,23 +453,20 @@ class CoPlmsStudy:
             cloud = right_of(own[CLOUD], questions.of_all(), max_tokens=most)
         return {"wrong": 1 - (sum(devices) / num_devices + cloud) / 2}
 
-    def _run(self, method: Contestant, num_devices: int, seed: int, *, together: bool = False, **changes: Any) -> Value:
+    def _run(self, method: Contestant, num_devices: int, seed: int, *, answering: str = OURS, **changes: Any) -> Value:
+        """Args: answering: the method by whose name devices answer."""
         questions, account, curve = texts_of_test(self.args, num_devices, seed), Account(), []
         asked = {f"device-{place}": questions.of_device(place) for place in range(num_devices)}
         everything, most = questions.of_all(), self.args.max_tokens
         with TemporaryDirectory() as folder:
             scene = self.scene(questions, Path(folder), seed=seed, **changes)
-            answering: Mapping[str, Respondent] = {}
+            found: Mapping[str, Respondent] = {}
             for parties in method.rounds(scene, account):
-                answering = respondents(parties, together=together)
-                bits = {
-                    one: bits_of(own, asked.get(one, everything), max_tokens=most) for one, own in answering.items()
-                }
+                found = respondents(parties, questions, answering)
+                bits = {one: bits_of(own, asked.get(one, everything), max_tokens=most) for one, own in found.items()}
                 curve.append({"bits": bits, **_bytes(account, scene.sites)})
             return {
-                "parties": {
-                    one: judge(own, asked.get(one, everything), max_tokens=most) for one, own in answering.items()
-                },
+                "parties": {one: judge(own, asked.get(one, everything), max_tokens=most) for one, own in found.items()},
                 "curve": curve,
                 **_bytes(account, scene.sites),
                 "gflop": _mean(account.flops, scene.sites) / 1e9,
@@ -486,22 +489,52 @@ def solved(wanted: float, once: float, twice: float) -> float:
     return max(0.0, 1.0 + (wanted - once) / each) if each > 0 else 1.0
 
 
-Respondent = Sequence[Party]
-"""Who answers in one place: one party, or several that answer together."""
+@dataclass(frozen=True)
+class Respondent:
+    """Who answers in one place.
+
+    Attributes:
+        parties: one, or several that answer together.
+        domain: of the device whose own model is the first of two, which counts by it; None: all count alike.
+    """
+
+    parties: tuple[Party, ...]
+    domain: OwnDomain | None = None
+
+    def weights(self, examples: Sequence[Example]) -> list[tuple[float, ...]]:
+        """Of each party for each question; their sum is 1."""
+        if self.domain is None:
+            return [(1 / len(self.parties),) * len(self.parties)] * len(examples)
+        return [(one, 1 - one) for one in self.domain.chances([example.prompt for example in examples])]
 
 
-def respondents(parties: Mapping[str, Party], *, together: bool) -> dict[str, Respondent]:
-    """Each party alone; or on every device its own model and what is shared, which is alone as `proxy`."""
-    alone = (CLOUD, PROXY)
-    return {
-        name: (party, parties[PROXY]) if together and name not in alone else (party,) for name, party in parties.items()
-    }
+def respondents(parties: Mapping[str, Party], questions: Questions, name: str) -> dict[str, Respondent]:
+    """Each party alone; or on every device its own model and what is shared, which is alone as `proxy`.
+
+    Args:
+        questions: of which a device has its own texts, the public ones and all open questions.
+        name: of the method, which says how devices answer.
+    """
+    found = {one: Respondent((party,)) for one, party in parties.items()}
+    if name in TOGETHER:
+        for one in found.keys() - {CLOUD, PROXY}:
+            domain = own_domain(questions, int(one.rpartition("-")[2])) if name in WEIGHED else None
+            found[one] = Respondent((parties[one], parties[PROXY]), domain)
+    return found
+
+
+def own_domain(questions: Questions, place: int) -> OwnDomain:
+    """Of a device, told from what the server gives to all of them."""
+    shared = [*(one.prompt for one in questions.public), *questions.open]
+    return OwnDomain.of([one.prompt for one in questions.domains[place].train], shared)
 
 
 def answer_nats(who: Respondent, examples: Sequence[Example], *, max_tokens: int) -> list[float]:
-    """-log p of each answer and its end; of several parties together, of their probabilities' mean."""
-    nats = [_party_nats(party, party.read(examples, max_tokens=max_tokens)) for party in who]
-    return [float(one) for one in math.log(len(who)) - np.logaddexp.reduce(-np.array(nats), axis=0)]
+    """-log p of each answer and its end; of several parties together, of their probabilities' mean, as they count."""
+    nats = np.array([_party_nats(party, party.read(examples, max_tokens=max_tokens)) for party in who.parties])
+    shares = np.array(who.weights(examples)).reshape(len(examples), len(who.parties)).T
+    with np.errstate(divide="ignore"):
+        return [float(-one) for one in np.logaddexp.reduce(np.log(shares) - nats, axis=0)]
 
 
 @torch.no_grad()
@@ -523,7 +556,7 @@ def _party_nats(party: Party, texts: Sequence[PairedText]) -> list[float]:
 
 def num_answer_bytes(who: Respondent, examples: Sequence[Example], *, max_tokens: int) -> int:
     """As far as they fit into what the first party reads; the end of a text has none."""
-    texts = who[0].read(examples, max_tokens=max_tokens)
+    texts = who.parties[0].read(examples, max_tokens=max_tokens)
     return sum(len(text.text.encode()) - text.from_byte for text in texts)
 
 
@@ -561,12 +594,15 @@ def judge(who: Respondent, asked: Mapping[str, Sequence[Example]], *, max_tokens
 
 def answers_of(who: Respondent, questions: Sequence[Example], *, max_tokens: int) -> list[str]:
     """What is written to each, one answer from all parties together."""
-    if len(who) > 1:
-        writers = {str(place): party for place, party in enumerate(who)}
+    if len(who.parties) > 1:
+        writers = {str(place): party for place, party in enumerate(who.parties)}
         prompts = [one.prompt for one in questions]
-        agreed = answer_together(writers, prompts, max_new_tokens=MAX_NEW_TOKENS, max_tokens=max_tokens)
+        weights = [{str(place): one for place, one in enumerate(own)} for own in who.weights(questions)]
+        agreed = answer_together(
+            writers, prompts, max_new_tokens=MAX_NEW_TOKENS, max_tokens=max_tokens, weights=weights
+        )
         return [one.text for one in agreed]
-    (party,) = who
+    (party,) = who.parties
     # As far as they fit into what the model reads.
     texts = party.read(questions, max_tokens=max_tokens)
     prompts = [one.text.encode()[: one.from_byte].decode() for one in texts]

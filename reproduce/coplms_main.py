@@ -20,8 +20,10 @@ from coplms_contest import (
     ABLATIONS,
     ASKING,
     BESIDE,
+    BESIDE_BY_DOMAIN,
     BOTH,
     BOUNDS,
+    BY_DOMAIN,
     CODED,
     EQUAL,
     METHODS,
@@ -29,6 +31,7 @@ from coplms_contest import (
     PROTOCOL,
     STANDALONE,
     UNPUBLISHED,
+    VARIANTS,
     ZERO_SHOT,
     CoPlmsStudy,
     make_parser,
@@ -219,9 +222,9 @@ def margins(rows: Mapping[str, Sequence[Value]]) -> list[Margin]:
             bytes or less where they shall be.
     """
     # Alone with fewer steps is a rival too, as more of them may be too many.
-    rivals = [name for name in rows if name not in (OURS, BOTH, *BOUNDS)]
+    rivals = [name for name in rows if name not in (*VARIANTS, *BOUNDS)]
     found: list[Margin] = []
-    for own in (name for name in (OURS, BOTH) if name in rows and rivals):
+    for own in (name for name in VARIANTS if name in rows and rivals):
         devices = sorted(filter(_is_device, rows[own][0]["parties"]))
         asked = [(DEVICES, "On devices", metric) for metric in METRICS]
         if len(devices) > 1:
@@ -335,7 +338,7 @@ class Results:
     def _fill_paid(self, num: int) -> None:
         """The methods that send more than ours again, with the rounds that its bytes pay for."""
         for name in self.runs.get(num, {}) if OURS in self.runs.get(num, {}) else ():
-            if name == BOTH:
+            if name in VARIANTS:
                 continue
             paid = self.study.paid_rounds(name, num)
             if paid is None:
@@ -353,7 +356,7 @@ class Results:
         if OURS not in rows:
             return {}
         most = max(total_bytes(one) for one in rows[OURS])
-        return {name: v for name, v in rows.items() if name == BOTH or total_bytes(v[0]) <= most} | self.shorter
+        return {name: v for name, v in rows.items() if name in VARIANTS or total_bytes(v[0]) <= most} | self.shorter
 
     def _tell(self, name: str) -> None:
         """At which steps and learning rate a method ran with the first number of devices, and its memory."""
@@ -699,10 +702,13 @@ def deviations(results: Results) -> list[str]:
         "With FedAvg-LoRA, FlexLoRA and FedCoLLM what answers on a device is the proxy, which is larger than most "
         "small models here; with all others it is the device's own model. "
         + f"'{BOTH}' is ours with one answer of both: of what each writes, that of the larger product of their "
-        "probabilities; bits per byte are of the mean of these there. Two models read each question twice. "
+        "probabilities; bits per byte are of the mean of these there. "
+        f"With '{BY_DOMAIN}' the small model counts as much as the chance that a question is of its domain, the proxy "
+        "for the rest. Two models read each question twice. "
         "Where a proxy answers, it is with the adapter after the last round, whose way down is counted for nobody.",
         f"Published by nobody, and made here to tell what parts of ours give to others: '{CODED}', FedAvg-LoRA with "
-        f"our codec; '{BESIDE}', that and small models that learn alone, both answering as with '{BOTH}'; '{ASKING}', "
+        f"our codec; '{BESIDE}', that and small models that learn alone, both answering as with '{BOTH}', and "
+        f"'{BESIDE_BY_DOMAIN}', as with '{BY_DOMAIN}'; '{ASKING}', "
         "whose cloud learns open questions as its proxy answers them.",
         "All learning rates of a method, of small models, the proxy's adapters and the cloud's, are one multiple of "
         f"the options', the best of a search with {args.devices[0]} devices on facts and texts that no "

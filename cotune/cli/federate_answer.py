@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cotune.federation.agreed_answers import AgreedAnswer
 
 
+SMALL, PROXY = "small", "proxy"
+
+
 def answer(
     questions: Annotated[str, typer.Argument(help="Prompts: .jsonl, .csv or .parquet; rows need no answers.")],
     small: Annotated[str, typer.Option(help="The device's own model, such as OUT.run/devices/NAME/model.")],
@@ -26,6 +29,16 @@ def answer(
         Path | None, typer.Option(help="What the proxy has learnt, the OUT of `cotune federate`; none if left out.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A new .jsonl file, instead of the terminal.")] = None,
+    own: Annotated[
+        str | None,
+        typer.Option(
+            help="What the device's own model has learnt: the more a question is like it, the more it counts."
+        ),
+    ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(help="With --own: what anybody may ask, such as the server's public texts and questions."),
+    ] = None,
     score: Annotated[
         bool, typer.Option("--score", help="Rows have answers: say how often each model, and both together, are right.")
     ] = False,
@@ -42,11 +55,14 @@ def answer(
     """Answer QUESTIONS with a device's own model and the proxy together, of any architectures and tokenizers.
 
     Each writes its likeliest answer, and the one is given whose probabilities, of both models, have the larger product.
-    One model at a time is in memory.
+    With --own and --others, the device's own model counts more where a question is of its domain, and less where it is
+    not. One model at a time is in memory, and nothing leaves the device.
 
     Examples:
 
         cotune federate answer questions.jsonl --small my-small-model --proxy proxy --adapter together
+
+        cotune federate answer ask.jsonl --small mine --proxy proxy --own texts.jsonl --others public.jsonl
 
         cotune federate answer heldout.jsonl --small together.run/devices/kitchen/model --proxy proxy --score --json
     """
@@ -56,6 +72,11 @@ def answer(
         raise InputError(f"--out is {out}, but there is no folder {out.parent}; make it first")
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {max_new_tokens}, expected at least 1")
+    if (own is None) != (not others):
+        given, lacking = ("--own", "--others") if own is not None else ("--others", "--own")
+        raise InputError(
+            f"{given} is given without {lacking}, expected both or none; add {lacking}, or weigh all alike"
+        )
     if adapter is not None and not adapter.is_dir():
         raise InputError(f"--adapter is {adapter}, expected a folder that `cotune federate` wrote; there is none")
     from cotune.data.records import read_examples, read_prompts
@@ -65,6 +86,13 @@ def answer(
         prompts, truths = [one.prompt for one in examples], [one.target.strip() for one in examples]
     else:
         prompts, truths = read_prompts(questions, template, limit), []
+    weights = None
+    if own is not None:
+        known, asked = (
+            read_prompts(own, template),
+            [one for path in others or () for one in read_prompts(path, template)],
+        )
+        weights = _weights(prompts, known, asked)
 
     # Only now: it loads PyTorch, which takes seconds.
     from cotune.federation.agreed_answers import Writer, answer_together
@@ -72,11 +100,13 @@ def answer(
     from cotune.federation.tuned_model import TunedModel
 
     writers: dict[str, Writer] = {
-        "small": TunedModel(CausalModel(small, dtype, torch_device)),
-        "proxy": TunedModel(CausalModel(proxy, dtype, torch_device), adapter),
+        SMALL: TunedModel(CausalModel(small, dtype, torch_device)),
+        PROXY: TunedModel(CausalModel(proxy, dtype, torch_device), adapter),
     }
     with progress("answering", enabled=not as_json) as advance:
-        found = answer_together(writers, prompts, max_new_tokens=max_new_tokens, max_tokens=max_tokens, advance=advance)
+        found = answer_together(
+            writers, prompts, max_new_tokens=max_new_tokens, max_tokens=max_tokens, weights=weights, advance=advance
+        )
     rows = [_row(prompt, one) for prompt, one in zip(prompts, found, strict=True)]
     scores = _scores(found, truths) if score else {}
     if out is not None:
@@ -91,8 +121,15 @@ def answer(
             stdout.print(f"{row['prompt']}{row['answer']}", markup=False, highlight=False, soft_wrap=True)
     else:
         stderr.print(f"{len(rows)} answers in {out}", markup=False, soft_wrap=True)
-    for name, own in scores.items():
-        stderr.print(f"{name:9} exact match {own['exact_match']:.3f}, Rouge-L {own['rouge_l']:.3f}", markup=False)
+    for name, means in scores.items():
+        stderr.print(f"{name:9} exact match {means['exact_match']:.3f}, Rouge-L {means['rouge_l']:.3f}", markup=False)
+
+
+def _weights(prompts: Sequence[str], own: Sequence[str], others: Sequence[str]) -> list[dict[str, float]]:
+    """The small model counts by the chance that a prompt is of the device's domain, and the proxy for the rest."""
+    from cotune.federation.own_domain import OwnDomain
+
+    return [{SMALL: one, PROXY: 1 - one} for one in OwnDomain.of(own, others).chances(prompts)]
 
 
 def _row(prompt: str, one: AgreedAnswer) -> dict[str, Any]:
@@ -101,6 +138,7 @@ def _row(prompt: str, one: AgreedAnswer) -> dict[str, Any]:
         "answer": one.text,
         "by": one.by,
         "log_likelihoods": dict(one.log_likelihoods),
+        "weights": dict(one.weights),
         "written": dict(one.written),
     }
 

@@ -2,15 +2,17 @@
 
 Each writes its likeliest answer, and each says how likely all of these are. The one whose product of probabilities,
 
-    argmax_y  prod_m p_m(y | prompt),     y among what the models wrote,
+    argmax_y  prod_m p_m(y | prompt) ^ w_m,     y among what the models wrote,
 
 is largest is given (a product of experts, Hinton 2002, doi 10.1162/089976602760128018, over a list of candidates, so
 that tokenizers need not agree). A model that guesses writes nonsense that the other one finds unlikely; one that knows
-writes what the other one can at least believe. One model at a time is in memory.
+writes what the other one can at least believe. Where a question tells who is likelier to know, as
+`cotune.federation.own_domain` finds out, w says so; else all count alike. One model at a time is in memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -52,12 +54,14 @@ class AgreedAnswer:
         text: without the end; empty only where nobody wrote anything.
         by: who wrote it; the first one, where several did.
         log_likelihoods: nats of the text and its end, by writer, 0 or less; none where nobody wrote anything.
+        weights: w, how much each writer counted.
         written: what each wrote.
     """
 
     text: str
     by: str
     log_likelihoods: Mapping[str, float]
+    weights: Mapping[str, float]
     written: Mapping[str, str]
 
 
@@ -67,6 +71,7 @@ def answer_together(
     *,
     max_new_tokens: int,
     max_tokens: int,
+    weights: Sequence[Mapping[str, float]] | None = None,
     advance: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> list[AgreedAnswer]:
     """One answer to each prompt.
@@ -76,15 +81,18 @@ def answer_together(
         prompts: of any number; the start of one that leaves no room for an answer is cut.
         max_new_tokens: of an answer, at least 1.
         max_tokens: of prompt and answer, more than `max_new_tokens`; less where a model's context is smaller.
+        weights: of each prompt, how much each writer counts, 0 or more; None: all alike.
         advance: told after each pass of a model: how many of how many, and what is done.
 
     Raises:
-        InputError: there is no writer, or an answer leaves no room for its prompt.
+        InputError: there is no writer, an answer leaves no room for its prompt, or weights are not of these prompts
+            and writers, below 0 or no numbers.
 
     Example:
         >>> together = {"small": TunedModel(small), "proxy": TunedModel(proxy, Path("together"))}  # doctest: +SKIP
         >>> answer_together(together, ["Where is the kettle?"], max_new_tokens=8, max_tokens=128)  # doctest: +SKIP
         [AgreedAnswer(text=' In the kitchen', by='small', log_likelihoods={'small': -0.4, 'proxy': -1.3},
+                      weights={'small': 1.0, 'proxy': 1.0},
                       written={'small': ' In the kitchen', 'proxy': ' On the stove'})]
     """
     if not writers:
@@ -95,9 +103,12 @@ def answer_together(
                 f"max_new_tokens is {max_new_tokens} and {name} reads {one.model.fitting(max_tokens)} tokens, expected "
                 "room for a prompt; ask for shorter answers"
             )
+    names = list(writers)
+    if weights is None:
+        weights = [dict.fromkeys(names, 1.0)] * len(prompts)
+    _check_weights(weights, names, len(prompts))
     if not prompts:
         return []
-    names = list(writers)
     cut = {name: _cut(one.model, prompts, max_new_tokens, max_tokens) for name, one in writers.items()}
     answers: dict[str, list[str]] = {}
     scores: dict[str, dict[tuple[int, str], float]] = {}
@@ -124,7 +135,17 @@ def answer_together(
     for name in names[:-1]:
         with writers[name].loaded() as model:
             judge(name, model)
-    return [_chosen(number, names, answers, scores) for number in range(len(prompts))]
+    return [_chosen(number, names, answers, scores, own) for number, own in enumerate(weights)]
+
+
+def _check_weights(weights: Sequence[Mapping[str, float]], names: Sequence[str], num_prompts: int) -> None:
+    if len(weights) != num_prompts:
+        raise InputError(f"weights are of {len(weights)} prompts, expected {num_prompts}, one for each")
+    for number, one in enumerate(weights):
+        if set(one) != set(names) or not all(0 <= value < math.inf for value in one.values()):
+            raise InputError(
+                f"weights[{number}] is {dict(one)}, expected a number of 0 or more for each of {', '.join(names)}"
+            )
 
 
 def _cut(own: CausalModel, prompts: Sequence[str], max_new_tokens: int, max_tokens: int) -> list[str]:
@@ -156,12 +177,13 @@ def _chosen(
     names: Sequence[str],
     answers: Mapping[str, Sequence[str]],
     scores: Mapping[str, Mapping[tuple[int, str], float]],
+    weights: Mapping[str, float],
 ) -> AgreedAnswer:
     # The first writer of a text keeps it.
     written = {name: answers[name][number] for name in names}
     said = {text: name for name, text in reversed(written.items()) if text.strip()}
     if not said:
-        return AgreedAnswer("", names[0], {}, written)
+        return AgreedAnswer("", names[0], {}, weights, written)
     found = {text: {name: scores[name][number, text] for name in names} for text in said}
-    best = max(said, key=lambda text: sum(found[text].values()))
-    return AgreedAnswer(best, said[best], found[best], written)
+    best = max(said, key=lambda text: sum(weights[name] * one for name, one in found[text].items()))
+    return AgreedAnswer(best, said[best], found[best], weights, written)

@@ -12,6 +12,7 @@ from co_tuning import model_folder
 
 from cotune.federation.agreed_answers import answer_together
 from cotune.federation.causal_model import CausalModel
+from cotune.federation.own_domain import OwnDomain
 from cotune.federation.tuned_model import TunedModel
 from cotune.models.adapters import LoraAdapter, LoraShape
 from cotune.models.backbone import Backbone
@@ -64,6 +65,27 @@ def test_answers_are_those_of_both_models_and_are_scored(root: Path, tmp_path: P
     assert scored["scores"]["together"]["exact_match"] == 1.0 and len(scored["answers"]) == 3
 
 
+def test_the_small_model_counts_by_the_domain_of_the_question(root: Path, tmp_path: Path, run: Any) -> None:
+    for name, prompts in (("own", ["the cat?", "the far cat"]), ("public", ["two hats?", "two?"]), ("open", ["hello"])):
+        rows = [json.dumps({"prompt": prompt}) for prompt in prompts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    given = [
+        "--own",
+        tmp_path / "own.jsonl",
+        "--others",
+        tmp_path / "public.jsonl",
+        "--others",
+        tmp_path / "open.jsonl",
+    ]
+    outcome = run("federate", "answer", root / "heldout.jsonl", *options(root), *given, "--json")
+    assert outcome.status == 0, outcome.err
+    told = [row["weights"] for row in json.loads(outcome.out)["answers"]]
+    prompts = [prompt for prompt, _ in ROWS]
+    chances = OwnDomain.of(["the cat?", "the far cat"], ["two hats?", "two?", "hello"]).chances(prompts)
+    assert [one["small"] for one in told] == pytest.approx(chances) and chances[0] > 0.5 > chances[2]
+    assert all(one["small"] + one["proxy"] == pytest.approx(1) for one in told)
+
+
 def test_questions_need_no_answers_and_the_terminal_shows_them(root: Path, run: Any) -> None:
     outcome = run("federate", "answer", root / "questions.jsonl", *options(root))
     assert outcome.status == 0 and outcome.out.startswith("the far cat?"), outcome.err
@@ -81,4 +103,8 @@ def test_what_cannot_be_answered_is_refused_and_nothing_is_written(root: Path, t
     run(*ask, *options(root)[:4], "--adapter", root / "small", "--out", out).check_refusal("of another shape")
     run(*ask, "--small", tmp_path / "none", *options(root)[2:], "--out", out).check_refusal(str(tmp_path / "none"))
     run("federate", "answer", root / "questions.jsonl", *options(root), "--score").check_refusal("completion")
+    some = root / "questions.jsonl"
+    run(*ask, *options(root), "--own", some, "--out", out).check_refusal("--own is given without --others")
+    run(*ask, *options(root), "--others", some, "--out", out).check_refusal("--others is given without --own")
+    run(*ask, *options(root), "--own", some, "--others", some, "--out", out).check_refusal("own has 1 prompts")
     assert not out.exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,30 @@ def test_the_answer_with_the_larger_product_is_given(
         takers.add(one.by)
         assert one.by == next(name for name, text in said.items() if text == best)
     assert len(takers) > 1, "or nothing was chosen"
+
+
+def test_who_counts_more_has_the_say(writers: dict[str, TunedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {name: writers[name] for name in ("gpt2", "llama")}
+    answers = {"gpt2": [" the mats", " hats", " seven"], "llama": [" other dog", " far", " hat"]}
+    written_as(monkeypatch, answers)
+    ask = partial(answer_together, two, PROMPTS[:3], max_new_tokens=4, max_tokens=48)
+    alike = ask()
+    assert ask(weights=[{"gpt2": 0.5, "llama": 0.5}] * 3) == [
+        replace(one, weights={"gpt2": 0.5, "llama": 0.5}) for one in alike
+    ], "only the ratio counts"
+    says = [{"gpt2": 1.0, "llama": 0.0}, {"gpt2": 0.0, "llama": 1.0}, {"gpt2": 0.25, "llama": 0.75}]
+    found = ask(weights=says)
+    for number, (one, prompt, weights) in enumerate(zip(found, PROMPTS, says, strict=False)):
+        told = {
+            text: sum(weights[name] * log_likelihood(own, prompt, text) for name, own in two.items())
+            for text in (texts[number] for texts in answers.values())
+        }
+        assert one.text == max(told, key=told.__getitem__) and one.weights == weights
+    with pytest.raises(InputError, match="weights are of 2 prompts, expected 3"):
+        ask(weights=says[:2])
+    for wrong in ({"gpt2": 1.0}, {"gpt2": 1.0, "llama": -1.0}, {"gpt2": 1.0, "llama": math.nan}):
+        with pytest.raises(InputError, match=r"weights\[2\] is .*0 or more for each of gpt2, llama"):
+            ask(weights=[*says[:2], wrong])
 
 
 def test_what_nobody_finds_words_for_is_left_to_who_does(

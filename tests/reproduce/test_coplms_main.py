@@ -15,6 +15,7 @@ from coplms_contest import (
     ABLATIONS,
     BESIDE,
     BOTH,
+    BY_DOMAIN,
     EQUAL,
     METHODS,
     MOST_RATES,
@@ -38,7 +39,7 @@ from coplms_main import (
     total_bytes,
     worded,
 )
-from coplms_texts import FIRST_SEEDS, SEARCH_WORLD, texts_of, texts_of_search, texts_of_test
+from coplms_texts import FIRST_SEEDS, SEARCH_WORLD, Domain, Questions, texts_of, texts_of_search, texts_of_test
 from study_command import Command
 
 from cotune.data.templates import Example
@@ -144,18 +145,34 @@ def test_of_two_models_that_answer_the_probabilities_are_averaged(tmp_path: Path
         name: Party(CausalModel(str(models / folder)))
         for name, folder in (("device-0", "gpt2"), ("device-1", "llama"), ("cloud", "cloud"), ("proxy", "proxy"))
     }
-    alone, both = (respondents(parties, together=one) for one in (False, True))
-    assert [len(one) for one in both.values()] == [2, 2, 1, 1] and {len(one) for one in alone.values()} == {1}
+    questions = questions_of(["the far cat?", "the cat?"])
+    alone, both, weighed = (respondents(parties, questions, name) for name in ("ours", BOTH, BY_DOMAIN))
+    assert [len(one.parties) for one in both.values()] == [len(one.parties) for one in weighed.values()] == [2, 2, 1, 1]
+    assert {len(one.parties) for one in alone.values()} == {1}
     asked = [Example("the far cat?", " the hat."), Example("two?", " no")]
-    first, second, mean = (
+    first, second, mean, by_domain = (
         np.exp(-np.array(answer_nats(who, asked, max_tokens=32)))
-        for who in (alone["device-0"], alone["proxy"], both["device-0"])
+        for who in (alone["device-0"], alone["proxy"], both["device-0"], weighed["device-0"])
     )
     assert mean == pytest.approx((first + second) / 2)
+    (ours, _), (theirs, _) = shares = weighed["device-0"].weights(asked)
+    assert ours > 0.5 > theirs and all(sum(one) == pytest.approx(1) for one in shares)
+    assert by_domain == pytest.approx(np.array([ours, theirs]) * first + (1 - np.array([ours, theirs])) * second)
     assert num_answer_bytes(both["device-0"], asked, max_tokens=32) == len(" the hat. no")
-    answers = answers_of(both["device-0"], asked, max_tokens=32)
     written = [answers_of(alone[name], asked, max_tokens=32) for name in ("device-0", "proxy")]
-    assert all(one in own for one, *own in zip(answers, *written, strict=True))
+    for who in (both, weighed):
+        answers = answers_of(who["device-0"], asked, max_tokens=32)
+        assert all(one in own for one, *own in zip(answers, *written, strict=True))
+
+
+def questions_of(own: list[str]) -> Questions:
+    """Of two devices, the second of which has sums, as the server has."""
+    sums = ["2 + 2 =", "3 + 4 ="]
+    domains = [
+        Domain(train=[Example(one, " x") for one in train], asked=[], skills=[], mixed=[], open=[])
+        for train in (own, sums)
+    ]
+    return Questions(domains=domains, public=[Example("two?", " no"), *(Example(one, " 4") for one in sums)])
 
 
 def test_a_measured_peak_stands_beside_what_is_held() -> None:
@@ -204,7 +221,7 @@ def test_wrong_answers_of_a_search_are_the_mean_of_devices_and_cloud(monkeypatch
     study = object.__new__(CoPlmsStudy)
     study.args = parser().parse_args(["--seeds", "1", "--devices", "2"])
     monkeypatch.setattr(CoPlmsStudy, "scene", lambda self, questions, folder, **changes: changes["rate_factor"])
-    monkeypatch.setattr("coplms_contest.right_of", lambda who, asked, max_tokens: sum(who))
+    monkeypatch.setattr("coplms_contest.right_of", lambda who, asked, max_tokens: sum(who.parties))
 
     class Method:
         def rounds(self, scene: float, account: object) -> Any:
