@@ -81,11 +81,13 @@ USUAL = UsualRule(is_pooled="coplms" in POOLED)
 BY_DOMAIN, BESIDE_BY_DOMAIN = "ours, both by domain", "fedavg-lora, coded, beside standalone, by domain"
 """The same two, of which the small model counts more where a question is like the device's own texts, see
 `cotune.federation.own_domain`."""
+REHEARSING, REHEARSING_BY_DOMAIN = "ours, rehearsing", "ours, rehearsing, both by domain"
+"""Whose proxy, on the server, learns its own answers to open questions beside public texts."""
 UNPUBLISHED = (CODED, ASKING, BESIDE, BESIDE_BY_DOMAIN)
 """Made here of what was published and of parts of ours, to tell what these parts give."""
-VARIANTS = (OURS, BOTH, BY_DOMAIN)
-"""One method, and on devices three ways to answer."""
-WEIGHED = (BY_DOMAIN, BESIDE_BY_DOMAIN)
+VARIANTS = (OURS, BOTH, BY_DOMAIN, REHEARSING, REHEARSING_BY_DOMAIN)
+"""One method, on devices with three ways to answer, on the server with two ways to learn."""
+WEIGHED = (BY_DOMAIN, BESIDE_BY_DOMAIN, REHEARSING_BY_DOMAIN)
 TOGETHER = (BOTH, BESIDE, *WEIGHED)
 METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     ZERO_SHOT: lambda args: ZeroShot(),
@@ -101,7 +103,11 @@ METHODS: dict[str, Callable[[argparse.Namespace], Contestant]] = {
     ASKING: lambda args: FedCoLlm(answering=options(args).answering),
     **dict.fromkeys((BESIDE, BESIDE_BY_DOMAIN), lambda args: Beside(shared=FederatedLora(bits=options(args).bits))),
     "co-plms, MinED": lambda args: CoPlmsReconstruction(private_rank=args.rank),
-    **dict.fromkeys(VARIANTS, lambda args: CoTuned(options=options(args))),
+    **dict.fromkeys((OURS, BOTH, BY_DOMAIN), lambda args: CoTuned(options=options(args))),
+    **dict.fromkeys(
+        (REHEARSING, REHEARSING_BY_DOMAIN),
+        lambda args: CoTuned(options=options(args, cloud=CloudSettings(rehearses=True))),
+    ),
     "centralised": lambda args: Centralised(),
 }
 BOUNDS = (ZERO_SHOT, "centralised")

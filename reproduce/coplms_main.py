@@ -29,6 +29,8 @@ from coplms_contest import (
     METHODS,
     OURS,
     PROTOCOL,
+    REHEARSING,
+    REHEARSING_BY_DOMAIN,
     STANDALONE,
     UNPUBLISHED,
     VARIANTS,
@@ -230,10 +232,16 @@ def margins(rows: Mapping[str, Sequence[Value]]) -> list[Margin]:
         if len(devices) > 1:
             asked += [(one, f"On {one} ({family_of(one)})", "em") for one in devices]
         # The cloud's model is the same, whoever answers on devices.
-        asked += [(CLOUD, "In the cloud", metric) for metric in METRICS if own == OURS or OURS not in rows]
+        learns = next(name for name in rows if name in VARIANTS and rehearses(name) == rehearses(own))
+        asked += [(CLOUD, "In the cloud", metric) for metric in METRICS if own == learns]
         for who, where, metric in asked:
             found += _margins_over(rows, rivals, own, who, where, metric)
     return found
+
+
+def rehearses(variant: str) -> bool:
+    """Whether this form of ours does, see `coplms_contest.REHEARSING`."""
+    return variant in (REHEARSING, REHEARSING_BY_DOMAIN)
 
 
 def family_of(device: str) -> str:
@@ -704,7 +712,8 @@ def deviations(results: Results) -> list[str]:
         + f"'{BOTH}' is ours with one answer of both: of what each writes, that of the larger product of their "
         "probabilities; bits per byte are of the mean of these there. "
         f"With '{BY_DOMAIN}' the small model counts as much as the chance that a question is of its domain, the proxy "
-        "for the rest. Two models read each question twice. "
+        f"for the rest. '{REHEARSING}' has a proxy that learns its own answers to open questions on the server, beside "
+        "public texts. Two models read each question twice. "
         "Where a proxy answers, it is with the adapter after the last round, whose way down is counted for nobody.",
         f"Published by nobody, and made here to tell what parts of ours give to others: '{CODED}', FedAvg-LoRA with "
         f"our codec; '{BESIDE}', that and small models that learn alone, both answering as with '{BOTH}', and "

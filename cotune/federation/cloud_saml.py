@@ -11,7 +11,9 @@ every step, from the other one as it is: a server has room for both. What device
 where they are better, by the same gate.
 
 Open questions are answered by the proxy as it came from the devices, see `cotune.federation.open_questions`. From those
-that it is sure of the cloud's model learns, answer and KL; the proxy, whose own words they are, does not.
+that it is sure of the cloud's model learns, answer and KL. The proxy, whose own words they are, learns them only with
+`rehearses`, so that public texts do not make it forget what devices taught it (learning without forgetting, Li and
+Hoiem, arXiv 1606.09282; by its answers here, not by all its probabilities).
 """
 
 from __future__ import annotations
@@ -177,7 +179,7 @@ class CloudSaml:
         by_text: Sequence[Sequence[Told]],
         answered: Sequence[PairedText],
     ) -> NDArray[np.float64]:
-        """One step of both on public texts, and of the cloud's model on answered questions; their losses, nats."""
+        """One step of both on public texts, and of who learns them on answered questions; their losses, nats."""
         batch = SideBatch.of([self._texts[number] for number in numbers], 0, sides[0].model.device)
         logits = [one.logits(batch) for one in sides]
         losses = []
@@ -188,12 +190,15 @@ class CloudSaml:
             losses.append(value)
         if answered:
             asked = SideBatch.of(answered, 0, sides[0].model.device)
-            with torch.no_grad():
+            rehearses = self._settings.rehearses
+            with torch.set_grad_enabled(rehearses):
                 theirs = sides[1].logits(asked)
             share = len(answered) / (len(numbers) + len(answered))
             # No gate: what would tell which of the two is better is what the proxy said.
             value = self._mutual_loss(sides[0], asked, sides[0].logits(asked), theirs, gated=False)
             losses[0] = (1 - share) * losses[0] + share * value
+            if rehearses:
+                losses[1] = (1 - share) * losses[1] + share * asked.answer_loss(theirs)
         for side, value in zip(sides, losses, strict=True):
             side.state.descend(value, max_grad_norm=MAX_GRAD_NORM)
         return np.array([float(value.detach()) for value in losses])

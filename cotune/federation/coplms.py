@@ -150,6 +150,9 @@ class CloudSettings:
     """Learn from the other model only at tokens where it is better; else every token counts fully."""
     told_weight: float = 0.5
     """Of what devices of the second channel told, for both models."""
+    rehearses: bool = False
+    """Let the proxy learn what it answered to open questions, too, so that public texts of another kind than devices'
+    do not make it forget what these taught."""
 
     def __post_init__(self) -> None:
         check_at_least(1, limit=self.limit, rank=self.rank, top_k=self.top_k)

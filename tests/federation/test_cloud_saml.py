@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cotune.federation.backbone_model import to_arrays
 from cotune.federation.causal_model import CausalModel
 from cotune.federation.cloud_saml import CloudSaml
 from cotune.federation.co_tuning_device import fold_all, term_of
-from cotune.federation.coplms import CloudSettings
+from cotune.federation.coplms import CloudSettings, CloudTuned
 from cotune.federation.local_model import LocalSteps
 from cotune.federation.mutual_descent import SideBatch
 from cotune.federation.open_questions import Answering
@@ -201,6 +202,37 @@ def test_the_clouds_model_learns_what_the_proxy_answers_and_the_proxy_does_not(
     none = half(models, settings).tune(proxy=proxy_adapter, cloud=cloud, folds={}, told=[], round_number=1)
     assert found.shown["answered"] == 0
     assert all(np.array_equal(found.cloud[name], one) for name, one in none.cloud.items())
+
+
+def test_a_proxy_that_rehearses_learns_its_own_answers_beside_public_texts(
+    models: tuple[CausalModel, CausalModel], proxy_adapter: Adapter
+) -> None:
+    """One step's loss by hand, and after some steps the answers as they were are likelier than without."""
+    questions = ["the far cat sat?", "the others cat?", "the away cat?"]
+    answering = Answering(max_new_tokens=4, sure_above=0.0, share=0.5)
+    steps = LocalSteps(num_steps=1, batch_size=6, learning_rate=1e-2)
+
+    def tuned(num_steps: int, *, rehearses: bool) -> CloudTuned:
+        settings = replace(SETTINGS, steps=replace(steps, num_steps=num_steps), rehearses=rehearses)
+        own = half(models, settings, questions=questions, answering=answering)
+        return own.tune(proxy=proxy_adapter, cloud=own.start(), folds={}, told=[], round_number=1)
+
+    plain, rehearsed = (tuned(1, rehearses=one) for one in (False, True))
+    long = [tuned(8, rehearses=one).proxy for one in (False, True)]
+    reader = models[1].reader
+    with models[1].loaded() as proxy:  # a fresh adapter changes nothing
+        texts = pair_texts(answering.answered(proxy, reader, questions, max_tokens=64), reader, reader, max_tokens=64)
+        batch = SideBatch.of(texts, 0, proxy.device)
+
+        def loss(adapter: Mapping[str, NDArray[np.float32]]) -> float:
+            term = term_of({name: torch.from_numpy(array) for name, array in adapter.items()})
+            with torch.no_grad(), low_rank_terms(proxy, [term], scale=2.0):
+                return float(batch.answer_loss(batch.logits(proxy)))
+
+        before, (forgot, kept) = loss(proxy_adapter), map(loss, long)
+    assert rehearsed.shown["proxy_loss"] == pytest.approx(0.5 * plain.shown["proxy_loss"] + 0.5 * before, rel=1e-4)
+    assert rehearsed.shown["cloud_loss"] == pytest.approx(plain.shown["cloud_loss"], rel=1e-6)
+    assert kept < before < forgot
 
 
 def test_the_order_in_which_arrays_come_does_not_matter(

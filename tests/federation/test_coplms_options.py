@@ -76,6 +76,7 @@ CHANGES: Mapping[str, object] = {
     "cloud.top_k": 2,
     "cloud.gated": True,
     "cloud.told_weight": 0.0,
+    "cloud.rehearses": True,
 }
 WORDS = ["others", "away", "hello", "world", "theory", "far", "ran", "mat"]
 NO_SETTINGS = {"cloud_half", "rates"}

@@ -116,6 +116,7 @@ class CoTuned:
             top_k=cloud.top_k,
             gated=cloud.gated,
             told_weight=cloud.told_weight,
+            rehearses=cloud.rehearses,
             answering=own.answering if self.asks else None,
             gate=own.device_steps.loss.gate,
         )
