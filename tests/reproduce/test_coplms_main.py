@@ -19,6 +19,8 @@ from coplms_contest import (
     EQUAL,
     METHODS,
     MOST_RATES,
+    REHEARSING,
+    REHEARSING_BY_DOMAIN,
     CoPlmsStudy,
     answer_nats,
     answers_of,
@@ -136,6 +138,9 @@ def test_what_nobody_published_is_told_beside_the_best_published_method() -> Non
     assert "the best of what was made for this study" in made.sentence and "+2.3 % relative" in made.sentence
     # The cloud's model is the same, whoever answers on devices.
     assert len([one for one in margins(rows) if one.where == "In the cloud"]) == 3
+    # Unless it learns in another way.
+    rows |= {name: [value([one], 0.6) for one in (0.5, 0.5)] for name in (REHEARSING, REHEARSING_BY_DOMAIN)}
+    assert [one.own for one in margins(rows) if one.where == "In the cloud"] == ["ours"] * 3 + [REHEARSING] * 3
     assert published("fedcollm, 1 round") and not any(map(published, (BESIDE, "fedcollm, asking, 1 round")))
 
 

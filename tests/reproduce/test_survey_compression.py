@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mean import Mean
 from study_command import Command
-from survey_compression import GOAL_RECIPE, ORDERS, TUNED, Row, parse_recipe, recipe, verdicts
+from survey_compression import GOAL_RECIPE, ORDERS, THINNER, TUNED, Row, parse_recipe, recipe, verdicts
 
 
 def row(name: str, order: str, rouge_l: float, nats: float, share: float = 1.0, more: Sequence[float] = ()) -> Row:
@@ -47,6 +47,8 @@ def test_verdicts_by_hand() -> None:
     assert "better by nats than to tune the compressed one in 1 of 2 recipes, by +0.000" in orders
     for worse in (row(GOAL_RECIPE, ORDERS[0], 0.48, 1.25, 0.28), row(GOAL_RECIPE, ORDERS[0], 0.50, 1.25, 0.31)):
         assert "is missed" in verdicts([rows[0], worse])[0]
+    both = verdicts([rows[0], rows[1], row(THINNER, ORDERS[0], 0.40, 1.25, 0.28)])
+    assert [one.endswith("holds.") for one in both[:2]] == [True, False] and f"trec: {THINNER} keeps 80.0 %" in both[1]
     assert verdicts([row(GOAL_RECIPE, ORDERS[0], 0.5, 1.0)]) == []
 
 
