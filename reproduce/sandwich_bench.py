@@ -106,13 +106,7 @@ class Bench:
 
     def redactor(self, *, is_raw: bool = False) -> Redactor:
         """With the task's detectors, in this process; raw: one that finds nothing."""
-        names = () if is_raw else self.task.detectors
-        settings = DetectorSettings(
-            detectors=names or None,
-            dictionary=self.task.own_words if "dictionary" in names else (),
-            allow_list=self.task.allow_list if "unlisted" in names else (),
-        )
-        return Redactor(finder=HereFinder({name: build_detector(name, settings) for name in names}))
+        return redactor_of(self.task, is_raw=is_raw)
 
     def pipeline(self, gate: CloudGate, *, is_raw: bool = False, **parts: Any) -> Pipeline:
         """Through a door.
@@ -134,6 +128,17 @@ class Bench:
     def generator(self, number: int) -> random.Random:
         """Of the placeholders of a request."""
         return random.Random(f"{self.seed}-{number}")
+
+
+def redactor_of(task: Task, *, is_raw: bool = False) -> Redactor:
+    """With a task's detectors, in this process; raw: one that finds nothing."""
+    names = () if is_raw else task.detectors
+    settings = DetectorSettings(
+        detectors=names or None,
+        dictionary=task.own_words if "dictionary" in names else (),
+        allow_list=task.allow_list if "unlisted" in names else (),
+    )
+    return Redactor(finder=HereFinder({name: build_detector(name, settings) for name in names}))
 
 
 Answer = Callable[[str], str]

@@ -4,14 +4,20 @@
 |---|---|---|---|
 | decomposition | ultratool_planning | a wish and tools, some of no use | mean F1 of the tools and of their order |
 | tools | api_bank | a dialogue and descriptions of APIs | the API is right, times the share of its arguments |
+| tools | or api_bank_by_script | the same | the same |
 | dialogue | dailydialog | a dialogue so far | token F1 of the next turn |
+| dialogue | or sgd | a dialogue so far and calls | the call is right, times the share of its slots |
 | nlu | sst2, or trec | a text | exact match of the label |
+
+The parts of API-Bank have hardly an API in common: what is trained on was written for its third level. By script are
+the dialogues of its first two levels alone, with all variants of one script in one part.
 
 `made` stands in for each where no data is given: requests that cotune makes itself, with names and addresses in them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,9 +37,20 @@ from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.text_problem import Metric
 
 PARTS = ("train", "validation", "test")
-TASKS = ("decomposition", "tools", "dialogue", "nlu")
+SOURCES: Mapping[str, tuple[str, ...]] = {
+    "decomposition": ("ultratool_planning",),
+    "tools": ("api_bank", "api_bank_by_script"),
+    "dialogue": ("dailydialog", "sgd"),
+    "nlu": ("sst2", "trec"),
+}
+"""The data sets of each task; the first is the usual one."""
+TASKS = tuple(SOURCES)
 _NUM_TOOLS = 6
 _MIN_TEXTS = 5
+_SCRIPTED = ("level-1-api", "level-2-api")
+_VARIANT = re.compile(r"-\d+\.jsonl#\d+$")
+_NAME_FORM = re.compile(r"\w+")
+_MOST_NAMED = 12
 _WORD_FORM = re.compile(r"[^\W_]+")
 # Of the requests' own forms and of API-Bank's transcripts.
 _FORM_WORDS = "APIs Tools One of User AI API Request A B"
@@ -89,9 +106,9 @@ def load_task(
     root: Path | None,
     sizes: Sizes,
     *,
-    nlu: str = "sst2",
+    source: str | None = None,
     is_strict: bool = False,
-    own_labels: Mapping[str, str] | None = None,
+    own_words: Mapping[str, str] | None = None,
 ) -> Task:
     """A task by name.
 
@@ -99,21 +116,22 @@ def load_task(
         name: one of `TASKS`.
         root: folder of data sets; None for requests that cotune makes itself.
         sizes: how many.
-        nlu: the data set of nlu.
+        source: the data set, one of the task's `SOURCES`; None for the first.
         is_strict: only words stay that several requests of the training part use, or that are public: in prompts, in
             labels, in descriptions of tools.
-        own_labels: of nlu, what the user calls a label; requests name the public one, and the cloud is not told.
+        own_words: what the user calls a label, a tool or a call; requests name the public one, and the cloud is not
+            told.
 
     Raises:
-        InputError: there is no such task, too few examples, or no such label.
+        InputError: there is no such task or data set, too few examples, or no such label.
     """
-    found = {part: examples_of(name, root, part, nlu=nlu) for part in PARTS}
+    found = {part: examples_of(name, root, part, source=source) for part in PARTS}
     for number, part in enumerate(PARTS):
         Random(number if part == "test" else f"{sizes.seed}-{part}").shuffle(found[part])
     words: set[str] = set()
     if name == "tools" and root is not None:
-        words.update(*(_own_words(row) for part in PARTS for row in _rows(root / _folder(name, nlu), part)))
-    _, prompts, metric, max_tokens = _KINDS[name]
+        words.update(*(_named_words(row) for part in PARTS for row in _rows(root, _source(name, source), part)))
+    _, prompts, metric, max_tokens = _KINDS[_source(name, source if root else None)]
     limits = {"train": sizes.num_train, "validation": sizes.num_validation, "test": sizes.num_test}
     for part, limit in limits.items():
         if len(found[part]) < limit:
@@ -125,8 +143,8 @@ def load_task(
             public += [each.target for each in found["train"]]
         allowed = {word.casefold() for text in public for word in _WORD_FORM.findall(text)}
         allowed |= set(learn_common_words((each.request for each in found["train"]), min_texts=_MIN_TEXTS))
-    if name == "nlu" and own_labels:
-        found = _in_own_words(found, own_labels)
+    if own_words:
+        found = _in_own_words(found, own_words)
     rest = found["train"][sizes.num_train : sizes.num_train + sizes.num_unlabelled]
     is_made = root is None
     return Task(
@@ -148,33 +166,53 @@ def load_task(
     )
 
 
-def examples_of(name: str, root: Path | None, part: str, *, nlu: str = "sst2") -> list[PrivateExample]:
+def examples_of(name: str, root: Path | None, part: str, *, source: str | None = None) -> list[PrivateExample]:
     """All examples of one part of a task, in the order of the data.
 
     Args:
-        name, root, nlu: as for `load_task`.
+        name, root, source: as for `load_task`.
         part: one of `PARTS`.
 
     Raises:
-        InputError: there is no such task, or no data.
+        InputError: there is no such task or data set, or no data.
     """
     if name not in TASKS:
         raise InputError(f"the task is {name!r}, expected one of {', '.join(TASKS)}")
+    source = _source(name, source)
     if root is None:
         return made_examples(name, part)
-    return list(_KINDS[name][0](_rows(root / _folder(name, nlu), part), Random(PARTS.index(part))))
+    return list(_KINDS[source][0](_rows(root, source, part), Random(PARTS.index(part))))
 
 
-def _folder(name: str, nlu: str) -> str:
-    return {"decomposition": "ultratool_planning", "tools": "api_bank", "dialogue": "dailydialog", "nlu": nlu}[name]
+def _source(name: str, source: str | None) -> str:
+    known = SOURCES[name]
+    if source is not None and source not in known:
+        raise InputError(f"the data set of {name} is {source!r}, expected one of {', '.join(known)}")
+    return source or known[0]
 
 
-def _rows(folder: Path, part: str) -> list[Mapping[str, Any]]:
+def _rows(root: Path, source: str, part: str) -> list[Mapping[str, Any]]:
+    if source == "api_bank_by_script":
+        rows = _rows(root, "api_bank", "test")
+        return [row for row in rows if row["level"] in _SCRIPTED and _part_of_script(row["id"]) == part]
+    folder = root / source
     packed = folder / f"{part}.jsonl.gz"
     path = packed if packed.is_file() else folder / f"{part}.jsonl"
     if not path.is_file():
         raise InputError(f"{path} is not there, expected a data set of the study; see --data-root")
     return [dict(row) for _, row in read_jsonl(path)]
+
+
+def _part_of_script(name: str) -> str:
+    """Half of the scripts to train with, a tenth to choose by, the rest to judge by.
+
+    Example:
+        >>> _part_of_script("GetToday-level-2-1.jsonl#0") == _part_of_script("GetToday-level-2-3.jsonl#4")
+        True
+    """
+    script = _VARIANT.sub("", name)
+    share = int.from_bytes(hashlib.sha256(script.encode()).digest()[:8]) / 2**64
+    return "train" if share < 0.5 else "validation" if share < 0.6 else "test"
 
 
 def _decompositions(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateExample]:
@@ -201,7 +239,7 @@ def _calls(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateEx
             yield PrivateExample(text, called, tuple(gold_units(row)), tuple(tools))
 
 
-def _own_words(row: Mapping[str, Any]) -> list[str]:
+def _named_words(row: Mapping[str, Any]) -> list[str]:
     return [unit for unit, kind in gold_units(row).items() if kind in OWN_WORDS]
 
 
@@ -215,6 +253,25 @@ def _turns(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateEx
                 yield PrivateExample("\n".join([*turns[:cut], f"{speaker}:"]), row["turns"][cut]["text"])
 
 
+def _service_calls(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateExample]:
+    methods: dict[str, set[str]] = {}
+    for row in rows:
+        for turn in row["turns"]:
+            if "call" in turn:
+                methods.setdefault(turn["call"]["service"], set()).add(turn["call"]["method"])
+    for row in rows:
+        turns = [f"{turn['speaker'].capitalize()}: {turn['text']}" for turn in row["turns"]]
+        places = [place for place, turn in enumerate(row["turns"]) if "call" in turn]
+        if places:
+            # One of a dialogue, so that no two examples share turns.
+            place = rng.choice(places)
+            call = row["turns"][place]["call"]
+            calls = sorted({method for service in row["services"] for method in methods.get(service, ())})
+            request = "\n".join([f"Calls: {', '.join(calls)}", *turns[:place]])
+            values = ", ".join(f"{slot}={value!r}" for slot, value in call["parameters"].items())
+            yield PrivateExample(request, f"{call['method']}({values})")
+
+
 def _labels(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateExample]:
     labels = ", ".join(sorted({row["label"] for row in rows}))
     for row in rows:
@@ -222,17 +279,18 @@ def _labels(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateE
 
 
 def _in_own_words(
-    found: Mapping[str, list[PrivateExample]], own_labels: Mapping[str, str]
+    found: Mapping[str, list[PrivateExample]], own_words: Mapping[str, str]
 ) -> dict[str, list[PrivateExample]]:
-    labels = {each.target for rows in found.values() for each in rows}
-    for label in own_labels:
-        if label not in labels:
-            known = ", ".join(sorted(labels))
-            raise InputError(f"own labels rename {label!r:.40}, expected one of {known}; correct it")
-    return {
-        part: [replace(each, target=own_labels.get(each.target, each.target)) for each in rows]
-        for part, rows in found.items()
-    }
+    known = {word for rows in found.values() for each in rows for word in _NAME_FORM.findall(each.target)}
+    for word in own_words:
+        if word not in known:
+            told = ", ".join(sorted(known)[:_MOST_NAMED])
+            raise InputError(f"own words rename {word!r:.40}, which no answer has, expected one of {told}; correct it")
+
+    def renamed(text: str) -> str:
+        return _NAME_FORM.sub(lambda name: own_words.get(name[0], name[0]), text)
+
+    return {part: [replace(each, target=renamed(each.target)) for each in rows] for part, rows in found.items()}
 
 
 def tool_graph_f1(text: str, references: Sequence[str]) -> float:
@@ -275,8 +333,31 @@ def _f1(ours: set[Any], theirs: set[Any]) -> float:
 
 
 _Maker = Callable[[Sequence[Mapping[str, Any]], Random], Iterator[PrivateExample]]
-_KINDS: Mapping[str, tuple[_Maker, tuple[str, ...], Metric, int]] = {
-    "decomposition": (
+_Kind = tuple[_Maker, tuple[str, ...], Metric, int]
+_CLASSES: _Kind = (
+    _labels,
+    (
+        "Classify the text.",
+        "Answer with one of the labels and nothing else.",
+        "Which label fits best? Write it in lower case.",
+        "Read the text, think of what it is about, and write one label.",
+    ),
+    exact_match,
+    8,
+)
+_API_CALLS: _Kind = (
+    _calls,
+    (
+        "Write the API call that comes next.",
+        "Answer with one call such as Name(key='value') and nothing else. Copy values as they stand.",
+        "Choose the API that does what the user wants, and fill in its arguments from the dialogue: Name(key='value').",
+        "Write one line: the API's name, then its arguments in brackets. Keep words in angle brackets as they are.",
+    ),
+    call_score,
+    64,
+)
+_KINDS: Mapping[str, _Kind] = {
+    "ultratool_planning": (
         _decompositions,
         (
             "List the tools that are needed, in order, with commas.",
@@ -287,19 +368,9 @@ _KINDS: Mapping[str, tuple[_Maker, tuple[str, ...], Metric, int]] = {
         tool_graph_f1,
         32,
     ),
-    "tools": (
-        _calls,
-        (
-            "Write the API call that comes next.",
-            "Answer with one call such as Name(key='value') and nothing else. Copy values as they stand.",
-            "Choose the API that does what the user wants, and fill in its arguments from the dialogue: "
-            "Name(key='value').",
-            "Write one line: the API's name, then its arguments in brackets. Keep words in angle brackets as they are.",
-        ),
-        call_score,
-        64,
-    ),
-    "dialogue": (
+    "api_bank": _API_CALLS,
+    "api_bank_by_script": _API_CALLS,
+    "dailydialog": (
         _turns,
         (
             "Write the next turn of the dialogue.",
@@ -310,17 +381,20 @@ _KINDS: Mapping[str, tuple[_Maker, tuple[str, ...], Metric, int]] = {
         token_f1,
         32,
     ),
-    "nlu": (
-        _labels,
+    "sgd": (
+        _service_calls,
         (
-            "Classify the text.",
-            "Answer with one of the labels and nothing else.",
-            "Which label fits best? Write it in lower case.",
-            "Read the text, think of what it is about, and write one label.",
+            "Write the call that comes next.",
+            "Answer with one call such as Name(slot='value') and nothing else.",
+            "Choose the call that does what the user wants, and fill in its slots from the dialogue: "
+            "Name(slot='value').",
+            "Write one line: the name of the call, then its slots in brackets, as the dialogue tells them.",
         ),
-        exact_match,
-        8,
+        call_score,
+        96,
     ),
+    "sst2": _CLASSES,
+    "trec": _CLASSES,
 }
 
 _NAMES = ("Ann Lee", "Bob Roe", "Eva Kim", "Tom Day")

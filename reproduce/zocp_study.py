@@ -18,7 +18,7 @@ from mean import Mean
 from page import about_run
 from sandwich_arms import ARMS, FITTED, SANDWICH, WITH_FLOPS, WITHOUT_ADVICE
 from sandwich_bench import Arm, Bench, Course, judge, opened_edge, own_cloud
-from sandwich_tasks import TASKS, Sizes, Task, load_task
+from sandwich_tasks import SOURCES, TASKS, Sizes, Task, load_task
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive, study_parser
 
 from cotune.errors import BudgetError
@@ -57,14 +57,14 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
     """With the options that all of these studies have."""
     parser = study_parser(name, description, "examples:\n" + examples, data="folder with the data sets of the tasks")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    parser.add_argument("--nlu", choices=("sst2", "trec"), default="sst2", help="data of nlu (default: %(default)s)")
+    add_sources(parser)
     parser.add_argument(
-        "--own-labels",
+        "--own-words",
         nargs="+",
-        type=own_label,
+        type=own_word,
         default=[],
-        metavar="LABEL=WORD",
-        help="of nlu, what the user calls a label and nobody else is told, such as human=person",
+        metavar="TASK:NAME=WORD",
+        help="what the user calls a label, a tool or a call, and nobody else is told, such as nlu:human=person",
     )
     parser.add_argument("--strict", action="store_true", help="replace all but common and public words, too")
     parser.add_argument("--cloud", help="base URL of an OpenAI-compatible API; cotune's own on loopback if left out")
@@ -87,17 +87,31 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
     return parser
 
 
-def own_label(text: str) -> tuple[str, str]:
-    """A label and the user's word for it.
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """The data sets of the tasks that have several."""
+    for task, names in SOURCES.items():
+        if len(names) > 1:
+            what = f"data of {task} (default: %(default)s)"
+            parser.add_argument(f"--{task}", choices=names, default=names[0], help=what)
+
+
+def source_of(args: argparse.Namespace, task: str) -> str | None:
+    """The data set of a task, from the options of `add_sources`."""
+    return getattr(args, task, None)
+
+
+def own_word(text: str) -> tuple[str, str, str]:
+    """A task, a name in its answers and the user's word for it.
 
     Example:
-        >>> own_label("human=person")
-        ('human', 'person')
+        >>> own_word("nlu:human=person")
+        ('nlu', 'human', 'person')
     """
-    label, sign, word = text.partition("=")
-    if not (label and sign and word):
-        raise argparse.ArgumentTypeError(f"{text!r} is no LABEL=WORD, such as human=person")
-    return label, word
+    task, colon, rest = text.partition(":")
+    name, sign, word = rest.partition("=")
+    if not (colon and task in TASKS and name and sign and word):
+        raise argparse.ArgumentTypeError(f"{text!r} is no TASK:NAME=WORD, such as nlu:human=person")
+    return task, name, word
 
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
@@ -158,9 +172,9 @@ class Study:
                 name,
                 args.data_root,
                 sizes_of(args, seed),
-                nlu=args.nlu,
+                source=source_of(args, name),
                 is_strict=args.strict,
-                own_labels=dict(args.own_labels),
+                own_words={called: word for task, called, word in args.own_words if task == name},
             )
         return self._tasks[name, seed]
 

@@ -427,8 +427,8 @@ def deviations_of(study: Study) -> list[str]:
         "Arms without a cloud learn with as many operations of the edge as H, or more by at most a step.",
         "Latency is that of one request after the other, on this machine and to this cloud.",
         *(
-            ["The user has own words for labels, which requests and prompts do not tell: " + told + "."]
-            if (told := ", ".join(f"{word} for {label}" for label, word in args.own_labels))
+            ["The user has own words, which requests and prompts do not tell: " + told + "."]
+            if (told := ", ".join(f"{word} for {name} in {task}" for task, name, word in args.own_words))
             else []
         ),
         *(["Strict: words that few requests of the training part use are replaced too."] if args.strict else []),

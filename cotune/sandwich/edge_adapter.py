@@ -113,7 +113,7 @@ class _Weights:
     @property
     def tensors(self) -> list[Tensor]:
         """In the order of x."""
-        return [*self.params.values(), *([self.gate.weight, self.gate.bias] if self.gate else [])]
+        return [*self.params.values(), *(self.gate.tensors if self.gate else [])]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class EdgeAdapter:
         if self._gate is None:
             return None
         values = torch.from_numpy(x[self._num_adapter :].copy()).to(dtype=torch.float32, device=self._model.device)
-        return CopyGate(values[:-1], values[-1:])
+        return CopyGate.of(values)
 
     def params(self, x: Vector) -> dict[str, Tensor]:
         """The adapter's tensors with these numbers."""
@@ -342,7 +342,7 @@ class EdgeAdapter:
     ) -> AbstractContextManager[Choose]:
         if gate is None or not any(sources):
             return nullcontext(choose)
-        return copying(self._head, gate, [each.ids if each else _NOTHING for each in sources], choose)
+        return copying(self._model, gate, [each.ids if each else _NOTHING for each in sources], choose)
 
     def _losses(self, weights: _Weights, batch: Sequence[_Text]) -> Tensor:
         nats, lengths = self._nats(weights, batch)

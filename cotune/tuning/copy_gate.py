@@ -2,14 +2,19 @@
 
 Pointer-generator (See, Liu and Manning, arXiv 1704.04368), equation 9, with one place to copy from and no attention:
 
-    p(z_t | z_<t) = (1 - g_t) p_x(z_t | z_<t) + g_t 1[z_<t = c_<t] 1[z_t = c_t]        g_t = sigmoid(w . u_t + b)
+    p(z_t | z_<t) = (1 - g_t) p_x(z_t | z_<t) + g_t 1[z_t = c_t]        g_t = sigmoid(w . u_t + v . e(c_t) + b)
 
-c is the source, its end token included; p_x the model; u_t its last hidden state, of Euclidean length 1. Where z has
-left c, or c is over, g_t counts as 0: there the model writes alone. What is learnt is w and b, beside the model's own.
+c is the source, its end token included; p_x the model; u_t its last hidden state and e its input embedding, both of
+Euclidean length 1. c_t is where z stands in c: the token behind the one that z followed last. After a token that is
+not c's, c_t is the one behind the next place, among the `REACH` tokens to come, where c has that token; where it has
+none, g_t counts as 0 and the model writes alone until it writes one of them. So a text may replace words of its source,
+insert some and leave some out, and goes on with the rest. What is learnt is w, v and b, beside the model's own.
 
-Why length 1: the slope along w is then never longer than that along b, and a step of Adam, which moves each number by
-its rate, moves the gate's logit by about sqrt(hidden) rates. That is enough to turn it round in some dozens of steps at
-an adapter's rate; with u_t of numbers of size 1 it would be sqrt(hidden) times that, and one step could throw it over.
+Why e(c_t): where to leave is mostly a matter of what would be copied, and u_t, which only tells what the model would
+write, need not know it. Why length 1: the slope along w is then never longer than that along b, and a step of Adam,
+which moves each number by its rate, moves the gate's logit by about sqrt(hidden) rates. That is enough to turn it round
+in some dozens of steps at an adapter's rate; with vectors of numbers of size 1 it would be sqrt(hidden) times that, and
+one step could throw it over.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,50 +39,72 @@ from cotune.errors import InputError
 from cotune.tuning.answer_loss import answer_logits
 from cotune.tuning.continuations import Choose
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 OFF_PATH = -1
 """Stands for c_t where there is none."""
+REACH = 16
+"""Tokens of c, from where z left it, among which z is looked for again: further on a word is likely another one."""
 START_TRUST = 0.9
 """g at the start: above one half, so that what is written greedily is c, and below 1, so that the model learns."""
 GATE_FILE = "copy_gate.safetensors"
-_FORMAT = "cotune copy gate 1"
+_FORMAT = "cotune copy gate 2"
 
 
 @dataclass(frozen=True)
 class CopyGate:
-    """w and b.
+    """w, v and b.
 
     Attributes:
-        weight: float32 (hidden,).
+        weight, source_weight: w and v, float32 (hidden,).
         bias: float32 (1,).
 
     Example:
-        >>> CopyGate.fresh(4).trust(torch.ones(1, 4))
+        >>> CopyGate.fresh(4).trust(torch.ones(1, 4), torch.ones(1, 4))
         tensor([0.9000])
     """
 
     weight: Tensor
+    source_weight: Tensor
     bias: Tensor
 
     @classmethod
     def fresh(cls, hidden_size: int) -> CopyGate:
-        """The same trust everywhere: w is 0, g is `START_TRUST`."""
-        return cls(torch.zeros(hidden_size), torch.full((1,), math.log(START_TRUST / (1 - START_TRUST))))
+        """The same trust everywhere: w and v are 0, g is `START_TRUST`."""
+        start = math.log(START_TRUST / (1 - START_TRUST))
+        return cls(torch.zeros(hidden_size), torch.zeros(hidden_size), torch.full((1,), start))
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> CopyGate:
+        """The gate whose `tensors`, one behind the other, are these, float32 (num_parameters,)."""
+        hidden_size = len(numbers) // 2
+        return cls(numbers[:hidden_size], numbers[hidden_size:-1], numbers[-1:])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight, self.source_weight, self.bias]
 
     @property
     def num_parameters(self) -> int:
-        return self.weight.numel() + 1
+        return sum(tensor.numel() for tensor in self.tensors)
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        """w . u + b, the logit of g: float32 (rows,).
+    def scores(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """w . u + v . e(c) + b, the logit of g: float32 (rows,).
 
         Args:
             hidden: what the output embedding reads, float (rows, hidden), of any length.
+            embedded: the input embedding of c_t, likewise.
         """
-        return F.normalize(hidden.float(), dim=-1) @ self.weight + self.bias
+        return (
+            F.normalize(hidden.float(), dim=-1) @ self.weight
+            + F.normalize(embedded.float(), dim=-1) @ self.source_weight
+            + self.bias
+        )
 
-    def trust(self, hidden: Tensor) -> Tensor:
+    def trust(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """g, float32 (rows,); arguments as of `scores`."""
-        return self.scores(hidden).sigmoid()
+        return self.scores(hidden, embedded).sigmoid()
 
     def save(self, folder: Path) -> None:
         """Write `copy_gate.safetensors` into a folder that is there.
@@ -101,7 +129,7 @@ class CopyGate:
         Raises:
             InputError: the file is missing or damaged, or of a model with another hidden size.
         """
-        shapes = {"weight": [hidden_size], "bias": [1]}
+        shapes = {"weight": [hidden_size], "source_weight": [hidden_size], "bias": [1]}
         try:
             with safe_open(folder / GATE_FILE, framework="pt") as file:
                 found = {name: file.get_slice(name).get_shape() for name in file.offset_keys()}
@@ -114,24 +142,48 @@ class CopyGate:
             ) from error
 
 
+class SourceTrail:
+    """Where a text stands in its source, while the text is written.
+
+    Args:
+        source: c, int64, with its end token; an empty one is nothing to copy.
+
+    Example:
+        >>> trail = SourceTrail(np.array([5, 6, 7, 1]))
+        >>> [trail.token, trail.take(5), trail.take(9), trail.take(7)]
+        [5, 6, -1, 1]
+    """
+
+    def __init__(self, source: NDArray[np.int64]) -> None:
+        self._source, self._place, self._is_on = source, 0, True
+
+    @property
+    def token(self) -> int:
+        """c_t, or `OFF_PATH`."""
+        return int(self._source[self._place]) if self._is_on and self._place < len(self._source) else OFF_PATH
+
+    def take(self, token: int) -> int:
+        """The text goes on with this token; the next c_t."""
+        found = np.flatnonzero(self._source[self._place : self._place + REACH] == token)
+        self._is_on = bool(len(found))
+        if self._is_on:
+            self._place += int(found[0]) + 1
+        return self.token
+
+
 def copied_tokens(written: NDArray[np.int64], source: NDArray[np.int64]) -> NDArray[np.int64]:
-    """c_t at each place of a text, `OFF_PATH` where the text has left c before it or c is over.
+    """c_t at each place of a text, `OFF_PATH` where it stands nowhere in c or c is over.
 
     Args:
         written: z, int64 (tokens,).
         source: c, int64, with its end token.
 
     Example:
-        >>> copied_tokens(np.array([5, 7, 9, 1]), np.array([5, 6, 1])).tolist()
-        [5, 6, -1, -1]
+        >>> copied_tokens(np.array([5, 7, 9, 8, 1]), np.array([5, 6, 9, 8, 1])).tolist()
+        [5, 6, -1, 8, 1]
     """
-    found = np.full(len(written), OFF_PATH, np.int64)
-    length = min(len(written), len(source))
-    found[:length] = source[:length]
-    left = np.flatnonzero(written[:length] != source[:length])
-    if len(left):
-        found[left[0] + 1 :] = OFF_PATH
-    return found
+    trail = SourceTrail(source)
+    return np.array([trail.token, *(trail.take(token) for token in written[:-1].tolist())][: len(written)], np.int64)
 
 
 def log_mixture(own: Tensor, scores: Tensor, tokens: Tensor, copied: Tensor) -> Tensor:
@@ -154,7 +206,12 @@ def log_mixture(own: Tensor, scores: Tensor, tokens: Tensor, copied: Tensor) -> 
 
 
 def copying_nats(
-    model: nn.Module, head: nn.Module, params: dict[str, Tensor], gate: CopyGate, batch: TokenBatch, copied: Tensor
+    model: PreTrainedModel,
+    head: nn.Module,
+    params: dict[str, Tensor],
+    gate: CopyGate,
+    batch: TokenBatch,
+    copied: Tensor,
 ) -> Tensor:
     """-log p of each target token under the mixture, float32 (targets,).
 
@@ -168,40 +225,47 @@ def copying_nats(
     """
     with last_hidden(head) as hidden:
         logits, targets = answer_logits(model, head, params, batch)
-    own = -F.cross_entropy(logits, targets, reduction="none")
-    return -log_mixture(own, gate.scores(hidden[-1]), targets, copied.to(targets.device))
+    own, copied = -F.cross_entropy(logits, targets, reduction="none"), copied.to(targets.device)
+    return -log_mixture(own, gate.scores(hidden[-1], _embedded(model, copied)), targets, copied)
 
 
 @contextmanager
-def copying(head: nn.Module, gate: CopyGate, sources: Sequence[NDArray[np.int64]], choose: Choose) -> Iterator[Choose]:
+def copying(
+    model: PreTrainedModel, gate: CopyGate, sources: Sequence[NDArray[np.int64]], choose: Choose
+) -> Iterator[Choose]:
     """Inside, the next tokens of texts under the mixture, for `cotune.tuning.continuations`.
 
     Args:
-        head: the output embedding of the model that writes.
+        model: that writes.
         gate: on its device.
         sources: c of each text, with its end token; an empty one is nothing to copy.
         choose: takes log p of the mixture in the place of logits: its argmax, or `sampled`.
 
     Example:
-        >>> with copying(head, gate, sources, lambda logits: logits.argmax(-1)) as choose:  # doctest: +SKIP
+        >>> with copying(model, gate, sources, lambda logits: logits.argmax(-1)) as choose:  # doctest: +SKIP
         ...     continuations(model, params, prompts, choose, max_new_tokens=64)
     """
-    place, paths = 0, list(sources)
-    with last_hidden(head) as hidden:
+    trails = [SourceTrail(source) for source in sources]
+    with last_hidden(model.get_output_embeddings()) as hidden:
 
         def next_tokens(logits: Tensor) -> Tensor:
-            nonlocal place, paths
-            copied = torch.tensor([int(path[place]) if place < len(path) else OFF_PATH for path in paths])
-            scores = gate.scores(hidden[-1].flatten(0, -2))[:, None]
+            copied = torch.tensor([trail.token for trail in trails], device=logits.device)
+            scores = gate.scores(hidden[-1].flatten(0, -2), _embedded(model, copied))[:, None]
             tokens = torch.arange(logits.shape[-1], device=logits.device)
             own = logits.float().log_softmax(-1)
-            chosen = choose(log_mixture(own, scores, tokens, copied.to(logits.device)[:, None]))
-            stays = (chosen.cpu() == copied).tolist()
-            paths = [path if is_on else path[:0] for path, is_on in zip(paths, stays, strict=True)]
-            place += 1
+            chosen = choose(log_mixture(own, scores, tokens, copied[:, None]))
+            for trail, token in zip(trails, chosen.tolist(), strict=True):
+                trail.take(token)
             return chosen
 
         yield next_tokens
+
+
+def _embedded(model: PreTrainedModel, copied: Tensor) -> Tensor:
+    # Where there is no c_t any token does, as its score is not looked at.
+    with torch.no_grad():
+        embedded: Tensor = model.get_input_embeddings()(copied.clamp(min=0))
+    return embedded
 
 
 @contextmanager

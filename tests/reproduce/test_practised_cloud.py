@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,13 @@ def test_what_any_seed_of_the_study_uses_is_not_practised_and_half_of_the_prompt
     assert not any(request in one.prompt for one in texts for request in used)
     prompts = tasks[0].prompts
     assert {one.prompt.splitlines()[0] for one in texts} == {f"System: {prompt}" for prompt in prompts[2:]}
-    free = next(one for one in train if one.request not in used)
-    assert f"\nUser: {free.request}\nAssistant:" in texts[0].prompt and texts[0].target == f" {free.target}"
+    free = [one for one in train if one.request not in used]
+    clear = [f"\nUser: {one.request}\nAssistant:" in text.prompt for one, text in zip(free, texts, strict=True)]
+    # About half of them with placeholders, and all with their own answer.
+    assert 0.3 < sum(clear) / len(clear) < 0.7
+    hidden = [text for text, is_clear in zip(texts, clear, strict=True) if not is_clear]
+    assert all("<EMAIL_" in text.prompt and "example.org" not in text.prompt for text in hidden)
+    assert [text.target for text in texts] == [f" {one.target}" for one in free]
     with pytest.raises(InputError, match="and the study takes all of them; give fewer --seeds"):
         practice_texts([load_task("nlu", None, sizes(0, num_unlabelled=1000))], train)
 
@@ -38,8 +44,11 @@ def test_what_any_seed_of_the_study_uses_is_not_practised_and_half_of_the_prompt
 def test_the_command_writes_a_folder_that_can_be_hosted(tmp_path: Path, tiny_model: Path, command: Command) -> None:
     options: list[object] = [word for pair in SMALL.items() for word in pair]
     options += ["--model", tiny_model, "--epochs", 1, "--batch-size", 64, "--out", tmp_path / "practised"]
+    options += ["--data-sets", "trec", "--max-context", 96]
     status, said = command("practised_cloud", options)
     assert status == 0, said
-    assert find_model_folder(str(tmp_path / "practised")) and "texts of nlu, 1 epochs" in said
+    folder = find_model_folder(str(tmp_path / "practised"))
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 96
+    assert "texts of trec, 1 epochs" in said
     status, said = command("practised_cloud", options)
     assert status != 0 and "which is there, expected a new folder" in said

@@ -12,7 +12,7 @@ import pytest
 from dspy_arms import DSPY_ARMS
 from sandwich_arms import ARMS, LEARNING, WITH_FLOPS, WITHOUT_ADVICE, best_threshold, medoid
 from sandwich_bench import Bench
-from sandwich_tasks import TASKS, Sizes, call_score, load_task, made_examples, tool_graph_f1
+from sandwich_tasks import TASKS, Sizes, call_score, examples_of, load_task, made_examples, tool_graph_f1
 from study_command import Command
 from zocp_cloud import GOOD, OPTIONS, label_of
 from zocp_study import Study, Where, column, digest_of, finished, make_parser
@@ -46,7 +46,7 @@ def test_requests_of_the_public_sets(tmp_path: Path) -> None:
     turns = [{"speaker": "A", "text": "Hi"}, {"speaker": "B", "text": "Ho"}]
     write(tmp_path / "dailydialog", [{"turns": turns}] * 3)
     write(tmp_path / "trec", [{"text": f"{n}?", "label": label} for n, label in enumerate(("x", "y", "x"))])
-    found = {name: load_task(name, tmp_path, SIZES, nlu="trec") for name in TASKS}
+    found = {name: load_task(name, tmp_path, SIZES, source={"nlu": "trec"}.get(name)) for name in TASKS}
     assert found["decomposition"].test[0].target == "a, b"
     assert found["decomposition"].test[0].request.startswith("Tools: ")
     tools = found["tools"]
@@ -57,18 +57,66 @@ def test_requests_of_the_public_sets(tmp_path: Path) -> None:
     assert found["dialogue"].test[0].request == "A: Hi\nB:" and found["dialogue"].test[0].target == "Ho"
     assert found["nlu"].test[0].request.endswith("\nOne of: x, y") and len(found["nlu"].unlabelled) == 1
     with pytest.raises(InputError, match="has 3 examples to train"):
-        load_task("nlu", tmp_path, Sizes(**{**vars(SIZES), "num_train": 4}), nlu="trec")
+        load_task("nlu", tmp_path, Sizes(**{**vars(SIZES), "num_train": 4}), source="trec")
     with pytest.raises(InputError, match="is not there"):
         load_task("nlu", tmp_path / "none", SIZES)
-    own = load_task("nlu", tmp_path, SIZES, nlu="trec", own_labels={"x": "ex"})
+    own = load_task("nlu", tmp_path, SIZES, source="trec", own_words={"x": "ex"})
     assert [each.target for each in own.test] == [
         {"x": "ex"}.get(each.target, each.target) for each in found["nlu"].test
     ]
     assert "x" not in {each.target for each in own.train} and "ex" in {each.target for each in own.train}
     # The user's word is told to nobody.
     assert own.test[0].request.endswith("\nOne of: x, y")
-    with pytest.raises(InputError, match="own labels rename 'z', expected one of x, y"):
-        load_task("nlu", tmp_path, SIZES, nlu="trec", own_labels={"z": "ex"})
+    with pytest.raises(InputError, match="own words rename 'z', which no answer has, expected one of x, y"):
+        load_task("nlu", tmp_path, SIZES, source="trec", own_words={"z": "ex"})
+
+
+def test_calls_of_dialogues_name_what_the_services_can_do(tmp_path: Path) -> None:
+    call = {"service": "Food_1", "method": "FindTables", "parameters": {"city": "Bern", "seats": "2"}}
+    other = {"service": "Food_1", "method": "BookTable", "parameters": {}}
+    turns = [{"speaker": "user", "text": "A table for two in Bern"}, {"speaker": "system", "text": "Ok", "call": call}]
+    later = [*turns, {"speaker": "system", "text": "Done", "call": other}]
+    silent = {"services": ["Food_1"], "turns": turns[:1]}
+    write(tmp_path / "sgd", [silent, *[{"services": ["Food_1"], "turns": later}] * 8])
+    task = load_task("dialogue", tmp_path, Sizes(**{**vars(SIZES), "num_train": 7}), source="sgd")
+    start = "Calls: BookTable, FindTables\nUser: A table for two in Bern"
+    # One call of each dialogue, with the turns before it; a dialogue without a call is none.
+    assert {(each.request, each.target) for each in task.train} == {
+        (start, "FindTables(city='Bern', seats='2')"),
+        (f"{start}\nSystem: Ok", "BookTable()"),
+    }
+    assert task.metric("FindTables(city='Bern', seats='3')", ["FindTables(city='Bern', seats='2')"]) == 0.5
+    own = load_task("dialogue", tmp_path, SIZES, source="sgd", own_words={"BookTable": "Reserve"})
+    assert {each.target for each in (*own.train, *own.test)} <= {"FindTables(city='Bern', seats='2')", "Reserve()"}
+    with pytest.raises(InputError, match="data set of dialogue is 'trec', expected one of dailydialog, sgd"):
+        load_task("dialogue", tmp_path, SIZES, source="trec")
+
+
+def test_variants_of_a_script_are_in_one_part(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"Script{script}-level-1-{variant}.jsonl#0",
+            "level": "level-1-api",
+            "instruction": f"{script} {variant}",
+            "tools": [],
+            "calls": ["[Find()]"],
+        }
+        for script in range(60)
+        for variant in range(2)
+    ]
+    rows.append({**rows[0], "id": "level-3#1", "level": "level-3", "instruction": "other"})
+    write(tmp_path / "api_bank", rows)
+    found = {
+        part: {
+            each.request.split("\n")[1] for each in examples_of("tools", tmp_path, part, source="api_bank_by_script")
+        }
+        for part in ("train", "validation", "test")
+    }
+    assert sum(map(len, found.values())) == 120
+    assert all(
+        {f"{one.split()[0]} {variant}" for variant in range(2)} <= part for part in found.values() for one in part
+    )
+    assert 20 < len(found["test"]) < 80 and found["validation"]
 
 
 def test_strict_tasks_send_common_and_public_words_alone() -> None:

@@ -239,7 +239,7 @@ def test_an_untrained_merge_is_the_clouds_answer(edge: EdgeAdapter) -> None:
 
 def test_without_an_answer_or_before_the_cloud_nothing_is_copied(edge: EdgeAdapter, plain: EdgeAdapter) -> None:
     x, own = edge.start(), plain.start()
-    assert len(x) == len(own) + 25  # w of a hidden size of 24, and b
+    assert len(x) == len(own) + 49  # w and v of a hidden size of 24, and b
     assert edge.write(x, [MergeJob("Hi", ())]) == plain.write(own, [MergeJob("Hi", ())])
     assert edge.write_after(x, ["Hi|yes:"]) == plain.write_after(own, ["Hi|yes:"]) != ["yes"]
     assert edge.losses(x, [cell_of("Hi", "no")]) == pytest.approx(plain.losses(own, [cell_of("Hi", "no")]))
@@ -268,7 +268,7 @@ def test_the_gates_slopes_are_those_of_the_losses(edge: EdgeAdapter, cells: list
 
 
 def test_a_gate_that_was_kept_is_the_start(backbone: Backbone, edge: EdgeAdapter) -> None:
-    kept = CopyGate(torch.linspace(-1, 1, 24), torch.tensor([-40.0]))
+    kept = CopyGate(torch.linspace(-1, 1, 24), torch.zeros(24), torch.tensor([-40.0]))
     twin = EdgeAdapter(backbone, edge._model, FreshLike(edge), edge.config, edge.account, kept)
     x, job = twin.start(), MergeJob("Hi", ("yes",))
     found = twin.gate(x)
@@ -283,7 +283,7 @@ def test_the_gate_counts_among_the_edges_parameters(edge: EdgeAdapter, plain: Ed
         account = Account()
         each.count_in(account)
         sizes.append(account.num_edge_parameters)
-    assert sizes[1] == sizes[0] + 25
+    assert sizes[1] == sizes[0] + 49
 
 
 def test_it_learns_to_leave_the_cloud_where_it_is_always_wrong() -> None:
