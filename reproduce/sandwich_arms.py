@@ -550,7 +550,7 @@ def best_threshold(rows: Sequence[tuple[float, float, float]]) -> float | None:
 
 
 def confidence(bench: Bench, pipeline: Pipeline, x: Vector, request: str, own: str) -> float:
-    """The geometric mean of the probabilities of the edge's own tokens; 0 for an empty text."""
+    """How likely the edge's own tokens are, in [0, 1], one less their loss; 0 for an empty text."""
     if not own.strip():
         return 0.0
     example = FitExample(PrivateExample(request, own), pipeline.prepare(request), own)

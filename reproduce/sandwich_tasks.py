@@ -49,7 +49,8 @@ _NUM_TOOLS = 6
 _MIN_TEXTS = 5
 _SCRIPTED = ("level-1-api", "level-2-api")
 _VARIANT = re.compile(r"-\d+\.jsonl#\d+$")
-_NAME_FORM = re.compile(r"\w+")
+# Of names such as file_write and FindMovies.
+_NAME_PART = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+|\d+")
 _MOST_NAMED = 12
 _WORD_FORM = re.compile(r"[^\W_]+")
 # Of the requests' own forms and of API-Bank's transcripts.
@@ -119,8 +120,8 @@ def load_task(
         source: the data set, one of the task's `SOURCES`; None for the first.
         is_strict: only words stay that several requests of the training part use, or that are public: in prompts, in
             labels, in descriptions of tools.
-        own_words: what the user calls a label, a tool or a call; requests name the public one, and the cloud is not
-            told.
+        own_words: what the user calls a label, or a part of the names of tools and calls; requests have the public
+            one, and the cloud is not told.
 
     Raises:
         InputError: there is no such task or data set, too few examples, or no such label.
@@ -281,14 +282,14 @@ def _labels(rows: Sequence[Mapping[str, Any]], rng: Random) -> Iterator[PrivateE
 def _in_own_words(
     found: Mapping[str, list[PrivateExample]], own_words: Mapping[str, str]
 ) -> dict[str, list[PrivateExample]]:
-    known = {word for rows in found.values() for each in rows for word in _NAME_FORM.findall(each.target)}
+    known = {word for rows in found.values() for each in rows for word in _NAME_PART.findall(each.target)}
     for word in own_words:
         if word not in known:
             told = ", ".join(sorted(known)[:_MOST_NAMED])
             raise InputError(f"own words rename {word!r:.40}, which no answer has, expected one of {told}; correct it")
 
     def renamed(text: str) -> str:
-        return _NAME_FORM.sub(lambda name: own_words.get(name[0], name[0]), text)
+        return _NAME_PART.sub(lambda name: own_words.get(name[0], name[0]), text)
 
     return {part: [replace(each, target=renamed(each.target)) for each in rows] for part, rows in found.items()}
 

@@ -64,7 +64,7 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
         type=own_word,
         default=[],
         metavar="TASK:NAME=WORD",
-        help="what the user calls a label, a tool or a call, and nobody else is told, such as nlu:human=person",
+        help="what the user calls a label, or a part of names, and nobody else is told, such as nlu:human=person",
     )
     parser.add_argument("--strict", action="store_true", help="replace all but common and public words, too")
     parser.add_argument("--cloud", help="base URL of an OpenAI-compatible API; cotune's own on loopback if left out")
@@ -101,7 +101,7 @@ def source_of(args: argparse.Namespace, task: str) -> str | None:
 
 
 def own_word(text: str) -> tuple[str, str, str]:
-    """A task, a name in its answers and the user's word for it.
+    """A task, a label or a part of the names in its answers, and the user's word for it.
 
     Example:
         >>> own_word("nlu:human=person")
@@ -259,8 +259,9 @@ class Study:
             "max_context": args.max_context,
             "dtype": args.dtype,
             "has_draft": "{draft}" in template,
-            # Cells without a copy gate have no such word, so that they are what they were.
-            **({"copies": True} if copies and key.get("arm") not in WITHOUT_ADVICE else {}),
+            # Cells without a copy gate have no such word, so that they are what they were. The first gate could not
+            # find back, and learnt by another loss: its cells say True.
+            **({"copies": "finds back"} if copies and key.get("arm") not in WITHOUT_ADVICE else {}),
             "data": digest_of(drawn),
         }
         return self.cells.get(

@@ -1,8 +1,10 @@
 """The edge behind the cloud as a language model with an adapter: it reads q and the cloud's answers and writes z.
 
-Its loss is 1 - exp(-mean nats of the target's tokens): one minus the geometric mean of their probabilities, which lies
-in [0, 1], as a certificate needs, and has a gradient. Gradients come by back-propagation; or, in the memory of
-inference, from differences along random directions (MeZO), where there is too little memory for the first.
+Its loss is 1 - exp(-m / s), m the mean nats of the target's tokens and s `EdgeConfig.loss_nats`: for s = 1 one minus
+the geometric mean of their probabilities. It lies in [0, 1], as a certificate needs, and has a gradient: that of m,
+times exp(-m / s) / s, so that with s = 1 hopeless targets teach next to nothing, and a rule that the edge could learn
+in dozens of examples is never begun. Gradients come by back-propagation; or, in the memory of inference, from
+differences along random directions (MeZO), where there is too little memory for the first.
 
 Unless told otherwise it has a copy gate (`cotune.tuning.copy_gate`) over c, the cloud's answers as they would be
 without an edge: untrained it writes c, and what it learns is where to leave it and for what. x is the adapter's numbers
@@ -11,6 +13,7 @@ and then the gate's. Before and beside the cloud there is no c, and the gate has
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +41,7 @@ from cotune.sandwich.text_problem import Cell
 from cotune.tuning.answer_loss import answer_nats
 from cotune.tuning.attached import Attachable
 from cotune.tuning.continuations import Choose, continuations, sampled
-from cotune.tuning.copy_gate import OFF_PATH, CopyGate, copied_tokens, copying, copying_nats
+from cotune.tuning.copy_gate import CopyGate, SourcePath, copying, copying_nats
 from cotune.tuning.preference_loss import preference_losses, text_log_probs
 
 if TYPE_CHECKING:
@@ -67,6 +70,8 @@ class EdgeConfig:
     """mu, of zeroth_order."""
     num_directions: int = 4
     """q, of zeroth_order."""
+    loss_nats: float = 4.0
+    """s: at so many mean nats a target's loss is 1 - 1 / e."""
     copies: bool = True
     """Behind the cloud, go on with its answer or write by itself, by a gate that is learnt; else always by itself."""
     seed: int = 0
@@ -77,6 +82,8 @@ class EdgeConfig:
             raise InputError("the edge's template has no {answers}, expected where the cloud's answers stand")
         if self.gradients not in ("backprop", "zeroth_order"):
             raise InputError(f"gradients is {self.gradients!r}, expected backprop or zeroth_order")
+        if not 0 < self.loss_nats < math.inf:
+            raise InputError(f"loss_nats is {self.loss_nats}, expected a positive number")
         for name in ("max_new_tokens", "num_batch_sequences"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -85,10 +92,10 @@ class EdgeConfig:
 
 @dataclass(frozen=True)
 class _Text:
-    """What is read and learnt from, and at each target token the cloud's; see `copied_tokens`."""
+    """What is read and learnt from, and where its target stands in the cloud's answer."""
 
     example: EncodedExample
-    copied: NDArray[np.int64]
+    path: SourcePath
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class EdgeAdapter:
         gate: CopyGate | None = None,
     ) -> None:
         self._backbone, self._model, self.config = backbone, model, config
-        self._gate = (gate or CopyGate.fresh(backbone.spec.hidden_size)) if config.copies else None
+        self._gate = (gate or CopyGate.fresh(backbone.spec.hidden_size, seed=config.seed)) if config.copies else None
         self.count_in(account)
         self._shapes = {name: tensor.shape for name, tensor in fresh.params.items()}
         self._num_adapter = sum(shape.numel() for shape in self._shapes.values())
@@ -187,7 +194,7 @@ class EdgeAdapter:
         if self._gate is None:
             return None
         values = torch.from_numpy(x[self._num_adapter :].copy()).to(dtype=torch.float32, device=self._model.device)
-        return CopyGate.of(values)
+        return CopyGate.of(values, self._backbone.spec.hidden_size)
 
     def params(self, x: Vector) -> dict[str, Tensor]:
         """The adapter's tensors with these numbers."""
@@ -346,7 +353,7 @@ class EdgeAdapter:
 
     def _losses(self, weights: _Weights, batch: Sequence[_Text]) -> Tensor:
         nats, lengths = self._nats(weights, batch)
-        return 1 - torch.exp(-torch.stack([each.mean() for each in torch.split(nats, lengths)]))
+        return 1 - torch.exp(-torch.stack([each.mean() for each in torch.split(nats, lengths)]) / self.config.loss_nats)
 
     def _log_probs(self, weights: _Weights, batch: Sequence[_Text]) -> Tensor:
         return text_log_probs(*self._nats(weights, batch))
@@ -354,10 +361,9 @@ class EdgeAdapter:
     def _nats(self, weights: _Weights, batch: Sequence[_Text]) -> tuple[Tensor, list[int]]:
         """-log p of all target tokens, read at once, and how many each text has."""
         padded = pad_batch([each.example for each in batch], self._backbone.spec.pad_token_id)
-        lengths, copied = [len(each.copied) for each in batch], np.concatenate([each.copied for each in batch])
-        if weights.gate is None or (copied == OFF_PATH).all():
+        lengths, path = [len(each.path) for each in batch], SourcePath.joined([each.path for each in batch])
+        if weights.gate is None or path.is_empty:
             return answer_nats(self._model, self._head, weights.params, padded), lengths
-        path = torch.from_numpy(copied)
         return copying_nats(self._model, self._head, weights.params, weights.gate, padded, path), lengths
 
     def _weights(self, x: Vector) -> _Weights:
@@ -374,7 +380,7 @@ class EdgeAdapter:
 
     def _text(self, encoded: EncodedExample, source: _Source | None) -> _Text:
         target = encoded.input_ids[encoded.first_target :]
-        return _Text(encoded, copied_tokens(target, source.ids if source else _NOTHING))
+        return _Text(encoded, SourcePath.of(target, source.ids if source else _NOTHING))
 
     def _source(self, prompt: str, job: MergeJob) -> _Source | None:
         """c, in the tokens in which a target of the same text would be learnt; None where there is none."""

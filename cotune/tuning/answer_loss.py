@@ -106,7 +106,8 @@ def only_rows(head: nn.Module, wanted: Tensor) -> Iterator[None]:
         wanted: bool (batch, seq).
     """
     num_positions = wanted.shape[1]
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -num_positions:][wanted],))
+    # Before other hooks, so that they see the wanted rows alone.
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -num_positions:][wanted],), prepend=True)
     try:
         yield
     finally:

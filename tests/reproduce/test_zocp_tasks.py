@@ -86,8 +86,8 @@ def test_calls_of_dialogues_name_what_the_services_can_do(tmp_path: Path) -> Non
         (f"{start}\nSystem: Ok", "BookTable()"),
     }
     assert task.metric("FindTables(city='Bern', seats='3')", ["FindTables(city='Bern', seats='2')"]) == 0.5
-    own = load_task("dialogue", tmp_path, SIZES, source="sgd", own_words={"BookTable": "Reserve"})
-    assert {each.target for each in (*own.train, *own.test)} <= {"FindTables(city='Bern', seats='2')", "Reserve()"}
+    own = load_task("dialogue", tmp_path, SIZES, source="sgd", own_words={"Book": "Reserve"})
+    assert {each.target for each in (*own.train, *own.test)} <= {"FindTables(city='Bern', seats='2')", "ReserveTable()"}
     with pytest.raises(InputError, match="data set of dialogue is 'trec', expected one of dailydialog, sgd"):
         load_task("dialogue", tmp_path, SIZES, source="trec")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from cotune.sandwich.pipeline import JoinAnswers, MergeJob, Pipeline, PipelineCo
 from cotune.sandwich.rewrite_trials import Preference
 from cotune.sandwich.text_problem import Cell, FitExample
 from cotune.sandwich.tools import ToolRun
-from cotune.tuning.copy_gate import CopyGate
+from cotune.tuning.copy_gate import AHEAD, START_NEXT, START_TRUST, CopyGate
 
 TEMPLATE = "{request}|{answers}:"
 
@@ -79,7 +80,7 @@ def test_the_loss_is_one_less_the_mean_probability_of_the_targets_tokens(
     ids = torch.from_numpy(example.input_ids)[None]
     logits = backbone.model(input_ids=ids).logits[0].log_softmax(-1).detach()
     nats = [-float(logits[place - 1, ids[0, place]]) for place in range(example.first_target, ids.shape[1])]
-    assert losses[1] == pytest.approx(1 - np.exp(-np.mean(nats)), abs=1e-5)
+    assert losses[1] == pytest.approx(1 - np.exp(-np.mean(nats) / 4), abs=1e-5)
     assert ((losses > 0) & (losses < 1)).all()
 
 
@@ -239,7 +240,7 @@ def test_an_untrained_merge_is_the_clouds_answer(edge: EdgeAdapter) -> None:
 
 def test_without_an_answer_or_before_the_cloud_nothing_is_copied(edge: EdgeAdapter, plain: EdgeAdapter) -> None:
     x, own = edge.start(), plain.start()
-    assert len(x) == len(own) + 49  # w and v of a hidden size of 24, and b
+    assert len(x) == len(own) + CopyGate.fresh(24).num_parameters
     assert edge.write(x, [MergeJob("Hi", ())]) == plain.write(own, [MergeJob("Hi", ())])
     assert edge.write_after(x, ["Hi|yes:"]) == plain.write_after(own, ["Hi|yes:"]) != ["yes"]
     assert edge.losses(x, [cell_of("Hi", "no")]) == pytest.approx(plain.losses(own, [cell_of("Hi", "no")]))
@@ -249,18 +250,30 @@ def test_without_an_answer_or_before_the_cloud_nothing_is_copied(edge: EdgeAdapt
 
 
 def test_a_right_answer_is_copied_token_by_token(edge: EdgeAdapter) -> None:
-    """The target and c are the same tokens, so that each is copied: the loss is at most 1 - g."""
+    """The target and c are the same tokens, so that each is copied: the loss is at most 1 - g alpha."""
     right = [cell_of("Hi", "yes <PERSON_4821>, so it is", *ANSWERS[0]), cell_of("Hi", "one\n\ntwo", *ANSWERS[1])]
-    assert (edge.losses(edge.start(), right) <= 0.1 + 1e-6).all()
+    alpha = np.exp(START_NEXT) / (np.exp(START_NEXT) + AHEAD - 1)
+    assert (edge.losses(edge.start(), right) <= 1 - START_TRUST[0] * alpha + 1e-6).all()
     wrong = cell_of("Hi", "no", "yes")
     assert edge.losses(edge.start(), [wrong])[0] > 0.5
+
+
+def place_of(edge: EdgeAdapter, name: str) -> int:
+    """The last number of one of the gate's tensors in x."""
+    gate, place = CopyGate.fresh(24), edge.start().size
+    for field in reversed(fields(gate)):
+        if field.name == name:
+            return place - 1
+        place -= getattr(gate, field.name).numel()
+    raise AssertionError(name)
 
 
 def test_the_gates_slopes_are_those_of_the_losses(edge: EdgeAdapter, cells: list[Cell]) -> None:
     x, weights = somewhere(edge), np.array([0.4, 0.6])
     mixed = [cell_of("Hi", "no, so it is", "no"), cell_of("What now?", "yes", "yes")]
     _, slope = edge.gradient(x, mixed, weights, step=0)
-    for place in (len(x) - 3, len(x) - 1):  # one of w, and b
+    for name in ("weight", "bias", "up"):
+        place = place_of(edge, name)
         turn = np.zeros(len(x))
         turn[place] = 2e-2
         rise = weights @ (edge.losses(x + turn, mixed) - edge.losses(x - turn, mixed)) / 4e-2
@@ -268,7 +281,7 @@ def test_the_gates_slopes_are_those_of_the_losses(edge: EdgeAdapter, cells: list
 
 
 def test_a_gate_that_was_kept_is_the_start(backbone: Backbone, edge: EdgeAdapter) -> None:
-    kept = CopyGate(torch.linspace(-1, 1, 24), torch.zeros(24), torch.tensor([-40.0]))
+    kept = replace(CopyGate.fresh(24), weight=torch.linspace(-1, 1, 24), bias=torch.full((2,), -40.0))
     twin = EdgeAdapter(backbone, edge._model, FreshLike(edge), edge.config, edge.account, kept)
     x, job = twin.start(), MergeJob("Hi", ("yes",))
     found = twin.gate(x)
@@ -283,7 +296,7 @@ def test_the_gate_counts_among_the_edges_parameters(edge: EdgeAdapter, plain: Ed
         account = Account()
         each.count_in(account)
         sizes.append(account.num_edge_parameters)
-    assert sizes[1] == sizes[0] + 49
+    assert sizes[1] == sizes[0] + CopyGate.fresh(24).num_parameters
 
 
 def test_it_learns_to_leave_the_cloud_where_it_is_always_wrong() -> None:
