@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cotune.errors import InputError
 from cotune.sandwich.bilevel.problem import Sloped, Vector
@@ -239,8 +240,8 @@ class TextProblem:
         missing = [key for key in dict.fromkeys(keys) if key not in self._memory]
         if missing:
             by_id = {id(example): example for example in examples}
-            cells = [self._cell(prompt, by_id[index]) for prompt, index in missing]
-            self._memory.update(zip(missing, self._edge.losses(x, cells).tolist(), strict=True))
+            cells, places = _distinct([self._cell(prompt, by_id[index]) for prompt, index in missing])
+            self._memory.update(zip(missing, self._edge.losses(x, cells)[places].tolist(), strict=True))
         found = np.array([self._memory[key] for key in keys]).reshape(len(prompts), len(examples))
         if not is_lower:
             return found
@@ -256,11 +257,11 @@ class TextProblem:
         prompts = [prompt for prompt, _ in mixture]
         self.table.fill(prompts, batch)
         weights = np.repeat([weight for _, weight in mixture], len(batch)) / len(batch)
-        cells = [self._cell(prompt, example) for prompt in prompts for example in batch]
-        losses, grad_x = self._edge.gradient(x, cells, weights, step)
+        cells, places = _distinct([self._cell(prompt, example) for prompt in prompts for example in batch])
+        losses, grad_x = self._edge.gradient(x, cells, np.bincount(places, weights).astype(np.float64), step)
         self._remember(x)
         keys = [(prompt, id(example)) for prompt in prompts for example in batch]
-        self._memory.update(zip(keys, losses.tolist(), strict=True))
+        self._memory.update(zip(keys, losses[places].tolist(), strict=True))
         own = self.losses(x, prompts, batch, is_lower=is_lower)
         grad_y = self.variable.slope(y, lambda them: self.losses(x, them, batch, is_lower=is_lower).mean(1), step)
         return Sloped(float(weights @ own.ravel()), grad_x / (self._scale if is_lower else 1.0), grad_y)
@@ -289,3 +290,13 @@ class TextProblem:
         size = min(self._config.num_batch_examples, len(examples))
         generator = np.random.default_rng((self._config.seed, split, step))
         return [examples[index] for index in sorted(generator.choice(len(examples), size, replace=False).tolist())]
+
+
+def _distinct(cells: Sequence[Cell]) -> tuple[list[Cell], NDArray[np.intp]]:
+    """Cells with equal answers, as a good cloud gives them under several prompts, once; and the place of each."""
+    numbers: dict[tuple[int, tuple[str, ...]], int] = {}
+    places, found = [], list[Cell]()
+    for cell in cells:
+        places.append(numbers.setdefault((id(cell.example), cell.answers), len(found)))
+        found += [cell] if len(numbers) > len(found) else []
+    return found, np.array(places, np.intp)
