@@ -21,7 +21,7 @@ from sandwich_bench import Arm, Bench, Course, judge, opened_edge, own_cloud
 from sandwich_tasks import SOURCES, TASKS, Sizes, Task, load_task
 from study_options import StudyParser, add_run_options, at_least_one, open_cells, positive, study_parser
 
-from cotune.errors import BudgetError
+from cotune.errors import BudgetError, RefusedError
 from cotune.evaluation.measured_memory import PeakMeter
 from cotune.models.backbone import Backbone
 from cotune.models.weights import digest_folder, find_model_folder
@@ -32,6 +32,7 @@ from cotune.sandwich.openai_cloud import ApiKey, OpenAiCloud
 
 PROTOCOL = 2
 """The meaning of a cell: one more, and all are run again."""
+_TOO_LONG = (400, 413)
 KEY_VARIABLE = "COTUNE_CLOUD_KEY"
 EXPECTED = {
     "paper": "up to 47.9 % over traditional methods; set-up unknown, no code",
@@ -192,7 +193,7 @@ class Study:
         template: str = MERGE_TEMPLATE,
         copies: bool = True,
     ) -> Value:
-        """One arm, trained and judged; `refused` with a reason where the budget bought nothing.
+        """One arm, trained and judged; `refused` with a reason where the budget bought nothing or a text was too long.
 
         Args:
             task, name, seed, tokens: which; tokens is the budget of training, in and out.
@@ -215,6 +216,11 @@ class Study:
             try:
                 value = judge(bench, arm(replace(bench, edge_flops=flops)))
             except BudgetError as error:
+                return {"refused": str(error)}
+            except RefusedError as error:
+                # A request that is too long will always be; a key, a limit or a fault of the server will not.
+                if error.code not in _TOO_LONG:
+                    raise
                 return {"refused": str(error)}
             held = meter.read()
             return {**value, "peak_memory_mb": None if held is None else held / 1e6}

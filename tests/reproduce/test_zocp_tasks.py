@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from dspy_arms import DSPY_ARMS
 from sandwich_arms import ARMS, LEARNING, WITH_FLOPS, WITHOUT_ADVICE, best_threshold, medoid
-from sandwich_bench import Bench
+from sandwich_bench import Arm, Bench, Learnt
 from sandwich_tasks import TASKS, Sizes, call_score, examples_of, load_task, made_examples, tool_graph_f1
 from study_command import Command
 from zocp_cloud import GOOD, OPTIONS, label_of
 from zocp_study import Study, Where, column, digest_of, finished, make_parser
 from zocp_tasks import break_even, bytes_against_split, equal_inference, growth_table, verdict_lines, verdicts
 
-from cotune.errors import InputError
+from cotune.errors import InputError, RefusedError
 from cotune.sandwich.scripted_cloud import scripted_server
 
 SIZES = Sizes(num_train=2, num_unlabelled=1, num_validation=1, num_test=1, seed=0)
@@ -228,6 +228,23 @@ def test_cells_of_edges_that_copy_are_others(tmp_path: Path, tiny_model: Path) -
     assert [asked("H cuts", copies)["copies"] for copies in (False, True, False)] == [False, True, False]
     # Where no edge reads advice, a cell from before there was a gate is still true.
     assert asked("A zero_shot", False) == asked("A zero_shot", True)
+
+
+def test_an_arm_whose_requests_are_too_long_is_refused_and_others_go_on(tmp_path: Path, tiny_model: Path) -> None:
+    words = [*OPTIONS, "--model", tiny_model, "--cloud", "http://127.0.0.1:9/v1", "--cells", tmp_path / "cells"]
+    study = Study(make_parser("x", "", "").parse_args([*map(str, words)]), Where("http://127.0.0.1:9/v1", "m"), "x")
+
+    def refusing(code: int) -> Arm:
+        def arm(bench: Bench) -> Learnt:
+            raise RefusedError(code, "the prompt has 574 tokens")
+
+        return arm
+
+    assert study.run("nlu", "icl", refusing(400), 0, 5)["refused"] == "the prompt has 574 tokens"
+    # A wrong key may be right tomorrow: nothing is kept.
+    with pytest.raises(RefusedError):
+        study.run("nlu", "random", refusing(401), 0, 5)
+    assert study.run("nlu", "random", refusing(400), 0, 5)["refused"]
 
 
 @pytest.mark.integration
