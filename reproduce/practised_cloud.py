@@ -5,7 +5,7 @@ that asks it is as good as none. Here the provider's part is played: all weights
 the tasks, in the form in which requests reach the cloud, without the examples that the studies' arms learn from, choose
 by or are judged by with any of their seeds. Only the second half of the prompts to choose from was practised, so that
 a prompt may matter. Half of the texts are in the clear, as public ones are, and half with placeholders, which a large
-model copies without being taught to.
+model copies without being taught to. A model with a chat template reads them in it.
 
 The folder that it writes is for `--cloud-model` of the studies.
 """
@@ -17,7 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -29,6 +29,7 @@ from zocp_study import add_sizes, sizes_of
 
 from cotune.data.templates import Example, format_answer
 from cotune.errors import InputError
+from cotune.models.chat_format import Turns, chat_format_of
 from cotune.models.weights import find_model_folder
 from cotune.openai_api.plain_chat import plain_chat_format
 from cotune.openai_api.requests import Message
@@ -36,6 +37,8 @@ from cotune.sandwich.examples import PrivateExample
 
 NAME = "practised_cloud"
 _HIDDEN_SHARE = 0.5
+# Of the texts, to tell the best epoch by; a large model reads them slowly.
+_HELDOUT_SHARE = 0.05
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,13 +49,20 @@ def parser() -> argparse.ArgumentParser:
         "examples:\n"
         "  python reproduce/practised_cloud.py --data-root data --data-sets trec --out runs/practised-trec\n"
         "  python reproduce/zocp_tasks.py --data-root data --tasks nlu --nlu trec --cloud-model runs/practised-trec\n"
-        "  python reproduce/practised_cloud.py --data-root data --max-context 1024 --out runs/practised\n\n"
+        "  python reproduce/practised_cloud.py --data-root data --max-context 1024 --out runs/practised\n"
+        "  python reproduce/practised_cloud.py --model runs/smollm2 --data-root data --method lora --dtype bfloat16 "
+        "--num-texts 1500 --epochs 1 --out runs/practised-smollm2\n\n"
         "Sizes and seeds are those of the study. A run that was interrupted goes on when it is given again.",
         data="folder with the data sets of the tasks",
     )
     known = [name for names in SOURCES.values() for name in names]
     made.add_argument("--data-sets", nargs="+", choices=known, default=known, help="of the tasks (default: all)")
     add_sizes(made)
+    made.add_argument(
+        "--num-texts", type=at_least_one, help="of each data set at most, drawn by chance (default: all that are left)"
+    )
+    made.add_argument("--method", choices=("full", "lora"), default="full", help="what is tuned (default: %(default)s)")
+    made.add_argument("--dtype", default="float32", help="that the model is held in meanwhile (default: %(default)s)")
     made.add_argument("--max-context", type=at_least_one, help="its window in tokens (default: the model's own)")
     made.add_argument("--epochs", type=at_least_one, default=3, help="(default: %(default)s)")
     made.add_argument("--batch-size", type=at_least_one, default=16, help="(default: %(default)s)")
@@ -76,7 +86,11 @@ def drawn_tasks(name: str, source: str, args: argparse.Namespace) -> list[Task]:
 
 
 def practice_texts(
-    tasks: Sequence[Task], examples: Sequence[PrivateExample], others: Sequence[Task] = ()
+    tasks: Sequence[Task],
+    examples: Sequence[PrivateExample],
+    others: Sequence[Task] = (),
+    *,
+    template: Callable[[Turns], str] | None = None,
 ) -> list[Example]:
     """What the model learns of one data set.
 
@@ -84,6 +98,7 @@ def practice_texts(
         tasks: of all seeds of the study.
         examples: the training part.
         others: tasks of other data sets that may have the same texts.
+        template: the model's own for a conversation; None: it has none, and reads one as plain text.
 
     Raises:
         InputError: the study needs all of them.
@@ -106,8 +121,12 @@ def practice_texts(
             if rng.random() < _HIDDEN_SHARE:
                 private = redactor.request(Random(rng.random()))
                 request, target = private.redact(request).text, private.redact(target).text
-            messages = [Message(role="system", content=rng.choice(prompts)), Message(role="user", content=request)]
-            found.append(Example(plain_chat_format(messages), format_answer(target)))
+            turns = [("system", rng.choice(prompts)), ("user", request)]
+            if template is None:
+                told = plain_chat_format([Message(role=role, content=content) for role, content in turns])
+                found.append(Example(told, format_answer(target)))
+            else:
+                found.append(Example(template(turns), target))
     if not found:
         raise InputError(
             f"the training part of {tasks[0].name} has {len(examples)} examples, and the study takes all of them; give "
@@ -138,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args = parser().parse_args(arguments)
         if args.out.exists():
             raise InputError(f"--out is {args.out}, which is there, expected a new folder; move it, or use it")
-        texts = []
+        model = find_model_folder(args.model)
+        texts, template = list[Example](), chat_format_of(model)
         for task, sources in SOURCES.items():
             chosen = [source for source in sources if source in args.data_sets]
             # All of them, since a text of one may be in another part of another one.
@@ -146,20 +166,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for source in chosen:
                 others = [one for name, each in drawn.items() if name != source for one in each]
                 examples = examples_of(task, args.data_root, "train", source=source)
-                practised = practice_texts(drawn[source], examples, others)
+                practised = practice_texts(drawn[source], examples, others, template=template)
+                if args.num_texts is not None and args.num_texts < len(practised):
+                    practised = Random(source).sample(practised, args.num_texts)
                 print(f"{len(practised)} texts of {source}, {args.epochs} epochs", flush=True)
                 texts += practised
         args.out.parent.mkdir(parents=True, exist_ok=True)
         path, learnt = (args.out.with_name(f"{args.out.name}.{end}") for end in ("jsonl", "weights"))
         lines = [json.dumps({"prompt": one.prompt, "completion": one.target}) + "\n" for one in texts]
         path.write_text("".join(lines), encoding="utf-8")
-        model = find_model_folder(args.model)
         if args.max_context:
             base = args.out.with_name(f"{args.out.name}.base")
             model = base if base.is_dir() else with_window(model, args.max_context, base)
-        command = [sys.executable, "-m", "cotune", "tune", str(model), str(path), "--method", "full"]
+        command = [sys.executable, "-m", "cotune", "tune", str(model), str(path), "--method", args.method]
         command += ["--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
-        command += ["--out", str(learnt), "--merged", str(args.out)]
+        command += [
+            "--heldout-share",
+            str(_HELDOUT_SHARE),
+            "--dtype",
+            args.dtype,
+            "--out",
+            str(learnt),
+            "--merged",
+            str(args.out),
+        ]
         if learnt.with_name(f"{learnt.name}.run").is_dir():
             command.append("--resume")
         done = subprocess.run(command, check=False)

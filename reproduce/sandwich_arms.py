@@ -9,7 +9,7 @@
 | C sft | edge | an adapter on the targets, with as many operations as H |
 | D distilled | edge | an adapter on the cloud's answers, on as many requests as the tokens last for |
 | E alternated | sandwich | prompt, then adapter, then prompt (BetterTogether, arXiv 2407.10930) |
-| F joint, G penalty, H cuts | sandwich, or cloud where that did as well | both together, by `cotune.sandwich.fit` |
+| F joint, G penalty, H cuts | sandwich, or cloud where as good | both by `cotune.sandwich.fit`, then the adapter anew |
 | H grown | sandwich | as H, and the cloud writes prompts from failures, which race with the others (GEPA's idea) |
 | I consistent | cloud | nothing: the answer of several that is most like the others |
 | J papilon | edge, cloud, edge | the prompt alone (PAPILLON, arXiv 2410.17127, the idea) |
@@ -37,7 +37,7 @@ from cotune.errors import BudgetError, InputError
 from cotune.evaluation import token_f1
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.solve import Constraint, SolveConfig
-from cotune.sandwich.bilevel.step_rules import AdamRule, clipped
+from cotune.sandwich.bilevel.step_rules import AdamRule
 from cotune.sandwich.cloud_gate import CloudGate
 from cotune.sandwich.edge_adapter import REWRITE_TEMPLATE, EdgeDrafter, EdgeMerger, EdgeRewriter
 from cotune.sandwich.examples import PrivateExample
@@ -45,6 +45,7 @@ from cotune.sandwich.fit import PROGRESS_FILE, SENT_FILE, FitConfig, fit, prepar
 from cotune.sandwich.pipeline import MergeJob, Pipeline
 from cotune.sandwich.prompts.growth import GrowthConfig
 from cotune.sandwich.prompts.pool import PromptPool
+from cotune.sandwich.refit import LearnConfig, RefitConfig, learning_steps
 from cotune.sandwich.rewrite_trials import DrawConfig
 from cotune.sandwich.rewriter_preferences import PreferenceConfig
 from cotune.sandwich.rewriter_tuning import RewriterConfig, TunedRewriter, tune_rewriter
@@ -54,7 +55,6 @@ from cotune.sandwich.text_problem import AnswerTable, Cell, FitExample, TextProb
 Half = Literal["pre", "post", "both", "none"]
 HALVES: tuple[Half, ...] = ("none", "pre", "post", "both")
 _TEMPERATURE = 0.7
-_MAX_NORM = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +299,7 @@ def fitted(
 
     losses = TextProblemConfig(num_batch_examples=course.num_batch_examples, seed=bench.seed)
     growth = GrowthConfig(seed=bench.seed) if is_growing else None
+    refit = RefitConfig(num_steps=course.num_refit_steps)
     folder = bench.folder / f"{constraint}-{half}-{mode}"
     result = fit(
         pipeline,
@@ -310,7 +311,7 @@ def fitted(
         folder=folder,
         edge=bench.edge if has_merger else None,
         make_rewriter=make_rewriter if is_tuned_before else None,
-        config=FitConfig(solve=solving, losses=losses, growth=growth, always_merges=always_merges),
+        config=FitConfig(solve=solving, losses=losses, growth=growth, refit=refit, always_merges=always_merges),
     )
     # Without a merger the fit knows of no edge, and what rewrites is counted outside of it.
     taken = result.taken if has_merger else replace(result.taken, edge_flops=outside.account.taken().edge_flops)
@@ -331,6 +332,7 @@ def fitted(
             "merged_score": result.merged_score,
             "plain_score": result.plain_score,
             "is_merging": result.is_merging,
+            "num_refit_steps": result.num_refit_steps,
             "certificate": None if result.certificate is None else result.certificate.to_json(),
             "progress": [[line["tokens"], line["upper"], line["gap"]] for line in lines],
             "growths": [asdict(each) for each in result.growths],
@@ -499,23 +501,27 @@ def best_prompt(
 def train_edge(bench: Bench, gate: CloudGate, x: Vector, cells: Sequence[Cell], *, flops: int | None) -> Vector:
     """Adam on batches of cells, for `flops` operations of the edge, or for the course's steps.
 
+    The loop is that of the product's refit.
+
     Raises:
         InputError: there is no cell.
     """
     if not cells:
         raise InputError("there is nothing to train the edge on, expected at least one example")
-    rule, course = AdamRule(), bench.course
-    size = min(course.num_batch_examples, len(cells))
-    begun = gate.account.taken().edge_flops
+    course, account = bench.course, gate.account
+    learn = LearnConfig(
+        make_rule=AdamRule,
+        rate=course.x_rate,
+        num_batch_examples=course.num_batch_examples,
+        seed=bench.seed,
+    )
+    begun, steps = account.taken().edge_flops, learning_steps(bench.edge, x, cells, learn)
     for step in count():
-        spent = gate.account.taken().edge_flops - begun
+        spent = account.taken().edge_flops - begun
         if (flops is None and step >= course.num_steps) or (flops is not None and spent >= flops):
             return x
-        drawn = np.random.default_rng((bench.seed, step)).choice(len(cells), size, replace=False)
-        batch = [cells[index] for index in sorted(drawn.tolist())]
-        with gate.account.stage("training step"):
-            _, slope = bench.edge.gradient(x, batch, np.full(size, 1 / size), step)
-            x = rule.step(x, clipped(slope, _MAX_NORM), course.x_rate)
+        with account.stage("training step"):
+            x = next(steps)
     raise AssertionError("counting has no end")
 
 

@@ -49,6 +49,8 @@ class Course:
     """Of the adapter, in the arms that fit prompt and adapter together."""
     num_restore_steps: int = 40
     """Of the prompt, at the end."""
+    num_refit_steps: int = 160
+    """Of the adapter under the chosen prompt, after that."""
     num_batch_examples: int = 4
     """Of one step."""
     x_rate: float = 1e-2
@@ -243,13 +245,13 @@ def opened_edge(
 
 
 @contextmanager
-def own_cloud(model: str) -> Iterator[str]:
+def own_cloud(model: str, *, dtype: str = "float32") -> Iterator[str]:
     """The base URL of `cotune cloud` in a process of its own, which ends with the block.
 
     Raises:
         InputError: it did not come up.
     """
-    command = [sys.executable, "-m", "cotune", "cloud", model, "--port", "0", "--json"]
+    command = [sys.executable, "-m", "cotune", "cloud", model, "--dtype", dtype, "--port", "0", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

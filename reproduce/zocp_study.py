@@ -30,7 +30,7 @@ from cotune.sandwich.cost import Price
 from cotune.sandwich.edge_adapter import MERGE_TEMPLATE
 from cotune.sandwich.openai_cloud import ApiKey, OpenAiCloud
 
-PROTOCOL = 2
+PROTOCOL = 3
 """The meaning of a cell: one more, and all are run again."""
 _TOO_LONG = (400, 413)
 KEY_VARIABLE = "COTUNE_CLOUD_KEY"
@@ -71,6 +71,9 @@ def make_parser(name: str, description: str | None, examples: str) -> StudyParse
     parser.add_argument("--cloud", help="base URL of an OpenAI-compatible API; cotune's own on loopback if left out")
     parser.add_argument(
         "--cloud-model", default="starter", help="its name there, or the model to host (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cloud-dtype", default="float32", help="that cotune's own cloud holds it in (default: %(default)s)"
     )
     parser.add_argument("--key-env", default=KEY_VARIABLE, help="variable with the API key, if it is set")
     parser.add_argument("--usd-in", type=float, default=0.0, help="price of a million tokens that the cloud reads")
@@ -228,7 +231,7 @@ class Study:
         more = {
             "arm": name,
             "edge_flops": flops,
-            **({"merging": "judged on train"} if name in FITTED else {}),
+            **({"merging": "judged by folds"} if name in FITTED else {}),
             **(key or {}),
         }
         return self.cell(task, seed, tokens, more, work, course=course, where=where, template=template, copies=copies)
@@ -260,6 +263,8 @@ class Study:
             # On loopback the port changes; elsewhere the URL says whose model it is.
             "cloud": "own" if args.cloud is None else where.url,
             **({"weights": where.weights} if where.weights else {}),
+            # Cells of a cloud in 32 bits have no such word, so that they are what they were.
+            **({"cloud_dtype": args.cloud_dtype} if where.weights and args.cloud_dtype != "float32" else {}),
             "usd_in": args.usd_in,
             "usd_out": args.usd_out,
             "max_context": args.max_context,
@@ -326,7 +331,7 @@ def opened_where(args: argparse.Namespace, model: str) -> Iterator[Where]:
     if args.cloud:
         yield Where(args.cloud, model)
         return
-    with own_cloud(model) as url:
+    with own_cloud(model, dtype=args.cloud_dtype) as url:
         yield Where(url, Path(model).name, digest_folder(find_model_folder(model))[:16])
 
 

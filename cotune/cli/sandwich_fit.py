@@ -110,6 +110,13 @@ def fit(
         float | None,
         typer.Option(help="With --dpo-rounds: by how much the two of a pair must differ; 0.05 if left out."),
     ] = None,
+    refit_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="With --edge: learn anew under the chosen prompt for at most so many steps, from all but the "
+            "certificate's examples; 160 if left out, 0: never."
+        ),
+    ] = None,
     always_merge: Annotated[
         bool,
         typer.Option(
@@ -228,6 +235,7 @@ def fit(
     from cotune.sandwich.prompts.growth import GrowthConfig
     from cotune.sandwich.prompts.race import RaceConfig
     from cotune.sandwich.redact import Redactor
+    from cotune.sandwich.refit import RefitConfig
     from cotune.sandwich.rewrite_trials import DrawConfig
     from cotune.sandwich.rewriter_tuning import RewriterConfig
     from cotune.sandwich.text_problem import TextProblemConfig
@@ -252,6 +260,8 @@ def fit(
         raise InputError("--tune-rewriter is given without --edge, expected the model that rewrites; add it")
     if always_merge and edge is None:
         raise InputError("--always-merge is given without --edge, expected the model that merges; add it")
+    if refit_steps is not None and edge is None:
+        raise InputError("--refit-steps is given without --edge, expected the model that learns; add it")
     if no_copy and edge is None:
         raise InputError("--no-copy is given without --edge, expected the model that merges; add it")
     preferences = preferences_given(dpo_rounds, beta=dpo_beta, leak_weight=dpo_leak_weight, min_gap=dpo_min_gap)
@@ -261,6 +271,9 @@ def fit(
     if tune_rewriter is not None:
         draw = DrawConfig(num_batch_examples=batch_size, seed=seed)
         rewriting = RewriterConfig(num_rounds=tune_rewriter, draw=draw, preferences=preferences)
+    refitting: RefitConfig | None = RefitConfig()
+    if refit_steps is not None:
+        refitting = RefitConfig(num_steps=refit_steps) if refit_steps else None
     score = metric_named(metric)
     if (hosted is not None) != (variable == "soft"):
         raise InputError(
@@ -307,6 +320,7 @@ def fit(
         growth=None
         if grow_every is None
         else GrowthConfig(max_prompts=pool_size, shows_targets=show_targets, seed=seed),
+        refit=refitting,
         always_merges=always_merge,
     )
     with ExitStack() as stack:
@@ -389,6 +403,7 @@ def fit(
             config=config,
             resume=resume,
             on_refresh=told,
+            on_refit=lambda done, most: advance(done, most, "the edge learns anew"),
         )
         if save is not None:
             save(result.x, out / ADAPTER_FOLDER, with_gate=True)

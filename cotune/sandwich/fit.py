@@ -4,8 +4,9 @@
     result = fit(pipeline, train, validation, token_f1, variable=pool, budget=Budget(usd=1), folder=folder)
 
 What happens, in order: every request is redacted once, before anything is sent, with placeholders drawn from a secret
-of the run; a share of the training examples is set aside for the certificate; `bilevel.solve` moves x and y; the prompt
-to ship is judged on the validation examples and certified on those set aside; leaks are counted in all that was sent.
+of the run; a share of the training examples is set aside for the certificate; `bilevel.solve` moves x and y; under the
+prompt that it chose the edge learns once more from all examples but those; what is to be shipped is judged and
+certified; leaks are counted in all that was sent.
 
 The folder has all of it: the secret, the journal of the budget, the answers, the log of what was sent. A run that ended
 in any way, also by `kill -9`, goes on in it: it walks the same way again, and finds every answer that came. What was on
@@ -31,7 +32,7 @@ from cotune.errors import BudgetError, InputError
 from cotune.sandwich.account import Account, Taken
 from cotune.sandwich.bilevel.certificate import Certificate, certify
 from cotune.sandwich.bilevel.problem import Vector
-from cotune.sandwich.bilevel.solve import Refresh, Solution, SolveConfig, solve
+from cotune.sandwich.bilevel.solve import Refresh, Solution, SolveConfig, one_sided_margin, solve
 from cotune.sandwich.budget import Budget, Purse
 from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache
 from cotune.sandwich.cost import Cost, shown_usd
@@ -43,6 +44,7 @@ from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.prompts.race import Race, RaceConfig, race
 from cotune.sandwich.prompts.reflection import CloudReflection, Reflection
 from cotune.sandwich.prompts.variable import PromptVariable
+from cotune.sandwich.refit import LearnConfig, RefitConfig, WritingEdge, refit
 from cotune.sandwich.rewriter_tuning import RewriterConfig
 from cotune.sandwich.sent_log import SentLog
 from cotune.sandwich.text_problem import (
@@ -66,8 +68,8 @@ MakeRewriter = Callable[[Pipeline, Sequence[PrivateExample], bytes], Rewriter]
 """Makes the edge before the cloud, told the pipeline with its budget, the examples of the search, the run's secret."""
 
 
-class TunedEdge(EdgeLosses, Protocol):
-    """An edge that also writes, and whose work is counted."""
+class TunedEdge(WritingEdge, Protocol):
+    """An edge whose work is counted."""
 
     @property
     def name(self) -> str:
@@ -76,10 +78,6 @@ class TunedEdge(EdgeLosses, Protocol):
 
     def count_in(self, account: Account) -> None:
         """From now on, count tokens and parameters there."""
-        ...
-
-    def write(self, x: Vector, jobs: Sequence[Any]) -> list[str]:
-        """z of each job, not yet restored."""
         ...
 
 
@@ -101,6 +99,8 @@ class FitConfig:
     """Of a pool, before the search, on the training examples; None: every prompt sees every batch."""
     growth: GrowthConfig | None = None
     """Of a pool, during the search, by a model that reflects; None: its prompts are those given."""
+    refit: RefitConfig | None = field(default_factory=RefitConfig)
+    """Of the edge behind the cloud, after the search; None: what is shipped is the search's x."""
     always_merges: bool = False
     """Ship the edge behind the cloud also where the cloud's answers as they are were as good on validation."""
 
@@ -168,14 +168,15 @@ class FitResult:
         x: numbers of the edge; empty where it has none.
         score: metric on the validation examples with what is to be shipped; None where the budget ended before.
         start_score: with the first prompt and the untrained edge.
-        merged_score, plain_score: with that prompt and the edge, and with the cloud's answers as they are, on training
-            examples, since the edge learns from the validation examples; None without an edge behind the cloud, or
-            where no answers are there to compare with.
+        merged_score, plain_score: with that prompt and the edge, and with the cloud's answers as they are, on examples
+            that the edge did not learn from: of training for the search's x, all of them by folds for a refit; None
+            without an edge behind the cloud, or where no answers are there to compare with.
         is_merging: the edge behind the cloud is to be shipped.
         certificate: None where none was asked for or the budget ended before.
         leaks: of the private values that examples name, in all that was sent.
         reason: why the search ended: steps, patience or budget.
-        num_more: steps of the edge after a budget that ended, on what was answered under the prompt.
+        num_refit_steps: that the edge behind the cloud learnt for after the search, under the prompt; 0: it is the
+            search's.
         is_sequential: the edge had no part in how prompts compare.
         history: looks at the constraint.
         spent: over all runs in the folder.
@@ -194,7 +195,7 @@ class FitResult:
     certificate: Certificate | None
     leaks: LeakMetrics
     reason: str
-    num_more: int
+    num_refit_steps: int
     is_sequential: bool
     history: tuple[Refresh, ...] = field(repr=False)
     spent: Cost
@@ -214,7 +215,7 @@ class FitResult:
             "certificate": None if self.certificate is None else self.certificate.to_json(),
             "leaks": self.leaks.to_json(),
             "reason": self.reason,
-            "num_more": self.num_more,
+            "num_refit_steps": self.num_refit_steps,
             "is_sequential": self.is_sequential,
             "history": [asdict(each) for each in self.history],
             "spent": asdict(self.spent),
@@ -246,7 +247,7 @@ class FitResult:
                 *self._race_text(),
                 *self._growth_text(),
                 f"ended       by {self.reason}, after {looks.step} steps"
-                + (f"; the edge learnt for {self.num_more} more from what was answered" if self.num_more else ""),
+                + (f"; then the edge learnt anew for {self.num_refit_steps}" if self.num_refit_steps else ""),
                 f"spent       {self.spent.calls:,} calls, {self.spent.tokens:,} tokens{shown_usd(self.spent.usd)}",
                 self.taken.to_text(),
             ]
@@ -357,6 +358,7 @@ def fit(
     config: FitConfig | None = None,
     resume: bool = False,
     on_refresh: Callable[[Refresh], None] = lambda _: None,
+    on_refit: Callable[[int, int], None] = lambda done, total: None,
 ) -> FitResult:
     """Fit the prompt, and the edge where there is one.
 
@@ -375,6 +377,7 @@ def fit(
         config: how.
         resume: go on in a folder of the same examples, prompts and settings; only the budget may differ.
         on_refresh: told of each look at the constraint.
+        on_refit: told of steps of the refit that are done, and of all.
 
     Raises:
         RedactionError: an example or a prompt cannot be sent; nothing was sent.
@@ -451,35 +454,28 @@ def fit(
         found = solve(problem, losses.start(), variable.start(), config.solve, on_refresh=told, grow=growth)
         variable = problem.variable
         prompt = variable.best(found.y)
-        num_more = 0
-        if edge is not None and found.reason == "budget":
-            found, num_more = _go_on(problem, prompt, found, config.solve, on_refresh)
         judge = _Judge(pipeline, edge, metric, problem.table)
-        score = judge.score(prompt, found.x, judged)
-        certificate = _certify(problem, variable, found.x, found.y, held, config)
-        merged = plain = None
-        is_dropped = False
+        settled = _Settled(x=found.x)
         if edge is not None:
-            # x learnt from the validation examples: those of training tell whether it helps, and were paid for.
-            seen = [each for each in (*searched, *held) if problem.table.knows(prompt, each)] or judged
-            merged, plain = judge.score(prompt, found.x, seen), judge.plain_score(prompt, seen)
-            is_dropped = not config.always_merges and merged is not None and plain is not None and plain >= merged
+            settled = _settle(problem, judge, edge, prompt, found, (searched, held, judged), config, on_refit)
+        is_dropped = edge is not None and not settled.is_better and not config.always_merges
+        score = judge.plain_score(prompt, judged) if is_dropped else judge.score(prompt, settled.x, judged)
         result = FitResult(
             prompt=prompt,
-            x=found.x,
-            score=judge.plain_score(prompt, judged) if is_dropped else score,
+            x=settled.x,
+            score=score,
             start_score=judge.score(first, losses.start(), judged),
-            merged_score=merged,
-            plain_score=plain,
+            merged_score=settled.merged,
+            plain_score=settled.plain,
             is_merging=edge is not None and not is_dropped,
-            certificate=certificate,
+            certificate=_certify(problem, variable, settled.x, found.y, held, config),
             leaks=measure_leaks(
                 [example.private for example in (*train, *validation)],
                 sent.payloads,
                 [text for example in (*train, *validation) for text in example.public],
             ),
             reason=found.reason,
-            num_more=num_more,
+            num_refit_steps=settled.num_refit_steps,
             is_sequential=found.is_sequential,
             history=found.history,
             spent=purse.spent,
@@ -511,27 +507,82 @@ def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key
     return prepared
 
 
-def _go_on(
+@dataclass(frozen=True, kw_only=True)
+class _Settled:
+    """The edge to ship, with what tells whether it helps."""
+
+    x: Vector
+    merged: float | None = None
+    plain: float | None = None
+    num_refit_steps: int = 0
+
+    @property
+    def is_better(self) -> bool:
+        """Whether it is better than the cloud's answers as they are, as far as is known."""
+        return self.merged is None or self.plain is None or self.merged > self.plain
+
+
+def _settle(
     problem: TextProblem,
+    judge: _Judge,
+    edge: TunedEdge,
     prompt: str,
     found: Solution,
-    config: SolveConfig,
-    on_refresh: Callable[[Refresh], None],
-) -> tuple[Solution, int]:
-    """x learns on where the budget ended, which asks nothing; gap and history are those of the search."""
-    done = found.history[-1].step
-    answered = problem.answered(prompt)
-    if answered is None or config.num_steps <= done:
-        return found, 0
-    steps = replace(config, constraint="none", num_steps=config.num_steps - done, patience=None)
-    more = solve(
-        answered,
-        found.x,
-        answered.variable.start(),
-        steps,
-        on_refresh=lambda seen: on_refresh(replace(seen, step=done + seen.step)),
+    parts: tuple[Sequence[FitExample], Sequence[FitExample], Sequence[FitExample]],
+    config: FitConfig,
+    on_refit: Callable[[int, int], None],
+) -> _Settled:
+    """The search's x, or a refit where that gains more and the prompt stays within the tolerance; asks nothing new."""
+    searched, held, judged = ([each for each in part if problem.table.knows(prompt, each)] for part in parts)
+    # The search's x learnt from the validation examples: those of training tell whether it helps.
+    seen = [*searched, *held] or parts[2]
+    ours = _Settled(x=found.x, merged=judge.score(prompt, found.x, seen), plain=judge.plain_score(prompt, seen))
+    if config.refit is None:
+        return ours
+    # Those that are held back stay unseen, as the certificate is about this edge.
+    cells = judge.cells(prompt, [*searched, *judged])
+    solving = config.solve
+    again = refit(
+        edge,
+        cells,
+        judge.plain_scores(cells),
+        judge.scores,
+        LearnConfig(
+            make_rule=solving.make_rule,
+            rate=solving.x_rate,
+            num_batch_examples=config.losses.num_batch_examples,
+            max_norm=solving.max_norm,
+            seed=config.losses.seed,
+        ),
+        config.refit,
+        on_step=on_refit,
     )
-    return replace(found, x=more.x), steps.num_steps
+    if again is None:
+        return ours
+    gain = 0.0 if ours.merged is None or ours.plain is None else ours.merged - ours.plain
+    if again.merged - again.plain <= (gain if config.always_merges else max(gain, 0.0)):
+        return ours
+    if not _stays(problem, prompt, again.x, found.y, searched, solving):
+        return ours
+    return _Settled(x=again.x, merged=again.merged, plain=again.plain, num_refit_steps=again.num_steps)
+
+
+def _stays(
+    problem: TextProblem,
+    prompt: str,
+    x: Vector,
+    y: Vector,
+    examples: Sequence[FitExample],
+    config: SolveConfig,
+) -> bool:
+    """Whether nothing tells that another prompt is better for itself at this x than the tolerance allows."""
+    variable, table = problem.variable, problem.table
+    prompts = [each for each in variable.candidates(y) if all(table.knows(each, one) for one in examples)]
+    if config.constraint == "none" or len(examples) < 2 or prompt not in prompts:
+        return True
+    losses = problem.losses(x, prompts, examples)
+    gaps = losses[prompts.index(prompt)] - losses[int(losses.mean(1).argmin())]
+    return float(gaps.mean()) <= config.tolerance + one_sided_margin(gaps)
 
 
 class _Judge:
@@ -542,34 +593,44 @@ class _Judge:
 
     def score(self, prompt: str, x: Vector, examples: Sequence[FitExample]) -> float | None:
         """The mean metric; None where the budget does not reach."""
-        cells = self._cells(prompt, examples)
+        cells = self._asked(prompt, examples)
         if cells is None:
             return None
         if self._edge is None:
-            return self._mean([self._pipeline.merge(cell.example.prepared, cell.job) for cell in cells], cells)
-        return self._mean_restored(self._edge.write(x, [cell.job for cell in cells]), cells)
+            merged = [self._pipeline.merge(cell.example.prepared, cell.job) for cell in cells]
+            return float(self._of_final(merged, cells).mean())
+        return float(self.scores(self._edge.write(x, [cell.job for cell in cells]), cells).mean())
 
     def plain_score(self, prompt: str, examples: Sequence[FitExample]) -> float | None:
         """The same of the cloud's answers as they are."""
-        cells, plain = self._cells(prompt, examples), JoinAnswers()
-        return None if cells is None else self._mean_restored([plain.merge(cell.job) for cell in cells], cells)
+        cells = self._asked(prompt, examples)
+        return None if cells is None else float(self.plain_scores(cells).mean())
 
-    def _cells(self, prompt: str, examples: Sequence[FitExample]) -> list[Cell] | None:
+    def scores(self, written: Sequence[str], cells: Sequence[Cell]) -> Vector:
+        """Of each text that is not yet restored."""
+        pairs = zip(cells, written, strict=True)
+        return self._of_final([cell.example.prepared.request.restore(text) for cell, text in pairs], cells)
+
+    def plain_scores(self, cells: Sequence[Cell]) -> Vector:
+        """Of the cloud's answers of each cell."""
+        plain = JoinAnswers()
+        return self.scores([plain.merge(cell.job) for cell in cells], cells)
+
+    def cells(self, prompt: str, examples: Sequence[FitExample]) -> list[Cell]:
+        """Of examples that were answered."""
+        answers = self._table.answers
+        return [Cell(each, tuple(answer.text for answer in answers(prompt, each))) for each in examples]
+
+    def _asked(self, prompt: str, examples: Sequence[FitExample]) -> list[Cell] | None:
         try:
             self._table.fill([prompt], examples)
         except BudgetError:
             return None
-        return [
-            Cell(example, tuple(answer.text for answer in self._table.answers(prompt, example))) for example in examples
-        ]
+        return self.cells(prompt, examples)
 
-    def _mean_restored(self, written: Sequence[str], cells: Sequence[Cell]) -> float:
-        pairs = zip(cells, written, strict=True)
-        return self._mean([cell.example.prepared.request.restore(text) for cell, text in pairs], cells)
-
-    def _mean(self, texts: Sequence[str], cells: Sequence[Cell]) -> float:
+    def _of_final(self, texts: Sequence[str], cells: Sequence[Cell]) -> Vector:
         pairs = zip(texts, cells, strict=True)
-        return float(np.mean([self._metric(text, [cell.example.source.target]) for text, cell in pairs]))
+        return np.array([self._metric(text, [cell.example.source.target]) for text, cell in pairs], np.float64)
 
 
 def _certify(

@@ -22,7 +22,6 @@ from cotune.sandwich.bilevel.problem import Sloped, Vector
 from cotune.sandwich.chat import ChatAnswer, ChatRequest
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.pipeline import MergeJob, Pipeline, Prepared
-from cotune.sandwich.prompts.pool import PromptPool
 from cotune.sandwich.prompts.variable import PromptVariable
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -160,7 +159,6 @@ class TextProblem:
         train, validation: examples; f reads the first, F the second.
         metric: of the cloud's answers alone, for `cloud_weight`.
         config: weights.
-        table: answers that are there already; None for a new one.
     """
 
     def __init__(
@@ -172,32 +170,12 @@ class TextProblem:
         validation: Sequence[FitExample],
         metric: Metric,
         config: TextProblemConfig,
-        *,
-        table: AnswerTable | None = None,
     ) -> None:
         self._pipeline, self.variable, self._edge, self._metric = pipeline, variable, edge, metric
         self._splits, self._config = {_TRAIN: train, _VALIDATION: validation, _GAP: train}, config
-        self.table = table or AnswerTable(pipeline)
+        self.table = AnswerTable(pipeline)
         self._memory: dict[tuple[str, int], float] = {}
         self._memory_x: Vector | None = None
-
-    def answered(self, prompt: str) -> TextProblem | None:
-        """The same under this prompt alone, of the examples whose answers are there; None without a validation one."""
-        train, validation = (
-            [each for each in self._splits[split] if self.table.knows(prompt, each)] for split in (_TRAIN, _VALIDATION)
-        )
-        if not validation:
-            return None
-        return TextProblem(
-            self._pipeline,
-            PromptPool([prompt]),
-            self._edge,
-            train or validation,
-            validation,
-            self._metric,
-            self._config,
-            table=self.table,
-        )
 
     def upper(self, x: Vector, y: Vector, step: int) -> Sloped:
         batch = self._batch(_VALIDATION, step)

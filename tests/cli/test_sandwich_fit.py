@@ -168,11 +168,14 @@ def test_fit_with_an_edge_saves_its_adapter_for_ask(
         1,
         "--max-new-tokens",
         2,
+        "--refit-steps",
+        4 if always else 0,
     )
     done = run(
         *fit_words(data, server, *more, "--pay", "--budget-calls", 8, "--limit", 2, "--certificate-share", 0, "--json")
     )
     shown = json.loads(done.out)
+    assert always or shown["num_refit_steps"] == 0
     assert shown["taken"]["edge_backward_tokens"] > 0 and shown["taken"]["edge_flops"] > 0
     assert (data / "run" / "adapter" / "adapter_model.safetensors").is_file()
     gate = data / "run" / "adapter" / "copy_gate.safetensors"
@@ -194,6 +197,9 @@ def test_fit_with_an_edge_saves_its_adapter_for_ask(
         assert older.status == 0 and json.loads(older.out)["text"] != said
     run(*fit_words(data, server, "--always-merge")).check_refusal("--always-merge is given without --edge")
     run(*fit_words(data, server, "--no-copy")).check_refusal("--no-copy is given without --edge")
+    run(*fit_words(data, server, "--refit-steps", 9)).check_refusal("--refit-steps is given without --edge")
+    few = ("--edge", "starter", "--refit-steps", 2)
+    run(*fit_words(data, server, *few)).check_refusal("num_steps of a refit is 2, expected at least 3")
 
 
 def test_script_serves_until_it_is_interrupted(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ def test_what_any_seed_of_the_study_uses_is_not_practised_and_half_of_the_prompt
     hidden = [text for text, is_clear in zip(texts, clear, strict=True) if not is_clear]
     assert all("<EMAIL_" in text.prompt and "example.org" not in text.prompt for text in hidden)
     assert [text.target for text in texts] == [f" {one.target}" for one in free]
+    # A model with a chat template reads the same texts in it, and ends them itself.
+    told = practice_texts(tasks, train, template=lambda turns: "|".join(content for _, content in turns))
+    assert [text.target for text in told] == [one.target for one in free]
+    assert {text.prompt.split("|")[0] for text in told} == set(prompts[2:])
     with pytest.raises(InputError, match="and the study takes all of them; give fewer --seeds"):
         practice_texts([load_task("nlu", None, sizes(0, num_unlabelled=1000))], train)
 
@@ -44,11 +48,12 @@ def test_what_any_seed_of_the_study_uses_is_not_practised_and_half_of_the_prompt
 def test_the_command_writes_a_folder_that_can_be_hosted(tmp_path: Path, tiny_model: Path, command: Command) -> None:
     options: list[object] = [word for pair in SMALL.items() for word in pair]
     options += ["--model", tiny_model, "--epochs", 1, "--batch-size", 64, "--out", tmp_path / "practised"]
-    options += ["--data-sets", "trec", "--max-context", 96]
+    options += ["--data-sets", "trec", "--max-context", 96, "--num-texts", 40]
     status, said = command("practised_cloud", options)
     assert status == 0, said
     folder = find_model_folder(str(tmp_path / "practised"))
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 96
-    assert "texts of trec, 1 epochs" in said
+    assert "40 texts of trec, 1 epochs" in said
+    assert len((tmp_path / "practised.jsonl").read_text().splitlines()) == 40
     status, said = command("practised_cloud", options)
     assert status != 0 and "which is there, expected a new folder" in said

@@ -94,6 +94,10 @@ class SolveConfig:
         if self.grow_every < 1:
             raise InputError(f"grow_every is {self.grow_every}, expected refreshes, at least 1")
 
+    def make_rule(self) -> XRule:
+        """A new rule of steps of x."""
+        return AdamRule() if self.x_rule == "adam" else PlainRule()
+
     @property
     def num_growths(self) -> int:
         """How often y may grow."""
@@ -203,7 +207,7 @@ class _Run:
         self.problem, self.x, self.y, self.config, self.on_refresh = problem, x, y, config, on_refresh
         self.response = y.copy()
         self.planes = PlaneSet(config.planes)
-        self.rule: XRule = AdamRule() if config.x_rule == "adam" else PlainRule()
+        self.rule = config.make_rule()
         self.history: list[Refresh] = []
         self.best: tuple[float, Vector, Vector, Vector] | None = None
         self.best_is_old = False  # measured against another pool
@@ -248,7 +252,7 @@ class _Run:
         (here_x, here_y), there_x = self.lower_pair(step)
         a = here_x - there_x
         gap, error = float(gaps.mean()), _standard_error(gaps)
-        margin = _ONE_SIDED * error
+        margin = one_sided_margin(gaps)
         if config.constraint == "cut" and not self.is_sequential:
             if config.form == "projection":
                 self.cut_projection(step)
@@ -343,6 +347,11 @@ class _Run:
 def _moved(y: Vector, places: Sequence[int | None], start: float) -> Vector:
     """y at its new places; `start` at those that are new."""
     return np.array([start if place is None else y[place] for place in places])
+
+
+def one_sided_margin(values: Vector) -> float:
+    """How much lower their true mean may well be: 1.64 standard errors, one chance in 20."""
+    return _ONE_SIDED * _standard_error(values)
 
 
 def _standard_error(values: Vector) -> float:
