@@ -231,7 +231,7 @@ class Study:
         more = {
             "arm": name,
             "edge_flops": flops,
-            **({"merging": "judged by folds"} if name in FITTED else {}),
+            **({"merging": "judged by folds", "search": "within the budget"} if name in FITTED else {}),
             **(key or {}),
         }
         return self.cell(task, seed, tokens, more, work, course=course, where=where, template=template, copies=copies)

@@ -28,13 +28,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from cotune.durable import replacing, write_new
-from cotune.errors import BudgetError, InputError
+from cotune.errors import BudgetError, DataError, InputError
 from cotune.sandwich.account import Account, Taken
 from cotune.sandwich.bilevel.certificate import Certificate, certify
 from cotune.sandwich.bilevel.problem import Vector
 from cotune.sandwich.bilevel.solve import Refresh, Solution, SolveConfig, one_sided_margin, solve
 from cotune.sandwich.budget import Budget, Purse
-from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache
+from cotune.sandwich.cloud_gate import DEFAULT_CACHE_BYTES, AnswerCache, CloudGate
 from cotune.sandwich.cost import Cost, shown_usd
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.leak import LeakMetrics, measure_leaks
@@ -46,6 +46,7 @@ from cotune.sandwich.prompts.reflection import CloudReflection, Reflection
 from cotune.sandwich.prompts.variable import PromptVariable
 from cotune.sandwich.refit import LearnConfig, RefitConfig, WritingEdge, refit
 from cotune.sandwich.rewriter_tuning import RewriterConfig
+from cotune.sandwich.search_examples import SearchExamples, ask_rest, search_examples
 from cotune.sandwich.sent_log import SentLog
 from cotune.sandwich.text_problem import (
     AnswerTable,
@@ -60,6 +61,7 @@ from cotune.sandwich.text_problem import (
 
 SECRET_FILE, RUN_FILE, RESULT_FILE = "redaction.secret", "fit.json", "result.json"
 JOURNAL_FILE, SENT_FILE, ANSWERS, PROGRESS_FILE = "journal.jsonl", "sent.jsonl", "answers", "progress.jsonl"
+_REWRITER_COST_FILE = "rewriter_cost.json"
 _BYTES_PER_TOKEN = 4
 _LIKELY_SHARE = 0.5
 
@@ -175,6 +177,8 @@ class FitResult:
         certificate: None where none was asked for or the budget ended before.
         leaks: of the private values that examples name, in all that was sent.
         reason: why the search ended: steps, patience or budget.
+        num_searched: examples that the search looked at, under every prompt; fewer than there are where the budget does
+            not pay for that (`search_examples`).
         num_refit_steps: that the edge behind the cloud learnt for after the search, under the prompt; 0: it is the
             search's.
         is_sequential: the edge had no part in how prompts compare.
@@ -196,6 +200,7 @@ class FitResult:
     leaks: LeakMetrics
     reason: str
     num_refit_steps: int
+    num_searched: int
     is_sequential: bool
     history: tuple[Refresh, ...] = field(repr=False)
     spent: Cost
@@ -216,6 +221,7 @@ class FitResult:
             "leaks": self.leaks.to_json(),
             "reason": self.reason,
             "num_refit_steps": self.num_refit_steps,
+            "num_searched": self.num_searched,
             "is_sequential": self.is_sequential,
             "history": [asdict(each) for each in self.history],
             "spent": asdict(self.spent),
@@ -237,6 +243,7 @@ class FitResult:
                 f"prompt      {self.prompt!r}",
                 f"score       {shown(self.score)} on validation (before: {shown(self.start_score)})",
                 *self._merging_text(),
+                f"searched    on {self.num_searched} examples, as many as the budget asks under every prompt",
                 f"gap         {looks.gap:.4f} +- {looks.standard_error:.4f} on {looks.num_examples} training examples",
                 "certificate "
                 + (self.certificate.to_text() if self.certificate else "none: not asked for, or the budget ended"),
@@ -415,12 +422,13 @@ def fit(
         if edge is not None:
             edge.count_in(gate.account)
         variable.count_in(gate.account)
-        reflect = None
+        reflect, rewriter_cost = None, Cost()
         if config.growth is not None:
             reflect = (reflection or CloudReflection()).begin(pipeline, max_tokens=config.growth.max_tokens)
         if make_rewriter is not None:
             # Each request is rewritten once, so that afterwards answers are asked for by prompt alone.
             pipeline = pipeline.rewriting(make_rewriter(pipeline, train[: len(train) - num_held], key))
+            rewriter_cost = _kept_cost(folder / _REWRITER_COST_FILE, purse.spent)
         examples = prepare_examples(pipeline, [*train, *validation], key)
         searched, held, judged = (
             examples[: len(train) - num_held],
@@ -428,18 +436,22 @@ def fit(
             examples[len(train) :],
         )
         losses: EdgeLosses = MetricLosses(pipeline, metric) if edge is None else edge
-        problem = TextProblem(pipeline, variable, losses, searched, judged, metric, config.losses)
-        first, raced = variable.best(variable.start()), None
+        table = AnswerTable(pipeline)
+        first, raced, racers = variable.best(variable.start()), None, list[str]()
         if config.race is not None and isinstance(variable, PromptPool):
+            racers = list(variable.prompts)
+            racing = TextProblem(pipeline, variable, losses, searched, judged, metric, config.losses, table)
             raced = race(
                 variable.prompts,
                 len(searched),
-                lambda prompts, part: problem.losses(losses.start(), prompts, searched[part]),
+                lambda prompts, part: racing.losses(losses.start(), prompts, searched[part]),
                 config.race,
             )
-            # Answers that the race paid for are in the cache.
             variable = PromptPool(raced.left)
-            problem = TextProblem(pipeline, variable, losses, searched, judged, metric, config.losses)
+        looked = SearchExamples(train=searched, validation=judged, rest=[])
+        if isinstance(variable, PromptPool):
+            looked = _looked(table, gate, variable, racers, (searched, held, judged), config, before=rewriter_cost)
+        problem = TextProblem(pipeline, variable, losses, looked.train, looked.validation, metric, config.losses, table)
         progress = stack.enter_context((folder / PROGRESS_FILE).open("w", encoding="utf-8"))
 
         def told(seen: Refresh) -> None:
@@ -450,21 +462,23 @@ def fit(
 
         growth = None
         if config.growth is not None and reflect is not None:
-            growth = PoolGrowth(pipeline, problem, searched, config.growth, reflect=reflect, key=key)
+            growth = PoolGrowth(pipeline, problem, looked.train, config.growth, reflect=reflect, key=key)
         found = solve(problem, losses.start(), variable.start(), config.solve, on_refresh=told, grow=growth)
         variable = problem.variable
         prompt = variable.best(found.y)
         judge = _Judge(pipeline, edge, metric, problem.table)
-        settled = _Settled(x=found.x)
+        settled, scored = _Settled(x=found.x), looked.validation
         if edge is not None:
-            settled = _settle(problem, judge, edge, prompt, found, (searched, held, judged), config, on_refit)
+            ask_rest(table, variable.candidates(found.y), prompt, held, looked.rest)
+            whole = (searched, held, judged)
+            settled = _settle(problem, judge, edge, prompt, found, whole, looked.train, config, on_refit)
         is_dropped = edge is not None and not settled.is_better and not config.always_merges
-        score = judge.plain_score(prompt, judged) if is_dropped else judge.score(prompt, settled.x, judged)
+        score = judge.plain_score(prompt, scored) if is_dropped else judge.score(prompt, settled.x, scored)
         result = FitResult(
             prompt=prompt,
             x=settled.x,
             score=score,
-            start_score=judge.score(first, losses.start(), judged),
+            start_score=judge.score(first, losses.start(), scored),
             merged_score=settled.merged,
             plain_score=settled.plain,
             is_merging=edge is not None and not is_dropped,
@@ -476,6 +490,7 @@ def fit(
             ),
             reason=found.reason,
             num_refit_steps=settled.num_refit_steps,
+            num_searched=len(looked.train) + len(looked.validation),
             is_sequential=found.is_sequential,
             history=found.history,
             spent=purse.spent,
@@ -507,6 +522,43 @@ def prepare_examples(pipeline: Pipeline, examples: Sequence[PrivateExample], key
     return prepared
 
 
+def _kept_cost(file: Path, cost: Cost) -> Cost:
+    """What it was when the run came here first: a run that goes on has paid for more."""
+    if not file.is_file():
+        with replacing(file) as unfinished:
+            unfinished.write_text(json.dumps(asdict(cost)) + "\n", encoding="utf-8")
+    try:
+        return Cost.from_fields(json.loads(file.read_bytes()))
+    except ValueError:
+        raise DataError("is no cost; start in another folder", path=file) from None
+
+
+def _looked(
+    table: AnswerTable,
+    gate: CloudGate,
+    pool: PromptPool,
+    raced: Sequence[str],
+    parts: tuple[Sequence[FitExample], Sequence[FitExample], Sequence[FitExample]],
+    config: FitConfig,
+    *,
+    before: Cost,
+) -> SearchExamples:
+    """What the search of a pool looks at, within what the budget leaves after a race of these prompts."""
+    searched, held, judged = parts
+    race_costs = [table.cost(gate, prompt, each) for prompt in raced for each in searched if table.knows(prompt, each)]
+    grown = config.growth.num_new * config.solve.num_growths if config.growth is not None else 0
+    return search_examples(
+        table,
+        gate,
+        pool.prompts,
+        searched,
+        judged,
+        held=held,
+        num_prompts=len(pool.prompts) + grown,
+        before=sum(race_costs, before),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Settled:
     """The edge to ship, with what tells whether it helps."""
@@ -529,6 +581,7 @@ def _settle(
     prompt: str,
     found: Solution,
     parts: tuple[Sequence[FitExample], Sequence[FitExample], Sequence[FitExample]],
+    compared: Sequence[FitExample],
     config: FitConfig,
     on_refit: Callable[[int, int], None],
 ) -> _Settled:
@@ -562,7 +615,7 @@ def _settle(
     gain = 0.0 if ours.merged is None or ours.plain is None else ours.merged - ours.plain
     if again.merged - again.plain <= (gain if config.always_merges else max(gain, 0.0)):
         return ours
-    if not _stays(problem, prompt, again.x, found.y, searched, solving):
+    if not _stays(problem, prompt, again.x, found.y, compared, solving):
         return ours
     return _Settled(x=again.x, merged=again.merged, plain=again.plain, num_refit_steps=again.num_steps)
 

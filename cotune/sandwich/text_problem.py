@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from cotune.errors import InputError
 from cotune.sandwich.bilevel.problem import Sloped, Vector
 from cotune.sandwich.chat import ChatAnswer, ChatRequest
+from cotune.sandwich.cloud_gate import CloudGate
+from cotune.sandwich.cost import Cost
 from cotune.sandwich.examples import PrivateExample
 from cotune.sandwich.pipeline import MergeJob, Pipeline, Prepared
 from cotune.sandwich.prompts.variable import PromptVariable
@@ -148,6 +150,11 @@ class AnswerTable:
         """Of a cell that was filled."""
         return self._known[prompt, id(example)]
 
+    def cost(self, gate: CloudGate, prompt: str, example: FitExample) -> Cost:
+        """Of a cell that was filled, whoever paid for it."""
+        asked = zip(self.requests(prompt, example), self.answers(prompt, example), strict=True)
+        return sum((gate.cost_of(gate.most(request), answer) for request, answer in asked), Cost())
+
 
 class TextProblem:
     """F and f over requests; fits `BilevelProblem`.
@@ -159,6 +166,7 @@ class TextProblem:
         train, validation: examples; f reads the first, F the second.
         metric: of the cloud's answers alone, for `cloud_weight`.
         config: weights.
+        table: answers that are there; None: none are.
     """
 
     def __init__(
@@ -170,10 +178,11 @@ class TextProblem:
         validation: Sequence[FitExample],
         metric: Metric,
         config: TextProblemConfig,
+        table: AnswerTable | None = None,
     ) -> None:
         self._pipeline, self.variable, self._edge, self._metric = pipeline, variable, edge, metric
         self._splits, self._config = {_TRAIN: train, _VALIDATION: validation, _GAP: train}, config
-        self.table = AnswerTable(pipeline)
+        self.table = table or AnswerTable(pipeline)
         self._memory: dict[tuple[str, int], float] = {}
         self._memory_x: Vector | None = None
 

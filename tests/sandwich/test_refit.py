@@ -145,9 +145,10 @@ def test_a_refit_at_which_another_prompt_is_better_is_left(tmp_path: Path) -> No
     assert found.num_refit_steps == 10 and found.is_merging
 
 
-def test_a_refit_asks_for_nothing(tmp_path: Path) -> None:
-    """16 calls are one look: six examples of training and four of validation, the latter under the first prompt."""
+def test_a_refit_learns_from_what_waited_for_the_prompt(tmp_path: Path) -> None:
+    """16 calls are four examples under both prompts, two of the certificate, and four more under the one chosen."""
     cloud = crossing_cloud()
-    found = fit_crossing(cloud, tmp_path, Budget(calls=16), edge=Climbing())
-    assert (found.reason, found.prompt, len(cloud.requests)) == ("budget", PROMPTS[0], 16)
+    still = replace(CONFIG, solve=replace(CONFIG.solve, num_steps=0))
+    found = fit_crossing(cloud, tmp_path, Budget(calls=16), edge=Climbing(), config=still)
+    assert (found.reason, found.num_searched, len(cloud.requests)) == ("steps", 4, 16)
     assert found.num_refit_steps > 0 and found.merged_score == 1.0
