@@ -555,7 +555,8 @@ def _looked(
         judged,
         held=held,
         num_prompts=len(pool.prompts) + grown,
-        before=sum(race_costs, before),
+        # Each prompt that joins was asked for; how many tokens that takes depends on what will be shown.
+        before=sum(race_costs, before) + Cost(calls=grown),
     )
 
 

@@ -140,14 +140,23 @@ def test_going_on_asks_nobody_again_and_knows_who_wrote(tmp_path: Path) -> None:
             grown(CloudGate(again), tmp_path, reflection=changed, resume=True)
 
 
-@pytest.mark.parametrize("calls", [7, 8, 9, 11])
+@pytest.mark.parametrize("calls", [4, 5, 6, 7])
 def test_the_budget_holds_over_both(tmp_path: Path, calls: int) -> None:
-    # Seven calls answer what the pool can ask; the eighth is for a prompt.
+    # Four calls answer what the search looks at within such a budget; the fifth is for a prompt.
     cloud, other = memory_cloud(), MemoryCloud(lambda text: "Good.")
     reflection = CloudReflection(model="large", cloud=other)
     found = grown(CloudGate(cloud), tmp_path, reflection=reflection, budget=Budget(calls=calls))
     assert len(cloud.requests) + len(other.requests) == found.spent.calls <= calls
-    assert len(other.requests) == (calls >= 8) and found.growths[0].ended_by_budget
+    assert len(other.requests) == (calls >= 5) and found.growths[0].ended_by_budget
+
+
+@pytest.mark.parametrize("calls", range(9, 17))
+def test_the_search_leaves_room_for_what_joins(tmp_path: Path, calls: int) -> None:
+    cloud, other = memory_cloud(), MemoryCloud(lambda text: "Good.")
+    reflection = CloudReflection(model="large", cloud=other)
+    found = grown(CloudGate(cloud), tmp_path, reflection=reflection, budget=Budget(calls=calls))
+    assert (found.reason, found.prompt, found.score) == ("steps", "Good.", 1.0)
+    assert found.num_searched <= 7 and found.spent.calls <= calls
 
 
 def test_another_model_of_the_same_cloud(tmp_path: Path) -> None:
